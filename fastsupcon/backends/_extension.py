@@ -1,0 +1,51 @@
+"""The compiled extension, if it was built, and how a problem is handed to it (csrc/lse_problem.h)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+try:
+    from fastsupcon import _C as module
+
+    missing = None
+except ImportError as error:
+    module = None
+    missing = f"the compiled extension fastsupcon._C cannot be imported ({error})"
+
+
+def make_problem(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None = None,
+    skip: Tensor | None = None,
+    row_labels: Tensor | None = None,
+    column_labels: Tensor | None = None,
+    scale: float = 1.0,
+    unit_rows: bool = False,
+):
+    """Addresses and sizes of the tensors, which the caller keeps alive while a kernel runs."""
+    scalars = {
+        torch.float32: module.Scalar.f32,
+        torch.float64: module.Scalar.f64,
+        torch.float16: module.Scalar.f16,
+        torch.bfloat16: module.Scalar.bf16,
+    }
+
+    def address(tensor: Tensor | None) -> int:
+        return 0 if tensor is None else tensor.data_ptr()
+
+    return module.LseProblem(
+        scalar=scalars[a.dtype],
+        rows=len(a),
+        columns=len(b),
+        depth=a.shape[1],
+        a=address(a),
+        b=address(b),
+        bias=address(bias),
+        skip=address(skip),
+        row_labels=address(row_labels),
+        column_labels=address(column_labels),
+        scale=scale,
+        unit_rows=unit_rows,
+    )
