@@ -2,11 +2,12 @@
 
     lse_i = log sum_{j allowed for i} exp(a_i . b_j * scale + bias_j)
 
-A backend is one module with the functions of :class:`Backend`. It knows nothing of labels' meaning, classes or reductions.
-What the caller (``ops.py``) guarantees: all tensors contiguous and on one device; ``a`` [N, D] and ``b`` [M, D] of one dtype; ``bias`` [M], ``lse``
-and ``grad`` [N] in the sum dtype (:func:`sum_dtype`); ``skip``, ``row_labels`` [N] and ``column_labels`` [M] int64; N, M, D >= 1; at most one
-exclusion rule. What the backend guarantees: a row with no allowed column has lse -inf and passes no gradient, NaN is never hidden, the
-same call gives the same bits.
+A backend is one module with the functions of :class:`Backend`. It knows nothing of classes or reductions.
+
+The caller (``ops.py``) guarantees: all tensors contiguous and on one device; ``a`` [N, D] and ``b`` [M, D] of one dtype; ``bias`` [M],
+``lse`` and ``grad`` [N] in the sum dtype (:func:`sum_dtype`); ``skip``, ``row_labels`` [N] and ``column_labels`` [M] int64; N, M, D >= 1;
+at most one exclusion rule. The backend guarantees: a row with no allowed column has lse -inf and passes no gradient, NaN is never
+hidden, the same call gives the same bits.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ import torch
 from torch import Tensor
 
 from . import chunked, cpu, cuda, reference, triton
+from ._dtypes import sum_dtype
+
+__all__ = ["BACKENDS", "FASTEST_FIRST", "Backend", "select", "sum_dtype"]
 
 
 class Backend(Protocol):
@@ -65,6 +69,7 @@ BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "triton": triton, "cpu": cpu, "
 FASTEST_FIRST = ("cuda", "triton", "cpu", "chunked")
 
 
+@torch.compiler.assume_constant_result
 def select(name: str, device: torch.device, dtype: torch.dtype, depth: int) -> str:
     """The backend that serves rows of ``depth`` and ``dtype`` on ``device``: ``name`` itself, or for "auto" the fastest.
 

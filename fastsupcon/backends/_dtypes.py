@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums, lse, bias and their gradients for rows of ``dtype``: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def fixed_shift_is_safe(shift: float) -> bool:
+    """Whether exp(s - shift) stays normal in fp32 for all |s| <= shift: 2 shift < 126 ln 2, less a margin of 2 % for rounded rows.
+
+    Unit rows at temperature tau have shift 1/tau, so this holds from tau = 0.0234 up. NaN is not safe: the careful path shows it.
+    """
+    return 2 * shift * 1.02 < 126 * math.log(2)

@@ -1,4 +1,7 @@
-"""The definition, written down: holds the N x M matrix, serves any device and dtype. The oracle of the tests; choose it to read, not to run."""
+"""The definition, written down: holds the N x M matrix, serves any device and floating dtype.
+
+The oracle of the tests; choose it to read, not to run.
+"""
 
 from __future__ import annotations
 

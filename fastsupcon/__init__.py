@@ -1,0 +1,13 @@
+"""fastsupcon: supervised contrastive losses in fused kernels, in O(N D) memory."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from . import functional
+from .losses import PSCLoss, SupConLoss
+
+try:
+    __version__ = version("fastsupcon")
+except PackageNotFoundError:  # run from a checkout that is not installed
+    __version__ = "0+unknown"
+
+__all__ = ["PSCLoss", "SupConLoss", "functional"]

@@ -1,0 +1,66 @@
+"""Bad input, named: every error says which argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def one_of(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def rows(name: str, value: object, columns: int | None = None) -> None:
+    """A floating-point [N, D] with N, D >= 1, and D = ``columns`` where given."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must have a floating-point dtype, got {value.dtype}")
+    expected = f"[rows, {'dimension' if columns is None else columns}]"
+    if value.ndim != 2 or (columns is not None and value.shape[1] != columns):
+        raise ValueError(f"{name} must have shape {expected}, got {list(value.shape)}")
+    if value.numel() == 0:
+        raise ValueError(f"{name} must not be empty, got shape {list(value.shape)}")
+
+
+def vector(name: str, value: object, length: int, device: torch.device, *, floating: bool = False) -> None:
+    """A [length] of integers (or of floats) on ``device``."""
+    kind = "a floating-point" if floating else "an integer"
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor of {kind} dtype, got {type(value).__name__}")
+    if value.is_complex() or value.is_floating_point() != floating:
+        raise TypeError(f"{name} must have {kind} dtype, got {value.dtype}")
+    if list(value.shape) != [length]:
+        raise ValueError(f"{name} must have shape [{length}], got {list(value.shape)}")
+    on_device(name, value, device)
+
+
+def on_device(name: str, value: Tensor, device: torch.device) -> None:
+    if value.device != device:
+        raise ValueError(f"{name} must be on {device} like the rows, got {value.device}")
+
+
+def within(name: str, value: Tensor, low: int, high: int) -> None:
+    """low <= value < high. On a GPU and under torch.compile a breach is asserted by the device: reading it back would wait."""
+    inside = ((value >= low) & (value < high)).all()
+    message = f"{name} must lie in [{low}, {high})"
+    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not inside:
+            raise ValueError(f"{message}, got values from {int(value.min())} to {int(value.max())}")
+    else:
+        torch._assert_async(inside, message)
+
+
+def temperature(name: str, value: float | Tensor) -> None:
+    """A positive finite number, or a 0-d floating-point tensor, whose value is not read back."""
+    if isinstance(value, Tensor):
+        if value.ndim != 0 or not value.is_floating_point():
+            raise ValueError(f"{name} must be a number or a 0-d floating-point tensor, got {value.dtype} of shape {list(value.shape)}")
+    elif not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number or a 0-d tensor, got {type(value).__name__}")
+    elif not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be positive and finite, got {value}")
