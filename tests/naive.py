@@ -1,0 +1,96 @@
+"""The losses as the textbook writes them: the whole N x N (N x C) matrix in plain PyTorch, differentiated by plain autograd.
+
+In float64 this is the tests' reference. In float32 it is the benchmark's baseline: it follows the published SupContrast code step by step
+(mask, similarities, row maximum, log-probabilities, mean over the positives) in as many passes over the matrix, and departs from it in one
+point: the self pair leaves the matrix before the row maximum is taken, so that ordinary inputs give no NaN.
+
+It shares no code with fastsupcon, and must not: the two could be wrong alike.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def unit(x: Tensor) -> Tensor:
+    """Rows of x [N, D] over their norm; rows of zeros stay zero."""
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return x / torch.where(norm == 0, 1, norm)
+
+
+def reduce(losses: Tensor, counted: Tensor, reduction: str) -> Tensor:
+    """``counted`` [N]: which of the losses [N] the mean is over."""
+    if reduction == "none":
+        return losses
+    return losses.sum() if reduction == "sum" else losses.sum() / counted.sum().clamp_min(1)
+
+
+def supcon_loss(
+    features: Tensor,
+    labels: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    temperature: float | Tensor,
+    base_temperature: float | None = None,
+    contrast_mode: str = "all",
+    normalize: bool = False,
+    reduction: str = "mean",
+    lone_anchors: str = "zero",
+) -> Tensor:
+    """-1/|P(i)| sum_{p in P(i)} log( exp(s_ip) / sum_{k != i} exp(s_ik) ), s = z z^T / temperature; features [N, D] or [B, V, ...]."""
+    samples = features.shape[0]
+    views = torch.unbind(features.flatten(2), dim=1) if features.ndim > 2 else [features]
+    z = torch.cat(views)  # [V B, D], view-major
+    if normalize:
+        z = unit(z)
+    anchors = z if contrast_mode == "all" else z[:samples]
+    if mask is None:
+        labels = torch.arange(samples, device=z.device) if labels is None else labels.reshape(-1)
+        mask = labels[:, None] == labels[None, :]
+    itself = torch.eye(len(anchors), len(z), dtype=torch.bool, device=z.device)
+    positives = mask.to(z.dtype).repeat(len(anchors) // samples, len(views)).masked_fill(itself, 0)  # [anchors, V B]
+    count = positives.sum(1)
+    lone = count.abs() < 1e-6
+    if lone_anchors == "error" and lone.any():
+        raise ValueError("anchors without a positive")
+    if len(z) == 1:  # no other row, so an empty sum
+        losses = (z * 0).sum(1)
+    else:
+        similarities = anchors @ z.T / temperature
+        row_max = similarities.detach().masked_fill(itself, -torch.inf).amax(1, keepdim=True)
+        logits = similarities - row_max
+        exps = logits.masked_fill(itself, -torch.inf).exp()
+        log_probabilities = logits - exps.sum(1, keepdim=True).log()
+        losses = -(positives * log_probabilities).sum(1) / torch.where(lone, 1, count)
+        losses = losses * ~lone
+    if base_temperature is not None:
+        losses = losses * (temperature / base_temperature)
+    return reduce(losses, ~lone if lone_anchors == "skip" else torch.ones_like(lone), reduction)
+
+
+def psc_loss(
+    features: Tensor,
+    labels: Tensor,
+    prototypes: Tensor,
+    *,
+    temperature: float | Tensor,
+    denominator: str = "negatives",
+    normalize: bool = True,
+    reduction: str = "mean",
+    prototypes_per_class: int = 1,
+) -> Tensor:
+    """-log( exp(s_{i,y_i}) / sum_{c != y_i} exp(s_ic) ), s = z p^T / temperature, prototypes [C M, D], M of each class side by side.
+
+    With M > 1 all own prototypes leave the denominator, and the numerator's similarity is their mean under w = softmax(s_own), w constant.
+    """
+    z, p = features, prototypes.to(features.dtype)
+    if normalize:
+        z, p = unit(z), unit(p)
+    similarities = z @ p.T / temperature
+    own_columns = labels[:, None] * prototypes_per_class + torch.arange(prototypes_per_class, device=z.device)  # [N, M]
+    own = similarities.gather(1, own_columns)
+    positive = (own.detach().softmax(1) * own).sum(1)
+    allowed = similarities if denominator == "all" else similarities.scatter(1, own_columns, -torch.inf)
+    losses = allowed.logsumexp(1) - positive
+    return reduce(losses, torch.ones_like(labels, dtype=torch.bool), reduction)
