@@ -1,0 +1,570 @@
+"""Train a hybrid network on long-tailed images: contrastive features and a balanced classifier, from one to the other as training goes on.
+
+    L = alpha L_feature(instance-balanced batch) + (1 - alpha) L_CE(class-balanced batch),    alpha = 1 - (T / T_max)^2
+
+after Wang et al., CVPR 2021. With no argument it trains on scikit-learn's digits, made long-tailed 100 ... 5; no network, no GPU needed.
+
+    python train/hybrid.py                                                # digits, the supervised contrastive loss
+    python train/hybrid.py --loss psc --seeds 6                           # the prototypical one, six seeds, mean and spread
+    python train/hybrid.py --data cifar10-lt --imbalance 100              # the paper's CIFAR-10-LT; downloads
+    python train/hybrid.py --data list --root D --train-list A --test-list B --network resnet50
+    python train/hybrid.py --resume runs/X                                # go on after Ctrl-C, SIGTERM or a crash, to the same bits
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import checkpoint
+import data as datasets
+import evaluate
+import plots
+import torch
+import tyro
+from augment import Augmentation
+from networks import HybridNetwork, freeze_below_classifier, make_backbone
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from sampling import Rule, Sampler
+from schedule import Schedule, feature_weight, learning_rate
+from torch import Tensor, nn
+
+from fastsupcon import PSCLoss, SupConLoss
+
+console = Console()
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings left at None are the data set's recipe."""
+
+    # -- data
+    data: datasets.DataName = "digits"
+    root: Path | None = None  # folder of the data; None: download, where that is possible
+    train_list: Path | None = None  # for --data list: one "relative/path label" a line
+    val_list: Path | None = None
+    test_list: Path | None = None
+    imbalance: float | None = None  # images of the largest class over those of the smallest
+    largest_class: int | None = None  # images of class 0; None: as many as the imbalance allows
+    validation: float = 0.0  # fraction of train held out to choose the best epoch; 0: the last epoch is chosen
+    image_size: int = 224  # side of images that are decoded from files
+    workers: int = 8  # processes that decode files
+    data_seed: int = 0  # which images the long tail keeps; 0 is the field's convention
+    many: int | None = None  # many-shot: more training images than this
+    few: int | None = None  # few-shot: fewer than this
+
+    # -- method
+    loss: Literal["sc", "psc", "mpsc", "ce"] = "sc"  # of the feature branch; ce: no feature branch, the classifier alone
+    temperature: float | None = None
+    prototypes_per_class: int = 4  # of mpsc
+    denominator: Literal["negatives", "all"] = "negatives"  # psc, mpsc: "all" puts the own prototypes back
+    schedule: Schedule = "parabolic-decay"  # of alpha
+    switch_at: float = 0.5  # fraction of the epochs at which "switch" and "two-stage" go from features to classifier
+    feature_sampler: Rule = "instance"
+    sampler: Rule | None = None  # of the classifier branch; None: class-balanced, and instance for --loss ce
+    logit_adjustment: float = 0.0  # this x log(class prior) is added to the logits in training: 0 is CE, 1 balanced softmax
+
+    # -- network
+    network: str | None = None  # a CIFAR ResNet (resnet8 ... resnet110) or a timm name
+    width: int = 16  # channels of a CIFAR ResNet's first stage
+    hidden: int | None = None  # of the projection head
+    embedding: int | None = None
+
+    # -- optimisation
+    epochs: int | None = None  # an epoch is one pass of the feature branch (of the classifier branch for --loss ce)
+    batch: int | None = None  # images of the feature branch, each in two views for sc
+    classifier_batch: int | None = None  # None: as many as batch
+    lr: float | None = None
+    warmup: float | None = None  # fraction of the steps
+    milestones: tuple[float, ...] | None = None  # fractions of the steps at which lr drops to a tenth; none: cosine
+    momentum: float = 0.9
+    nesterov: bool | None = None
+    weight_decay: float | None = None
+    clip: float | None = None  # largest norm of the gradient
+    ema: float | None = None  # decay of a running average of the weights, which is then what is evaluated
+
+    # -- augmentation, on the device, the same for both branches
+    crop_padding: int | None = None
+    flip: bool | None = None
+    rotate: float | None = None  # degrees
+    shift: float | None = None  # of the side
+    zoom: float | None = None
+    grayscale: float | None = None  # probability
+    color_jitter: float = 0.0  # strength; SimCLR's is 0.5 on CIFAR, 1 on ImageNet
+    randaugment: int = 0  # operations per image
+
+    # -- machine
+    device: str | None = None  # None: cuda where there is one, else cpu
+    backend: str = "auto"  # fastsupcon's: auto, cuda, triton, cpu, chunked, reference
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False
+    channels_last: bool = True
+    threads: int | None = None  # None: torch's choice
+
+    # -- run
+    seed: int = 0
+    seeds: int = 1  # train this many, seed, seed + 1, ..., and report mean and spread
+    out: Path | None = None  # None: runs/DATA-LOSS-DATE
+    eval_every: int | None = None  # epochs; None: ten times in all
+    log_every: int = 50  # steps between two readings of the loss inside an epoch
+    pictures: bool = True
+    tensorboard: bool = False
+    export: bool = False  # the chosen weights as model.safetensors
+    resume: Path | None = None  # continue the run in this folder, whose settings hold
+    eval_only: Path | None = None  # evaluate the run in this folder again
+
+
+# What is known to work, by data set. CIFAR: the paper's settings. Digits: chosen on seeds that no reported figure uses.
+CIFAR = {
+    "imbalance": 100, "network": "resnet32", "hidden": 64, "embedding": 128, "epochs": 200, "batch": 512, "lr": 0.5, "warmup": 0.0,
+    "milestones": (0.6, 0.8), "nesterov": False, "weight_decay": 1e-4, "temperature": 0.1, "many": 100, "few": 20,
+    "crop_padding": 4, "flip": True, "grayscale": 0.2, "rotate": 0.0, "shift": 0.0, "zoom": 0.0,
+    "mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010),
+}  # fmt: skip
+FILES = CIFAR | {
+    "imbalance": None, "network": "resnet50", "hidden": 2048, "epochs": 90, "batch": 128, "lr": 0.1, "milestones": (), "weight_decay": 5e-4,
+    "nesterov": True, "crop_padding": 0, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225),
+}  # fmt: skip
+DIGITS = CIFAR | {
+    "imbalance": 20, "network": "resnet8", "hidden": 128, "embedding": 64, "epochs": 53, "batch": 64, "lr": 0.1, "warmup": 0.05,
+    "milestones": (), "nesterov": True, "weight_decay": 5e-4, "many": 40, "few": 15,
+    "crop_padding": 0, "flip": False, "grayscale": 0.0, "rotate": 15.0, "shift": 0.1, "zoom": 0.1, "mean": (0.3,), "std": (0.38,),
+}  # fmt: skip
+RECIPES = {
+    "digits": DIGITS,
+    "mnist": DIGITS | {"imbalance": 100, "many": 100, "few": 20, "mean": (0.1307,), "std": (0.3081,)},
+    "fashion-mnist-lt": CIFAR | {"grayscale": 0.0, "mean": (0.2860,), "std": (0.3530,)},
+    "cifar10-lt": CIFAR,
+    "cifar10-jpeg": CIFAR,
+    "cifar100-lt": CIFAR,
+    "folder": FILES,
+    "list": FILES,
+}
+PROTOTYPES = {"cifar10-lt": {"temperature": 1.0}, "cifar10-jpeg": {"temperature": 1.0}, "digits": {"temperature": 0.5, "epochs": 80}}
+VIEWS = {"sc": 2, "psc": 1, "mpsc": 1, "ce": 0}
+
+
+def recipe(config: Config) -> dict[str, Any]:
+    of_loss = PROTOTYPES.get(config.data, {}) if config.loss in ("psc", "mpsc") else {}
+    if config.data == "digits" and config.loss == "ce":
+        of_loss = {"epochs": 160}  # at batch 64 this many images pass the network: as many as in the other two (51,200)
+    return RECIPES[config.data] | of_loss
+
+
+def resolve(config: Config) -> Config:
+    """The recipe filled in, and everything checked that can be without the data."""
+    chosen = recipe(config) | {"sampler": "instance" if config.loss == "ce" else "class-balanced"}
+    chosen["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen["out"] = Path("runs") / f"{config.data}-{config.loss}-{time.strftime('%Y%m%d-%H%M%S')}"
+    fields = {f.name for f in dataclasses.fields(config)}
+    config = dataclasses.replace(config, **{k: v for k, v in chosen.items() if k in fields and getattr(config, k) is None})
+    config = dataclasses.replace(
+        config,
+        classifier_batch=config.classifier_batch or config.batch,
+        eval_every=config.eval_every or max(1, config.epochs // 10),
+    )
+    positive = ("epochs", "batch", "classifier_batch", "seeds", "eval_every", "log_every", "temperature", "lr", "width", "hidden", "embedding")
+    for name in positive:
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{name} must be positive, got {getattr(config, name)}")
+    for name in ("warmup", "switch_at", "grayscale", "zoom", "validation"):
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"{name} must lie in [0, 1), got {getattr(config, name)}")
+    if config.ema is not None and not 0 < config.ema < 1:
+        raise ValueError(f"ema must lie in (0, 1), got {config.ema}")
+    if config.schedule == "two-stage" and config.loss == "ce":
+        raise ValueError("schedule 'two-stage' needs a feature loss (sc, psc or mpsc) for its first stage, got loss 'ce'")
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {config.device!r} is not usable here: {error}") from error
+    return config
+
+
+def source_of(config: Config) -> datasets.Source:
+    names = {f.name for f in dataclasses.fields(datasets.Source)} - {"seed"}
+    return datasets.Source(**{name: getattr(config, name) for name in names}, seed=config.data_seed)
+
+
+class Run:
+    """A network in training: one step of it, and everything that a checkpoint holds."""
+
+    def __init__(self, config: Config, data: datasets.Data) -> None:
+        self.config, self.data, self.device = config, data, torch.device(config.device)
+        self.classes = len(data.classes)
+        torch.manual_seed(config.seed)
+        self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        backbone = make_backbone(config.network, data.train.channels, config.width)
+        network = HybridNetwork(backbone, self.classes, config.hidden, config.embedding)
+        self.network = network.to(self.device, memory_format=self.layout)
+        self.forward = torch.compile(self.network) if config.compile else self.network
+        self.feature_loss = make_feature_loss(config, self.classes).to(self.device)
+        self.parameters = [*self.network.parameters(), *self.feature_loss.parameters()]
+        self.lr = torch.zeros((), device=self.device)  # a tensor, as is alpha: a new value is written, nothing compiled or waited for
+        options = {"momentum": config.momentum, "nesterov": config.nesterov, "weight_decay": config.weight_decay}
+        self.optimizer = torch.optim.SGD(self.parameters, lr=self.lr, fused=True, **options)
+        half = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
+        self.autocast = torch.autocast(self.device.type, half, enabled=half is not None)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=half is torch.float16)
+        self.ema = None
+        if config.ema is not None:
+            average = torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema)
+            self.ema = torch.optim.swa_utils.AveragedModel(self.network, multi_avg_fn=average, use_buffers=True)
+
+        parts = {"train": data.train, "validation": data.validation, "test": data.test}
+        self.batches = {
+            name: datasets.Batches(split, self.device, config.image_size, config.workers) for name, split in parts.items() if split
+        }
+        self.augmentation = Augmentation(
+            **{f.name: getattr(config, f.name) for f in dataclasses.fields(Augmentation) if hasattr(config, f.name)},
+            mean=RECIPES[config.data]["mean"],
+            std=RECIPES[config.data]["std"],
+        )
+        self.log_prior = (data.counts / data.counts.sum()).log().to(self.device)
+        self.samplers = {
+            "feature": Sampler(data.train.labels, config.feature_sampler, 2 * config.seed),
+            "classifier": Sampler(data.train.labels, config.sampler, 2 * config.seed + 1),
+        }
+        self.steps = max(1, len(data.train) // (config.classifier_batch if config.loss == "ce" else config.batch))
+
+        self.epoch, self.step = 0, 0  # step: inside the epoch
+        self.alpha = torch.zeros((), device=self.device)
+        self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # feature loss, classifier loss, share right, of this epoch
+        self.history: list[dict[str, Any]] = []
+        self.best = {"epoch": config.epochs - 1, "balanced": -1.0}
+        self.begin_epoch()
+
+    def begin_epoch(self) -> None:
+        """What this epoch trains, and the indices [steps, rows of a batch] it trains on, the feature branch's once for each view."""
+        config = self.config
+        self.drawn_from = {name: sampler.state_dict() for name, sampler in self.samplers.items()}
+        options = {"switch_at": config.switch_at, "seed": config.seed}
+        self.alpha_now = 0.0 if config.loss == "ce" else feature_weight(config.schedule, self.epoch, config.epochs, **options)
+        self.alpha.fill_(self.alpha_now)
+        switch = math.ceil(config.switch_at * config.epochs) if config.schedule == "two-stage" else 0
+        self.second_stage = config.schedule == "two-stage" and self.epoch >= switch
+        self.stage = (switch, config.epochs) if self.second_stage else (0, switch or config.epochs)  # each with its own course of lr
+        self.views = 0 if self.second_stage else VIEWS[config.loss]
+        self.classifies = config.schedule != "two-stage" or self.second_stage
+        self.network.train()
+        if self.second_stage:
+            freeze_below_classifier(self.network)
+        parts = []
+        if self.views:
+            parts.append(self.samplers["feature"].draw(self.steps * config.batch).view(self.steps, -1).repeat(1, self.views))
+        if self.classifies:
+            parts.append(self.samplers["classifier"].draw(self.steps * config.classifier_batch).view(self.steps, -1))
+        self.plan = torch.cat(parts, 1)
+
+    def update(self, raw: Tensor, labels: Tensor) -> None:
+        """One step: both batches through the backbone as one."""
+        config, (first, last) = self.config, self.stage
+        done, total = (self.epoch - first) * self.steps + self.step, (last - first) * self.steps
+        self.lr_now = learning_rate(config.lr, done, total, warmup=config.warmup, milestones=config.milestones)
+        self.lr.fill_(self.lr_now)
+        split = self.views * config.batch
+        images = self.augmentation.train(raw).contiguous(memory_format=self.layout)
+        with self.autocast:
+            z, logits = self.forward(images, split)
+            feature_loss = self.feature_loss(z, labels[:split]) if self.views else self.alpha.new_zeros(())
+            adjusted = logits.float() + config.logit_adjustment * self.log_prior
+            classifier_loss = nn.functional.cross_entropy(adjusted, labels[split:]) if self.classifies else self.alpha.new_zeros(())
+            loss = self.alpha * feature_loss + (1 - self.alpha) * classifier_loss
+        self.scaler.scale(loss).backward()
+        if config.clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.parameters, config.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update_parameters(self.network)
+        right = (logits.argmax(1) == labels[split:]).sum() / max(1, len(logits))
+        self.sums += torch.stack([feature_loss.detach(), classifier_loss.detach(), right])
+        self.step += 1
+
+    def means(self) -> dict[str, float | None]:
+        """Of the epoch so far. Waits for the device."""
+        feature, classifier, right = (self.sums / self.step).tolist()
+        return {
+            "alpha": self.alpha_now,
+            "lr": self.lr_now,
+            "feature_loss": feature if self.views else None,
+            "chance": chance_level(self.config, self.classes) if self.views else None,
+            "classifier_loss": classifier if self.classifies else None,
+            "train_accuracy": 100 * right if self.classifies else None,
+        }
+
+    def end_epoch(self) -> None:
+        self.epoch, self.step = self.epoch + 1, 0
+        self.sums.zero_()
+        self.begin_epoch()
+
+    @property
+    def evaluated(self) -> nn.Module:
+        return self.network if self.ema is None else self.ema.module
+
+    def predict(self, part: str) -> tuple[Tensor, Tensor, Tensor]:
+        predicted = evaluate.predict(self.evaluated, self.batches[part], self.augmentation, self.autocast)
+        self.network.train()
+        return predicted
+
+    def _modules(self) -> dict[str, Any]:
+        modules = {"network": self.network, "feature_loss": self.feature_loss, "optimizer": self.optimizer, "scaler": self.scaler}
+        return modules | ({} if self.ema is None else {"ema": self.ema})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            **{name: module.state_dict() for name, module in self._modules().items()},
+            "samplers": self.drawn_from,  # as the epoch began: its indices are drawn again, and the steps done are left out
+            "random": checkpoint.random_state(self.device),
+            **{name: getattr(self, name) for name in ("epoch", "step", "sums", "history", "best")},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, module in self._modules().items():
+            module.load_state_dict(state[name])
+        self.lr = self.optimizer.param_groups[0]["lr"] = self.lr.fill_(0)
+        for name, sampler in self.samplers.items():
+            sampler.load_state_dict({key: value.cpu() for key, value in state["samplers"][name].items()})
+        for name in ("epoch", "step", "sums", "history", "best"):
+            setattr(self, name, state[name])
+        self.begin_epoch()
+        checkpoint.set_random_state(state["random"], self.device)
+
+
+def make_feature_loss(config: Config, classes: int) -> nn.Module:
+    if config.loss == "ce":
+        return nn.Identity()
+    if config.loss == "sc":
+        return SupConLoss(config.temperature, base_temperature=config.temperature, normalize=True, backend=config.backend)
+    options = {"denominator": config.denominator, "backend": config.backend}
+    return PSCLoss(classes, config.embedding, config.temperature, prototypes_per_class=prototypes(config), **options)
+
+
+def prototypes(config: Config) -> int:
+    return config.prototypes_per_class if config.loss == "mpsc" else 1
+
+
+def chance_level(config: Config, classes: int) -> float:
+    """The feature loss where all similarities are equal: log of the number of terms in its denominator."""
+    if config.loss == "sc":
+        return math.log(VIEWS["sc"] * config.batch - 1)
+    return math.log((classes - (config.denominator == "negatives")) * prototypes(config))
+
+
+def train(config: Config, data: datasets.Data, *, resume: bool = False) -> dict[str, Any]:
+    """Train one network in ``config.out``; returns its metrics. A stop signal ends the process after a checkpoint."""
+    out = config.out
+    if not resume and (out / "config.json").exists():
+        raise ValueError(f"out {out} holds a run already: go on with --resume {out}, or name another folder")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    torch.backends.cudnn.deterministic = True  # so that a resumed run comes to the same bits
+    run = Run(config, data)
+    if resume and (out / "last.pt").exists():
+        run.load_state_dict(checkpoint.load(out / "last.pt", run.device))
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_json(out / "environment.json", checkpoint.environment(run.device))
+        write_config(config)
+    writer = summary_writer(out) if config.tensorboard else None
+    monitored = "test" if data.validation is None else "validation"
+
+    with checkpoint.StopSignal() as stop, progress_bar() as progress:
+        task = progress.add_task(out.name, total=config.epochs * run.steps, completed=run.epoch * run.steps + run.step, text="")
+        while run.epoch < config.epochs:
+            began, first = time.perf_counter(), run.step
+            for raw, labels in run.batches["train"](run.plan, first, key=(config.seed, run.epoch)):
+                run.update(raw, labels)
+                progress.advance(task)
+                if stop.received:
+                    checkpoint.save(out / "last.pt", run.state_dict())
+                    progress.stop()
+                    console.print(f"stopped in epoch {run.epoch}; go on with: python train/hybrid.py --resume {out}")
+                    sys.exit(128 + stop.received)
+                if run.step % config.log_every == 0:
+                    progress.update(task, text=status(run.means()))
+
+            row = {"epoch": run.epoch, **run.means()}
+            row["seconds"] = time.perf_counter() - began
+            row["images"] = run.plan.numel()
+            row["images_per_second"] = (run.step - first) * run.plan.shape[1] / row["seconds"]
+            if not all(math.isfinite(row[name] or 0) for name in ("feature_loss", "classifier_loss")):
+                raise FloatingPointError(f"the loss is not finite in epoch {run.epoch}: {row}; {out}/last.pt is the epoch before")
+            if (run.epoch + 1) % config.eval_every == 0 or run.epoch + 1 == config.epochs:
+                _, logits, labels = run.predict(monitored)
+                row[f"{monitored}_balanced"] = balanced = evaluate.balanced_accuracy(logits, labels)
+                if monitored == "validation" and balanced > run.best["balanced"]:
+                    run.best = {"epoch": run.epoch, "balanced": balanced}
+                    checkpoint.save(out / "best.pt", run.evaluated.state_dict())
+            run.history.append(row)
+            run.end_epoch()
+            checkpoint.save(out / "last.pt", run.state_dict())
+            checkpoint.write_text(out / "log.jsonl", "".join(json.dumps(r) + "\n" for r in run.history))
+            progress.update(task, text=status(row))
+            if writer:
+                for name in row.keys() - {"epoch"}:
+                    if row[name] is not None:
+                        writer.add_scalar(name, row[name], row["epoch"])
+    if writer:
+        writer.close()
+    return report(run)
+
+
+def report(run: Run) -> dict[str, Any]:
+    """Evaluate the last epoch and the best on the test split; write metrics, tables and pictures."""
+    config, data, out = run.config, run.data, run.config.out
+    measure = {"counts": data.counts, "many": config.many, "few": config.few}
+    embeddings, logits, labels = run.predict("test")
+    last = chosen = evaluate.metrics(logits, labels, **measure)
+    if data.validation is not None:
+        run.evaluated.load_state_dict(checkpoint.load(out / "best.pt", run.device))
+        embeddings, logits, labels = run.predict("test")
+        chosen = evaluate.metrics(logits, labels, **measure)
+    result = {
+        "chosen_by": "last epoch" if data.validation is None else "validation",
+        "best_epoch": run.best["epoch"],
+        "best": chosen,
+        "last": last,
+        "train_images": data.counts.tolist(),
+        "updates": run.steps * len(run.history),
+        "images": sum(row["images"] for row in run.history),
+        "seconds": sum(row["seconds"] for row in run.history),
+        "config": as_json(config),
+    }
+    checkpoint.write_json(out / "metrics.json", result)
+    evaluate.write_per_class(out / "per_class.csv", data.classes, data.counts, labels, chosen["per_class"])
+    if config.pictures:
+        plots.per_class(out / "per_class.png", result["train_images"], {out.name: chosen["per_class"]}, data.classes)
+        plots.confusion(out / "confusion.png", evaluate.confusion(logits, labels), data.classes)
+        plots.embedding(out / "embedding.png", embeddings, labels, data.classes)
+        plots.curves(out / "curves.png", run.history)
+    if config.export:
+        export(run)
+    return result
+
+
+def export(run: Run) -> None:
+    try:
+        from safetensors.torch import save
+    except ImportError as error:
+        raise ValueError(f"export needs safetensors (the [train-extra] extra): {error}") from error
+    weights = {name: value.contiguous() for name, value in run.evaluated.state_dict().items()}
+    checkpoint.write_whole(run.config.out / "model.safetensors", lambda file: file.write(save(weights)))
+
+
+def summary_writer(out: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(f"tensorboard must be installed for --tensorboard (the [train-extra] extra): {error}") from error
+    return SummaryWriter(str(out))
+
+
+# ---- settings on disk, and what the terminal shows
+
+
+def as_json(config: Config) -> dict[str, Any]:
+    return {name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(config).items()}
+
+
+def write_config(config: Config) -> None:
+    checkpoint.write_json(config.out / "config.json", as_json(config))
+
+
+def read_config(folder: Path, given: Config) -> Config:
+    """The settings of the run in ``folder``; of what was given now, only what changes no result counts."""
+    free = {"resume", "eval_only", "export", "tensorboard", "pictures", "workers", "device", "threads"}
+    changed = {f.name for f in dataclasses.fields(Config) if getattr(given, f.name) != f.default}
+    if not changed <= free:
+        raise ValueError(f"--resume and --eval-only take the run's own settings, got also: {', '.join(sorted(changed - free))}")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist, expected the folder of a run")
+    stored = json.loads(path.read_text())
+    for name in ("root", "train_list", "val_list", "test_list"):
+        stored[name] = stored[name] and Path(stored[name])
+    stored["milestones"] = tuple(stored["milestones"])
+    return Config(**stored | {name: getattr(given, name) for name in changed} | {"out": folder, "resume": None, "eval_only": None})
+
+
+def progress_bar() -> Progress:
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()]
+    return Progress(*columns, TextColumn("{task.fields[text]}"), console=console)
+
+
+def status(row: dict[str, Any]) -> str:
+    shown = {"images_per_second": "{:.0f} images/s", "alpha": "α {:.2f}", "feature_loss": "feature {:.3f}", "chance": "(chance {:.3f})"}
+    shown |= {"classifier_loss": "classifier {:.3f}"}
+    return "  ".join(text.format(row[name]) for name, text in shown.items() if row.get(name) is not None)
+
+
+COLUMNS = {"balanced": "balanced", "many": "many", "medium": "medium", "few": "few", "worst": "worst class", "calibration_error": "ECE"}
+
+
+def show(results: list[dict[str, Any]], classes: list[str]) -> None:
+    """Test accuracies in percent: one row for each seed with mean ± std, and for a single run each class."""
+    table = Table("seed", *COLUMNS.values(), "epoch", "seconds", title="test, %")
+    for result in results:
+        figures = ["–" if result["best"][name] is None else f"{result['best'][name]:.1f}" for name in COLUMNS]
+        table.add_row(str(result["config"]["seed"]), *figures, str(result["best_epoch"]), f"{result['seconds']:.0f}")
+    if len(results) > 1:
+        table.add_section()
+        table.add_row("mean", *(mean_std([r["best"][name] for r in results]) for name in COLUMNS), "", "")
+    console.print(table)
+    if len(results) == 1 and len(classes) <= 20:
+        per_class = Table("class", *classes, padding=(0, 0, 0, 1))
+        per_class.add_row("images", *map(str, results[0]["train_images"]))
+        per_class.add_row("accuracy", *("–" if a is None else f"{a:.1f}" for a in results[0]["best"]["per_class"]))
+        console.print(per_class)
+
+
+def mean_std(values: list[float | None]) -> str:
+    if None in values:
+        return "–"
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
+
+
+def finish(config: Config, data: datasets.Data) -> dict[str, Any]:
+    """The run in ``config.out``: trained from the start, from where it was stopped, or read where it is finished."""
+    if (config.out / "metrics.json").exists():
+        return json.loads((config.out / "metrics.json").read_text())
+    return train(config, data, resume=(config.out / "config.json").exists())
+
+
+def main(given: Config) -> None:
+    try:
+        folder = given.resume or given.eval_only
+        config = read_config(folder, given) if folder else resolve(given)
+        if not folder and (config.out / "config.json").exists():
+            raise ValueError(f"out {config.out} holds a run already: go on with --resume {config.out}, or name another folder")
+        data = datasets.load(source_of(config))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    seeds = range(config.seed, config.seed + config.seeds)
+    runs = [config if config.seeds == 1 else dataclasses.replace(config, seeds=1, seed=s, out=config.out / f"seed-{s}") for s in seeds]
+    if config.seeds > 1 and not folder:
+        config.out.mkdir(parents=True, exist_ok=True)
+        write_config(config)
+    if given.eval_only:
+        for one in runs:
+            run = Run(one, data)
+            run.load_state_dict(checkpoint.load(one.out / "last.pt", run.device))
+            report(run)
+    results = [finish(one, data) if folder or config.seeds > 1 else train(one, data) for one in runs]
+    show(results, data.classes)
+    console.print(f"written to {config.out}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
