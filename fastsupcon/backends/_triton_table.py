@@ -1,0 +1,40 @@
+"""Tile sizes by kernel, GPU family, dtype and D. All PREDICTED from register and shared-memory readings: none has run on a GPU yet."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Tile(NamedTuple):
+    owned: int  # rows a program keeps
+    streamed: int  # rows that pass at a time
+    depth: int  # of D that a tile of rows holds: all of it where D <= depth, else read this much at a time
+    warps: int
+    stages: int  # tiles of the stream in flight, the one in use among them
+
+
+def family(backend: str, arch: int | str) -> str:
+    """The GPU family by Triton's target: backend "cuda" with 10 * major + minor, or "hip" with a gfx name."""
+    if backend == "cuda":
+        if arch >= 120 or arch in (86, 89):
+            return "small"  # tensor cores as sm_80's, 99 KiB of shared memory
+        return "blackwell" if arch >= 100 else "hopper" if arch >= 90 else "ampere"  # 227, 227, 163 KiB
+    return "amd" if backend == "hip" else "small"
+
+
+def padded(depth: int) -> int:
+    return max(16, 1 << (depth - 1).bit_length())
+
+
+def tile(kernel: str, family: str, dtype: torch.dtype, depth: int) -> Tile:
+    """The tile of "triangle", "forward" or "gradient" for rows of this dtype and dimension."""
+    if family == "interpreter":
+        return Tile(32, 16, min(padded(depth), 64), 1, 1)
+    return Tile(64, 64, min(padded(depth), 128), 4, 2)
+
+
+def gradient_width(family: str, dtype: torch.dtype, depth: int, tile: Tile) -> int:
+    """Columns of dx that one program owns; all of them where a tile of rows holds all of D."""
+    return padded(depth) if depth <= tile.depth else min(padded(depth), 256)
