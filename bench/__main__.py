@@ -1,0 +1,219 @@
+"""``python -m bench``: measures the cases of a preset and writes them as JSON, with a table and two plots made from it.
+
+Cases already in the output file are replaced, others kept: a long run can be taken in pieces (``--rows 4096 8192``).
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from fastsupcon.backends._extension import module as extension
+
+from . import report
+from .contenders import CONTENDERS, PRESETS, Case, absent
+from .measure import PRODUCT, PRODUCT_SIZE, Ended, Worker
+
+ROUNDS = 9  # turns of each contender in each mode
+SLOW, SLOW_ROUNDS = 1.0, 3  # seconds a step; from there on fewer turns
+
+
+def cpu_cases() -> list[Case]:
+    all_cores = os.cpu_count() or 1
+    shapes = [(256, 128), (512, 128), (1024, 128), (4096, 128), (4096, 512), (8192, 128), (16384, 128)]
+    cases = [Case("scl", *shape) for shape in shapes]
+    cases += [Case("scl", 131072, 128, threads=all_cores, only=("cpu",))]
+    cases += [Case("scl", rows, 128, threads=all_cores) for rows in (1024, 4096, 8192)]
+    cases += [Case("scl", rows, 128, dtype="bfloat16") for rows in (1024, 4096, 8192)]
+    return cases + [Case("psc", 1024, 128, prototypes, threads=t) for t in (1, all_cores) for prototypes in (10, 1000, 100_000)]
+
+
+def gpu_cases() -> list[Case]:
+    def case(*shape, **options) -> Case:
+        return Case(*shape, device="cuda", **options)
+
+    shapes = [(256, 128), (1024, 128), (2048, 128), (8192, 128), (16384, 128), (65536, 128), (65536, 512), (65536, 768)]
+    cases = [case("scl", *shape, dtype="bfloat16") for shape in shapes]
+    cases += [case("scl", 1_048_576, 128, dtype="bfloat16", only=("cuda", "triton"))]
+    cases += [case("scl", rows, 128) for rows in (1024, 8192, 65536)]
+    return cases + [case("psc", 8192, 128, prototypes, dtype="bfloat16") for prototypes in (10, 1000, 100_000, 1_000_000)]
+
+
+def quick_cases(device: str) -> list[Case]:
+    return [Case("scl", 512, 128, device=device), Case("scl", 2048, 128, device=device), Case("psc", 512, 128, 1000, device=device)]
+
+
+def main(
+    preset: Literal["auto", "cpu", "gpu"] = "auto",
+    *,
+    quick: bool = False,
+    rows: tuple[int, ...] = (),
+    loss: tuple[Literal["scl", "psc"], ...] = (),
+    dtype: tuple[Literal["float32", "bfloat16", "float16"], ...] = (),
+    threads: tuple[int, ...] = (),
+    contenders: tuple[str, ...] = (),
+    out: Path | None = None,
+) -> None:
+    """Measure the losses against the naive loss and the peers.
+
+    Args:
+        preset: the cases of a CPU or of a GPU; auto: the GPU's where there is one.
+        quick: three small cases, in under a minute.
+        rows: only the cases of these N.
+        loss: only the cases of these losses.
+        dtype: only the cases of these dtypes.
+        threads: only the cases of these numbers of threads.
+        contenders: only these; default: all of the preset.
+        out: the JSON file, added to where it exists; the table and plots are written beside it. Default: runs/bench/<preset>.json.
+    """
+    if unknown := set(contenders) - set(CONTENDERS):
+        raise SystemExit(f"--contenders must be among {', '.join(CONTENDERS)}; got {', '.join(sorted(unknown))}")
+    if preset == "auto":
+        preset = "gpu" if torch.cuda.is_available() else "cpu"
+    if preset == "gpu" and not torch.cuda.is_available():
+        raise SystemExit("--preset gpu needs a CUDA device, and torch sees none")
+    device = "cuda" if preset == "gpu" else "cpu"
+    cases = quick_cases(device) if quick else gpu_cases() if preset == "gpu" else cpu_cases()
+    chosen = (("rows", rows), ("loss", loss), ("dtype", dtype), ("threads", threads))
+    cases = [case for case in cases if all(not values or getattr(case, key) in values for key, values in chosen)]
+    if not cases:
+        raise SystemExit("no case is left: " + ", ".join(f"--{key} {values}" for key, values in chosen if values))
+    out = out or Path("runs/bench") / f"{'quick' if quick else preset}.json"
+    run(cases, contenders or PRESETS[preset], out, rounds=3 if quick else ROUNDS)
+    for path in report.write(out):
+        print(path)
+
+
+def run(cases: list[Case], names: tuple[str, ...], out: Path, rounds: int) -> None:
+    """Measure the cases and merge each, as soon as it is complete, into the JSON file ``out``."""
+    here = machine(cases[0].device)
+    results = json.loads(out.read_text()) if out.exists() else {"machine": here, "cases": []}
+    for key in ("processor", "cores", "device"):
+        if results["machine"][key] != here[key]:
+            raise SystemExit(f"{out} holds figures of another {key}, {results['machine'][key]} and not {here[key]}: name another file")
+    results["machine"] = here
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with tempfile.TemporaryDirectory() as scratch, Progress(*columns, console=Console(stderr=True)) as progress:
+        bar = progress.add_task("", total=len(cases) * (len(names) + rounds))
+        for case in cases:
+            result = run_case(case, names, rounds, Path(scratch), lambda text, done=1: progress.update(bar, description=text, advance=done))
+            kept = [other for other in results["cases"] if other["case"] != result["case"]]
+            results["cases"] = sorted([*kept, result], key=lambda entry: [str(value).rjust(9) for value in entry["case"].values()])
+            report.write_whole(out, json.dumps(results, indent=1, ensure_ascii=False).encode())
+
+
+def run_case(case: Case, names: tuple[str, ...], rounds: int, scratch: Path, step: Callable[..., None]) -> dict:
+    title = report.title(asdict(case))
+    results: dict[str, dict] = {name: {"absent": reason} for name in names if (reason := absent(name, case))}
+    step(title, len(results))
+    workers: dict[str, Worker] = {}
+    try:
+        reference = scratch / f"{case.loss}-{case.rows}-{case.depth}-{case.prototypes}-{case.dtype}.pt"
+        if not reference.exists():  # the same for any number of threads
+            workers["reference"] = Worker(case, "reference", reference)
+            workers["reference"].ask("prepare")
+            workers.pop("reference").stop()
+        for name in (*(name for name in names if name not in results), PRODUCT):  # all at once: importing torch takes the longest
+            workers[name] = Worker(case, name, reference)
+        for name in list(workers):
+            step(f"{title}: {name}", name != PRODUCT)
+            try:
+                results[name] = workers[name].ask("prepare")
+            except Ended as failure:
+                results[name] = {"absent": str(failure)}
+                workers.pop(name).stop()
+        seconds = take_turns(case, workers, results, rounds, lambda: step(title))
+    finally:
+        for worker in workers.values():
+            worker.stop()
+    for name, modes in seconds.items():
+        results[name]["seconds"] = {mode: spread(samples) for mode, samples in modes.items() if samples}
+    product = results.pop(PRODUCT)["seconds"]["product"]
+    rate = {"flops": 2 * PRODUCT_SIZE[case.device] ** 3, "seconds": product}
+    described = {key: value for key, value in asdict(case).items() if key != "only"}
+    floor = {mode: case.flops(mode) for mode in ("forward", "forward+backward")}
+    return {"case": described, **provenance(), "floor_flops": floor, "product": rate, "contenders": results}
+
+
+def take_turns(case: Case, workers: dict[str, Worker], results: dict, rounds: int, step: Callable[[], None]) -> dict[str, dict]:
+    """Seconds by contender and mode. Each round gives every contender one turn in every mode, beginning with another one each time."""
+    modes = ("forward", "forward+backward", *(["graph"] if case.device == "cuda" else []))
+    seconds = {name: {mode: [] for mode in (["product"] if name == PRODUCT else modes)} for name in workers}
+    for turn in range(rounds):
+        step()
+        order = list(workers)
+        for name in order[turn % len(order) :] + order[: turn % len(order)]:
+            for mode, samples in seconds[name].items():
+                if mode in results[name].get("failed", {}) or (turn >= SLOW_ROUNDS and samples and samples[0] > SLOW):
+                    continue
+                time.sleep(0.01)  # the last one's OpenMP threads stop spinning
+                try:
+                    samples += workers[name].ask(mode)
+                except Ended as failure:
+                    results[name].setdefault("failed", {})[mode] = str(failure)
+    return seconds
+
+
+def spread(samples: list[float]) -> dict[str, float]:
+    q1, median, q3 = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3
+    return {"median": median, "q1": q1, "q3": q3, "min": min(samples), "max": max(samples), "samples": len(samples)}
+
+
+def machine(device: str) -> dict:
+    described = {"processor": processor(), "cores": os.cpu_count(), "device": device}
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        described["device"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {properties.multi_processor_count} SMs"
+        query = "driver_version,clocks.max.sm,clocks.sm,power.limit"
+        described["gpu"] = f"{query}: {output('nvidia-smi', f'--query-gpu={query}', '--format=csv,noheader')}; CUDA {torch.version.cuda}"
+    return described
+
+
+def processor() -> str:
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return platform.processor() or platform.machine()
+
+
+def provenance() -> dict:
+    """When, of which commit, and with what a case was measured."""
+    root = Path(__file__).resolve().parent.parent
+    changed = bool(output("git", "-C", str(root), "status", "--porcelain", "-uno", "--", "fastsupcon", "csrc"))
+    packages = {}
+    for name in ("torch", "triton", "fastsupcon", "pytorch-metric-learning", "cut-cross-entropy", "inf-cl"):
+        with suppress(PackageNotFoundError):
+            packages[name] = version(name)
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": (output("git", "-C", str(root), "rev-parse", "--short", "HEAD") or "unknown") + (" with changes" if changed else ""),
+        "versions": {"python": platform.python_version(), **packages},
+        "instruction_set": extension.cpu.instruction_set() if extension else None,
+    }
+
+
+def output(*command: str) -> str:
+    with suppress(OSError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return ""
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,190 @@
+"""What is measured (a case) and who is measured (the contenders).
+
+Each contender is a loss of the same inputs, which it brings to unit length itself, at a temperature of 0.1.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastsupcon import functional
+from fastsupcon.backends import BACKENDS
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+import naive
+
+TEMPERATURE = 0.1
+CLASSES = 8  # labels of the SCL cases
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem. ``only`` restricts it to some contenders."""
+
+    loss: str  # "scl" or "psc"
+    rows: int
+    depth: int
+    prototypes: int = 0
+    dtype: str = "float32"
+    threads: int = 1
+    device: str = "cpu"
+    only: tuple[str, ...] = field(default=(), compare=False)
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        """features [N, D], labels [N], and for PSC prototypes [C, D]. The same bits in every process."""
+        generator = torch.Generator().manual_seed(0)
+
+        def leaf(rows: int) -> Tensor:
+            return torch.randn(rows, self.depth, generator=generator).to(self.device, getattr(torch, self.dtype)).requires_grad_()
+
+        features, prototypes = leaf(self.rows), [leaf(self.prototypes)] if self.prototypes else []
+        return features, torch.arange(self.rows, device=self.device) % (self.prototypes or CLASSES), *prototypes
+
+    def flops(self, mode: str) -> int:
+        """The least a kernel needs that holds no matrix (a multiply-add is 2): the floor of NOTES.md."""
+        if self.loss == "psc":  # every logit once; and once more, with the two products of its gradients
+            return (2 if mode == "forward" else 8) * self.rows * self.prototypes * self.depth
+        square = self.rows**2 * self.depth  # symmetric: the forward computes half of the matrix
+        backward = 3 if self.device == "cpu" else 4  # half the matrix and two products; on a GPU, free of atomics, all of it and one
+        return square if mode == "forward" else (1 + backward) * square
+
+
+Loss = Callable[..., Tensor]  # of Case.inputs()
+
+
+@dataclass(frozen=True)
+class Contender:
+    build: Callable[[Case], Loss]
+    absent: Callable[[Case], str | None] = lambda case: None  # why it cannot run here
+    environment: dict[str, str] = field(default_factory=dict)  # of its process
+    compiles: bool = False  # what its first step at a shape keeps is the compiler's, not the loss's
+    matrices: float = 0  # N x N (N x C) matrices of the rows' dtype alive at the peak, as measured; decides only whether it fits
+    another_loss: str | None = None  # why its value cannot be checked against the case's loss
+
+
+def _naive(case: Case) -> Loss:
+    return partial(naive.supcon_loss if case.loss == "scl" else naive.psc_loss, temperature=TEMPERATURE, normalize=True)
+
+
+def _ours(backend: str) -> Contender:
+    def build(case: Case) -> Loss:
+        loss = functional.supcon_loss if case.loss == "scl" else functional.psc_loss
+        return partial(loss, temperature=TEMPERATURE, normalize=True, backend=backend)
+
+    return Contender(build, lambda case: BACKENDS[backend].unusable(torch.device(case.device), getattr(torch, case.dtype), case.depth))
+
+
+def _metric_learning(case: Case) -> Loss:
+    from pytorch_metric_learning.losses import SupConLoss
+
+    return SupConLoss(temperature=TEMPERATURE)
+
+
+def _from_lse(lse: Callable[[Tensor], Tensor]) -> Loss:
+    """SCL from another project's log-sum-exp over j != i and class sums: how its kernel would serve this loss."""
+
+    def loss(features: Tensor, labels: Tensor) -> Tensor:
+        z = naive.unit(features)
+        sums = torch.zeros(CLASSES, z.shape[1], device=z.device).index_add(0, labels, z.float())
+        count = torch.bincount(labels, minlength=CLASSES)[labels] - 1
+        positives = (z * (sums[labels] - z)).sum(1) / count
+        return (lse(z) - positives / TEMPERATURE).mean()
+
+    return loss
+
+
+def _flex_attention(case: Case) -> Loss:
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+    attention = torch.compile(flex_attention) if case.device == "cuda" else flex_attention
+
+    def lse(z: Tensor) -> Tensor:
+        def others(score, batch, head, row, column):
+            return torch.where(row == column, -torch.inf, score)
+
+        rows = z[None, None]
+        values = rows[..., :16].detach()  # the narrowest it takes: only the log-sum-exp is asked for
+        _, aux = attention(rows, rows, values, score_mod=others, scale=1 / TEMPERATURE, return_aux=AuxRequest(lse=True))
+        return aux.lse[0, 0]
+
+    return _from_lse(lse)
+
+
+def _cut_cross_entropy(case: Case) -> Loss:
+    from cut_cross_entropy import linear_cross_entropy
+
+    def lse(z: Tensor) -> Tensor:
+        itself = (z * z).sum(1).float() / TEMPERATURE
+        rows = z * TEMPERATURE**-0.5
+        cross_entropy = linear_cross_entropy(rows, rows, torch.arange(len(z), device=z.device), reduction="none", filter_eps=None)
+        return cross_entropy + itself + torch.log1p(-torch.exp(-cross_entropy))  # the self pair leaves the sum afterwards
+
+    return _from_lse(lse)
+
+
+def _inf_cl(case: Case) -> Loss:
+    from inf_cl import cal_inf_loss
+
+    def loss(features: Tensor, labels: Tensor) -> Tensor:
+        z = naive.unit(features)
+        return cal_inf_loss(z / TEMPERATURE, z, head_dim=min(case.depth, 256))
+
+    return loss
+
+
+def _needs(package: str) -> Callable[[Case], str | None]:
+    def absent(case: Case) -> str | None:
+        if case.loss != "scl":
+            return "serves SCL alone"
+        return None if importlib.util.find_spec(package) else f"{package} is not installed"
+
+    return absent
+
+
+CONTENDERS: dict[str, Contender] = {
+    "naive": Contender(_naive, matrices=9),
+    "naive, warm heap": Contender(  # glibc keeps freed matrices, so that their pages are not faulted in anew at every step
+        _naive,
+        lambda case: None if sys.platform == "linux" else "concerns glibc's heap",
+        {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_TOP_PAD_": str(64 << 20)},
+        matrices=9,
+    ),
+    "torch.compile": Contender(lambda case: torch.compile(_naive(case), dynamic=False), compiles=True, matrices=3),
+    "pytorch-metric-learning": Contender(_metric_learning, _needs("pytorch_metric_learning"), matrices=13),
+    "FlexAttention": Contender(_flex_attention, _needs("torch"), compiles=True),
+    "cut-cross-entropy": Contender(_cut_cross_entropy, _needs("cut_cross_entropy")),
+    "inf-cl": Contender(_inf_cl, _needs("inf_cl"), another_loss="InfoNCE with one positive, which stays in the sum"),
+    "chunked": _ours("chunked"),
+    "cpu": _ours("cpu"),
+    "triton": _ours("triton"),
+    "cuda": _ours("cuda"),
+}
+PRESETS = {
+    "cpu": ("naive", "naive, warm heap", "torch.compile", "pytorch-metric-learning", "chunked", "cpu"),
+    "gpu": (
+        "naive", "torch.compile", "pytorch-metric-learning", "FlexAttention", "cut-cross-entropy", "inf-cl", "chunked", "triton", "cuda",
+    ),
+}  # fmt: skip
+
+
+def absent(name: str, case: Case) -> str | None:
+    """Why this contender has no part in this case, or None."""
+    contender = CONTENDERS[name]
+    if case.only and name not in case.only:
+        return "not asked for at this size"
+    if reason := contender.absent(case):
+        return reason
+    if case.device == "cpu" and hasattr(os, "sysconf"):
+        need = contender.matrices * case.rows * (case.prototypes or case.rows) * getattr(torch, case.dtype).itemsize
+        if need > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2:
+            return f"needs about {need / 2**30:.0f} GiB, more than half of this machine's memory"
+    return None

@@ -1,0 +1,235 @@
+"""One contender of one case in one process of its own: peak memory, errors against float64, then timed runs whenever the parent asks.
+
+So every contender is measured in a fresh process with the environment it needs, speed and memory share one setup, and the parent
+interleaves the contenders' runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .contenders import CONTENDERS, TEMPERATURE, Case, Loss, naive
+
+PRODUCT = "torch.mm"  # beside the contenders, a plain matrix product: the rate of this machine at this moment
+PRODUCT_SIZE = {"cpu": 1024, "cuda": 8192}
+NAIVE_ROWS = 4096  # up to here the reference is the naive loss in float64,
+CHUNKED_ROWS = {"cpu": 16384, "cuda": 65536}  # to here the chunked backend in float64,
+ANCHORS = 256  # and above naive again, for so many of the rows
+TURN = {"cpu": 0.1, "cuda": 0.02}  # seconds of runs a contender makes when its turn comes, at least one
+
+
+# ---------------------------------------------------------------------------------------------------------------- what a process does
+
+
+def serve(case: Case, name: str, reference: Path, pipe: Connection) -> None:
+    """Answer each request ("prepare" or a mode) with ("ok", answer) or ("failed", reason)."""
+    torch.set_num_threads(case.threads)
+    steps: dict[str, Callable[[], object]] = {}
+    while (request := pipe.recv()) != "stop":
+        try:
+            if request != "prepare":
+                answer = timed(steps[request], case.device)
+            elif name == PRODUCT:
+                steps, answer = {"product": product_step(case)}, {}
+            elif name == "reference":
+                answer = torch.save(float64_reference(case), reference)
+            else:
+                steps, answer = prepare(case, name, torch.load(reference))
+            pipe.send(("ok", answer))
+        except Exception as error:  # a contender that fails is a result
+            pipe.send(("failed", f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"[:200]))
+
+
+def prepare(case: Case, name: str, reference: list[Tensor]) -> tuple[dict[str, Callable[[], object]], dict]:
+    contender = CONTENDERS[name]
+    loss = contender.build(case)
+    inputs = case.inputs()
+    leaves = [tensor for tensor in inputs if tensor.requires_grad]
+
+    def forward() -> Tensor:
+        return loss(*inputs)
+
+    def both() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss(*inputs), leaves)
+
+    if contender.compiles:
+        both()
+    else:  # loads libraries, but leaves nothing of this size behind
+        small = Case(case.loss, 32, case.depth, min(case.prototypes, 32), case.dtype, device=case.device).inputs()
+        loss(*small).backward()
+        del small
+    answer = {"extra_bytes": extra_bytes(both, case.device)}
+    if contender.another_loss:
+        answer["unchecked"] = contender.another_loss
+    else:
+        answer |= errors(case, loss, reference)
+    steps = {"forward": forward, "forward+backward": both}
+    if case.device == "cuda":
+        try:
+            steps["graph"] = captured(both)
+        except RuntimeError as error:
+            answer["failed"] = {"graph": str(error).splitlines()[0][:200]}
+    return steps, answer
+
+
+def product_step(case: Case) -> Callable[[], object]:
+    size = PRODUCT_SIZE[case.device]
+    a = torch.randn(size, size, device=case.device).to(getattr(torch, case.dtype))
+    out = torch.empty_like(a)
+    return lambda: torch.mm(a, a.T, out=out)
+
+
+def captured(step: Callable[[], object]) -> Callable[[], object]:
+    """The step as a CUDA graph: what it costs without the host."""
+    graph = torch.cuda.CUDAGraph()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+# ------------------------------------------------------------------------------------------------------------------------------- time
+
+
+def timed(step: Callable[[], object], device: str) -> list[float]:
+    """Seconds of each of the runs in one turn."""
+    seconds = []
+    while sum(seconds) < TURN[device]:
+        if device == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            start.record()
+            step()
+            end.record()
+            torch.cuda.synchronize()
+            seconds.append(start.elapsed_time(end) / 1000)
+        else:
+            start = time.perf_counter()
+            step()
+            seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+# ----------------------------------------------------------------------------------------------------------------------------- memory
+
+
+def extra_bytes(step: Callable[[], object], device: str) -> int | None:
+    """Peak of one step over what was there before it (the inputs), its gradients included; on the CPU by the kernel's high-water mark."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    if sys.platform != "linux":
+        return None
+    with contextlib.suppress(OSError, AttributeError):  # glibc: free pages go back, or the step would reuse them unseen
+        ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = _status("VmRSS")
+    step()
+    return max(_status("VmHWM") - before, 0)
+
+
+def _status(key: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+# ------------------------------------------------------------------------------------------------------------------------- correctness
+
+
+def float64_reference(case: Case) -> list[Tensor]:
+    """Loss and gradients in float64 of the inputs as they are after rounding to the case's dtype."""
+    features, labels, *prototypes = (tensor.detach().double() if tensor.is_floating_point() else tensor for tensor in case.inputs())
+    leaves = [tensor.requires_grad_() for tensor in (features, *prototypes)]
+    if case.loss == "psc":
+        loss = naive.psc_loss(features, labels, *prototypes, temperature=TEMPERATURE)
+    elif case.rows <= NAIVE_ROWS:
+        loss = naive.supcon_loss(features, labels, temperature=TEMPERATURE, normalize=True)
+    elif case.rows <= CHUNKED_ROWS[case.device]:
+        loss = CONTENDERS["chunked"].build(case)(features, labels)
+    else:  # the first ANCHORS rows against all: as the first views of as many samples, which the labels' period allows
+        views = features.unflatten(0, (-1, ANCHORS)).transpose(0, 1)
+        options = {"contrast_mode": "one", "reduction": "sum", "normalize": True}
+        loss = naive.supcon_loss(views, labels[:ANCHORS], temperature=TEMPERATURE, **options)
+    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+def errors(case: Case, loss: Loss, reference: list[Tensor]) -> dict[str, float]:
+    """|L - L64| / |L64|, and the largest |dX - dX64| / |dX64| (Frobenius) over the leaves."""
+    inputs = case.inputs()
+    if case.loss == "scl" and case.rows > CHUNKED_ROWS[case.device]:
+        value = loss(*inputs, reduction="none")[:ANCHORS].sum()
+    else:
+        value = loss(*inputs)
+    found = [value, *torch.autograd.grad(value, [tensor for tensor in inputs if tensor.requires_grad])]
+    value_error, *gradient_errors = (
+        float((x.detach().double() - exact).norm() / exact.norm()) for x, exact in zip(found, reference, strict=True)
+    )
+    return {"value_error": value_error, "gradient_error": max(gradient_errors)}
+
+
+# -------------------------------------------------------------------------------------------------------------- the parent's end of it
+
+
+class Ended(RuntimeError):
+    """The worker failed at what it was asked, or its process ended."""
+
+
+class Worker:
+    """A process that runs :func:`serve`."""
+
+    def __init__(self, case: Case, name: str, reference: Path) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=serve, args=(case, name, reference, other), daemon=True)
+        environment = {"OMP_NUM_THREADS": str(case.threads), **(CONTENDERS[name].environment if name in CONTENDERS else {})}
+        with _environment(environment):
+            self.process.start()
+        other.close()
+
+    def ask(self, request: str):
+        try:
+            self.pipe.send(request)
+            status, answer = self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            raise Ended(f"its process ended with exit code {self.process.exitcode} (killed for memory?)") from None
+        if status == "failed":
+            raise Ended(answer)
+        return answer
+
+    def stop(self) -> None:
+        with contextlib.suppress(OSError):
+            self.pipe.send("stop")
+        self.process.join()
+        self.pipe.close()
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    before = os.environ.copy()
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)

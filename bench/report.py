@@ -1,0 +1,244 @@
+"""The tables and the two plots, from the JSON that ``python -m bench`` wrote: ``python -m bench.report FILE``."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import tyro
+
+COLOURS = {
+    "naive": "#c0392b",
+    "naive, warm heap": "#e67e22",
+    "torch.compile": "#8e44ad",
+    "pytorch-metric-learning": "#b7950b",
+    "FlexAttention": "#7f8c8d",
+    "cut-cross-entropy": "#5d6d7e",
+    "inf-cl": "#aab7b8",
+    "chunked": "#5dade2",
+    "cpu": "#1e8449",
+    "triton": "#1e8449",
+    "cuda": "#1b4f72",
+}
+OURS = ("cuda", "triton", "cpu")  # fastest first: the one the others are compared with
+BOTH = "forward+backward"
+
+
+def title(case: dict) -> str:
+    prototypes = f", C = {case['prototypes']:,}" if case["prototypes"] else ""
+    threads = f", {case['threads']} thread{'s' * (case['threads'] > 1)}" if case["device"] == "cpu" else ""
+    return f"{case['loss'].upper()} {case['rows']:,} × {case['depth']}{prototypes}, {case['dtype']}{threads}"
+
+
+def of(entry: dict, name: str) -> dict:
+    return entry["contenders"].get(name, {})
+
+
+def median(entry: dict, name: str, mode: str = BOTH) -> float | None:
+    return of(entry, name).get("seconds", {}).get(mode, {}).get("median")
+
+
+def floor_seconds(entry: dict, mode: str = BOTH) -> float:
+    """The floor's flops at the rate of torch.mm in the same run."""
+    product = entry["product"]
+    return entry["floor_flops"][BOTH if mode == "graph" else mode] * product["seconds"]["median"] / product["flops"]
+
+
+def ours(entry: dict) -> str | None:
+    return next((name for name in OURS if median(entry, name)), None)
+
+
+# ----------------------------------------------------------------------------------------------------------------------------- tables
+
+
+def milliseconds(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{seconds * 1000:.3g}" if seconds < 1 else f"{seconds * 1000:,.0f}"
+
+
+def mebibytes(size: float | None) -> str:
+    return "–" if size is None else f"{size / 2**20:.1f}" if size < 100 * 2**20 else f"{size / 2**20:,.0f}"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, [":--"] + ["--:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def tables(results: dict) -> str:
+    """Markdown: in short, then times, ratios, memory, errors, and who was absent why."""
+    entries = results["cases"]
+    names = [name for name in COLOURS if any(median(entry, name, "forward") for entry in entries)]
+    peers = [name for name in names if name not in OURS]
+    parts = [heading(results), "## In short: forward + backward\n\n" + summary(entries)]
+    for mode in (BOTH, "forward", "graph"):
+        timed = [entry for entry in entries if any(median(entry, name, mode) for name in names)]
+        if not timed:
+            continue
+        spoken = {"graph": f"{BOTH} replayed as a CUDA graph"}.get(mode, mode)
+        rows = [
+            [title(e["case"]), milliseconds(floor_seconds(e, mode)), *(milliseconds(median(e, name, mode)) for name in names)]
+            for e in timed
+        ]
+        parts.append(f"## Time, {spoken}: medians in ms\n\n{table(['case', 'floor', *names], rows)}")
+        rows = [ratio_row(entry, peers, mode) for entry in timed if ours(entry)]
+        if rows:
+            header = ["case", "ours", "quartiles, ms", "% of the floor's rate", *peers]
+            parts.append(f"## Time, {spoken}: how many times longer the others take\n\n{table(header, rows)}")
+    rows = [
+        [title(e["case"]), mebibytes(gradient_bytes(e)), *(mebibytes(of(e, name).get("extra_bytes")) for name in names)] for e in entries
+    ]
+    parts.append(f"## Peak memory over the inputs, {BOTH}: MiB\n\n{table(['case', 'the gradients alone', *names], rows)}")
+    rows = [[title(entry["case"]), *(errors(of(entry, name)) for name in names)] for entry in entries]
+    parts.append(f"## Relative errors against float64: of the loss, of the gradients\n\n{table(['case', *names], rows)}")
+    return "\n\n".join([*parts, "## Absent\n\n" + absences(entries)]) + "\n"
+
+
+def summary(entries: list[dict]) -> str:
+    header = ["case", "naive, ms", "torch.compile, ms", "ours, ms", "× naive", "× torch.compile", "% of the floor's rate"]
+    header += ["naive, MiB", "ours, MiB"]
+    rows = []
+    for entry in entries:
+        mine = ours(entry)
+        if mine is None:
+            continue
+        times = [median(entry, name) for name in ("naive", "torch.compile", mine)]
+        memory = [mebibytes(of(entry, name).get("extra_bytes")) for name in ("naive", mine)]
+        ratios = [times_longer(time, times[-1]) for time in times[:-1]]
+        percent = f"{100 * floor_seconds(entry) / times[-1]:.0f}"
+        rows.append([title(entry["case"]), *(milliseconds(time) for time in times), *ratios, percent, *memory])
+    return table(header, rows)
+
+
+def ratio_row(entry: dict, peers: list[str], mode: str) -> list[str]:
+    mine = ours(entry)
+    spread = of(entry, mine)["seconds"][mode]
+    quartiles = f"{milliseconds(spread['median'])} ({milliseconds(spread['q1'])}–{milliseconds(spread['q3'])})"
+    percent = f"{100 * floor_seconds(entry, mode) / spread['median']:.0f}"
+    return [title(entry["case"]), mine, quartiles, percent, *(times_longer(median(entry, name, mode), spread["median"]) for name in peers)]
+
+
+def times_longer(other: float | None, best: float) -> str:
+    return "–" if other is None else f"{other / best:.2f}"
+
+
+def absences(entries: list[dict]) -> str:
+    missing: dict[str, list[str]] = {}
+    for entry in entries:
+        for name, found in entry["contenders"].items():
+            for mode, reason in (found.get("failed", {}) | ({"": found["absent"]} if "absent" in found else {})).items():
+                missing.setdefault(f"{name}{mode and ', ' + mode}: {reason}", []).append(title(entry["case"]))
+    return "\n".join(f"- {what} ({'every case' if len(where) == len(entries) else '; '.join(where)})" for what, where in missing.items())
+
+
+def heading(results: dict) -> str:
+    machine, entries = results["machine"], results["cases"]
+    runs = sorted({f"commit {e['commit']}, {e['date'][:10]}" for e in entries})
+    versions = sorted({", ".join(f"{name} {number}" for name, number in e["versions"].items()) for e in entries})
+    rates = {}
+    for entry in entries:
+        key = entry["case"]["dtype"], entry["case"]["threads"]
+        rates.setdefault(key, []).append(entry["product"]["flops"] / entry["product"]["seconds"]["median"])
+    spoken = [f"{dtype}, {threads} thread(s): {min(r) / 1e9:,.0f}–{max(r) / 1e9:,.0f} GF/s" for (dtype, threads), r in rates.items()]
+    sets = sorted({entry["instruction_set"] for entry in entries if entry["instruction_set"]})
+    return (
+        f"{machine['processor']}, {machine['cores']} cores; device {machine['device']}. {'; '.join(versions)}. {'; '.join(runs)}."
+        f"{' Instruction set in use: ' + ', '.join(sets) + '.' if sets else ''}\n\ntorch.mm, the rate of the floor: {'; '.join(spoken)}."
+    )
+
+
+def gradient_bytes(entry: dict) -> int:
+    case = entry["case"]
+    return (case["rows"] + case["prototypes"]) * case["depth"] * (4 if case["dtype"] == "float32" else 2)
+
+
+def errors(found: dict) -> str:
+    if "unchecked" in found:
+        return f"not checked: {found['unchecked']}"
+    return f"{found['value_error']:.0e}, {found['gradient_error']:.1e}" if "value_error" in found else "–"
+
+
+# ------------------------------------------------------------------------------------------------------------------------------ plots
+
+
+def plot(results: dict, value, label: str, floor, floor_label: str) -> bytes | None:
+    """One quantity over N, both axes logarithmic: SCL at D = 128, on one thread or the GPU, in the dtype with most cases."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    entries = [e for e in results["cases"] if e["case"]["loss"] == "scl" and e["case"]["depth"] == 128]
+    dtypes = [e["case"]["dtype"] for e in entries]
+    entries = [e for e in entries if e["case"]["dtype"] == max(dtypes, key=dtypes.count)]
+    single = [e for e in entries if e["case"]["threads"] == 1]
+    if not single:
+        return None
+    figure, axes = plt.subplots(figsize=(6.4, 4.4), dpi=120, layout="constrained")
+    for name, colour in COLOURS.items():
+        points = sorted((e["case"]["rows"], found) for e in single if (found := value(e, name)))
+        if points:
+            axes.plot(*zip(*points, strict=True), "o-", ms=4, lw=2 if name in OURS else 1.2, color=colour, label=name)
+    rows = sorted(single, key=lambda e: e["case"]["rows"])
+    axes.plot([e["case"]["rows"] for e in rows], [floor(e) for e in rows], "k--", lw=1, label=floor_label)
+    where = results["machine"]["processor"] + ", 1 thread" if single[0]["case"]["device"] == "cpu" else results["machine"]["device"]
+    axes.set(xscale="log", yscale="log", xlabel="rows N", ylabel=label)
+    axes.set_xticks([e["case"]["rows"] for e in rows], [f"{e['case']['rows']:,}" for e in rows])
+    axes.minorticks_off()
+    axes.set_title(f"SCL, D = 128, {single[0]['case']['dtype']}, {BOTH}\n{where}", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, frameon=False)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    plt.close(figure)
+    return picture.getvalue()
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """The file is the new one or the old one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        try:
+            file.write(content)
+            file.close()
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def write(results_path: Path) -> list[Path]:
+    """The table and the plots, beside the JSON."""
+    results = json.loads(results_path.read_text())
+    time = plot(results, median, "seconds", floor_seconds, "floor at torch.mm's rate")
+    memory = plot(
+        results,
+        lambda entry, name: of(entry, name).get("extra_bytes"),
+        "peak bytes over the inputs",
+        gradient_bytes,
+        "the gradient alone",
+    )
+    written = {results_path.with_suffix(".md"): tables(results).encode()}
+    for kind, picture in (("time", time), ("memory", memory)):
+        if picture:
+            written[results_path.with_name(f"{results_path.stem}-{kind}.png")] = picture
+    for path, content in written.items():
+        write_whole(path, content)
+    return [results_path, *written]
+
+
+def main(results: tyro.conf.Positional[Path]) -> None:
+    """Remake the table and the plots beside a JSON file of results.
+
+    Args:
+        results: what ``python -m bench --out`` wrote.
+    """
+    for path in write(results):
+        print(path)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
