@@ -172,8 +172,8 @@ def resolve(config: Config) -> Config:
         classifier_batch=config.classifier_batch or config.batch,
         eval_every=config.eval_every or max(1, config.epochs // 10),
     )
-    positive = ("epochs", "batch", "classifier_batch", "seeds", "eval_every", "log_every", "temperature", "lr", "width", "hidden", "embedding")
-    for name in positive:
+    positive = ("epochs", "batch", "classifier_batch", "lr", "temperature", "width", "hidden", "embedding", "seeds", "eval_every")
+    for name in (*positive, "log_every", "prototypes_per_class", "image_size"):
         if not getattr(config, name) > 0:
             raise ValueError(f"{name} must be positive, got {getattr(config, name)}")
     for name in ("warmup", "switch_at", "grayscale", "zoom", "validation"):
