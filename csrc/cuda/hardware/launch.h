@@ -1,0 +1,72 @@
+// The CUDA runtime, as little of it as the kernels need: every call checked, errors as exceptions that name the kernel and its shape.
+// tests/cuda_emulation/hardware/launch.h puts the same names over the emulator.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "../where.h"
+
+namespace fastsupcon::cuda {
+
+struct Grid {
+  std::int64_t x;
+  int y = 1, z = 1;
+};
+
+inline void check(cudaError_t status, const std::string& what) {
+  if (status != cudaSuccess) {
+    throw std::runtime_error("fastsupcon CUDA: " + what + ": " + cudaGetErrorName(status) + ", " + cudaGetErrorString(status));
+  }
+}
+
+struct Device {
+  int multiprocessors, capability;  // 90 is sm_90
+};
+
+inline Device device_info(int device) {
+  static std::array<std::atomic<int>, 64> known{};  // multiprocessors · 1000 + capability; 0 is not yet asked
+  if (device < 0 || device >= static_cast<int>(known.size())) throw std::runtime_error("fastsupcon CUDA: device " + std::to_string(device));
+  int packed = known[device].load(std::memory_order_relaxed);
+  if (packed == 0) {
+    int multiprocessors, major, minor;
+    const std::string what = "attributes of device " + std::to_string(device);
+    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), what);
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), what);
+    check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), what);
+    packed = multiprocessors * 1000 + major * 10 + minor;
+    known[device].store(packed, std::memory_order_relaxed);
+  }
+  return {packed / 1000, packed % 1000};
+}
+
+// This library has its own copy of the runtime; the caller's current device is made its own, once per call into the library.
+inline void enter(const Where& where) { check(cudaSetDevice(where.device), "device " + std::to_string(where.device)); }
+
+// `shape()` words the sizes; it is asked only when something failed.
+template <class Kernel, class Shape, class... A>
+void launch(const char* name, const Shape& shape, Kernel* kernel, Grid grid, int threads, int shared_bytes, const Where& where,
+            const A&... arguments) {
+  const auto described = [&] {
+    return std::string(name) + " (" + shape() + ", grid " + std::to_string(grid.x) + " × " + std::to_string(grid.y) + " × " +
+           std::to_string(grid.z) + ", " + std::to_string(shared_bytes) + " bytes of shared memory)";
+  };
+  if (grid.x > 0x7fffffff || grid.y > 0xffff || grid.z > 0xffff) throw std::runtime_error("fastsupcon CUDA: grid too large: " + described());
+  if (shared_bytes > 48 * 1024) {
+    const cudaError_t status =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (status != cudaSuccess) check(status, described());
+  }
+  const dim3 blocks(static_cast<unsigned>(grid.x), grid.y, grid.z);
+  kernel<<<blocks, threads, shared_bytes, static_cast<cudaStream_t>(where.stream)>>>(arguments...);
+  const cudaError_t status = cudaGetLastError();
+  if (status != cudaSuccess) check(status, described());
+}
+
+}  // namespace fastsupcon::cuda

@@ -1,0 +1,35 @@
+// Where elements live: the swizzled panels of shared memory and the fragments of the tensor cores. Pure index maps, tested on the host.
+//
+// A panel is ROWS rows of 128 bytes (64 half or 32 single elements: a slice of the depth). Its eight 16-byte chunks are permuted by the
+// row, chunk ^= row % 8: the image TMA writes with CU_TENSOR_MAP_SWIZZLE_128B, which wgmma reads, and in which ldmatrix has no bank
+// conflicts either way (eight rows of one chunk lie in eight different chunks). Both kernel families share it.
+#pragma once
+
+#include <hardware/ptx.h>
+
+namespace fastsupcon::cuda {
+
+constexpr int kPanelBytes = 128;  // of one row
+constexpr int kChunkBytes = 16;
+constexpr int kChunks = kPanelBytes / kChunkBytes;
+
+__host__ __device__ constexpr int panel_offset(int row, int chunk) { return row * kPanelBytes + ((chunk ^ (row % 8)) * kChunkBytes); }
+
+// Accumulator fragment of mma.m16n8 and of each 16 rows × 8 columns of wgmma: element e of lane l.
+__host__ __device__ constexpr int accumulator_row(int lane, int element) { return lane / 4 + (element / 2) * 8; }
+__host__ __device__ constexpr int accumulator_column(int lane, int element) { return 2 * (lane % 4) + element % 2; }
+
+// Which row and chunk lane l names to ldmatrix.x4.
+//   rows:       A fragment of 16 rows × 32 bytes             (matrices: rows 0-7, rows 8-15, then the next chunk)
+//   columns:    B fragments of two 8-column tiles × 32 bytes (matrices: chunk 0, chunk 1 of columns 0-7, then of columns 8-15)
+//   transposed: B fragments of 16 tile rows × two chunks, for the product that sums over the tile's rows
+struct MatrixRow {
+  int row, chunk;
+};
+__host__ __device__ constexpr MatrixRow fragment_rows(int lane) { return {lane % 16, lane / 16}; }
+__host__ __device__ constexpr MatrixRow fragment_columns(int lane) { return {lane % 8 + (lane / 16) * 8, (lane / 8) % 2}; }
+__host__ __device__ constexpr MatrixRow fragment_transposed(int lane) { return {lane % 16, lane / 16}; }
+
+__host__ __device__ constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace fastsupcon::cuda

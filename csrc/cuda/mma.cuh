@@ -1,0 +1,460 @@
+// The kernels for sm_80 and every newer GPU: mma.sync fed by ldmatrix from panels that cp.async fills. Any depth, any alignment.
+//
+// A block owns ROWS = 4 warps · M_TILES · 16 rows x and visits tiles of 64 rows y; each warp forms the logits of its own rows with the whole
+// tile, so nothing but the panels is shared and one barrier per step is enough. Depth in panels of 128 bytes:
+//   PANELS 1, 2, 4: x stays in shared memory, tiles of y are double-buffered.
+//   PANELS 0: any number of panels. Panels of x and y come through a ring of four stages; the backward's grid.z says which four panels of
+//             the result a block sums (registers hold no more), and the logits are recomputed for each.
+#pragma once
+
+#include "pairs.cuh"
+
+namespace fastsupcon::cuda {
+
+constexpr int kMmaThreads = 128;
+constexpr int kMmaColumns = 64;   // of a tile
+constexpr int kRing = 4;          // stages of the ring, PANELS = 0
+constexpr int kOutPanels = 4;     // of the result that one block sums, PANELS = 0
+
+template <Product PRODUCT>
+constexpr int kElementBytes = PRODUCT == Product::f16 || PRODUCT == Product::bf16 ? 2 : 4;
+
+template <Product PRODUCT, int PANELS, bool BACKWARD>
+struct MmaShape {
+  // Registers decide, 255 of a thread: a backward of 32 rows × 128 columns (128 accumulators, 64 logits) spilled 264 bytes.
+  static constexpr int m_tiles = kElementBytes<PRODUCT> == 2 && (PANELS == 1 || (PANELS == 2 && !BACKWARD)) ? 2 : 1;
+  static constexpr int rows = 4 * 16 * m_tiles;
+  static constexpr int out_panels = PANELS ? PANELS : kOutPanels;
+  static constexpr int panel_columns = kPanelBytes / kElementBytes<PRODUCT>;
+  static constexpr int stages = PANELS ? 2 : kRing;
+  static constexpr int x_bytes = rows * kPanelBytes * (PANELS ? PANELS : kRing);
+  static constexpr int y_bytes = kMmaColumns * kPanelBytes * (PANELS ? 2 * PANELS : kRing);
+  static constexpr int terms_at = x_bytes + y_bytes;
+  static constexpr int keys_at = terms_at + 2 * kMmaColumns * static_cast<int>(sizeof(Terms));
+  static constexpr int row_terms_at = keys_at + 2 * kMmaColumns * static_cast<int>(sizeof(std::int64_t));
+  static constexpr int row_keys_at = row_terms_at + rows * static_cast<int>(sizeof(Terms));
+  static constexpr int shared_bytes = row_keys_at + rows * static_cast<int>(sizeof(std::int64_t));
+  static_assert(shared_bytes <= 99 * 1024, "the smallest GPU of this generation gives a block 99 KiB");
+};
+
+// ---- Shared memory in -----------------------------------------------------------------------------------------------------------
+
+// 16 bytes of row `row` from byte `column` on, element by element: rows that do not start at multiples of 16 bytes.
+template <int BYTES>
+FASTSUPCON_DEVICE void gather_16_bytes(ptx::Address to, const Side& side, std::int64_t row, std::int64_t column, std::int64_t row_bytes) {
+  std::uint32_t words[4] = {0, 0, 0, 0};
+  const auto* bytes = static_cast<const unsigned char*>(side.rows) + row * row_bytes + column;
+  if (row < side.count) {
+#pragma unroll
+    for (int i = 0; i < 16; i += BYTES) {
+      if (column + i >= row_bytes) continue;
+      if constexpr (BYTES == 4) words[i / 4] = *reinterpret_cast<const std::uint32_t*>(bytes + i);
+      else words[i / 4] |= static_cast<std::uint32_t>(*reinterpret_cast<const std::uint16_t*>(bytes + i)) << (8 * (i % 4));
+    }
+  }
+  ptx::store_16_bytes(to, words);
+}
+
+template <int BYTES, int ROWS>
+FASTSUPCON_DEVICE void load_panel(ptx::Address panel, const Work& work, const Side& side, std::int64_t first_row, int panel_index) {
+  const std::int64_t row_bytes = work.depth * BYTES;
+#pragma unroll
+  for (int i = 0; i < ROWS * kChunks / kMmaThreads; ++i) {
+    const int place = ptx::thread() + i * kMmaThreads;
+    const int row = place / kChunks, chunk = place % kChunks;
+    const std::int64_t column = static_cast<std::int64_t>(panel_index) * kPanelBytes + chunk * kChunkBytes;
+    const ptx::Address to = panel + panel_offset(row, chunk);
+    if (work.aligned) {
+      const bool valid = first_row + row < side.count && column < row_bytes;
+      const auto* from = static_cast<const unsigned char*>(side.rows) + (valid ? (first_row + row) * row_bytes + column : 0);
+      ptx::copy_async_16_bytes(to, from, valid);
+    } else {
+      gather_16_bytes<BYTES>(to, side, first_row + row, column, row_bytes);
+    }
+  }
+}
+
+// ---- Products -------------------------------------------------------------------------------------------------------------------
+
+// Operands of one mma: 32 bits per register; for f32 also what rounding to tf32 left, so that three products give single precision.
+template <Product PRODUCT, int N>
+struct Operand {
+  std::uint32_t high[N];
+};
+template <int N>
+struct Operand<Product::f32, N> {
+  std::uint32_t high[N], low[N];
+};
+
+template <Product PRODUCT, int N>
+FASTSUPCON_DEVICE Operand<PRODUCT, N> operand(const std::uint32_t (&raw)[N]) {
+  Operand<PRODUCT, N> result;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if constexpr (kElementBytes<PRODUCT> == 2) {
+      result.high[i] = raw[i];
+    } else {
+      result.high[i] = ptx::round_to_tf32(ptx::from_bits(raw[i]));
+      if constexpr (PRODUCT == Product::f32) result.low[i] = ptx::round_to_tf32(ptx::from_bits(raw[i]) - ptx::from_bits(result.high[i]));
+    }
+  }
+  return result;
+}
+
+template <Product PRODUCT, int N>
+FASTSUPCON_DEVICE void multiply_add(float (&d)[4], const Operand<PRODUCT, 4>& a, const Operand<PRODUCT, N>& b, int first) {
+  if constexpr (PRODUCT == Product::f16) {
+    ptx::mma_f16(d, a.high, b.high[first], b.high[first + 1]);
+  } else if constexpr (PRODUCT == Product::bf16) {
+    ptx::mma_bf16(d, a.high, b.high[first], b.high[first + 1]);
+  } else {
+    if constexpr (PRODUCT == Product::f32) {  // small terms first
+      ptx::mma_tf32(d, a.low, b.high[first], b.high[first + 1]);
+      ptx::mma_tf32(d, a.high, b.low[first], b.low[first + 1]);
+    }
+    ptx::mma_tf32(d, a.high, b.high[first], b.high[first + 1]);
+  }
+}
+
+// s += x yᵀ over one panel of the depth.
+template <Product PRODUCT, int M_TILES>
+FASTSUPCON_DEVICE void add_logits_of_panel(float (&s)[M_TILES][kMmaColumns / 8][4], ptx::Address x_panel, ptx::Address y_panel, int first_row,
+                                           int lane) {
+  const MatrixRow x_at = fragment_rows(lane), y_at = fragment_columns(lane);
+#pragma unroll
+  for (int step = 0; step < kChunks / 2; ++step) {  // 32 bytes of depth
+    Operand<PRODUCT, 4> x[M_TILES];
+#pragma unroll
+    for (int m = 0; m < M_TILES; ++m) {
+      std::uint32_t raw[4];
+      ptx::load_matrices(raw, x_panel + panel_offset(first_row + 16 * m + x_at.row, 2 * step + x_at.chunk));
+      x[m] = operand<PRODUCT>(raw);
+    }
+#pragma unroll
+    for (int j = 0; j < kMmaColumns / 8; j += 2) {
+      std::uint32_t raw[4];
+      ptx::load_matrices(raw, y_panel + panel_offset(8 * j + y_at.row, 2 * step + y_at.chunk));
+      const auto y = operand<PRODUCT>(raw);
+#pragma unroll
+      for (int m = 0; m < M_TILES; ++m) {
+        multiply_add(s[m][j], x[m], y, 0);
+        multiply_add(s[m][j + 1], x[m], y, 2);
+      }
+    }
+  }
+}
+
+// Half: weights as A fragments, 16 columns of the tile each.
+template <Product PRODUCT>
+FASTSUPCON_DEVICE void pack_weights(std::uint32_t (&packed)[kMmaColumns / 16][4], const float (&w)[kMmaColumns / 8][4]) {
+#pragma unroll
+  for (int k = 0; k < kMmaColumns / 16; ++k) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float low = w[2 * k + i / 2][2 * (i % 2)], high = w[2 * k + i / 2][2 * (i % 2) + 1];
+      packed[k][i] = PRODUCT == Product::f16 ? ptx::pack_f16(low, high) : ptx::pack_bf16(low, high);
+    }
+  }
+}
+
+// out += w y over one panel of the result's columns, half.
+template <Product PRODUCT, int M_TILES>
+FASTSUPCON_DEVICE void add_weighted_panel(float (&out)[M_TILES][8][4], const std::uint32_t (&w)[M_TILES][kMmaColumns / 16][4],
+                                          ptx::Address y_panel, int lane) {
+  const MatrixRow y_at = fragment_transposed(lane);
+#pragma unroll
+  for (int k = 0; k < kMmaColumns / 16; ++k) {
+#pragma unroll
+    for (int n = 0; n < 8; n += 2) {
+      std::uint32_t raw[4];
+      ptx::load_matrices_transposed(raw, y_panel + panel_offset(16 * k + y_at.row, n + y_at.chunk));
+      const auto y = operand<PRODUCT>(raw);
+#pragma unroll
+      for (int m = 0; m < M_TILES; ++m) {
+        const auto weights = operand<PRODUCT>(w[m][k]);
+        multiply_add(out[m][n], weights, y, 0);
+        multiply_add(out[m][n + 1], weights, y, 2);
+      }
+    }
+  }
+}
+
+// The same for 32-bit elements. ldmatrix cannot transpose those, so y comes by words. The sum over a tile's rows may take any order: with
+// k = t standing for row 2t and k = t + 4 for row 2t + 1, the accumulators of the first product are the A fragment as they are.
+template <Product PRODUCT>
+FASTSUPCON_DEVICE void add_weighted_panel(float (&out)[1][4][4], const float (&w)[1][kMmaColumns / 8][4], ptx::Address y_panel, int lane) {
+  const int row = 2 * (lane % 4), column = lane / 4;
+#pragma unroll
+  for (int k = 0; k < kMmaColumns / 8; ++k) {
+    const std::uint32_t raw[4] = {ptx::bits(w[0][k][0]), ptx::bits(w[0][k][2]), ptx::bits(w[0][k][1]), ptx::bits(w[0][k][3])};
+    const auto weights = operand<PRODUCT>(raw);
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      const int chunk = 2 * n + column / 4, byte = 4 * (column % 4);
+      const std::uint32_t words[2] = {ptx::load_word(y_panel + panel_offset(8 * k + row, chunk) + byte),
+                                      ptx::load_word(y_panel + panel_offset(8 * k + row + 1, chunk) + byte)};
+      multiply_add(out[0][n], weights, operand<PRODUCT>(words), 0);
+    }
+  }
+}
+
+// ---- Kernels --------------------------------------------------------------------------------------------------------------------
+
+// What both kernels share: the tiles of one block, their panels in shared memory, and the terms of their columns.
+template <Product PRODUCT, int PANELS, bool BACKWARD>
+struct MmaBlock {
+  using Shape = MmaShape<PRODUCT, PANELS, BACKWARD>;
+  static constexpr int bytes = kElementBytes<PRODUCT>;
+
+  const Work& work;
+  std::int64_t first_row;
+  int tile, last_tile;
+  int panels;  // of the depth
+  unsigned char* shared = ptx::shared_memory();
+  ptx::Address x_at = ptx::address(shared), y_at = x_at + Shape::x_bytes;
+
+  FASTSUPCON_DEVICE explicit MmaBlock(const Work& work)
+      : work(work),
+        first_row(ptx::block_x() * Shape::rows),
+        tile(static_cast<int>(ptx::block_y() * work.tiles_per_split)),
+        last_tile(tile + static_cast<int>(work.tiles_per_split)),
+        panels(static_cast<int>(ceil_div(work.depth * bytes, kPanelBytes))) {
+    const int tiles = static_cast<int>(ceil_div(work.y.count, kMmaColumns));
+    if (last_tile > tiles) last_tile = tiles;
+  }
+
+  FASTSUPCON_DEVICE ptx::Address x_panel(int place) const { return x_at + place * Shape::rows * kPanelBytes; }
+  FASTSUPCON_DEVICE ptx::Address y_panel(int place) const { return y_at + place * kMmaColumns * kPanelBytes; }
+
+  FASTSUPCON_DEVICE void load_x(int place, int panel) const { load_panel<bytes, Shape::rows>(x_panel(place), work, work.x, first_row, panel); }
+  FASTSUPCON_DEVICE void load_y(int place, int of_tile, int panel) const {
+    load_panel<bytes, kMmaColumns>(y_panel(place), work, work.y, std::int64_t{of_tile} * kMmaColumns, panel);
+  }
+
+  // What the block's own rows bring. In shared memory, as the backward has no registers left for it.
+  FASTSUPCON_DEVICE void store_row_terms() const {
+    static_assert(Shape::rows <= kMmaThreads);
+    if (ptx::thread() >= Shape::rows) return;
+    reinterpret_cast<Terms*>(shared + Shape::row_terms_at)[ptx::thread()] = terms_of(work, work.x, first_row + ptx::thread());
+    reinterpret_cast<std::int64_t*>(shared + Shape::row_keys_at)[ptx::thread()] = key_of(work.x, first_row + ptx::thread());
+  }
+  FASTSUPCON_DEVICE Terms row_terms(int row) const { return reinterpret_cast<const Terms*>(shared + Shape::row_terms_at)[row]; }
+  FASTSUPCON_DEVICE std::int64_t row_key(int row) const {
+    return reinterpret_cast<const std::int64_t*>(shared + Shape::row_keys_at)[row];
+  }
+
+  // The terms of a tile's columns: thread c holds column c's from the fetch (before the tile that precedes it) to the store (after it).
+  FASTSUPCON_DEVICE void fetch_terms(int of_tile, Terms& terms, std::int64_t& key) const {
+    if (ptx::thread() >= kMmaColumns || of_tile >= last_tile) return;
+    const std::int64_t column = std::int64_t{of_tile} * kMmaColumns + ptx::thread();
+    terms = terms_of(work, work.y, column);
+    key = key_of(work.y, column);
+  }
+  FASTSUPCON_DEVICE void store_terms(int of_tile, const Terms& terms, std::int64_t key) const {
+    if (ptx::thread() >= kMmaColumns || of_tile >= last_tile) return;
+    const int place = of_tile % 2 * kMmaColumns + ptx::thread();
+    reinterpret_cast<Terms*>(shared + Shape::terms_at)[place] = terms;
+    reinterpret_cast<std::int64_t*>(shared + Shape::keys_at)[place] = key;
+  }
+  FASTSUPCON_DEVICE ColumnTerms column_terms() const {
+    const int place = tile % 2 * kMmaColumns;
+    return {reinterpret_cast<const Terms*>(shared + Shape::terms_at) + place,
+            reinterpret_cast<const std::int64_t*>(shared + Shape::keys_at) + place, std::int64_t{tile} * kMmaColumns};
+  }
+
+  FASTSUPCON_DEVICE bool needs_mask() const {
+    const std::int64_t first = std::int64_t{tile} * kMmaColumns;
+    return work.exclusion == Exclusion::keys || first + kMmaColumns > work.y.count ||
+           (work.exclusion == Exclusion::diagonal && first < first_row + Shape::rows && first_row < first + kMmaColumns);
+  }
+
+  // The ring (PANELS = 0) runs over steps: for each tile its logits' panels of x and y, then, backward, the result's panels of y.
+  int ring_step = 0;
+  int ring_tile = 0;  // of the step that is loaded next
+  int ring_panel = 0, ring_place = 0;
+
+  FASTSUPCON_DEVICE void ring_load() {
+    if (ring_tile < last_tile) {
+      if (ring_panel < panels) {
+        load_x(ring_place, ring_panel);
+        load_y(ring_place, ring_tile, ring_panel);
+      } else {
+        load_y(ring_place, ring_tile, ptx::block_z() * kOutPanels + ring_panel - panels);
+      }
+      ring_place = (ring_place + 1) % kRing;
+      if (++ring_panel == panels + (BACKWARD ? kOutPanels : 0)) {
+        ring_panel = 0;
+        ++ring_tile;
+      }
+    }
+    ptx::copy_async_commit();  // an empty group keeps the count
+  }
+  FASTSUPCON_DEVICE int ring_next() {  // waits for the oldest stage, and refills the one that was read before it
+    ptx::copy_async_wait<kRing - 2>();
+    ptx::sync_block();
+    ring_load();
+    return ring_step++ % kRing;
+  }
+
+  FASTSUPCON_DEVICE void load_tile(int of_tile) const {
+    if (of_tile >= last_tile) return;
+#pragma unroll
+    for (int p = 0; p < PANELS; ++p) load_y(of_tile % 2 * PANELS + p, of_tile, p);
+    ptx::copy_async_commit();
+  }
+  FASTSUPCON_DEVICE int tile_place() const { return tile % 2 * PANELS; }
+
+  // Calls on_logits(s) and then, backward, on_panel(p, address) for each panel of the result, tile by tile.
+  template <class OnLogits, class OnPanel>
+  FASTSUPCON_DEVICE void for_each_tile(OnLogits on_logits, OnPanel on_panel) {
+    Terms terms{};
+    std::int64_t key = 0;
+    store_row_terms();
+    fetch_terms(tile, terms, key);
+    store_terms(tile, terms, key);
+    if constexpr (PANELS) {
+#pragma unroll
+      for (int p = 0; p < PANELS; ++p) load_x(p, p);
+      load_tile(tile);
+    } else {
+      ring_tile = tile;
+      for (int i = 0; i < kRing - 1; ++i) ring_load();
+    }
+    const int warp_row = ptx::warp() * 16 * Shape::m_tiles, lane = ptx::lane();
+    for (; tile < last_tile; ++tile) {
+      float s[Shape::m_tiles][kMmaColumns / 8][4] = {};
+      if constexpr (PANELS) {
+        ptx::copy_async_wait<0>();
+        ptx::sync_block();
+        load_tile(tile + 1);
+        fetch_terms(tile + 1, terms, key);
+#pragma unroll
+        for (int p = 0; p < PANELS; ++p) add_logits_of_panel<PRODUCT>(s, x_panel(p), y_panel(tile_place() + p), warp_row, lane);
+      } else {
+        fetch_terms(tile + 1, terms, key);
+        for (int p = 0; p < panels; ++p) {
+          const int place = ring_next();
+          add_logits_of_panel<PRODUCT>(s, x_panel(place), y_panel(place), warp_row, lane);
+        }
+      }
+      on_logits(s);
+      if constexpr (BACKWARD) {
+#pragma unroll
+        for (int p = 0; p < Shape::out_panels; ++p) on_panel(p, PANELS ? y_panel(tile_place() + p) : y_panel(ring_next()));
+      }
+      store_terms(tile + 1, terms, key);
+    }
+  }
+};
+
+template <Product PRODUCT, int PANELS>
+__global__ void __launch_bounds__(kMmaThreads) mma_forward(const __grid_constant__ Work work) {
+  using Block = MmaBlock<PRODUCT, PANELS, false>;
+  using Shape = typename Block::Shape;
+  Block block(work);
+  const int lane = ptx::lane();
+  const int first = ptx::warp() * 16 * Shape::m_tiles + accumulator_row(lane, 0);  // of this lane's rows, in the block
+  LogSum sums[Shape::m_tiles][2];
+#pragma unroll
+  for (int m = 0; m < Shape::m_tiles; ++m) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (!work.online) sums[m][r].maximum = 0.0f;
+    }
+  }
+  block.for_each_tile(
+      [&](auto& s) {
+        const ColumnTerms columns = block.column_terms();
+        const bool masked = block.needs_mask();
+#pragma unroll
+        for (int m = 0; m < Shape::m_tiles; ++m) {
+          const int row = first + 16 * m;
+          if (masked) mask<kMmaColumns>(s[m], {block.row_key(row), block.row_key(row + 8)}, columns, work.y.count, lane);
+          if (work.online) add_logits<true, kMmaColumns>(sums[m], s[m], columns, work.y.bias != nullptr, work.scale_log2, lane);
+          else add_logits<false, kMmaColumns>(sums[m], s[m], columns, false, work.scale_log2, lane);
+        }
+      },
+      [](int, ptx::Address) {});
+#pragma unroll
+  for (int m = 0; m < Shape::m_tiles; ++m) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      merge_lanes(sums[m][r]);
+      if (lane % 4 == 0) store_logsum(work, sums[m][r], block.first_row + first + 16 * m + 8 * r);
+    }
+  }
+}
+
+template <Product PRODUCT, int PANELS>
+__global__ void __launch_bounds__(kMmaThreads) mma_backward(const __grid_constant__ Work work) {
+  using Block = MmaBlock<PRODUCT, PANELS, true>;
+  using Shape = typename Block::Shape;
+  constexpr bool half = kElementBytes<PRODUCT> == 2;
+  Block block(work);
+  const int lane = ptx::lane();
+  const int first = ptx::warp() * 16 * Shape::m_tiles + accumulator_row(lane, 0);
+  float weight_sums[Shape::m_tiles][2] = {};
+  float out[Shape::out_panels][Shape::m_tiles][Shape::panel_columns / 8][4] = {};
+  std::uint32_t packed[Shape::m_tiles][kMmaColumns / 16][4];
+  float weights[Shape::m_tiles][kMmaColumns / 8][4];
+  block.for_each_tile(
+      [&](auto& s) {
+        const ColumnTerms columns = block.column_terms();
+        const bool masked = block.needs_mask();
+#pragma unroll
+        for (int m = 0; m < Shape::m_tiles; ++m) {
+          const int row = first + 16 * m;
+          if (masked) mask<kMmaColumns>(s[m], {block.row_key(row), block.row_key(row + 8)}, columns, work.y.count, lane);
+          weigh<kMmaColumns>(work.form, s[m], {block.row_terms(row), block.row_terms(row + 8)}, columns, work.scale_log2, lane);
+          if (work.weight_sums) {
+#pragma unroll
+            for (int j = 0; j < kMmaColumns / 8; ++j) {
+#pragma unroll
+              for (int e = 0; e < 4; ++e) weight_sums[m][e / 2] += s[m][j][e];
+            }
+          }
+          if constexpr (half) {
+            pack_weights<PRODUCT>(packed[m], s[m]);
+          } else {
+#pragma unroll
+            for (int j = 0; j < kMmaColumns / 8; ++j) {
+#pragma unroll
+              for (int e = 0; e < 4; ++e) weights[m][j][e] = s[m][j][e];
+            }
+          }
+        }
+      },
+      [&](int p, ptx::Address y_panel) {
+        if constexpr (half) add_weighted_panel<PRODUCT>(out[p], packed, y_panel, lane);
+        else add_weighted_panel<PRODUCT>(out[p], weights, y_panel, lane);
+      });
+  const std::int64_t first_panel = PANELS ? 0 : ptx::block_z() * kOutPanels;
+#pragma unroll
+  for (int m = 0; m < Shape::m_tiles; ++m) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const std::int64_t row = block.first_row + first + 16 * m + 8 * r;
+      if (work.weight_sums) {
+#pragma unroll
+        for (int lanes = 1; lanes < 4; lanes *= 2) weight_sums[m][r] += ptx::shuffle_xor(weight_sums[m][r], lanes);
+      }
+      if (row >= work.x.count) continue;
+      const float factor = gradient_factor(work, row);
+      if (work.weight_sums && lane % 4 == 0 && ptx::block_z() == 0) {
+        work.weight_sums[ptx::block_y() * work.x.count + row] = weight_sums[m][r] * factor;
+      }
+      if (!work.out) continue;
+#pragma unroll
+      for (int p = 0; p < Shape::out_panels; ++p) {
+#pragma unroll
+        for (int n = 0; n < Shape::panel_columns / 8; ++n) {
+          const std::int64_t column = (first_panel + p) * Shape::panel_columns + 8 * n + accumulator_column(lane, 0);
+          const float scale = factor * work.scale;
+          store_pair<PRODUCT>(work, row, column, out[p][m][n][2 * r] * scale, out[p][m][n][2 * r + 1] * scale);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace fastsupcon::cuda
