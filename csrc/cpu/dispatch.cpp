@@ -1,0 +1,74 @@
+#include "dispatch.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "lse.h"
+
+namespace fastsupcon::cpu {
+
+extern const Kernels generic_kernels[4], avx2_kernels[4], avx512_kernels[4], avx512_bf16_kernels;  // unit_*.cpp
+
+namespace {
+
+// All that were built, best first.
+const Unit kUnits[] = {
+#ifdef FASTSUPCON_X86
+    {"avx512_bf16",
+     [] {
+       return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+     },
+     {&avx512_kernels[0], &avx512_kernels[1], &avx512_kernels[2], &avx512_bf16_kernels}},
+    {"avx512",
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+              __builtin_cpu_supports("avx512vl");
+     },
+     {&avx512_kernels[0], &avx512_kernels[1], &avx512_kernels[2], &avx512_kernels[3]}},
+    {"avx2",
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); },
+     {&avx2_kernels[0], &avx2_kernels[1], &avx2_kernels[2], &avx2_kernels[3]}},
+#endif
+    {"generic", [] { return true; }, {&generic_kernels[0], &generic_kernels[1], &generic_kernels[2], &generic_kernels[3]}},
+};
+
+std::vector<const Unit*> supported_units() {
+  std::vector<const Unit*> units;
+  for (const Unit& unit : kUnits) {
+    if (unit.supported()) units.push_back(&unit);
+  }
+  return units;
+}
+
+const Unit& choose() {
+  const std::vector<const Unit*> units = supported_units();
+  const char* forced = std::getenv("FASTSUPCON_CPU");
+  if (!forced || !*forced) return *units.front();
+  std::string known;
+  for (const Unit* unit : units) {
+    if (unit->name == std::string(forced)) return *unit;
+    known += std::string(known.empty() ? "" : ", ") + unit->name;
+  }
+  throw std::invalid_argument("FASTSUPCON_CPU=" + std::string(forced) + " is not an instruction set of this processor that was built; there are " +
+                              known);
+}
+
+}  // namespace
+
+const Unit& unit_in_use() {
+  static const Unit& unit = choose();
+  return unit;
+}
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (const Unit* unit : supported_units()) names.emplace_back(unit->name);
+  return names;
+}
+
+std::string instruction_set() { return unit_in_use().name; }
+
+}  // namespace fastsupcon::cpu

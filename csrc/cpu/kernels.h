@@ -1,0 +1,78 @@
+// What one instruction set offers to the driver (lse.cpp): tiles of the log-sum-exp over pairs of rows, and of its gradient.
+//
+// Rows are cut into blocks of at most kMaxBlock; a tile is a pair of blocks. A unit (unit_*.cpp) fills one table per element type from
+// the template in tiles.h. Everything here is plain data, so that no inline function is compiled twice with different instructions.
+// "Sum" is float, or double for f64 rows (lse_problem.h).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../lse_problem.h"
+
+namespace fastsupcon::cpu {
+
+constexpr int kMaxBlock = 192;  // rows: a tile of 192 × 192 fp32 logits is 144 KiB, so it stays in L2 beside the rows it is made of
+
+// Self shape. Fixed: E_ij = 2^(s_ij log2 e − shift), one for both rows of a pair. Otherwise each row has its own running maximum.
+struct SelfProblem {
+  const void* rows;       // [count, depth] elements
+  const void* panels;     // the same rows, packed
+  std::int64_t count;
+  std::int64_t depth;
+  std::int64_t block;     // rows per block, a multiple of Kernels::panel
+  double scale;
+  bool fixed;
+  int shift;              // base-2 exponent ≥ every s_ij log2 e; fixed only
+  void* total;            // forward: [count] Sum, Σ_j exp(s_ij − maximum_i), or Σ_j E_ij when fixed
+  void* maximum;          // forward, not fixed: [count] Sum, starts at −inf
+  const void* weight;     // backward: [count] Sum, g_i, or a_i = g_i 2^(shift − lse_i log2 e) when fixed
+  const void* lse;        // backward, not fixed: [count] Sum
+  void* gradient;         // backward: [count, depth] Sum, ∂L/∂z without the factor scale
+};
+
+struct CrossProblem {
+  const void* a;  // [rows, depth] elements
+  const void* b;  // [columns, depth] elements
+  std::int64_t rows;
+  std::int64_t columns;
+  std::int64_t depth;
+  std::int64_t row_block;     // both multiples of Kernels::panel
+  std::int64_t column_block;
+  double scale;
+  const void* bias;                   // [columns] Sum, or null
+  const std::int64_t* skip;           // [rows], or null
+  const std::int64_t* row_labels;     // [rows], or null
+  const std::int64_t* column_labels;  // [columns], or null
+  const void* weight;                 // backward: [rows] Sum, g_i
+  const void* lse;                    // backward: [rows] Sum
+};
+
+struct Kernels {
+  int panel;                   // rows per packed panel
+  std::size_t scratch_bytes;   // one thread's working memory, aligned to 64; in the cross shape the panels of its blocks follow
+  std::size_t (*panel_bytes)(std::int64_t depth);  // of one packed panel
+  void (*pack)(const void* rows, std::int64_t count, std::int64_t depth, void* panels);
+  double (*largest_square)(const void* rows, std::int64_t count, std::int64_t depth);  // max |z_i|²; NaN if any is NaN
+
+  // Block pair i ≤ j: adds to total (and maximum) of both blocks, or to the gradient of both.
+  void (*self_forward)(const SelfProblem&, std::int64_t i, std::int64_t j, void* scratch);
+  void (*self_backward)(const SelfProblem&, std::int64_t i, std::int64_t j, void* scratch);
+
+  // Row blocks [i0, i1) against column blocks [j0, j1): total and maximum start at row 0 of the problem.
+  void (*cross_forward)(const CrossProblem&, std::int64_t i0, std::int64_t i1, std::int64_t j0, std::int64_t j1, void* total, void* maximum,
+                        void* scratch);
+  // Block pair (i, j): adds to da, db (without the factor scale) and dbias, which start at row 0 of the problem; null ones are left out.
+  void (*cross_backward)(const CrossProblem&, std::int64_t i, std::int64_t j, void* da, void* db, void* dbias, void* scratch);
+
+  void (*finish)(const void* sums, std::int64_t count, double factor, void* elements);  // elements = factor · sums; in place is allowed
+};
+
+// One instruction set. Kernels are indexed by Scalar; sets may share them.
+struct Unit {
+  const char* name;
+  bool (*supported)();  // by this processor
+  const Kernels* kernels[4];
+};
+
+}  // namespace fastsupcon::cpu
