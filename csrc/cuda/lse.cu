@@ -75,17 +75,25 @@ struct Plan {
 // Few rows give few blocks: the columns are then split among several, of at least four tiles each, and their sums combined.
 template <Product PRODUCT>
 Plan plan(Work& work, bool backward, const Device& device) {
-  const Tiling tiling = mma_tiling<PRODUCT>(work, backward);
+  constexpr bool half = PRODUCT == Product::f16 || PRODUCT == Product::bf16;
+  bool wgmma = false;
+  if constexpr (half) wgmma = wgmma_serves<PRODUCT>(work, backward, device);
+  Tiling tiling;
+  if constexpr (half) tiling = wgmma ? wgmma_tiling<PRODUCT>(work, backward) : mma_tiling<PRODUCT>(work, backward);
+  else tiling = mma_tiling<PRODUCT>(work, backward);
   const std::int64_t blocks = ceil_div(work.x.count, tiling.rows) * tiling.out_chunks;
   const std::int64_t tiles = ceil_div(work.y.count, tiling.columns);
   const std::int64_t room = device.multiprocessors * tiling.blocks_per_multiprocessor / blocks;
   const std::int64_t splits = std::max<std::int64_t>(1, std::min<std::int64_t>({room, tiles / 4, 32}));
   work.tiles_per_split = ceil_div(tiles, splits);
-  return {false, static_cast<int>(ceil_div(tiles, work.tiles_per_split))};
+  return {wgmma, static_cast<int>(ceil_div(tiles, work.tiles_per_split))};
 }
 
 template <Product PRODUCT>
 void run(const Plan& plan, const Work& work, bool backward, const Where& where) {
+  if constexpr (PRODUCT == Product::f16 || PRODUCT == Product::bf16) {
+    if (plan.wgmma) return wgmma_launch<PRODUCT>(work, backward, plan.splits, where);
+  }
   mma_launch<PRODUCT>(work, backward, plan.splits, where);
 }
 

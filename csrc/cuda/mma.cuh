@@ -16,9 +16,6 @@ constexpr int kMmaColumns = 64;   // of a tile
 constexpr int kRing = 4;          // stages of the ring, PANELS = 0
 constexpr int kOutPanels = 4;     // of the result that one block sums, PANELS = 0
 
-template <Product PRODUCT>
-constexpr int kElementBytes = PRODUCT == Product::f16 || PRODUCT == Product::bf16 ? 2 : 4;
-
 template <Product PRODUCT, int PANELS, bool BACKWARD>
 struct MmaShape {
   // Registers decide, 255 of a thread: a backward of 32 rows × 128 columns (128 accumulators, 64 logits) spilled 264 bytes.
@@ -144,19 +141,6 @@ FASTSUPCON_DEVICE void add_logits_of_panel(float (&s)[M_TILES][kMmaColumns / 8][
   }
 }
 
-// Half: weights as A fragments, 16 columns of the tile each.
-template <Product PRODUCT>
-FASTSUPCON_DEVICE void pack_weights(std::uint32_t (&packed)[kMmaColumns / 16][4], const float (&w)[kMmaColumns / 8][4]) {
-#pragma unroll
-  for (int k = 0; k < kMmaColumns / 16; ++k) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float low = w[2 * k + i / 2][2 * (i % 2)], high = w[2 * k + i / 2][2 * (i % 2) + 1];
-      packed[k][i] = PRODUCT == Product::f16 ? ptx::pack_f16(low, high) : ptx::pack_bf16(low, high);
-    }
-  }
-}
-
 // out += w y over one panel of the result's columns, half.
 template <Product PRODUCT, int M_TILES>
 FASTSUPCON_DEVICE void add_weighted_panel(float (&out)[M_TILES][8][4], const std::uint32_t (&w)[M_TILES][kMmaColumns / 16][4],
@@ -209,7 +193,8 @@ struct MmaBlock {
   const Work& work;
   std::int64_t first_row;
   int tile, last_tile;
-  int panels;  // of the depth
+  int panels;      // of the depth
+  float per_unit;  // of incoming gradients
   unsigned char* shared = ptx::shared_memory();
   ptx::Address x_at = ptx::address(shared), y_at = x_at + Shape::x_bytes;
 
@@ -218,7 +203,8 @@ struct MmaBlock {
         first_row(ptx::block_x() * Shape::rows),
         tile(static_cast<int>(ptx::block_y() * work.tiles_per_split)),
         last_tile(tile + static_cast<int>(work.tiles_per_split)),
-        panels(static_cast<int>(ceil_div(work.depth * bytes, kPanelBytes))) {
+        panels(static_cast<int>(ceil_div(work.depth * bytes, kPanelBytes))),
+        per_unit(1.0f / gradient_unit(work)) {
     const int tiles = static_cast<int>(ceil_div(work.y.count, kMmaColumns));
     if (last_tile > tiles) last_tile = tiles;
   }
@@ -235,7 +221,7 @@ struct MmaBlock {
   FASTSUPCON_DEVICE void store_row_terms() const {
     static_assert(Shape::rows <= kMmaThreads);
     if (ptx::thread() >= Shape::rows) return;
-    reinterpret_cast<Terms*>(shared + Shape::row_terms_at)[ptx::thread()] = terms_of(work, work.x, first_row + ptx::thread());
+    reinterpret_cast<Terms*>(shared + Shape::row_terms_at)[ptx::thread()] = terms_of(work, work.x, first_row + ptx::thread(), per_unit);
     reinterpret_cast<std::int64_t*>(shared + Shape::row_keys_at)[ptx::thread()] = key_of(work.x, first_row + ptx::thread());
   }
   FASTSUPCON_DEVICE Terms row_terms(int row) const { return reinterpret_cast<const Terms*>(shared + Shape::row_terms_at)[row]; }
@@ -247,7 +233,7 @@ struct MmaBlock {
   FASTSUPCON_DEVICE void fetch_terms(int of_tile, Terms& terms, std::int64_t& key) const {
     if (ptx::thread() >= kMmaColumns || of_tile >= last_tile) return;
     const std::int64_t column = std::int64_t{of_tile} * kMmaColumns + ptx::thread();
-    terms = terms_of(work, work.y, column);
+    terms = terms_of(work, work.y, column, per_unit);
     key = key_of(work.y, column);
   }
   FASTSUPCON_DEVICE void store_terms(int of_tile, const Terms& terms, std::int64_t key) const {
@@ -414,7 +400,7 @@ __global__ void __launch_bounds__(kMmaThreads) mma_backward(const __grid_constan
             }
           }
           if constexpr (half) {
-            pack_weights<PRODUCT>(packed[m], s[m]);
+            pack_weights<PRODUCT, kMmaColumns>(packed[m], s[m]);
           } else {
 #pragma unroll
             for (int j = 0; j < kMmaColumns / 8; ++j) {

@@ -11,14 +11,22 @@ namespace fastsupcon::cuda {
 
 constexpr float kInfinity = __builtin_huge_valf();
 
+template <Product PRODUCT>
+constexpr int kElementBytes = PRODUCT == Product::f16 || PRODUCT == Product::bf16 ? 2 : 4;
+
 // What one row, owned or streamed, brings to its pairs: W uses exp2(s + exponent) and the factor.
 struct Terms {
   float exponent, factor;
 };
 
-FASTSUPCON_DEVICE float gradient_unit(const Work& work) { return work.largest ? *work.largest : 1.0f; }
+// What incoming gradients are measured in: max|g| where that was asked for. NaN stays.
+FASTSUPCON_DEVICE float gradient_unit(const Work& work) {
+  constexpr float smallest = 1e-30f;  // its reciprocal is finite
+  const float largest = work.largest ? *work.largest : 1.0f;
+  return largest < smallest ? smallest : largest;
+}
 
-FASTSUPCON_DEVICE Terms terms_of(const Work& work, const Side& side, std::int64_t row) {
+FASTSUPCON_DEVICE Terms terms_of(const Work& work, const Side& side, std::int64_t row, float per_unit) {
   if (row >= side.count) return {-kInfinity, 0.0f};
   Terms terms{0.0f, 1.0f};
   if (side.bias) terms.exponent = side.bias[row] * kLog2e;
@@ -26,10 +34,7 @@ FASTSUPCON_DEVICE Terms terms_of(const Work& work, const Side& side, std::int64_
     const float lse = side.lse[row];
     terms.exponent = lse == -kInfinity ? -kInfinity : work.shift - lse * kLog2e;  // a row that allows no column passes no gradient
   }
-  if (side.grad) {
-    const float unit = gradient_unit(work);
-    terms.factor = unit == 0.0f ? 0.0f : side.grad[row] / unit;
-  }
+  if (side.grad) terms.factor = side.grad[row] * per_unit;
   if (work.form == Form::sum) terms.factor *= ptx::exp2(terms.exponent);
   return terms;
 }
@@ -88,6 +93,19 @@ FASTSUPCON_DEVICE void weigh(Form form, float (&s)[COLUMNS / 8][4], const Terms 
     case Form::sum: return weigh<Form::sum, COLUMNS>(s, rows, columns, scale_log2, lane);
     case Form::one: return weigh<Form::one, COLUMNS>(s, rows, columns, scale_log2, lane);
     case Form::two: return weigh<Form::two, COLUMNS>(s, rows, columns, scale_log2, lane);
+  }
+}
+
+// Half: W as the A fragments of the second product, 16 columns of the tile each.
+template <Product PRODUCT, int COLUMNS>
+FASTSUPCON_DEVICE void pack_weights(std::uint32_t (&packed)[COLUMNS / 16][4], const float (&w)[COLUMNS / 8][4]) {
+#pragma unroll
+  for (int k = 0; k < COLUMNS / 16; ++k) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float low = w[2 * k + i / 2][2 * (i % 2)], high = w[2 * k + i / 2][2 * (i % 2) + 1];
+      packed[k][i] = PRODUCT == Product::f16 ? ptx::pack_f16(low, high) : ptx::pack_bf16(low, high);
+    }
   }
 }
 

@@ -18,5 +18,14 @@ set_target_properties(fastsupcon_cuda PROPERTIES CUDA_STANDARD 17 CUDA_STANDARD_
 target_compile_options(fastsupcon_cuda PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:${FASTSUPCON_GENERATIONS}>")
 target_include_directories(fastsupcon_cuda PRIVATE csrc/cuda csrc)
 target_link_libraries(fastsupcon_cuda PRIVATE pybind11::module CUDA::cudart_static)
+
+# wgmma and setmaxnreg exist in sm_90a alone.
+add_library(fastsupcon_hopper OBJECT csrc/cuda/wgmma_f16.cu csrc/cuda/wgmma_bf16.cu)
+set_target_properties(fastsupcon_hopper PROPERTIES CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON CUDA_RUNTIME_LIBRARY Static
+  CUDA_ARCHITECTURES OFF)
+target_compile_options(fastsupcon_hopper PRIVATE "-gencode=arch=compute_90a,code=sm_90a")
+target_include_directories(fastsupcon_hopper PRIVATE csrc/cuda csrc)
+target_sources(fastsupcon_cuda PRIVATE $<TARGET_OBJECTS:fastsupcon_hopper>)
+
 target_compile_definitions(_C PRIVATE FASTSUPCON_CUDA)
 target_link_libraries(_C PRIVATE fastsupcon_cuda)

@@ -49,6 +49,32 @@ inline Device device_info(int device) {
 // This library has its own copy of the runtime; the caller's current device is made its own, once per call into the library.
 inline void enter(const Where& where) { check(cudaSetDevice(where.device), "device " + std::to_string(where.device)); }
 
+// For TMA: a row-major matrix of half elements, fetched in boxes of `box_rows` × 64 columns into 128-byte-swizzled panels, zeros outside.
+// The driver's encoder is asked for by name, so that the library does not link libcuda and loads where there is no driver.
+template <class Shape>
+CUtensorMap make_tensor_map(const void* rows, std::int64_t count, std::int64_t depth, bool bf16, int box_rows, const Shape& shape) {
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  static const Encode encode = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result{};
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result), "cuTensorMapEncodeTiled");
+    if (!found) throw std::runtime_error("fastsupcon CUDA: this driver has no cuTensorMapEncodeTiled");
+    return reinterpret_cast<Encode>(found);
+  }();
+  CUtensorMap map;
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(depth), static_cast<cuuint64_t>(count)};
+  const cuuint64_t pitch[1] = {static_cast<cuuint64_t>(depth) * 2};
+  const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t steps[2] = {1, 1};
+  const CUresult status = encode(&map, bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, const_cast<void*>(rows),
+                                 sizes, pitch, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (status != CUDA_SUCCESS) {
+    throw std::runtime_error("fastsupcon CUDA: tensor map (" + shape() + "): driver error " + std::to_string(static_cast<int>(status)));
+  }
+  return map;
+}
+
 // `shape()` words the sizes; it is asked only when something failed.
 template <class Kernel, class Shape, class... A>
 void launch(const char* name, const Shape& shape, Kernel* kernel, Grid grid, int threads, int shared_bytes, const Where& where,

@@ -112,4 +112,231 @@ FASTSUPCON_MMA(mma_bf16, "m16n8k16.row.col.f32.bf16.bf16.f32")
 FASTSUPCON_MMA(mma_tf32, "m16n8k8.row.col.f32.tf32.tf32.f32")
 #undef FASTSUPCON_MMA
 
+// ---- sm_90a: transaction barriers, the tensor memory accelerator, wgmma ----------------------------------------------------------
+
+using TensorMap = CUtensorMap;
+
+template <int REGISTERS>
+FASTSUPCON_DEVICE void raise_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+template <int REGISTERS>
+FASTSUPCON_DEVICE void lower_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+// A barrier of 8 bytes: a phase ends when `arrivals` threads have come and every expected byte is there.
+FASTSUPCON_DEVICE void barrier_init(Address barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+FASTSUPCON_DEVICE void barrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+FASTSUPCON_DEVICE void barrier_arrive(Address barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+FASTSUPCON_DEVICE void barrier_arrive_expecting(Address barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+FASTSUPCON_DEVICE void barrier_wait(Address barrier, int parity) {  // returns once the phase of this parity has ended
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+// Writes the box at (column, row) of a matrix, zeros where it lies outside, and counts its bytes on the barrier.
+FASTSUPCON_DEVICE void copy_box_async(Address to, const TensorMap& map, int column, int row, Address barrier) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+               "l"(reinterpret_cast<std::uint64_t>(&map)), "r"(column), "r"(row), "r"(barrier)
+               : "memory");
+}
+
+FASTSUPCON_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+FASTSUPCON_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int PENDING>
+FASTSUPCON_DEVICE void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+// Keeps the compiler from moving reads and writes of registers that a wgmma in flight uses.
+template <int N>
+FASTSUPCON_DEVICE void hold(float (&d)[N][4]) {
+#pragma unroll
+  for (int j = 0; j < N; ++j) asm volatile("" : "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])::"memory");
+}
+template <int N>
+FASTSUPCON_DEVICE void hold(std::uint32_t (&a)[N][4]) {
+#pragma unroll
+  for (int j = 0; j < N; ++j) asm volatile("" : "+r"(a[j][0]), "+r"(a[j][1]), "+r"(a[j][2]), "+r"(a[j][3])::"memory");
+}
+
+// d (64 × N, rows of the warpgroup) = or += a b: wgmma_shared with a and b in shared memory, depth-major both; wgmma_register with a in
+// registers and b (16 × N) row-major in shared memory, which the descriptor's transpose bit says.
+#define FASTSUPCON_D1(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
+#define FASTSUPCON_D8(j)                                                                                              \
+  FASTSUPCON_D1(j), FASTSUPCON_D1(j + 1), FASTSUPCON_D1(j + 2), FASTSUPCON_D1(j + 3), FASTSUPCON_D1(j + 4),           \
+      FASTSUPCON_D1(j + 5), FASTSUPCON_D1(j + 6), FASTSUPCON_D1(j + 7)
+
+template <bool BF16, int N>
+struct Wgmma;
+
+template <>
+struct Wgmma<false, 64> {
+  static FASTSUPCON_DEVICE void shared(float (&d)[8][4], std::uint64_t a, std::uint64_t b, bool accumulate) {
+    asm volatile(
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "
+        "%23, %24, %25, %26, %27, %28, %29, %30, %31}"
+        ", %32, %33, add, 1, 1, 0, 0;\n}"
+        : FASTSUPCON_D8(0)
+        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+  }
+  static FASTSUPCON_DEVICE void registers(float (&d)[8][4], const std::uint32_t (&a)[4], std::uint64_t b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "
+        "%23, %24, %25, %26, %27, %28, %29, %30, %31}"
+        ", {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
+        : FASTSUPCON_D8(0)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+};
+template <>
+struct Wgmma<true, 64> {
+  static FASTSUPCON_DEVICE void shared(float (&d)[8][4], std::uint64_t a, std::uint64_t b, bool accumulate) {
+    asm volatile(
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "
+        "%23, %24, %25, %26, %27, %28, %29, %30, %31}"
+        ", %32, %33, add, 1, 1, 0, 0;\n}"
+        : FASTSUPCON_D8(0)
+        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+  }
+  static FASTSUPCON_DEVICE void registers(float (&d)[8][4], const std::uint32_t (&a)[4], std::uint64_t b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "
+        "%23, %24, %25, %26, %27, %28, %29, %30, %31}"
+        ", {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
+        : FASTSUPCON_D8(0)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+};
+template <>
+struct Wgmma<false, 128> {
+  static FASTSUPCON_DEVICE void shared(float (&d)[16][4], std::uint64_t a, std::uint64_t b, bool accumulate) {
+    asm volatile(
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "
+        "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, "
+        "%45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}"
+        ", %64, %65, add, 1, 1, 0, 0;\n}"
+        : FASTSUPCON_D8(0), FASTSUPCON_D8(8)
+        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+  }
+  static FASTSUPCON_DEVICE void registers(float (&d)[16][4], const std::uint32_t (&a)[4], std::uint64_t b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "
+        "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, "
+        "%45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}"
+        ", {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
+        : FASTSUPCON_D8(0), FASTSUPCON_D8(8)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+};
+template <>
+struct Wgmma<true, 128> {
+  static FASTSUPCON_DEVICE void shared(float (&d)[16][4], std::uint64_t a, std::uint64_t b, bool accumulate) {
+    asm volatile(
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "
+        "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, "
+        "%45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}"
+        ", %64, %65, add, 1, 1, 0, 0;\n}"
+        : FASTSUPCON_D8(0), FASTSUPCON_D8(8)
+        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+  }
+  static FASTSUPCON_DEVICE void registers(float (&d)[16][4], const std::uint32_t (&a)[4], std::uint64_t b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "
+        "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, "
+        "%45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}"
+        ", {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
+        : FASTSUPCON_D8(0), FASTSUPCON_D8(8)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+};
+template <>
+struct Wgmma<false, 256> {
+  static FASTSUPCON_DEVICE void shared(float (&d)[32][4], std::uint64_t a, std::uint64_t b, bool accumulate) {
+    asm volatile(
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %130, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "
+        "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, "
+        "%45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, "
+        "%67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, "
+        "%89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, "
+        "%109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, "
+        "%127}"
+        ", %128, %129, add, 1, 1, 0, 0;\n}"
+        : FASTSUPCON_D8(0), FASTSUPCON_D8(8), FASTSUPCON_D8(16), FASTSUPCON_D8(24)
+        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+  }
+  static FASTSUPCON_DEVICE void registers(float (&d)[32][4], const std::uint32_t (&a)[4], std::uint64_t b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "
+        "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, "
+        "%45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, "
+        "%67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, "
+        "%89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, "
+        "%109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, "
+        "%127}"
+        ", {%128, %129, %130, %131}, %132, 1, 1, 1, 1;"
+        : FASTSUPCON_D8(0), FASTSUPCON_D8(8), FASTSUPCON_D8(16), FASTSUPCON_D8(24)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+};
+template <>
+struct Wgmma<true, 256> {
+  static FASTSUPCON_DEVICE void shared(float (&d)[32][4], std::uint64_t a, std::uint64_t b, bool accumulate) {
+    asm volatile(
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %130, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "
+        "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, "
+        "%45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, "
+        "%67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, "
+        "%89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, "
+        "%109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, "
+        "%127}"
+        ", %128, %129, add, 1, 1, 0, 0;\n}"
+        : FASTSUPCON_D8(0), FASTSUPCON_D8(8), FASTSUPCON_D8(16), FASTSUPCON_D8(24)
+        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+  }
+  static FASTSUPCON_DEVICE void registers(float (&d)[32][4], const std::uint32_t (&a)[4], std::uint64_t b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "
+        "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, "
+        "%45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, "
+        "%67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, "
+        "%89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, "
+        "%109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, "
+        "%127}"
+        ", {%128, %129, %130, %131}, %132, 1, 1, 1, 1;"
+        : FASTSUPCON_D8(0), FASTSUPCON_D8(8), FASTSUPCON_D8(16), FASTSUPCON_D8(24)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+};
+#undef FASTSUPCON_D8
+#undef FASTSUPCON_D1
+
 }  // namespace fastsupcon::cuda::ptx

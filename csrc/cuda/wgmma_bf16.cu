@@ -1,0 +1,5 @@
+#include "wgmma_launch.cuh"
+
+namespace fastsupcon::cuda {
+FASTSUPCON_WGMMA_INSTANTIATE(Product::bf16)
+}

@@ -1,0 +1,49 @@
+// csrc/cuda/hardware/launch.h over the emulator: a grid runs block after block on the CPU, "device" memory is the host's.
+#pragma once
+
+#include <string>
+#include <type_traits>
+
+#include "ptx.h"
+#include "where.h"
+
+namespace fastsupcon::cuda {
+
+struct Grid {
+  std::int64_t x;
+  int y = 1, z = 1;
+};
+
+struct Device {
+  int multiprocessors, capability;
+};
+
+inline Device& emulated_device() {
+  static Device device{4, 80};
+  return device;
+}
+inline std::vector<std::string>& launched() {  // kernels' names, for the tests to see which family ran
+  static std::vector<std::string> names;
+  return names;
+}
+inline Device device_info(int) { return emulated_device(); }
+inline void enter(const Where&) {}
+
+template <class Shape, class... P, class... A>
+void launch(const char* name, const Shape& shape, void (*kernel)(P...), Grid grid, int threads, int shared_bytes, const Where&,
+            const A&... arguments) {
+  launched().push_back(name);
+  try {
+    emulation::run_grid({grid.x, grid.y, grid.z}, threads, shared_bytes, [&] { kernel(arguments...); });
+  } catch (const std::exception& error) {
+    throw std::runtime_error(std::string(name) + " (" + shape() + "): " + error.what());
+  }
+}
+
+template <class Shape>
+ptx::TensorMap make_tensor_map(const void* rows, std::int64_t count, std::int64_t depth, bool, int box_rows, const Shape&) {
+  if (box_rows > 256) throw std::runtime_error("a TMA box has at most 256 rows");
+  return {static_cast<const unsigned char*>(rows), count, depth, box_rows};
+}
+
+}  // namespace fastsupcon::cuda

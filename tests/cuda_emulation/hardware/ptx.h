@@ -1,0 +1,394 @@
+// csrc/cuda/hardware/ptx.h in plain C++: the same names, with the semantics of the PTX ISA, over emulator.h.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "../emulator.h"
+
+#define __host__
+#define __device__
+#define __global__
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define FASTSUPCON_DEVICE inline
+
+namespace fastsupcon::cuda::ptx {
+
+namespace em = emulation;
+
+inline int thread() { return em::thread; }
+inline int lane() { return em::thread % 32; }
+inline int warp() { return em::thread / 32; }
+inline std::int64_t block_x() { return em::block->block.x; }
+inline int block_y() { return static_cast<int>(em::block->block.y); }
+inline int block_z() { return static_cast<int>(em::block->block.z); }
+inline int blocks_y() { return static_cast<int>(em::block->grid.y); }
+
+// ---- Shared memory
+
+using Address = std::uint32_t;
+inline unsigned char* shared_memory() { return em::block->shared; }
+inline Address address(const void* shared) { return static_cast<Address>(static_cast<const unsigned char*>(shared) - em::block->shared); }
+inline unsigned char* at(Address address) { return em::block->shared + address; }
+inline void store_16_bytes(Address to, const std::uint32_t (&from)[4]) { std::memcpy(at(to), from, 16); }
+inline std::uint32_t load_word(Address from) {
+  std::uint32_t word;
+  std::memcpy(&word, at(from), 4);
+  return word;
+}
+
+// ---- Threads together
+
+template <class Arguments, class Act>
+void with_warp(const void* kind, Arguments& arguments, Act act) {
+  em::meet(em::block->warps[warp()], 32, static_cast<std::size_t>(lane()), kind, arguments, act);
+}
+template <class Arguments, class Act>
+void with_warpgroup(const void* kind, Arguments& arguments, Act act) {
+  em::meet(em::block->warpgroups[em::thread / 128].meeting, 128, static_cast<std::size_t>(em::thread % 128), kind, arguments, act);
+}
+
+inline void sync_block() {
+  static const char kind = 0;
+  int nothing = 0;
+  em::meet(em::block->everyone, static_cast<std::size_t>(em::block->threads), static_cast<std::size_t>(em::thread), &kind, nothing,
+           [](auto&) {});
+}
+inline void sync_warp() {
+  static const char kind = 0;
+  int nothing = 0;
+  with_warp(&kind, nothing, [](auto&) {});
+}
+inline void arrive_named(int barrier, int threads) {
+  auto& named = em::block->named[barrier];
+  ++em::progress;
+  if (++named.count == threads) {
+    named.count = 0;
+    ++named.generation;
+  }
+}
+inline void sync_named(int barrier, int threads) {
+  auto& named = em::block->named[barrier];
+  const std::size_t generation = named.generation;
+  arrive_named(barrier, threads);
+  em::wait_until([&] { return named.generation != generation; });
+}
+inline float shuffle_xor(float value, int mask) {
+  static const char kind = 0;
+  struct {
+    float value;
+    int mask;
+    float result;
+  } mine{value, mask, 0};
+  using Mine = decltype(mine);
+  with_warp(&kind, mine, [](auto& all) {
+    for (int l = 0; l < 32; ++l) static_cast<Mine*>(all[l])->result = static_cast<Mine*>(all[l ^ static_cast<Mine*>(all[l])->mask])->value;
+  });
+  return mine.result;
+}
+
+// ---- Arithmetic
+
+inline float from_bits(std::uint32_t x) {
+  float y;
+  std::memcpy(&y, &x, 4);
+  return y;
+}
+inline std::uint32_t bits(float x) {
+  std::uint32_t y;
+  std::memcpy(&y, &x, 4);
+  return y;
+}
+inline float exp2(float x) {
+  const float y = std::exp2(x);
+  return y < std::numeric_limits<float>::min() ? 0.0f : y;  // .ftz
+}
+inline float log2(float x) { return std::log2(x); }
+inline std::uint32_t round_to_tf32(float x) {
+  return std::isfinite(x) ? (bits(x) + 0x1000) & ~0x1fffu : bits(x) & ~0x1fffu;  // nearest, ties away from zero
+}
+inline std::uint16_t to_f16(float x) {
+  const auto half = static_cast<_Float16>(x);
+  std::uint16_t y;
+  std::memcpy(&y, &half, 2);
+  return y;
+}
+inline float from_f16(std::uint16_t x) {
+  _Float16 half;
+  std::memcpy(&half, &x, 2);
+  return static_cast<float>(half);
+}
+inline std::uint16_t to_bf16(float x) {
+  if (x != x) return 0x7fff;
+  const std::uint32_t b = bits(x);
+  return static_cast<std::uint16_t>((b + 0x7fff + ((b >> 16) & 1)) >> 16);
+}
+inline float from_bf16(std::uint16_t x) { return from_bits(static_cast<std::uint32_t>(x) << 16); }
+inline std::uint32_t pack_f16(float low, float high) { return to_f16(low) | static_cast<std::uint32_t>(to_f16(high)) << 16; }
+inline std::uint32_t pack_bf16(float low, float high) { return to_bf16(low) | static_cast<std::uint32_t>(to_bf16(high)) << 16; }
+template <bool BF16>
+float half_of(std::uint32_t word, int which) {
+  const auto half = static_cast<std::uint16_t>(word >> (16 * which));
+  return BF16 ? from_bf16(half) : from_f16(half);
+}
+
+// ---- sm_80
+
+inline void copy_async_16_bytes(Address to, const void* from, bool valid) {
+  if (to % 16 || reinterpret_cast<std::uintptr_t>(from) % 16) em::fail("cp.async of 16 bytes at an unaligned address");
+  std::memset(at(to), 0xff, 16);
+  em::block->fibers[em::thread].open.push_back({to, valid ? from : nullptr});
+}
+inline void copy_async_commit() {
+  auto& fiber = em::block->fibers[em::thread];
+  fiber.committed.push_back(std::move(fiber.open));
+  fiber.open.clear();
+}
+template <int PENDING>
+void copy_async_wait() {
+  auto& groups = em::block->fibers[em::thread].committed;
+  for (; static_cast<int>(groups.size()) > PENDING; groups.pop_front()) {
+    for (const auto& copy : groups.front()) {
+      if (copy.from) std::memcpy(at(copy.to), copy.from, 16);
+      else std::memset(at(copy.to), 0, 16);
+    }
+  }
+}
+
+template <bool TRANSPOSED>
+void load_matrices_as(std::uint32_t (&out)[4], Address row) {
+  static const char kind = 0;
+  struct Mine {
+    std::uint32_t* out;
+    Address row;
+  } mine{out, row};
+  if (row % 16) em::fail("ldmatrix at an unaligned address");
+  with_warp(&kind, mine, [](auto& all) {
+    for (int matrix = 0; matrix < 4; ++matrix) {
+      std::uint16_t elements[8][8];
+      for (int r = 0; r < 8; ++r) std::memcpy(elements[r], at(static_cast<Mine*>(all[8 * matrix + r])->row), 16);
+      for (int l = 0; l < 32; ++l) {
+        const int i = l / 4, j = 2 * (l % 4);
+        const std::uint32_t low = TRANSPOSED ? elements[j][i] : elements[i][j], high = TRANSPOSED ? elements[j + 1][i] : elements[i][j + 1];
+        static_cast<Mine*>(all[l])->out[matrix] = low | high << 16;
+      }
+    }
+  });
+}
+inline void load_matrices(std::uint32_t (&out)[4], Address row) { load_matrices_as<false>(out, row); }
+inline void load_matrices_transposed(std::uint32_t (&out)[4], Address row) { load_matrices_as<true>(out, row); }
+
+// Fragments of mma.m16n8kK, from the figures of the PTX ISA. K = 16: two elements per register; K = 8 (tf32): one.
+template <int K, class Element>
+void mma(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1, Element element) {
+  static const char kind = 0;
+  struct Mine {
+    float* d;
+    const std::uint32_t* a;
+    std::uint32_t b[2];
+  } mine{d, a, {b0, b1}};
+  with_warp(&kind, mine, [&](auto& all) {
+    constexpr int per_word = K / 8;
+    float left[16][K], right[K][8];
+    for (int l = 0; l < 32; ++l) {
+      const auto& of = *static_cast<Mine*>(all[l]);
+      for (int i = 0; i < 4; ++i) {
+        for (int e = 0; e < per_word; ++e) left[l / 4 + 8 * (i % 2)][(l % 4) * per_word + e + (i / 2) * (K / 2)] = element(of.a[i], e);
+      }
+      for (int i = 0; i < 2; ++i) {
+        for (int e = 0; e < per_word; ++e) right[(l % 4) * per_word + e + i * (K / 2)][l / 4] = element(of.b[i], e);
+      }
+    }
+    for (int l = 0; l < 32; ++l) {
+      for (int e = 0; e < 4; ++e) {
+        const int row = l / 4 + 8 * (e / 2), column = 2 * (l % 4) + e % 2;
+        float sum = static_cast<Mine*>(all[l])->d[e];
+        for (int k = 0; k < K; ++k) sum += left[row][k] * right[k][column];
+        static_cast<Mine*>(all[l])->d[e] = sum;
+      }
+    }
+  });
+}
+inline void mma_f16(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) { mma<16>(d, a, b0, b1, half_of<false>); }
+inline void mma_bf16(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) { mma<16>(d, a, b0, b1, half_of<true>); }
+inline void mma_tf32(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+  mma<8>(d, a, b0, b1, [](std::uint32_t word, int) { return from_bits(word & ~0x1fffu); });  // the unit does not read the low 13 bits
+}
+
+// ---- sm_90a
+
+struct TensorMap {
+  const unsigned char* rows;
+  std::int64_t count, depth;
+  int box_rows;
+};
+
+template <int>
+void raise_registers() {}
+template <int>
+void lower_registers() {}
+
+inline void barrier_init(Address barrier, int arrivals) { em::block->transactions[barrier] = {arrivals, arrivals, 0, 0}; }
+inline void barrier_init_done() {}
+inline void barrier_settle(em::Transaction& barrier) {
+  if (barrier.pending == 0 && barrier.bytes == 0) {
+    barrier.pending = barrier.arrivals;
+    barrier.phase ^= 1;
+    ++em::progress;
+  }
+}
+inline em::Transaction& transaction(Address barrier) {
+  const auto found = em::block->transactions.find(barrier);
+  if (found == em::block->transactions.end()) em::fail("no barrier was initialised here");
+  return found->second;
+}
+inline void barrier_arrive_expecting(Address barrier, int bytes) {
+  auto& of = transaction(barrier);
+  if (of.pending == 0) em::fail("more arrivals than the barrier expects");
+  of.bytes += bytes;
+  --of.pending;
+  ++em::progress;
+  barrier_settle(of);
+}
+inline void barrier_arrive(Address barrier) { barrier_arrive_expecting(barrier, 0); }
+inline void barrier_wait(Address barrier, int parity) {
+  auto& of = transaction(barrier);
+  em::wait_until([&] { return of.phase != parity; });
+}
+
+// The swizzle of 128 bytes permutes address bits 4-6 by bits 7-9.
+inline Address swizzled(Address address) { return address ^ ((address >> 3) & 0x70); }
+
+inline void copy_box_async(Address to, const TensorMap& map, int column, int row, Address barrier) {
+  if (to % 1024) em::fail("a swizzled box must start at a multiple of 1024 bytes");
+  const int bytes = map.box_rows * 128;
+  std::memset(at(to), 0xff, static_cast<std::size_t>(bytes));
+  em::block->in_flight.push_back([=] {
+    for (int r = 0; r < map.box_rows; ++r) {
+      for (int c = 0; c < 64; ++c) {
+        std::uint16_t element = 0;
+        const std::int64_t i = std::int64_t{row} + r, j = std::int64_t{column} + c;
+        if (i >= 0 && i < map.count && j >= 0 && j < map.depth) std::memcpy(&element, map.rows + (i * map.depth + j) * 2, 2);
+        std::memcpy(at(swizzled(to + static_cast<Address>(r * 128 + c * 2))), &element, 2);
+      }
+    }
+    auto& of = transaction(barrier);
+    of.bytes -= bytes;
+    barrier_settle(of);
+    ++em::progress;
+  });
+}
+
+// Shared-memory operand of wgmma: element (k, mn) of the 16 × N or 16 × 64 slice a descriptor names.
+template <bool BF16>
+float operand_element(std::uint64_t descriptor, bool row_major, int k, int mn) {
+  if (descriptor >> 62 != 1) em::fail("only descriptors of the 128-byte swizzle are known");
+  if ((descriptor >> 49) & 7) em::fail("a base offset is not known");
+  const auto start = static_cast<Address>(descriptor & 0x3fff) << 4;
+  const auto leading = static_cast<Address>((descriptor >> 16) & 0x3fff) << 4, stride = static_cast<Address>((descriptor >> 32) & 0x3fff) << 4;
+  const Address linear = row_major ? start + mn / 64 * leading + k / 8 * stride + k % 8 * 128 + mn % 64 * 2
+                                   : start + mn / 8 * stride + mn % 8 * 128 + k * 2;
+  std::uint16_t element;
+  std::memcpy(&element, at(swizzled(linear)), 2);
+  return BF16 ? from_bf16(element) : from_f16(element);
+}
+
+inline void wgmma_fence() {}
+inline void wgmma_commit() {
+  static const char kind = 0;
+  int nothing = 0;
+  auto& group = em::block->warpgroups[em::thread / 128];
+  with_warpgroup(&kind, nothing, [&](auto&) {
+    group.committed.push_back(std::move(group.open));
+    group.open.clear();
+  });
+}
+template <int PENDING>
+void wgmma_wait() {
+  static const char kind = 0;
+  int nothing = 0;
+  auto& group = em::block->warpgroups[em::thread / 128];
+  with_warpgroup(&kind, nothing, [&](auto&) {
+    for (; static_cast<int>(group.committed.size()) > PENDING; group.committed.pop_front()) {
+      for (auto& product : group.committed.front()) product.run();
+    }
+    for (auto shadow = group.shadow.begin(); shadow != group.shadow.end();) {  // hand back what nothing in flight adds to
+      bool busy = false;
+      for (const auto& products : group.committed) {
+        for (const auto& product : products) busy |= std::count(product.accumulators.begin(), product.accumulators.end(), shadow->first) > 0;
+      }
+      if (busy) {
+        ++shadow;
+        continue;
+      }
+      std::memcpy(shadow->first, shadow->second.data(), shadow->second.size() * sizeof(float));
+      shadow = group.shadow.erase(shadow);
+    }
+  });
+}
+template <class T, int N>
+void hold(T (&)[N][4]) {}
+
+template <bool BF16, int N>
+struct Wgmma {
+  struct Mine {
+    float* d;
+    std::uint32_t a[4];
+    std::uint64_t a_at, b_at;
+    bool accumulate;
+  };
+  // REGISTERS: a from registers and b row-major, as csrc/cuda/hardware/ptx.h encodes the instruction.
+  template <bool REGISTERS>
+  static void issue(Mine mine) {
+    static const char kind = 0;
+    auto& group = em::block->warpgroups[em::thread / 128];
+    with_warpgroup(&kind, mine, [&](auto& all) {
+      std::vector<Mine> threads;
+      em::Product product;
+      for (int t = 0; t < 128; ++t) {
+        const Mine& of = *static_cast<Mine*>(all[t]);
+        if (of.a_at != threads.emplace_back(of).a_at || of.b_at != threads[0].b_at) em::fail("descriptors differ within a warpgroup");
+        product.accumulators.push_back(of.d);
+        if (!group.shadow.count(of.d)) {
+          group.shadow[of.d].assign(of.d, of.d + N / 2);
+          std::fill(of.d, of.d + N / 2, std::numeric_limits<float>::quiet_NaN());
+        }
+      }
+      product.run = [&group, threads] {
+        static float a[64][16], b[16][N];
+        for (int k = 0; k < 16; ++k) {
+          for (int n = 0; n < N; ++n) b[k][n] = operand_element<BF16>(threads[0].b_at, REGISTERS, k, n);
+        }
+        for (int t = 0; t < 128; ++t) {
+          for (int i = 0; i < 4; ++i) {
+            for (int e = 0; e < 2; ++e) {
+              const int row = t / 32 * 16 + t % 32 / 4 + 8 * (i % 2), k = 2 * (t % 4) + e + 8 * (i / 2);
+              a[row][k] = REGISTERS ? half_of<BF16>(threads[t].a[i], e) : operand_element<BF16>(threads[t].a_at, false, k, row);
+            }
+          }
+        }
+        for (int t = 0; t < 128; ++t) {
+          auto& d = group.shadow.at(threads[t].d);
+          for (int i = 0; i < N / 2; ++i) {
+            const int row = t / 32 * 16 + t % 32 / 4 + 8 * (i / 2 % 2), column = i / 4 * 8 + 2 * (t % 4) + i % 2;
+            float sum = threads[t].accumulate ? d[i] : 0.0f;
+            for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
+            d[i] = sum;
+          }
+        }
+      };
+      group.open.push_back(std::move(product));
+    });
+  }
+  static void shared(float (&d)[N / 8][4], std::uint64_t a, std::uint64_t b, bool accumulate) {
+    issue<false>({&d[0][0], {}, a, b, accumulate});
+  }
+  static void registers(float (&d)[N / 8][4], const std::uint32_t (&a)[4], std::uint64_t b) {
+    issue<true>({&d[0][0], {a[0], a[1], a[2], a[3]}, 0, b, true});
+  }
+};
+
+}  // namespace fastsupcon::cuda::ptx
