@@ -222,7 +222,7 @@ struct MmaBlock {
     static_assert(Shape::rows <= kMmaThreads);
     if (ptx::thread() >= Shape::rows) return;
     reinterpret_cast<Terms*>(shared + Shape::row_terms_at)[ptx::thread()] = terms_of(work, work.x, first_row + ptx::thread(), per_unit);
-    reinterpret_cast<std::int64_t*>(shared + Shape::row_keys_at)[ptx::thread()] = key_of(work.x, first_row + ptx::thread());
+    reinterpret_cast<std::int64_t*>(shared + Shape::row_keys_at)[ptx::thread()] = row_key_of(work, first_row + ptx::thread());
   }
   FASTSUPCON_DEVICE Terms row_terms(int row) const { return reinterpret_cast<const Terms*>(shared + Shape::row_terms_at)[row]; }
   FASTSUPCON_DEVICE std::int64_t row_key(int row) const {

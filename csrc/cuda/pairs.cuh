@@ -43,6 +43,11 @@ FASTSUPCON_DEVICE std::int64_t key_of(const Side& side, std::int64_t row) {
   return side.keys ? (row < side.count ? side.keys[row] : -1) : row;
 }
 
+// An owned row's key. Without exclusions no column has it: then columns' keys are their indices.
+FASTSUPCON_DEVICE std::int64_t row_key_of(const Work& work, std::int64_t row) {
+  return work.exclusion == Exclusion::none ? -1 : key_of(work.x, row);
+}
+
 // What the columns of a tile bring, in shared memory.
 struct ColumnTerms {
   const Terms* terms;

@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(WgmmaShape<PANELS, false>::threads, 1)
     ptx::raise_registers<Shape::consumer_registers>();
     const int lane = ptx::lane();
     const std::int64_t first = block.first_row + consumer * 64 + warp % 4 * 16 + accumulator_row(lane, 0);
-    const std::int64_t keys[2] = {key_of(work.x, first), key_of(work.x, first + 8)};
+    const std::int64_t keys[2] = {row_key_of(work, first), row_key_of(work, first + 8)};
     LogSum sums[2];
     if (!work.online) sums[0].maximum = sums[1].maximum = 0.0f;
     float s[columns / 8][4] = {};
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(WgmmaShape<PANELS, true>::threads, 1)
     const std::int64_t first = block.first_row + consumer * 64 + warp % 4 * 16 + accumulator_row(lane, 0);
     const float per_unit = 1.0f / gradient_unit(work);
     const Terms rows[2] = {terms_of(work, work.x, first, per_unit), terms_of(work, work.x, first + 8, per_unit)};
-    const std::int64_t keys[2] = {key_of(work.x, first), key_of(work.x, first + 8)};
+    const std::int64_t keys[2] = {row_key_of(work, first), row_key_of(work, first + 8)};
     float weight_sums[2] = {};
     float out[PANELS * 8][4] = {};
     float s[columns / 8][4];
