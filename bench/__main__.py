@@ -61,7 +61,7 @@ def quick_cases(device: str) -> list[Case]:
 
 
 def main(
-    preset: Literal["auto", "cpu", "gpu"] = "auto",
+    preset: tyro.conf.Positional[Literal["auto", "cpu", "gpu"]] = "auto",
     *,
     quick: bool = False,
     rows: tuple[int, ...] = (),
