@@ -92,6 +92,21 @@ FASTSUPCON_INLINE T maximum_of_lanes(Vector<T> v) {
   return reduce<T>(v, [](Vector<T> a, Vector<T> b) __attribute__((always_inline)) { return maximum(a, b); });
 }
 
+// x as it is when rounded to T: keeps the compiler from fusing the product that made it with the addition that follows.
+template <class V>
+FASTSUPCON_INLINE V rounded(V x) {
+#if defined(__AVX512F__)
+  __asm__("" : "+v"(x));
+#elif defined(__x86_64__)
+  __asm__("" : "+x"(x));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(x));
+#else
+  __asm__("" : "+m"(x));
+#endif
+  return x;
+}
+
 // ---- Powers of two ----------------------------------------------------------------------------------------------------------------
 // 2^r on [−½, ½] by a minimax polynomial with p(0) = 1: relative error 2.6e-9 (float, 8e-8 with its rounding) and 3e-16 (double).
 template <class T>

@@ -311,7 +311,7 @@ struct SelfTile {
       } else {
         const Sum* const row_lse = of(problem.lse, rows);
         replace([&](std::int64_t i, auto u, Vector<Sum> s) __attribute__((always_inline)) {
-          const Vector<Sum> x = s * Sum(problem.scale);
+          const Vector<Sum> x = rounded(s * Sum(problem.scale));  // as in the forward, so that a P_ij of 1 is exactly 1
           return row_weight[i] * exp_of<Sum>(x - row_lse[i]) + weight[u] * exp_of<Sum>(x - lse[u]);
         });
       }
