@@ -59,12 +59,14 @@ struct ColumnTerms {
 template <int COLUMNS>
 FASTSUPCON_DEVICE void mask(float (&s)[COLUMNS / 8][4], const std::int64_t (&row_keys)[2], const ColumnTerms& columns, std::int64_t count,
                             int lane) {
+  const std::int64_t left = count - columns.first;
+  const int valid = left < COLUMNS ? static_cast<int>(left) : COLUMNS;
 #pragma unroll
   for (int j = 0; j < COLUMNS / 8; ++j) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const int column = 8 * j + accumulator_column(lane, e);
-      if (columns.keys[column] == row_keys[e / 2] || columns.first + column >= count) s[j][e] = -kInfinity;
+      if (columns.keys[column] == row_keys[e / 2] || column >= valid) s[j][e] = -kInfinity;
     }
   }
 }

@@ -21,8 +21,8 @@ struct WgmmaShape {
   static constexpr int columns = PANELS == 4 ? 64 : 128;
   static constexpr int stages = PANELS == 4 && !BACKWARD ? 2 : 4;
   static constexpr int threads = 128 * (consumers + 1);
-  static constexpr int producer_registers = BACKWARD ? 56 : 24;
-  static constexpr int consumer_registers = BACKWARD ? 224 : 120;
+  static constexpr int producer_registers = BACKWARD ? 40 : 24;
+  static constexpr int consumer_registers = BACKWARD ? 232 : 120;
   static constexpr int x_panel_bytes = rows * kPanelBytes, y_panel_bytes = columns * kPanelBytes;
   static constexpr int x_bytes = PANELS * x_panel_bytes, y_bytes = PANELS * y_panel_bytes;
   static constexpr int keys_at = x_bytes + stages * y_bytes;
@@ -82,6 +82,7 @@ struct WgmmaBlock {
       }
     }
     const float per_unit = 1.0f / gradient_unit(work);
+#pragma unroll 1  // the producer has few registers
     for (int tile = first_tile; tile < last_tile; ++tile) {
       const int stage = stage_of(tile);
       const std::int64_t column = std::int64_t{tile} * columns + thread;
@@ -186,7 +187,8 @@ __global__ void __launch_bounds__(WgmmaShape<PANELS, false>::threads, 1)
   }
 }
 
-template <Product PRODUCT, int PANELS>
+// By form, as the three in one kernel spilled 64 to 104 bytes.
+template <Product PRODUCT, int PANELS, Form FORM>
 __global__ void __launch_bounds__(WgmmaShape<PANELS, true>::threads, 1)
     wgmma_backward(const __grid_constant__ Work work, const __grid_constant__ ptx::TensorMap x_map, const __grid_constant__ ptx::TensorMap y_map) {
   using Block = WgmmaBlock<PRODUCT, PANELS, true>;
@@ -212,8 +214,8 @@ __global__ void __launch_bounds__(WgmmaShape<PANELS, true>::threads, 1)
     const auto weigh_tile = [&](int tile) {
       const ColumnTerms terms = block.column_terms(tile);
       if (block.needs_mask(tile)) mask<columns>(s, keys, terms, work.y.count, lane);
-      weigh<columns>(work.form, s, rows, terms, work.scale_log2, lane);
-      if (work.weight_sums) {
+      weigh<FORM, columns>(s, rows, terms, work.scale_log2, lane);
+      if constexpr (FORM == Form::one) {
 #pragma unroll
         for (int j = 0; j < columns / 8; ++j) {
 #pragma unroll
@@ -252,7 +254,7 @@ __global__ void __launch_bounds__(WgmmaShape<PANELS, true>::threads, 1)
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const std::int64_t row = first + 8 * r;
-      if (work.weight_sums) {
+      if constexpr (FORM == Form::one) {
 #pragma unroll
         for (int lanes = 1; lanes < 4; lanes *= 2) weight_sums[r] += ptx::shuffle_xor(weight_sums[r], lanes);
       }

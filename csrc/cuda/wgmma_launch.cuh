@@ -18,8 +18,10 @@ struct WgmmaVariant {
     };
     const auto x_map = map(work.x, Shape::rows), y_map = map(work.y, Shape::columns);
     if constexpr (BACKWARD) {
-      cuda::launch("wgmma_backward", shape, wgmma_backward<PRODUCT, PANELS>, grid, Shape::threads, Shape::shared_bytes, where, work, x_map,
-                   y_map);
+      const auto kernel = work.form == Form::sum   ? wgmma_backward<PRODUCT, PANELS, Form::sum>
+                          : work.form == Form::two ? wgmma_backward<PRODUCT, PANELS, Form::two>
+                                                   : wgmma_backward<PRODUCT, PANELS, Form::one>;
+      cuda::launch("wgmma_backward", shape, kernel, grid, Shape::threads, Shape::shared_bytes, where, work, x_map, y_map);
     } else {
       cuda::launch("wgmma_forward", shape, wgmma_forward<PRODUCT, PANELS>, grid, Shape::threads, Shape::shared_bytes, where, work, x_map,
                    y_map);

@@ -1,0 +1,98 @@
+"""What nvcc and ptxas say of the CUDA kernels: they compile for every generation, keep to registers, and use the tensor cores meant."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
+GENERATIONS = ["-gencode=arch=compute_80,code=[sm_80,compute_80]", "-gencode=arch=compute_90a,code=sm_90a"]
+UNITS = {"mma_bf16": GENERATIONS, "mma_tf32": GENERATIONS, "mma_f32": GENERATIONS, "wgmma_bf16": GENERATIONS[1:]}  # f16 is bf16 but for a letter
+
+
+def find_tool(name: str) -> str | None:
+    """From PATH, beside nvcc, or in the copy that triton's package carries."""
+    found = shutil.which(name)
+    if found is None and (nvcc := shutil.which("nvcc")):
+        found = shutil.which(name, path=str(Path(nvcc).resolve().parent))
+    if found is None:
+        triton = pytest.importorskip("triton", reason=f"no {name} on PATH, none beside nvcc, and no triton to lend one")
+        found = shutil.which(name, path=str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin"))
+    return found
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory) -> dict[str, tuple[Path, str]]:
+    """Object file and ptxas report of each unit."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None or not SOURCES.is_dir():
+        pytest.skip("nvcc or the sources are not here")
+    out = tmp_path_factory.mktemp("cuda")
+
+    def compile_unit(unit: str) -> tuple[Path, str]:
+        target = out / f"{unit}.o"
+        command = [nvcc, "-std=c++17", f"-I{SOURCES}", *UNITS[unit], "-Xptxas", "-v", "-c", str(SOURCES / f"{unit}.cu"), "-o", str(target)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return target, done.stdout + done.stderr
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(UNITS, pool.map(compile_unit, UNITS), strict=True))
+
+
+def spills(report: str) -> dict[str, int]:
+    """Bytes spilled (stores and loads) by kernel and architecture."""
+    entry = r"Compiling entry function '(\S+)' for '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
+    return {f"{name} {arch}": int(stores) + int(loads) for name, arch, stores, loads in re.findall(entry, report, re.DOTALL)}
+
+
+@pytest.mark.parametrize("unit", ["mma_bf16", "mma_tf32", "mma_f32"])
+def test_mma_kernels_keep_to_registers(compiled, unit):
+    found = spills(compiled[unit][1])
+    assert len(found) == 2 * (8 if unit == "mma_bf16" else 6)  # two architectures, forward and backward of each depth
+    assert all("sm_80" in name or "sm_90a" in name for name in found)
+    assert {name: size for name, size in found.items() if size} == {}
+
+
+def test_wgmma_kernels_keep_to_registers(compiled):
+    """The forward and the backward of unit rows: none. Rows of unknown norm and the cross shape: a few words per tile of 64 logits each."""
+    found = spills(compiled["wgmma_bf16"][1])
+    assert len(found) == 3 * 4
+    main = {name: size for name, size in found.items() if "wgmma_forward" in name or "FormE2" in name}
+    assert len(main) == 6
+    assert set(main.values()) == {0}
+    assert max(found.values()) <= 128
+
+
+def test_wgmma_is_asynchronous(compiled):
+    """ptxas says C7514 or C7515 where it waits after every wgmma, C7508 where it ignores setmaxnreg."""
+    report = compiled["wgmma_bf16"][1]
+    assert "serialized" not in report
+    assert not re.search(r"C75\d\d", report)
+
+
+@pytest.mark.parametrize(("unit", "instruction"), [("mma_bf16", "HMMA.16816.F32.BF16"), ("mma_f32", "HMMA.1688.F32.TF32"), ("wgmma_bf16", "HGMMA")])
+def test_machine_code_uses_the_tensor_cores(compiled, unit, instruction):
+    cuobjdump = find_tool("cuobjdump")
+    if cuobjdump is None:
+        pytest.skip("no cuobjdump on PATH, beside nvcc or in triton")
+    code = subprocess.run([cuobjdump, "-sass", str(compiled[unit][0])], capture_output=True, text=True, check=True).stdout
+    kernels = code.split("Function : ")[1:]
+    assert kernels
+    assert all(instruction in kernel for kernel in kernels)
+    if unit == "wgmma_bf16":  # TMA, and the second product's row-major operand
+        assert all("UTMALDG" in kernel for kernel in kernels)
+        assert all(".tnspB" in kernel for kernel in kernels if "backward" in kernel.split("\n", 1)[0])
+
+
+def test_newer_generations_get_ptx(compiled):
+    cuobjdump = find_tool("cuobjdump")
+    if cuobjdump is None:
+        pytest.skip("no cuobjdump on PATH, beside nvcc or in triton")
+    listing = subprocess.run([cuobjdump, "-lptx", str(compiled["mma_bf16"][0])], capture_output=True, text=True, check=True).stdout
+    assert "sm_80.ptx" in listing
