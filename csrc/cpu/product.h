@@ -50,6 +50,7 @@ FASTSUPCON_INLINE void multiply(const typename A::Cell* a, const typename A::Cel
   using Cell = typename A::Cell;
   unroll<kRows>([&](auto r) __attribute__((always_inline)) { unroll<V>([&](auto v) __attribute__((always_inline)) { sum[r][v] = Vector<typename A::Sum>{}; }); });
   for (std::int64_t k = 0; k < terms; ++k) {
+    if constexpr (kRowStep == 1) __builtin_prefetch(a + 16 * kTermStep);  // one line of each step is used: more than the hardware foresees
     Vector<Cell> columns[V];
     unroll<V>([&](auto v) __attribute__((always_inline)) { columns[v] = load(b + v * kWidth<A>); });
     unroll<kRows>([&](auto r) __attribute__((always_inline)) {
@@ -184,9 +185,13 @@ void add_elements(const typename A::Cell* weights, std::int64_t outputs, const S
         end = smaller(end, cells<A>(r0 + kRows));
       }
     }
+    // The sums come from L3 or memory, too late for out-of-order execution to hide: fetch them while the product runs.
+    Sum* to = out + r0 * depth + first;
+    unroll<kRows>([&](auto r) __attribute__((always_inline)) {
+      if (r < outputs - r0) unroll<V>([&](auto v) __attribute__((always_inline)) { __builtin_prefetch(to + r * depth + v * W, 1); });
+    });
     Vector<Sum> sum[kRows][V];
     multiply<A, V, kRowStep, kTermStep>(weights + r0 * kRowStep + begin * kTermStep, panel + begin * kPanel<A>, end - begin, sum);
-    Sum* to = out + r0 * depth + first;
     const std::int64_t valid = depth - first;
     if (outputs - r0 >= kRows && valid >= V * W) {
       unroll<kRows>([&](auto r) __attribute__((always_inline)) {

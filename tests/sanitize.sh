@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# The extension's CPU half under AddressSanitizer and UndefinedBehaviorSanitizer, and tests/test_cpu.py on it, in every instruction set this
+# processor has. Builds into a temporary directory. Needs GCC and what `pip install .` needs; PYTHON names the interpreter.
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+python=${PYTHON:-python3}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+mkdir "$work/fastsupcon"
+cp -r "$root/fastsupcon/." "$work/fastsupcon"
+rm -f "$work"/fastsupcon/_C*.so
+cmake -S "$root" -B "$work/build" -GNinja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFASTSUPCON_NO_CUDA=ON \
+  -DPython_EXECUTABLE="$("$python" -c 'import sys; print(sys.executable)')" \
+  -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" -DFASTSUPCON_OUTPUT_DIRECTORY="$work/fastsupcon" \
+  -DCMAKE_CXX_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -Wno-psabi" > "$work/configure.log"
+cmake --build "$work/build" > "$work/build.log" || { tail -40 "$work/build.log"; exit 1; }
+
+cp "$root/tests/test_cpu.py" "$work"
+cd "$work"
+# The interpreter is not instrumented: the runtime is loaded first, and what Python itself leaks at exit is not counted.
+LD_PRELOAD=$(${CXX:-g++} -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0:handle_segv=0 OMP_NUM_THREADS=1 PYTHONPATH=$work \
+  "$python" -m pytest -q -p no:cacheprovider --rootdir="$work" test_cpu.py "$@"
