@@ -15,7 +15,17 @@ import triton
 import triton.language as tl
 
 from ._triton_tiles import (
-    EQUAL_KEYS, LN_2, LOG2_E, careful_tile, load_keys, load_rows, load_values, mask_pairs, plain_tile, similarities, stream_plan,
+    EQUAL_KEYS,
+    LN_2,
+    LOG2_E,
+    careful_tile,
+    load_keys,
+    load_rows,
+    load_values,
+    mask_pairs,
+    plain_tile,
+    similarities,
+    stream_plan,
 )  # fmt: skip
 
 
@@ -41,9 +51,9 @@ def logits(
     b = load_rows(b_ptr, b_first, m, 0, D, STREAMED, DEPTH, CAREFUL) if D <= DEPTH else a
     s = similarities(a, b, a_ptr, b_ptr, a_first, b_first, n, m, D, OWNED, STREAMED, DEPTH, PRECISION) * scale_log2
     if bias_ptr is not None:
-        s += load_values(bias_ptr, b_first, m, STREAMED)[None, :] * LOG2_E
+        s += load_values(bias_ptr, b_first, m, STREAMED, CAREFUL)[None, :] * LOG2_E
     b_key = load_keys(b_key_ptr, a_key_ptr, b_first, m, STREAMED) if FORBIDDEN == EQUAL_KEYS else a_key
-    return mask_pairs(s, a_key, b_key, a_first, b_first, m, OWNED, STREAMED, FORBIDDEN, CAREFUL)
+    return mask_pairs(s, a_key, b_key, a_first, b_first, n, m, OWNED, STREAMED, FORBIDDEN, CAREFUL)
 
 
 @triton.jit(do_not_specialize=["n", "m", "tiles_per_split"])

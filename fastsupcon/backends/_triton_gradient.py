@@ -15,8 +15,8 @@ One recomputed tile, one second product from the same tile of y, no atomics: 4 N
     writes   dx [splits, n, D] and dbias [splits, n]
 
 Range in SYMMETRIC: |log exp(s)| and |lse| are below 63 ln 2 + log N, so w is in fp32's range for every g from 2^-40 to 2^40.
-W enters the product in the rows' dtype. fp16 could not hold g P (about 1/N^2): there g is divided by its largest |g|, taken over all rows in
-the kernel, and W lifted by 2^14, which leaves it between 2^15 and a subnormal 2^-24; both come back in the epilogue, in fp32.
+W enters the product in the rows' dtype. fp16 could not hold g P (about 1/N^2): there g is divided by the largest |g| of all rows, and W
+lifted by 2^14, which leaves it between 2^15 and a subnormal 2^-24; both come back in the epilogue, in fp32.
 """
 
 from __future__ import annotations
@@ -25,45 +25,64 @@ import triton
 import triton.language as tl
 
 from ._triton_tiles import (
-    EQUAL_KEYS, LOG2_E, careful_tile, load_keys, load_rows, load_values, mask_pairs, plain_tile, product, similarities, stream_plan,
-)  # fmt: skip
+    EQUAL_KEYS,
+    LOG2_E,
+    careful_tile,
+    load_keys,
+    load_rows,
+    load_values,
+    mask_pairs,
+    plain_tile,
+    product,
+    similarities,
+    stream_plan,
+)
 
 ROWS, COLUMNS, BOTH, SYMMETRIC = (tl.constexpr(weight) for weight in range(4))
+LIFT = tl.constexpr(14.0)  # log2, for fp16
+
+
+@triton.jit(do_not_specialize=["n"])
+def prepare_kernel(lse_ptr, grad_ptr, lse2_ptr, weight_ptr, peak_ptr, n, BLOCK: tl.constexpr):
+    """What tiles need of every row, computed once: lse in base 2, and g or (without lse2_ptr) w = g exp(-lse); with peak_ptr, g over max |g|.
+
+    A row that allows no column has lse -inf; +inf instead makes its P and its w 0. max |g| is never taken as 0, so finite g stay finite.
+    """
+    block = tl.arange(0, BLOCK)
+    row = tl.program_id(0) * BLOCK + block
+    lse = tl.load(lse_ptr + row, mask=row < n, other=0.0) * LOG2_E
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)
+    weight = tl.load(grad_ptr + row, mask=row < n, other=0.0)
+    if peak_ptr is not None:
+        largest = tl.full([BLOCK], 1e-30, tl.float32)
+        for first in range(0, n, BLOCK):
+            largest = tl.maximum(largest, tl.abs(tl.load(grad_ptr + first + block, mask=block < n - first, other=0.0)))
+        peak = tl.max(largest, 0)
+        weight /= peak
+        tl.store(peak_ptr, peak)  # the same value from every program
+    if lse2_ptr is None:
+        weight *= tl.exp2(-lse)
+    else:
+        tl.store(lse2_ptr + row, lse, mask=row < n)
+    tl.store(weight_ptr + row, weight, mask=row < n)
 
 
 @triton.jit
-def largest(ptr, count):
-    """max |v| of v [count], and never 0, so that finite values can be divided by it."""
-    block = tl.arange(0, 1024)
-    result = tl.full([1024], 1e-30, tl.float32)
-    for first in range(0, count, 1024):
-        result = tl.maximum(result, tl.abs(tl.load(ptr + first + block, mask=block < count - first, other=0.0)))
-    return tl.max(result, 0)
-
-
-@triton.jit
-def load_lse(ptr, first, count, LENGTH: tl.constexpr):
-    """lse in base 2; +inf for a row that allows no column, whose P is then 0."""
-    lse = load_values(ptr, first, count, LENGTH) * LOG2_E
-    return tl.where(lse == float("-inf"), float("inf"), lse)
-
-
-@triton.jit
-def weights(s, x_lse, y_lse, x_grad, y_grad, lift, WEIGHT: tl.constexpr):
+def weights(s, x_lse, y_lse, x_weight, y_weight, lift, WEIGHT: tl.constexpr):
     """W_ij * 2^lift; in ROWS without g_i, which waits for the epilogue."""
     if WEIGHT == ROWS:
         return tl.exp2(s - (x_lse - lift)[:, None])
     if WEIGHT == COLUMNS:
-        return tl.exp2(s - (y_lse - lift)[None, :]) * y_grad[None, :]
+        return tl.exp2(s - (y_lse - lift)[None, :]) * y_weight[None, :]
     if WEIGHT == BOTH:
-        return tl.exp2(s - (x_lse - lift)[:, None]) * x_grad[:, None] + tl.exp2(s - (y_lse - lift)[None, :]) * y_grad[None, :]
-    return tl.exp2(s + lift) * (x_grad[:, None] + y_grad[None, :])
+        return tl.exp2(s - (x_lse - lift)[:, None]) * x_weight[:, None] + tl.exp2(s - (y_lse - lift)[None, :]) * y_weight[None, :]
+    return tl.exp2(s + lift) * (x_weight[:, None] + y_weight[None, :])
 
 
 @triton.jit
 def tile_weights(
-    x, y, x_lse, x_grad, x_key, x_bias, x_ptr, y_ptr, y_lse_ptr, y_grad_ptr, y_bias_ptr, x_key_ptr, y_key_ptr,
-    x_first, y_first, n, m, scale_log2, peak, lift,
+    x, y, x_lse, x_weight, x_key, x_bias, x_ptr, y_ptr, lse_ptr, weight_ptr, y_bias_ptr, x_key_ptr, y_key_ptr,
+    x_first, y_first, n, m, scale_log2, lift,
     D: tl.constexpr, OWNED: tl.constexpr, STREAMED: tl.constexpr, DEPTH: tl.constexpr,
     FORBIDDEN: tl.constexpr, WEIGHT: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -71,22 +90,21 @@ def tile_weights(
     if x_bias is not None:
         s += x_bias[:, None]
     if y_bias_ptr is not None:
-        s += load_values(y_bias_ptr, y_first, m, STREAMED)[None, :] * LOG2_E
+        s += load_values(y_bias_ptr, y_first, m, STREAMED, CAREFUL)[None, :] * LOG2_E
     y_key = load_keys(y_key_ptr, x_key_ptr, y_first, m, STREAMED) if FORBIDDEN == EQUAL_KEYS else 0
-    s = mask_pairs(s, x_key, y_key, x_first, y_first, m, OWNED, STREAMED, FORBIDDEN, CAREFUL)
+    s = mask_pairs(s, x_key, y_key, x_first, y_first, n, m, OWNED, STREAMED, FORBIDDEN, CAREFUL)
     y_lse = x_lse
-    y_grad = x_grad
+    y_weight = x_weight
+    if WEIGHT != ROWS and WEIGHT != SYMMETRIC:
+        y_lse = load_values(lse_ptr, y_first, m, STREAMED, CAREFUL)
     if WEIGHT != ROWS:
-        y_lse = load_lse(y_lse_ptr, y_first, m, STREAMED)
-        y_grad = load_values(y_grad_ptr, y_first, m, STREAMED) / peak
-        if WEIGHT == SYMMETRIC:
-            y_grad *= tl.exp2(-y_lse)
-    return weights(s, x_lse, y_lse, x_grad, y_grad, lift, WEIGHT)
+        y_weight = load_values(weight_ptr, y_first, m, STREAMED, CAREFUL)
+    return weights(s, x_lse, y_lse, x_weight, y_weight, lift, WEIGHT)
 
 
 @triton.jit(do_not_specialize=["n", "m", "tiles_per_split"])
 def gradient_kernel(
-    x_ptr, y_ptr, x_lse_ptr, x_grad_ptr, y_lse_ptr, y_grad_ptr, x_bias_ptr, y_bias_ptr, x_key_ptr, y_key_ptr, dx_ptr, dbias_ptr,
+    x_ptr, y_ptr, lse_ptr, weight_ptr, peak_ptr, x_bias_ptr, y_bias_ptr, x_key_ptr, y_key_ptr, dx_ptr, dbias_ptr,
     n, m, scale, tiles_per_split,
     D: tl.constexpr, OWNED: tl.constexpr, STREAMED: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr,
     FORBIDDEN: tl.constexpr, WEIGHT: tl.constexpr, PRECISION: tl.constexpr,
@@ -95,22 +113,12 @@ def gradient_kernel(
     chunk = tl.program_id(1) * WIDTH
     split = tl.program_id(2)
     scale_log2 = scale * LOG2_E
-    lift = 0.0
-    peak = 1.0
-    if x_ptr.dtype.element_ty == tl.float16:
-        lift = 14.0
-        if WEIGHT != ROWS:
-            peak = largest(y_grad_ptr, m)
+    lift = LIFT if x_ptr.dtype.element_ty == tl.float16 else 0.0
     x = load_rows(x_ptr, x_first, n, 0, D, OWNED, DEPTH, True) if D <= DEPTH else 0
     x_key = load_keys(x_key_ptr, y_key_ptr, x_first, n, OWNED) if FORBIDDEN == EQUAL_KEYS else 0
-    x_bias = load_values(x_bias_ptr, x_first, n, OWNED) * LOG2_E if x_bias_ptr is not None else None
-    x_lse = 0.0
-    x_grad = 0.0
-    if WEIGHT != COLUMNS:
-        x_lse = load_lse(x_lse_ptr, x_first, n, OWNED)
-        x_grad = load_values(x_grad_ptr, x_first, n, OWNED) / peak
-        if WEIGHT == SYMMETRIC:
-            x_grad *= tl.exp2(-x_lse)
+    x_bias = load_values(x_bias_ptr, x_first, n, OWNED, True) * LOG2_E if x_bias_ptr is not None else None
+    x_lse = load_values(lse_ptr, x_first, n, OWNED, True) if WEIGHT != COLUMNS and WEIGHT != SYMMETRIC else 0.0
+    x_weight = load_values(weight_ptr, x_first, n, OWNED, True) if WEIGHT != COLUMNS else 0.0
     dx = tl.zeros([OWNED, WIDTH], tl.float32)
     dbias = tl.zeros([OWNED], tl.float32)
 
@@ -119,8 +127,8 @@ def gradient_kernel(
         y_first = plain_tile(u, first, diagonal, on_diagonal, STREAMED)
         y = load_rows(y_ptr, y_first, m, chunk, D, STREAMED, WIDTH, False)
         w = tile_weights(
-            x, y, x_lse, x_grad, x_key, x_bias, x_ptr, y_ptr, y_lse_ptr, y_grad_ptr, y_bias_ptr, x_key_ptr, y_key_ptr,
-            x_first, y_first, n, m, scale_log2, peak, lift, D, OWNED, STREAMED, DEPTH, FORBIDDEN, WEIGHT, False, PRECISION,
+            x, y, x_lse, x_weight, x_key, x_bias, x_ptr, y_ptr, lse_ptr, weight_ptr, y_bias_ptr, x_key_ptr, y_key_ptr,
+            x_first, y_first, n, m, scale_log2, lift, D, OWNED, STREAMED, DEPTH, FORBIDDEN, WEIGHT, False, PRECISION,
         )  # fmt: skip
         if dbias_ptr is not None:
             dbias += tl.sum(w, 1)
@@ -130,23 +138,26 @@ def gradient_kernel(
         y_first = careful_tile(u, diagonal, on_diagonal, m, STREAMED)
         y = load_rows(y_ptr, y_first, m, chunk, D, STREAMED, WIDTH, True)
         w = tile_weights(
-            x, y, x_lse, x_grad, x_key, x_bias, x_ptr, y_ptr, y_lse_ptr, y_grad_ptr, y_bias_ptr, x_key_ptr, y_key_ptr,
-            x_first, y_first, n, m, scale_log2, peak, lift, D, OWNED, STREAMED, DEPTH, FORBIDDEN, WEIGHT, True, PRECISION,
+            x, y, x_lse, x_weight, x_key, x_bias, x_ptr, y_ptr, lse_ptr, weight_ptr, y_bias_ptr, x_key_ptr, y_key_ptr,
+            x_first, y_first, n, m, scale_log2, lift, D, OWNED, STREAMED, DEPTH, FORBIDDEN, WEIGHT, True, PRECISION,
         )  # fmt: skip
         if dbias_ptr is not None:
             dbias += tl.sum(w, 1)
         if dx_ptr is not None:
             dx = product(w.to(y.dtype), y, dx, PRECISION)
 
-    factor = peak * tl.exp2(-lift)
+    factor = tl.exp2(-lift)
+    if peak_ptr is not None:
+        factor *= tl.load(peak_ptr)
     row = tl.arange(0, OWNED)
     exists = row < n - x_first
     if dx_ptr is not None:
         column = chunk + tl.arange(0, WIDTH)[None, :]
         dx *= scale * factor
         if WEIGHT == ROWS:
-            dx *= x_grad[:, None]
+            dx *= x_weight[:, None]
         pointers = dx_ptr + (split.to(tl.int64) * n + x_first) * D + (row[:, None] * D + column)
         tl.store(pointers, dx.to(dx_ptr.dtype.element_ty), mask=exists[:, None] & (column < D))
-    if dbias_ptr is not None:
-        tl.store(dbias_ptr + split.to(tl.int64) * n + x_first + row, dbias * factor, mask=exists & (chunk == 0))
+    if dbias_ptr is not None:  # noqa: SIM102
+        if chunk == 0:
+            tl.store(dbias_ptr + split.to(tl.int64) * n + x_first + row, dbias * factor, mask=exists)

@@ -33,10 +33,10 @@ def load_rows(ptr, first, count, column, D: tl.constexpr, ROWS: tl.constexpr, CO
 
 
 @triton.jit
-def load_values(ptr, first, count, ROWS: tl.constexpr):
-    """values[first : first + ROWS] of values [count], zeros outside."""
+def load_values(ptr, first, count, ROWS: tl.constexpr, RAGGED: tl.constexpr):
+    """values[first : first + ROWS] of values [count], zeros outside. Not RAGGED: all of them exist."""
     row = tl.arange(0, ROWS)
-    return tl.load(ptr + first + row, mask=row < count - first, other=0)
+    return tl.load(ptr + first + row, mask=row < count - first, other=0) if RAGGED else tl.load(ptr + first + row)
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def load_keys(ptr, other_ptr, first, count, ROWS: tl.constexpr):
     """Keys of rows first...: what is stored, or the rows' own indices. An excluded column meets indices, so it too needs only 32 bits."""
     if ptr is None:
         return first + tl.arange(0, ROWS)
-    keys = load_values(ptr, first, count, ROWS)
+    keys = load_values(ptr, first, count, ROWS, True)
     return keys.to(tl.int32) if other_ptr is None else keys
 
 
@@ -74,16 +74,17 @@ def similarities(
 
 @triton.jit
 def mask_pairs(
-    s, x_key, y_key, x_first, y_first, m, X_ROWS: tl.constexpr, Y_ROWS: tl.constexpr, FORBIDDEN: tl.constexpr, CAREFUL: tl.constexpr
-):
-    """s with -inf at the pairs that are not allowed. Only CAREFUL tiles can hold a pair (i, i) or pass the end of the stream."""
-    column = tl.arange(0, Y_ROWS)[None, :]
+    s, x_key, y_key, x_first, y_first, n, m,
+    X_ROWS: tl.constexpr, Y_ROWS: tl.constexpr, FORBIDDEN: tl.constexpr, CAREFUL: tl.constexpr,
+):  # fmt: skip
+    """s with -inf at the pairs that are not allowed. Only CAREFUL tiles can hold a pair (i, i) or rows that do not exist."""
     if FORBIDDEN == EQUAL_KEYS:
         s = tl.where(x_key[:, None] == y_key[None, :], float("-inf"), s)
     if CAREFUL:
-        if FORBIDDEN == ITSELF:
-            s = tl.where(x_first + tl.arange(0, X_ROWS)[:, None] == y_first + column, float("-inf"), s)
-        s = tl.where(column < m - y_first, s, float("-inf"))
+        i = x_first + tl.arange(0, X_ROWS)[:, None]
+        j = y_first + tl.arange(0, Y_ROWS)[None, :]
+        allowed = (i < n) & (j < m) & (i != j) if FORBIDDEN == ITSELF else (i < n) & (j < m)
+        s = tl.where(allowed, s, float("-inf"))
     return s
 
 
@@ -91,7 +92,8 @@ def mask_pairs(
 def stream_plan(owned_first, split, tiles_per_split, m, OWNED: tl.constexpr, STREAMED: tl.constexpr, FORBIDDEN: tl.constexpr):
     """One split's tiles of the stream: (first, plain ones, meeting the diagonal from, how many of these, careful ones in all).
 
-    Most tiles are plain: all their rows exist, and no pair in them is (i, i). Tiles that meet the diagonal and the ragged last one are careful.
+    Most tiles are plain: all their rows exist, and no pair in them is (i, i). The others are careful: those that meet the diagonal, and the
+    ragged last one.
     """
     whole = m // STREAMED
     first = tl.minimum(split * tiles_per_split, whole)

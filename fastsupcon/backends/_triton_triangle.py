@@ -8,9 +8,9 @@ For unit rows at a temperature where exp(s) needs no shift (at most exp(1/0.0234
              sums over hi for the rows of lo  -> partial[hi, rows of lo]
     flops    N^2 D, and 1 / (2 * groups) of that more: a pair (hi, hi) is computed in full
 
-partial [groups, n] is written once in every place and then summed over the groups in order, so the same call gives the same bits. Its size is
-at most 64 floats a row (:data:`MOST_GROUPS`). The columns' sums stay elementwise in registers until a stream ends, which needs no shuffles. A
-streamed tile's row sums take two shuffles, and go to their column of a register tile [STREAMED, GROUP / STREAMED].
+partial [groups, n], at most 64 floats a row (:data:`MOST_GROUPS`), is written once in every place and then summed over the groups in order:
+the same call gives the same bits. The columns' sums stay elementwise in registers until a stream ends, which needs no shuffles. A streamed
+tile's row sums take two shuffles each, and go to their column of a register tile [STREAMED, GROUP / STREAMED].
 """
 
 from __future__ import annotations
@@ -38,9 +38,7 @@ def exponentials(
     """exp(s_ij) of streamed rows i and owned rows j: [STREAMED, OWNED], 0 where j = i or a row does not exist."""
     x = load_rows(z_ptr, x_first, n, 0, D, STREAMED, DEPTH, CAREFUL) if D <= DEPTH else y
     s = similarities(x, y, z_ptr, z_ptr, x_first, y_first, n, n, D, STREAMED, OWNED, DEPTH, PRECISION) * scale_log2
-    if CAREFUL:
-        s = tl.where(tl.arange(0, STREAMED)[:, None] < n - x_first, s, float("-inf"))
-    return tl.exp2(mask_pairs(s, 0, 0, x_first, y_first, n, STREAMED, OWNED, ITSELF, CAREFUL))
+    return tl.exp2(mask_pairs(s, 0, 0, x_first, y_first, n, n, STREAMED, OWNED, ITSELF, CAREFUL))
 
 
 @triton.jit(do_not_specialize=["n", "groups"])
@@ -64,19 +62,19 @@ def triangle_kernel(
     for k in range(tl.cdiv(hi_rows, OWNED)):
         y_first = hi_first + k * OWNED
         y = load_rows(z_ptr, y_first, n, 0, D, OWNED, DEPTH, True) if D <= DEPTH else 0
-        column_sums = tl.zeros([STREAMED, OWNED], tl.float32)
-        if (lo_first == hi_first) | (y_first + OWNED > n):
-            for u in range(lo_tiles):
-                e = exponentials(y, z_ptr, lo_first + u * STREAMED, y_first, n, scale_log2, D, OWNED, STREAMED, DEPTH, True, PRECISION)
-                column_sums += e
-                row_sums += tl.where(part == u, tl.sum(e, 1)[:, None], 0.0)
-        else:
-            for u in range(GROUP // STREAMED):
-                e = exponentials(y, z_ptr, lo_first + u * STREAMED, y_first, n, scale_log2, D, OWNED, STREAMED, DEPTH, False, PRECISION)
-                column_sums += e
-                row_sums += tl.where(part == u, tl.sum(e, 1)[:, None], 0.0)
+        column_sums = tl.zeros([STREAMED // 16, 8, OWNED], tl.float32)
+        careful = (lo_first == hi_first) | (y_first + OWNED > n)
+        for u in range(tl.where(careful, 0, lo_tiles)):
+            e = exponentials(y, z_ptr, lo_first + u * STREAMED, y_first, n, scale_log2, D, OWNED, STREAMED, DEPTH, False, PRECISION)
+            column_sums += tl.sum(tl.reshape(e, [STREAMED // 16, 2, 8, OWNED]), 1)
+            row_sums += tl.where(part == u, tl.sum(e, 1)[:, None], 0.0)
+        for u in range(tl.where(careful, lo_tiles, 0)):
+            e = exponentials(y, z_ptr, lo_first + u * STREAMED, y_first, n, scale_log2, D, OWNED, STREAMED, DEPTH, True, PRECISION)
+            column_sums += tl.sum(tl.reshape(e, [STREAMED // 16, 2, 8, OWNED]), 1)
+            row_sums += tl.where(part == u, tl.sum(e, 1)[:, None], 0.0)
         column = tl.arange(0, OWNED)
-        tl.store(partial_ptr + (lo_first // GROUP).to(tl.int64) * n + y_first + column, tl.sum(column_sums, 0), mask=column < n - y_first)
+        sums = tl.sum(tl.sum(column_sums, 0), 0)
+        tl.store(partial_ptr + (lo_first // GROUP).to(tl.int64) * n + y_first + column, sums, mask=column < n - y_first)
     if lo_first < hi_first:  # every row of lo exists
         row = tl.arange(0, STREAMED)[:, None] + part * STREAMED
         tl.store(partial_ptr + (hi_first // GROUP).to(tl.int64) * n + lo_first + row, row_sums)

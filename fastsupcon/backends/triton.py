@@ -1,10 +1,11 @@
 """The Triton kernels on NVIDIA, AMD and Intel GPUs: which of them serves a call, on which grid. They are in _triton_*.py beside this file.
 
-    self, exp(s) in range     triangle_kernel, or forward_kernel FIXED past 131,072 rows;  gradient_kernel SYMMETRIC
-    self, anything else       forward_kernel;                                              gradient_kernel BOTH
-    cross                     forward_kernel;                                              gradient_kernel ROWS for da, COLUMNS for db and dbias
+                              forward                                             backward
+    self, exp(s) in range     triangle_kernel; past 131,072 rows forward_kernel   gradient_kernel SYMMETRIC
+    self, anything else       forward_kernel                                      gradient_kernel BOTH
+    cross                     forward_kernel                                      gradient_kernel ROWS (da), COLUMNS (db, dbias)
 
-Nothing here waits for the device or looks at values in it, and every sum has a fixed order. Triton is imported by the first call that needs it.
+Nothing here waits for the device or looks at values in it, and every sum has a fixed order. Triton is imported by the first call.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ._dtypes import fixed_shift_is_safe
-from ._triton_table import Tile, family, gradient_width, padded, tile
+from ._triton_table import family, gradient_width, padded, tile
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_DEPTH = 1024
@@ -59,7 +60,8 @@ def self_backward(z: Tensor, lse: Tensor, grad: Tensor, scale: float, unit_rows:
     from ._triton_tiles import ITSELF
 
     weight = SYMMETRIC if unit_rows and fixed_shift_is_safe(abs(scale)) else BOTH
-    dz, _ = _gradient(z, z, (lse, grad), (lse, grad), (None, None), (None, None), scale, ITSELF, weight, (True, False))
+    prepared = _prepare(z, lse, grad, weight)
+    dz, _ = _gradient(z, z, prepared, (None, None), (None, None), scale, ITSELF, weight, (True, False))
     return dz
 
 
@@ -72,11 +74,12 @@ def cross_backward(a, b, bias, skip, row_labels, column_labels, lse, grad, scale
     from ._triton_gradient import COLUMNS, ROWS
 
     a_key, b_key, forbidden = _keys(skip, row_labels, column_labels)
+    prepared = _prepare(a, lse, grad, ROWS)
     da = db = dbias = None
     if needs[0]:
-        da, _ = _gradient(a, b, (lse, grad), (None, None), (None, bias), (a_key, b_key), scale, forbidden, ROWS, (True, False))
+        da, _ = _gradient(a, b, prepared, (None, bias), (a_key, b_key), scale, forbidden, ROWS, (True, False))
     if needs[1] or needs[2]:
-        db, dbias = _gradient(b, a, (None, None), (lse, grad), (bias, None), (b_key, a_key), scale, forbidden, COLUMNS, needs[1:])
+        db, dbias = _gradient(b, a, prepared, (bias, None), (b_key, a_key), scale, forbidden, COLUMNS, needs[1:])
     return da, db, dbias
 
 
@@ -175,7 +178,20 @@ def _forward(a, b, bias, a_key, b_key, scale: float, forbidden, fixed: bool) -> 
         return lse
 
 
-def _gradient(x, y, x_lse_grad, y_lse_grad, x_y_bias, x_y_key, scale: float, forbidden, weight, needs: tuple[bool, bool]):
+def _prepare(rows: Tensor, lse: Tensor, grad: Tensor, weight) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """(lse in base 2, weight, largest |grad|) as gradient_kernel reads them."""
+    from ._triton_gradient import SYMMETRIC, prepare_kernel
+
+    n = len(lse)
+    lse2 = None if weight == SYMMETRIC else torch.empty_like(lse)
+    weights = torch.empty_like(grad)
+    peak = lse.new_empty(1) if rows.dtype == torch.float16 else None
+    with _on(rows.device):
+        prepare_kernel[(_cdiv(n, 1024),)](lse, grad, lse2, weights, peak, n, BLOCK=1024, num_warps=4)
+    return lse2, weights, peak
+
+
+def _gradient(x, y, prepared, x_y_bias, x_y_key, scale: float, forbidden, weight, needs: tuple[bool, bool]):
     """(dx, dbias) of the owned rows x, from the streamed rows y; None where not needed."""
     from ._triton_gradient import gradient_kernel
 
@@ -190,7 +206,7 @@ def _gradient(x, y, x_lse_grad, y_lse_grad, x_y_bias, x_y_key, scale: float, for
         dx = x.new_empty(splits, n, depth, dtype=x.dtype if splits == 1 else torch.float32) if needs[0] else None
         dbias = x.new_empty(splits, n, dtype=torch.float32) if needs[1] else None
         gradient_kernel[(owners, chunks, splits)](
-            x, y, *x_lse_grad, *y_lse_grad, *x_y_bias, *x_y_key, dx, dbias, n, m, scale, per_split,
+            x, y, *prepared, *x_y_bias, *x_y_key, dx, dbias, n, m, scale, per_split,
             D=depth, OWNED=t.owned, STREAMED=t.streamed, DEPTH=t.depth, WIDTH=width,
             FORBIDDEN=forbidden, WEIGHT=weight, PRECISION=_precision(gpu, x.dtype), num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
