@@ -39,7 +39,7 @@ sanitize() {
   if [[ -z $no_gpu ]] && ! command -v compute-sanitizer >/dev/null; then
     record "$1" "skipped: no compute-sanitizer" 0
   else
-    gpu_step "$1" 70 compute-sanitizer --tool "$1" --error-exitcode 9 "$python" bench/sanitize_cuda.py
+    gpu_step "$1" 40 compute-sanitizer --tool "$1" --error-exitcode 9 "$python" bench/sanitize_cuda.py
   fi
 }
 
@@ -50,10 +50,10 @@ no_gpu=$("$python" -c 'import torch; print("" if torch.cuda.is_available() else 
   command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit --format=csv
 } >"$out/machine.txt"
 
-step build 200 "$python" setup.py -q build_ext --inplace
+step build 150 "$python" setup.py -q build_ext --inplace
 gpu_step tests 150 "$python" -m pytest -q -m gpu tests
 gpu_step kernels 40 bash -c "\"$python\" bench/gpu_kernels.py >\"$out/kernels.json\""
 for tool in memcheck racecheck initcheck; do sanitize "$tool"; done
-gpu_step suite 120 "$python" -m bench gpu --out "$out/suite.json"
-[[ -z $no_gpu ]] || step quick 120 "$python" -m bench cpu --quick --out "$out/quick.json"
+gpu_step suite 130 "$python" -m bench gpu --out "$out/suite.json"
+[[ -z $no_gpu ]] || step quick 60 "$python" -m bench cpu --quick --out "$out/quick.json"
 ! grep -q 'failed\|stopped' "$out/steps.json"

@@ -1,4 +1,4 @@
-"""Times the two large kernels of each fused backend alone, by CUDA graph replay, against the machine's own matrix-product rate; prints JSON."""
+"""Times the forward and the backward of each fused backend by CUDA graph replay, against this GPU's matrix-product rate; prints JSON."""
 
 import json
 import statistics

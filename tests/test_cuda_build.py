@@ -12,7 +12,7 @@ import pytest
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
 GENERATIONS = ["-gencode=arch=compute_80,code=[sm_80,compute_80]", "-gencode=arch=compute_90a,code=sm_90a"]
-UNITS = {"mma_bf16": GENERATIONS, "mma_tf32": GENERATIONS, "mma_f32": GENERATIONS, "wgmma_bf16": GENERATIONS[1:]}  # f16 is bf16 but for a letter
+UNITS = {"mma_bf16": GENERATIONS, "mma_tf32": GENERATIONS, "mma_f32": GENERATIONS, "wgmma_bf16": GENERATIONS[1:]}  # f16 is as bf16
 
 
 def find_tool(name: str) -> str | None:
@@ -76,7 +76,9 @@ def test_wgmma_is_asynchronous(compiled):
     assert not re.search(r"C75\d\d", report)
 
 
-@pytest.mark.parametrize(("unit", "instruction"), [("mma_bf16", "HMMA.16816.F32.BF16"), ("mma_f32", "HMMA.1688.F32.TF32"), ("wgmma_bf16", "HGMMA")])
+@pytest.mark.parametrize(
+    ("unit", "instruction"), [("mma_bf16", "HMMA.16816.F32.BF16"), ("mma_f32", "HMMA.1688.F32.TF32"), ("wgmma_bf16", "HGMMA")]
+)
 def test_machine_code_uses_the_tensor_cores(compiled, unit, instruction):
     cuobjdump = find_tool("cuobjdump")
     if cuobjdump is None:

@@ -215,3 +215,17 @@ def test_tf32_follows_the_matmul_precision(kernels, emulated):
     torch.set_float32_matmul_precision(before)
     assert errors["highest"] < 3e-6
     assert 1e-5 < errors["high"] < 3e-3
+
+
+def test_index_maps(emulated):
+    """A panel holds each chunk once, as TMA would write it; ldmatrix meets no bank twice; fragments hold each element once."""
+    places = [emulated.panel_offset(row, chunk) for row in range(64) for chunk in range(8)]
+    assert sorted(places) == list(range(0, 64 * 128, 16))
+    assert places == [emulated.tma_offset(row, 16 * chunk) for row in range(64) for chunk in range(8)]
+    for pattern in range(3):
+        lanes = [emulated.fragment_places(lane)[pattern] for lane in range(32)]
+        assert len(set(lanes)) == 32
+        for matrix in range(4):  # eight rows of 16 bytes in eight different groups of four banks
+            assert len({emulated.panel_offset(*lane) % 128 for lane in lanes[8 * matrix : 8 * matrix + 8]}) == 8
+    elements = {emulated.accumulator_place(lane, element) for lane in range(32) for element in range(4)}
+    assert elements == {(row, column) for row in range(16) for column in range(8)}

@@ -105,7 +105,8 @@ def test_edge_cases(fused):
     a = rows(70, 64, BF16)
     lse = fused.cross_forward(a, a.clone(), None, None, labels, labels, 10.0)
     assert (lse == -torch.inf).all()
-    da, db, _ = fused.cross_backward(a, a.clone(), None, None, labels, labels, lse, torch.ones(70, device="cuda"), 10.0, (True, True, False))
+    grad = torch.ones(70, device="cuda")
+    da, db, _ = fused.cross_backward(a, a.clone(), None, None, labels, labels, lse, grad, 10.0, (True, True, False))
     assert not da.any()
     assert not db.any()
 
@@ -121,7 +122,9 @@ def test_half_gradients_of_any_size(fused, factor):
     assert (dz.double() - exact).norm() <= 2 * (exact.to(F16).double() - exact).norm() + 1e-3 * exact.norm() + floor
 
 
-@pytest.mark.parametrize(("count", "depth", "dtype"), [(700, 64, BF16), (5000, 128, BF16), (3000, 128, F16), (1000, 100, F32), (400, 512, BF16)])
+@pytest.mark.parametrize(
+    ("count", "depth", "dtype"), [(700, 64, BF16), (5000, 128, BF16), (3000, 128, F16), (1000, 100, F32), (400, 512, BF16)]
+)
 def test_the_same_bits_every_time(fused, count, depth, dtype):
     z = rows(count, depth, dtype)
     grad = torch.rand(count, device="cuda") / count

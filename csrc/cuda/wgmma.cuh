@@ -242,6 +242,7 @@ __global__ void __launch_bounds__(WgmmaShape<PANELS, true>::threads, 1)
       block.issue_weighted(out, packed, tile - 1);
       ptx::arrive_named(turn + 1 - consumer, 256);
       ptx::wgmma_wait<1>();
+      ptx::hold(s);  // read no sooner
       weigh_tile(tile);
       ptx::wgmma_wait<0>();
       block.release(tile - 1);

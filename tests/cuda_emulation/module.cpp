@@ -4,11 +4,19 @@
 
 #include <hardware/launch.h>
 
+#include "layout.h"
 #include "lse.h"
 
 PYBIND11_MODULE(emulated, m) {
   using namespace fastsupcon::cuda;
   bind(m.def_submodule("cuda"));
   m.def("set_device", [](int multiprocessors, int capability) { emulated_device() = {multiprocessors, capability}; });
+  m.def("panel_offset", &panel_offset);
+  m.def("tma_offset", [](int row, int byte) { return ptx::swizzled(static_cast<ptx::Address>(row * kPanelBytes + byte)); });
+  m.def("accumulator_place", [](int lane, int element) { return std::pair(accumulator_row(lane, element), accumulator_column(lane, element)); });
+  m.def("fragment_places", [](int lane) {
+    const auto pair = [](MatrixRow at) { return std::pair(at.row, at.chunk); };
+    return std::tuple(pair(fragment_rows(lane)), pair(fragment_columns(lane)), pair(fragment_transposed(lane)));
+  });
   m.def("launched", [] { return std::exchange(launched(), {}); });
 }
