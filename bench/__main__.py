@@ -205,6 +205,7 @@ def provenance() -> dict:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": (output("git", "-C", str(root), "rev-parse", "--short", "HEAD") or "unknown") + (" with changes" if changed else ""),
         "versions": {"python": platform.python_version(), **packages},
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,  # 1 minute's; the measured contender itself is 1 of it
         "instruction_set": extension.cpu.instruction_set() if extension else None,
     }
 

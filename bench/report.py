@@ -143,9 +143,12 @@ def heading(results: dict) -> str:
         rates.setdefault(key, []).append(entry["product"]["flops"] / entry["product"]["seconds"]["median"])
     spoken = [f"{dtype}, {threads} thread(s): {min(r) / 1e9:,.0f}–{max(r) / 1e9:,.0f} GF/s" for (dtype, threads), r in rates.items()]
     sets = sorted({entry["instruction_set"] for entry in entries if entry["instruction_set"]})
+    loads = [entry["load"] for entry in entries if entry.get("load")]
+    load = f" Load average when a case ended: {min(loads):.1f}–{max(loads):.1f} (1 per thread on a quiet machine)." if loads else ""
+    used = f" Instruction set in use: {', '.join(sets)}." if sets else ""
     return (
         f"{machine['processor']}, {machine['cores']} cores; device {machine['device']}. {'; '.join(versions)}. {'; '.join(runs)}."
-        f"{' Instruction set in use: ' + ', '.join(sets) + '.' if sets else ''}\n\ntorch.mm, the rate of the floor: {'; '.join(spoken)}."
+        f"{used}{load}\n\ntorch.mm, the rate of the floor: {'; '.join(spoken)}."
     )
 
 
