@@ -212,6 +212,8 @@ class Run:
         self.lr = torch.zeros((), device=self.device)  # a tensor, as is alpha: a new value is written, nothing compiled or waited for
         options = {"momentum": config.momentum, "nesterov": config.nesterov, "weight_decay": config.weight_decay}
         self.optimizer = torch.optim.SGD(self.parameters, lr=self.lr, fused=True, **options)
+        for p in self.parameters:  # or a first step that fp16 skips would leave torch's fused SGD with buffers it never filled
+            self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
         half = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
         self.autocast = torch.autocast(self.device.type, half, enabled=half is not None)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half is torch.float16)
@@ -236,7 +238,7 @@ class Run:
         }
         self.steps = max(1, len(data.train) // (config.classifier_batch if config.loss == "ce" else config.batch))
 
-        self.epoch, self.step = 0, 0  # step: inside the epoch
+        self.epoch, self.step, self.lr_now = 0, 0, 0.0  # step: inside the epoch
         self.alpha = torch.zeros((), device=self.device)
         self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # feature loss, classifier loss, share right, of this epoch
         self.history: list[dict[str, Any]] = []
@@ -327,7 +329,7 @@ class Run:
             **{name: module.state_dict() for name, module in self._modules().items()},
             "samplers": self.drawn_from,  # as the epoch began: its indices are drawn again, and the steps done are left out
             "random": checkpoint.random_state(self.device),
-            **{name: getattr(self, name) for name in ("epoch", "step", "sums", "history", "best")},
+            **{name: getattr(self, name) for name in ("epoch", "step", "lr_now", "sums", "history", "best")},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -336,7 +338,7 @@ class Run:
         self.lr = self.optimizer.param_groups[0]["lr"] = self.lr.fill_(0)
         for name, sampler in self.samplers.items():
             sampler.load_state_dict({key: value.cpu() for key, value in state["samplers"][name].items()})
-        for name in ("epoch", "step", "sums", "history", "best"):
+        for name in ("epoch", "step", "lr_now", "sums", "history", "best"):
             setattr(self, name, state[name])
         self.begin_epoch()
         checkpoint.set_random_state(state["random"], self.device)

@@ -1,0 +1,260 @@
+"""The long tail and the readers: exact counts, exact files, and an error that names what is wrong before training starts."""
+
+import gzip
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("pooch", reason="needs the [train] extra")
+pytest.importorskip("sklearn", reason="needs the [train] extra")
+
+import data as datasets
+from data import Source, Split, load, long_tail, long_tail_counts, read_list, shots
+from PIL import Image
+
+# The counts of the field's CIFAR sets, from paper tables, not from the formula.
+CIFAR10 = {
+    100: [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50],
+    50: [5000, 3237, 2096, 1357, 878, 568, 368, 238, 154, 100],
+    10: [5000, 3871, 2997, 2320, 1796, 1391, 1077, 834, 645, 500],
+}
+CIFAR100 = {100: (10_847, 5, (35, 35, 30)), 50: (12_608, 10, (41, 41, 18)), 10: (19_573, 50, (69, 31, 0))}
+
+
+@pytest.mark.parametrize("imbalance", CIFAR10)
+def test_long_tail_counts(imbalance):
+    assert long_tail_counts([5000] * 10, imbalance) == CIFAR10[imbalance]
+    total, least, of_shot = CIFAR100[imbalance]
+    counts = torch.tensor(long_tail_counts([500] * 100, imbalance))
+    assert (counts.sum(), counts.min()) == (total, least)
+    assert tuple(int(members.sum()) for members in shots(counts, 100, 20).values()) == of_shot
+
+
+def test_shots_include_both_ends_in_medium():
+    members = shots(torch.tensor([101, 100, 20, 19]), many=100, few=20)
+    assert {name: m.tolist() for name, m in members.items()} == {
+        "many": [True, False, False, False],
+        "medium": [False, True, True, False],
+        "few": [False, False, False, True],
+    }
+
+
+def test_long_tail_takes_what_uneven_classes_allow():
+    assert long_tail_counts([90, 100, 5], 10) == [50, 15, 5]
+    with pytest.raises(ValueError, match=r"largest_class.*60 images of class 0, expected 1 to 50"):
+        long_tail_counts([50, 100], 10, 60)
+    with pytest.raises(ValueError, match=r"imbalance must be at least 1, got 0\.5"):
+        long_tail_counts([50, 100], 0.5)
+
+
+def test_long_tail_follows_the_convention_of_one_shuffle_per_class():
+    labels = np.repeat([0, 1], 6)
+    random = np.random.RandomState(0)
+    first, second = np.arange(6), np.arange(6, 12)
+    random.shuffle(first)
+    random.shuffle(second)
+    assert long_tail(labels, [4, 2], 0).tolist() == [*first[:4], *second[:2]]
+
+
+def test_digits():
+    data = load(Source(imbalance=20))
+    assert data.counts.tolist() == [100, 71, 51, 36, 26, 18, 13, 9, 6, 5]
+    assert len(data.train) == 335 and len(data.test) == 797 and data.train.images.dtype == torch.uint8
+
+    def keys(split):
+        return {(int(label), image.numpy().tobytes()) for image, label in zip(split.images, split.labels, strict=True)}
+
+    assert not keys(data.train) & keys(data.test)
+    other = load(Source(imbalance=20, seed=1))
+    assert keys(other.train) != keys(data.train) and other.counts.tolist() == data.counts.tolist()
+
+
+def test_validation_is_held_out_of_train_class_by_class():
+    whole, data = load(Source(imbalance=20)), load(Source(imbalance=20, validation=0.2))
+    held = data.validation.labels.bincount()
+    assert (data.counts + held).tolist() == whole.counts.tolist()
+    assert held.tolist() == [20, 14, 10, 7, 5, 4, 3, 2, 1, 1]
+    assert torch.equal(data.test.images, whole.test.images)
+
+
+def picture(path: Path, color: tuple[int, int, int], size=(20, 12)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, color).save(path)
+
+
+def test_list_file_with_spaces_in_paths(tmp_path):
+    picture(tmp_path / "a folder" / "first image.png", (255, 0, 0))
+    picture(tmp_path / "b.png", (0, 255, 0))
+    listed = tmp_path / "train list.txt"
+    listed.write_text("a folder/first image.png 0\n\nb.png 12\n")
+    split = read_list(listed, tmp_path)
+    assert split.labels.tolist() == [0, 12]
+    assert split.images[0] == tmp_path / "a folder" / "first image.png"
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("b.png", ValueError, r"line 1: expected 'relative/path label'.*'b.png'"),
+        ("b.png 0\nb.png one", ValueError, "line 2"),
+        ("b.png -1", ValueError, "line 1"),
+        ("b.png 0\ngone.png 1", FileNotFoundError, r"1 of 2 files.*gone\.png"),
+    ],
+)
+def test_bad_list_file(tmp_path, text, error, message):
+    picture(tmp_path / "b.png", (0, 0, 0))
+    (tmp_path / "list.txt").write_text(text)
+    with pytest.raises(error, match=message):
+        read_list(tmp_path / "list.txt", tmp_path)
+
+
+def lists(tmp_path, train, test):
+    picture(tmp_path / "b.png", (0, 0, 0))
+    for name, labels in (("train", train), ("test", test)):
+        (tmp_path / name).write_text("".join(f"b.png {label}\n" for label in labels))
+    return Source(data="list", root=tmp_path, train_list=tmp_path / "train", test_list=tmp_path / "test")
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        ([0, 1], [0, 2], r"labels of the test split must lie in \[0, 2\).*got 2"),
+        ([0, 2], [0], r"every class must have training images.*\[1\]"),
+        ([0, 0], [0], "at least 2 classes, got 1"),
+        ([0, 1], [], "the test split must not be empty"),
+    ],
+)
+def test_bad_labels(tmp_path, train, test, message):
+    with pytest.raises(ValueError, match=message):
+        load(lists(tmp_path, train, test))
+
+
+def test_lists_need_their_files(tmp_path):
+    with pytest.raises(ValueError, match="root must be given for data 'list'"):
+        load(Source(data="list"))
+    with pytest.raises(FileNotFoundError, match="missing"):
+        load(Source(data="list", root=tmp_path, train_list=tmp_path / "missing", test_list=tmp_path / "missing"))
+
+
+@pytest.mark.parametrize("held", ["test", None])
+def test_image_folder(tmp_path, held):
+    for c, color in (("cat", (255, 0, 0)), ("dog", (0, 0, 255))):
+        for i in range(10):
+            picture(tmp_path / ("train" if held else "") / c / f"{i}.png", color)
+        if held:
+            picture(tmp_path / held / c / "t.png", color)
+    data = load(Source(data="folder", root=tmp_path, imbalance=4))
+    assert data.classes == ["cat", "dog"]
+    assert data.counts.tolist() == ([10, 2] if held else [8, 2])
+    assert len(data.test) == (2 if held else 4)
+    assert not set(data.train.images) & set(data.test.images)
+    batches = datasets.Batches(data.train, torch.device("cpu"), image_size=8, workers=0)
+    images, labels = next(iter(batches(torch.tensor([[0, len(data.train) - 1]]), key=(0, 0))))
+    assert images.shape == (2, 3, 8, 8) and images.dtype == torch.uint8 and labels.tolist() == [0, 1]
+    assert images[0, :, 4, 4].tolist() == [255, 0, 0] and images[1, :, 4, 4].tolist() == [0, 0, 255]
+
+
+def test_crops_of_files_depend_on_the_key_alone(tmp_path):
+    gradient = np.linspace(0, 255, 64 * 48 * 3).reshape(48, 64, 3).astype(np.uint8)
+    Image.fromarray(gradient).save(tmp_path / "g.png")
+    split = Split([tmp_path / "g.png"] * 6, torch.arange(6))
+    plan = torch.arange(6).view(3, 2)
+
+    def crops(workers, first, key=(3, 1)):
+        batches = datasets.Batches(split, torch.device("cpu"), 16, workers)
+        return [images for images, _ in batches(plan, first, key)]
+
+    whole = crops(0, 0)
+    assert not torch.equal(whole[0], whole[1]) and not torch.equal(whole[0][0], whole[0][1])
+    for workers, first in ((1, 0), (0, 2)):
+        assert all(torch.equal(a, b) for a, b in zip(crops(workers, first), whole[first:], strict=True))
+    assert not torch.equal(crops(0, 0, key=(3, 2))[0], whole[0])
+    for seed in range(200):
+        left, top, right, bottom = datasets.random_resized_crop(64, 48, np.random.default_rng(seed))
+        assert 0 <= left < right <= 64 and 0 <= top < bottom <= 48
+        assert 0.08 <= (right - left) * (bottom - top) / (64 * 48) <= 1
+
+
+def test_corrupt_image_is_named(tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    batches = datasets.Batches(Split([tmp_path / "broken.jpg"], torch.tensor([0])), torch.device("cpu"), 8, 0)
+    with pytest.raises(ValueError, match=r"broken\.jpg is not a readable image"):
+        next(batches.in_order(4))
+
+
+def test_every_image_once_for_evaluation():
+    split = Split(torch.arange(7, dtype=torch.uint8).view(7, 1, 1, 1), torch.arange(7))
+    batches = datasets.Batches(split, torch.device("cpu"), 1, 0)
+    assert torch.cat([images.flatten() for images, _ in batches.in_order(3)]).tolist() == list(range(7))
+
+
+def npz(tmp_path, corrupt=False):
+    random = np.random.default_rng(0)
+    for part, per_class in (("train", 8), ("test", 2)):
+        labels = np.repeat(np.arange(2, dtype=np.uint8), per_class)
+        files = []
+        for label in labels:
+            buffer = io.BytesIO()
+            Image.fromarray(random.integers(0, 40, (32, 32, 3), dtype=np.uint8) + np.uint8(150 * label)).save(buffer, "JPEG")
+            files.append(b"junk" if corrupt else buffer.getvalue())
+        offsets = np.cumsum([0, *map(len, files)])
+        jpeg = np.frombuffer(b"".join(files), np.uint8)
+        np.savez(tmp_path / f"cifar10-jpeg-{part}.npz", jpeg=jpeg, offsets=offsets, labels=labels, classes=np.array(["a", "b"]))
+
+
+def test_jpeg_npz(tmp_path):
+    npz(tmp_path)
+    data = load(Source(data="cifar10-jpeg", root=tmp_path, imbalance=4))
+    assert data.counts.tolist() == [8, 2] and data.classes == ["a", "b"] and data.train.images.shape == (10, 3, 32, 32)
+    assert data.test.images[2:].float().mean() > data.test.images[:2].float().mean() + 100
+    npz(tmp_path, corrupt=True)
+    with pytest.raises(ValueError, match="image 0 is not a readable image"):
+        load(Source(data="cifar10-jpeg", root=tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"mnist-63k\.npz does not exist"):
+        load(Source(data="mnist", root=tmp_path))
+    with pytest.raises(ValueError, match="root must be the folder"):
+        load(Source(data="mnist"))
+
+
+def test_fashion_mnist_from_root_checks_the_checksum(tmp_path, monkeypatch):
+    import hashlib
+
+    random = np.random.default_rng(0)
+    for prefix, n in (("train", 20), ("t10k", 10)):
+        labels = np.arange(n, dtype=np.uint8) % 10
+        for kind, header, body in (("images-idx3", 16, random.integers(0, 255, n * 784, dtype=np.uint8)), ("labels-idx1", 8, labels)):
+            blob = gzip.compress(bytes(header) + body.tobytes())
+            (tmp_path / f"{prefix}-{kind}-ubyte.gz").write_bytes(blob)
+            monkeypatch.setitem(datasets.MD5, f"{prefix}-{kind}-ubyte.gz", hashlib.md5(blob).hexdigest())
+    data = load(Source(data="fashion-mnist-lt", root=tmp_path, imbalance=2))
+    assert data.counts.tolist() == [2] + [1] * 9 and data.test.images.shape == (10, 1, 28, 28)
+    (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(b"cut short")
+    with pytest.raises(ValueError, match=r"t10k-labels-idx1-ubyte\.gz must have md5 .* got"):
+        load(Source(data="fashion-mnist-lt", root=tmp_path))
+
+
+@pytest.mark.parametrize(("name", "archive", "fine"), [("cifar10-lt", "cifar-10", "labels"), ("cifar100-lt", "cifar-100", "fine_labels")])
+def test_cifar_archive(tmp_path, monkeypatch, name, archive, fine):
+    import hashlib
+    import pickle
+    import tarfile
+
+    classes = 10 if name == "cifar10-lt" else 100
+    pixels = np.random.default_rng(0).integers(0, 255, (classes, 3072), dtype=np.uint8)
+    batch = {"data": pixels, fine: list(range(classes))}
+    parts = {f"data_batch_{i}": batch for i in range(1, 6)} | {"test_batch": batch} if classes == 10 else {"train": batch, "test": batch}
+    meta = {"batches.meta": {"label_names": [str(c) for c in range(10)]}, "meta": {"fine_label_names": [str(c) for c in range(100)]}}
+    path = tmp_path / f"{archive}-python.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        for member, value in (parts | meta).items():
+            blob = pickle.dumps(value)
+            info = tarfile.TarInfo(f"folder/{member}")
+            info.size = len(blob)
+            tar.addfile(info, io.BytesIO(blob))
+    monkeypatch.setitem(datasets.MD5, path.name, hashlib.md5(path.read_bytes()).hexdigest())
+    data = load(Source(data=name, root=tmp_path))
+    assert len(data.train) == (50 if classes == 10 else 100) and len(data.classes) == classes
+    assert torch.equal(data.test.images[3].flatten(), torch.from_numpy(pixels[3]))

@@ -1,0 +1,317 @@
+"""The training script: every loss and option takes its steps, and a run that was stopped comes to the same bits."""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("tyro", reason="needs the [train] extra")
+pytest.importorskip("rich", reason="needs the [train] extra")
+pytest.importorskip("sklearn", reason="needs the [train] extra")
+pytest.importorskip("matplotlib", reason="needs the [train] extra")
+
+import ablate
+import checkpoint
+import compare
+import data as datasets
+import hybrid
+from hybrid import Config, Run, chance_level, read_config, resolve, source_of, train
+
+ROOT = Path(__file__).parents[1]
+# 58 images of digits, a network of a few thousand weights, two steps an epoch.
+TINY = {
+    "largest_class": 12, "imbalance": 4, "width": 4, "hidden": 16, "embedding": 8, "epochs": 2, "batch": 28, "pictures": False,
+    "device": "cpu", "threads": 1, "eval_every": 1, "backend": "chunked",
+}  # fmt: skip
+
+
+def tiny(out, **settings) -> Config:
+    return resolve(Config(**TINY | settings, out=Path(out)))
+
+
+def run_tiny(out, **settings):
+    config = tiny(out, **settings)
+    return train(config, datasets.load(source_of(config)))
+
+
+def weights(out) -> dict:
+    return checkpoint.load(Path(out) / "last.pt")
+
+
+def same(a, b) -> bool:
+    """Two checkpoints bit for bit, times aside."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        clock = {"seconds", "images_per_second"}
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a.keys() - clock)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss": "sc"},
+        {"loss": "psc"},
+        {"loss": "psc", "denominator": "all"},
+        {"loss": "mpsc", "prototypes_per_class": 3},
+        {"loss": "ce"},
+        {"loss": "ce", "sampler": "square-root", "logit_adjustment": 1.0},
+        {"loss": "sc", "feature_sampler": "reverse", "sampler": "instance", "classifier_batch": 10},
+        {"schedule": "two-stage"},
+        {"schedule": "beta"},
+        {"schedule": "switch", "switch_at": 0.25},
+        {"precision": "bf16"},
+        {"precision": "fp16", "clip": 1.0},
+        {"ema": 0.9, "clip": 0.5, "milestones": (0.5,), "warmup": 0.1},
+        {"randaugment": 1, "color_jitter": 0.5, "grayscale": 0.5, "crop_padding": 1, "flip": True},
+        {"channels_last": False, "backend": "reference", "validation": 0.2, "batch": 20},
+    ],
+    ids=lambda settings: "-".join(f"{k}-{v}" for k, v in settings.items()),
+)
+def test_smoke(tmp_path, settings):
+    result = run_tiny(tmp_path / "run", **settings)
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in log] == [0, 1] and result["updates"] == 4
+    for row in log:
+        used = [row[name] for name in ("feature_loss", "classifier_loss") if row[name] is not None]
+        assert used and all(map(math.isfinite, used))
+    assert 0 <= result["best"]["balanced"] <= 100
+    start = Run(tiny(tmp_path / "x", **settings), datasets.load(source_of(tiny(tmp_path / "x", **settings))))
+    moved = [k for k, v in start.network.state_dict().items() if not torch.equal(v, weights(tmp_path / "run")["network"][k])]
+    assert any(k.startswith("classifier") for k in moved) and any(k.startswith("backbone") for k in moved)
+    if settings.get("loss") in ("psc", "mpsc"):
+        assert not torch.equal(start.feature_loss.prototypes, weights(tmp_path / "run")["feature_loss"]["prototypes"])
+
+
+def test_compiled_network_takes_a_step(tmp_path, monkeypatch):
+    """Captured as for inductor, which would spend half a minute of C++ compilation on it."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    run_tiny(tmp_path / "run", compile=True, epochs=1)
+
+
+def test_two_views_share_images_and_the_classifier_has_its_own(tmp_path):
+    config = tiny(tmp_path, loss="sc")
+    run = Run(config, datasets.load(source_of(config)))
+    views, rest = run.plan[:, :56], run.plan[:, 56:]
+    assert torch.equal(views[:, :28], views[:, 28:]) and rest.shape == (2, 28)
+    assert views[:, :28].unique().numel() == 56  # a pass without repetition
+
+
+def test_the_first_steps_losses_are_the_formulas(tmp_path):
+    """alpha = 1 in the first epoch; feature and classifier loss as in the paper, from the textbook expressions."""
+    config = tiny(tmp_path, loss="sc", rotate=0.0, shift=0.0, zoom=0.0, logit_adjustment=1.0)
+    run = Run(config, datasets.load(source_of(config)))
+    raw, labels = next(iter(run.batches["train"](run.plan)))
+    with torch.no_grad():
+        z, logits = run.network(run.augmentation.evaluate(raw), 56)
+    z, y = torch.nn.functional.normalize(z.double()), labels[:56]
+    s = (z @ z.T / 0.1).fill_diagonal_(-torch.inf)
+    positive = (y[:, None] == y) & ~torch.eye(56, dtype=torch.bool)
+    expected = (s.logsumexp(1) - s.where(positive, 0).sum(1) / positive.sum(1)).mean()
+    adjusted = logits.double() + (run.data.counts / run.data.counts.sum()).log()
+    classifier = torch.nn.functional.cross_entropy(adjusted, labels[56:])
+    run = Run(config, run.data)
+    run.update(raw, labels)
+    means = run.means()
+    assert means["feature_loss"] == pytest.approx(expected.item(), rel=1e-4)
+    assert means["classifier_loss"] == pytest.approx(classifier.item(), rel=1e-4)
+    assert means["chance"] == pytest.approx(math.log(55))
+
+
+def test_chance_level():
+    base = Config(batch=64)
+    assert chance_level(base, 10) == math.log(127)
+    assert chance_level(dataclasses.replace(base, loss="psc"), 10) == math.log(9)
+    assert chance_level(dataclasses.replace(base, loss="psc", denominator="all"), 10) == math.log(10)
+    assert chance_level(dataclasses.replace(base, loss="mpsc", prototypes_per_class=3), 10) == math.log(27)
+
+
+def test_same_seed_same_bits_other_seed_other_bits(tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run_tiny(tmp_path / name, seed=seed)
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert not same(weights(tmp_path / "a")["network"], weights(tmp_path / "c")["network"])
+
+
+class StopAfter:
+    """A stop signal that comes with a given step."""
+
+    def __init__(self, step):
+        self.left = step
+
+    def __call__(self, raw, labels, update):
+        update(raw, labels)
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("settings", [{"loss": "sc", "ema": 0.9}, {"loss": "psc", "precision": "fp16"}, {"schedule": "two-stage"}])
+@pytest.mark.parametrize("step", [2, 3])
+def test_stopped_and_resumed_comes_to_the_same_bits(tmp_path, monkeypatch, settings, step):
+    settings |= {"epochs": 3, "validation": 0.2, "batch": 14}
+    run_tiny(tmp_path / "whole", **settings)
+    stop, update = StopAfter(step), Run.update
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(Run, "update", lambda self, raw, labels: stop(raw, labels, lambda *batch: update(self, *batch)))
+        run_tiny(tmp_path / "cut", **settings)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert weights(tmp_path / "cut")["step"] == step
+    torch.rand(7)  # the state of the generators must come from the checkpoint
+    config = read_config(tmp_path / "cut", Config())
+    train(config, datasets.load(source_of(config)), resume=True)
+    assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+    whole, cut = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "cut"))
+    assert cut["best"] == whole["best"] and cut["last"] == whole["last"] and cut["best_epoch"] == whole["best_epoch"]
+
+
+def command(*arguments) -> list[str]:
+    settings = TINY | {"batch": 14, "eval_every": 60}
+    flags = [word for name, value in settings.items() if name != "pictures" for word in (f"--{name.replace('_', '-')}", str(value))]
+    return [sys.executable, str(ROOT / "train" / "hybrid.py"), "--no-pictures", *flags, *arguments]
+
+
+def start(arguments):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment)
+
+
+def wait_for(condition, process, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.01)
+
+
+def test_killed_and_resumed_comes_to_the_same_bits(tmp_path):
+    """SIGKILL at whatever moment: at most the epoch at hand is lost, and trained again to the same bits."""
+    out = tmp_path / "killed"
+    process = start(command("--epochs", "20", "--out", str(out)))
+    wait_for(lambda: (out / "log.jsonl").exists() and len((out / "log.jsonl").read_text().splitlines()) >= 3, process)
+    process.kill()
+    process.communicate()
+    assert not (out / "metrics.json").exists()
+    finished = len((out / "log.jsonl").read_text().splitlines())
+    assert weights(out)["epoch"] in (finished, finished + 1)
+    resumed = subprocess.run(
+        [sys.executable, str(ROOT / "train" / "hybrid.py"), "--resume", str(out)],
+        capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert resumed.returncode == 0, resumed.stderr
+    config = dataclasses.replace(read_config(out, Config()), out=tmp_path / "whole")
+    train(config, datasets.load(source_of(config)))
+    assert same(weights(out), weights(tmp_path / "whole"))
+
+
+def test_resume_takes_the_runs_own_settings(tmp_path):
+    run_tiny(tmp_path / "run")
+    with pytest.raises(ValueError, match="take the run's own settings, got also: epochs"):
+        read_config(tmp_path / "run", Config(epochs=9))
+    with pytest.raises(FileNotFoundError, match=r"config\.json does not exist"):
+        read_config(tmp_path / "nothing", Config())
+    with pytest.raises(ValueError, match="holds a run already"):
+        run_tiny(tmp_path / "run")
+    assert read_config(tmp_path / "run", Config()) == tiny(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epochs": 0}, "epochs must be positive, got 0"),
+        ({"batch": -1}, "batch must be positive, got -1"),
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"ema": 1.5}, "ema must lie in"),
+        ({"validation": 1.0}, "validation must lie in"),
+        ({"loss": "ce", "schedule": "two-stage"}, "needs a feature loss"),
+        ({"device": "nonsense"}, "device 'nonsense' is not usable"),
+    ],
+)
+def test_bad_settings(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(tmp_path, **settings)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+    with pytest.raises(FloatingPointError, match="not finite in epoch 0"):
+        run_tiny(tmp_path / "run", lr=1e30, warmup=0.0)
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_command_line_from_seeds_to_pictures(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("safetensors", reason="needs the [train-extra] extra")
+    out = tmp_path / "two"
+    settings = TINY | {"pictures": True, "epochs": 1}
+    hybrid.main(Config(**settings, loss="psc", seeds=2, seed=5, out=out, export=True))
+    assert "mean" in capsys.readouterr().out
+    run = out / "seed-6"
+    for name in ("config.json", "environment.json", "metrics.json", "log.jsonl", "last.pt", "per_class.csv", "model.safetensors"):
+        assert (run / name).stat().st_size > 0
+    for name in ("per_class.png", "confusion.png", "embedding.png", "curves.png"):
+        assert (run / name).read_bytes().startswith(b"\x89PNG")
+    from safetensors.torch import load_file
+
+    exported = load_file(run / "model.safetensors")
+    assert same(exported, weights(run)["network"])
+    before = json.loads((run / "metrics.json").read_text())
+    (run / "metrics.json").unlink()
+    hybrid.main(Config(eval_only=run))
+    assert json.loads((run / "metrics.json").read_text())["best"] == before["best"]
+    compare.main(compare.Compare([out, run], tmp_path / "compared", ["two", "one"]))
+    assert "| two | 2 | " in (tmp_path / "compared" / "comparison.md").read_text()
+    assert (tmp_path / "compared" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit, match=r"error: .*holds a run already"):
+        hybrid.main(Config(out=out))
+
+
+def test_paired_differences_go_by_seed():
+    def runs(values):
+        return [{"config": {"seed": s}, "best": {"balanced": v}} for s, v in values.items()]
+
+    assert compare.paired(runs({1: 90.0, 2: 94.0}), runs({2: 92.0, 1: 91.0})) == [-1.0, 2.0]
+    assert compare.paired(runs({1: 90.0}), runs({2: 92.0})) == []
+    assert compare.spread([1.0, 3.0]) == "2.0 ± 1.4" and compare.spread([1.0, None]) == "–"
+
+
+@pytest.mark.parametrize("grid", ablate.GRIDS)
+def test_every_row_of_a_grid_resolves(grid):
+    options = ablate.Ablate(grid, root=Path("somewhere"))
+    for rows, against in ablate.GRIDS[grid].values():
+        assert set(against) <= set(rows)
+        for settings in rows.values():
+            assert ablate.configure(options, settings, 100, Path("out")).epochs > 1
+
+
+def test_equal_images_and_equal_updates_are_equal():
+    def cost(settings):
+        config = ablate.configure(ablate.Ablate("methods"), settings, 100, Path("out"))
+        run = Run(config, datasets.load(source_of(config)))
+        images = 0
+        for run.epoch in range(config.epochs):
+            run.begin_epoch()
+            images += run.plan.numel()
+        return images, run.steps * config.epochs
+
+    images = [cost(settings)[0] for settings in ablate.METHODS["equal images"][0].values()]
+    assert max(images) - min(images) < 0.01 * max(images)
+    assert {cost(settings)[1] for settings in ablate.METHODS["equal updates"][0].values()} == {400}
+
+
+def test_hybrid_beats_guessing_by_far(tmp_path):
+    """The whole recipe in a fifth of its epochs, three seeds: a loose bound on the mean."""
+    accuracies = []
+    for seed in range(3):
+        config = resolve(Config(loss="psc", epochs=20, pictures=False, seed=seed, device="cpu", threads=1, backend="chunked", out=tmp_path / str(seed)))
+        accuracies.append(train(config, datasets.load(source_of(config)))["best"]["balanced"])
+    assert sum(accuracies) / 3 > 60  # chance 10
