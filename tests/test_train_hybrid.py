@@ -316,3 +316,27 @@ def test_hybrid_beats_guessing_by_far(tmp_path):
         config = resolve(Config(loss="psc", epochs=20, seed=seed, out=tmp_path / str(seed), **machine))
         accuracies.append(train(config, datasets.load(source_of(config)))["best"]["balanced"])
     assert sum(accuracies) / 3 > 60  # chance 10
+
+
+def test_image_files_train_and_resume(tmp_path, monkeypatch):
+    """Decoded in a worker, cropped by key: a run stopped inside an epoch comes to the same bits here too."""
+    import numpy as np
+    from PIL import Image
+
+    random = np.random.default_rng(0)
+    for c in range(2):
+        (tmp_path / "images" / f"class {c}").mkdir(parents=True)
+        for i in range(20):
+            pixels = random.integers(0, 128, (24, 32, 3), dtype=np.uint8) + np.uint8(127 * c)
+            Image.fromarray(pixels).save(tmp_path / "images" / f"class {c}" / f"{i}.png")
+    settings = {"data": "folder", "root": tmp_path / "images", "largest_class": None, "imbalance": 2, "network": "resnet8", "batch": 8}
+    settings |= {"image_size": 16, "workers": 1, "lr": 0.05, "color_jitter": 0.2}
+    whole = run_tiny(tmp_path / "whole", **settings)
+    assert whole["train_images"] == [16, 8] and whole["updates"] == 6
+    stop, update = StopAfter(2), Run.update
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Run, "update", lambda self, raw, labels: stop(raw, labels, lambda *batch: update(self, *batch)))
+        run_tiny(tmp_path / "cut", **settings)
+    config = read_config(tmp_path / "cut", Config())
+    train(config, datasets.load(source_of(config)), resume=True)
+    assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
