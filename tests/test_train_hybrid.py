@@ -235,6 +235,8 @@ def test_resume_takes_the_runs_own_settings(tmp_path):
         ({"ema": 1.5}, "ema must lie in"),
         ({"validation": 1.0}, "validation must lie in"),
         ({"loss": "ce", "schedule": "two-stage"}, "needs a feature loss"),
+        ({"backend": "nonsense"}, "nonsense"),
+        ({"backend": "cuda"}, "cuda"),
         ({"device": "nonsense"}, "device 'nonsense' is not usable"),
     ],
 )

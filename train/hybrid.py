@@ -39,6 +39,7 @@ from schedule import Schedule, feature_weight, learning_rate
 from torch import Tensor, nn
 
 from fastsupcon import PSCLoss, SupConLoss
+from fastsupcon.backends import select as select_backend
 
 console = Console()
 
@@ -150,6 +151,7 @@ RECIPES = {
     "list": FILES,
 }
 PROTOTYPES = {"cifar10-lt": {"temperature": 1.0}, "cifar10-jpeg": {"temperature": 1.0}, "digits": {"temperature": 0.5, "epochs": 80}}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 VIEWS = {"sc": 2, "psc": 1, "mpsc": 1, "ce": 0}
 
 
@@ -187,6 +189,8 @@ def resolve(config: Config) -> Config:
         torch.empty(0, device=config.device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {config.device!r} is not usable here: {error}") from error
+    if config.loss != "ce":  # raises where this backend cannot serve
+        select_backend(config.backend, torch.device(config.device), DTYPES[config.precision], config.embedding)
     return config
 
 
@@ -214,9 +218,8 @@ class Run:
         self.optimizer = torch.optim.SGD(self.parameters, lr=self.lr, fused=True, **options)
         for p in self.parameters:  # or a first step that fp16 skips would leave torch's fused SGD with buffers it never filled
             self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        half = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
-        self.autocast = torch.autocast(self.device.type, half, enabled=half is not None)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=half is torch.float16)
+        self.autocast = torch.autocast(self.device.type, DTYPES[config.precision], enabled=config.precision != "fp32")
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.ema = None
         if config.ema is not None:
             average = torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema)
