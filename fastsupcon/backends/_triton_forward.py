@@ -31,27 +31,27 @@ from ._triton_tiles import (
 
 @triton.jit
 def add_exponentials(peak, total, s, FIXED: tl.constexpr):
-    """sum_j 2^s_ij as total * 2^peak, one more tile of s added. An infinite peak is not subtracted: inf - inf would be NaN.
+    """sum_j exp(s_ij) as total * exp(peak), one more tile of s added; with FIXED s is in base 2, and peak stays 0.
 
-    tl.max may ignore NaN; the sum does not.
+    An infinite peak is not subtracted: inf - inf would be NaN. tl.max may ignore NaN; the sum does not.
     """
     if FIXED:
         return peak, total + tl.sum(tl.exp2(s), 1)
     new_peak = tl.maximum(peak, tl.max(s, 1))
     shift = tl.where(tl.abs(new_peak) == float("inf"), 0.0, new_peak)
-    return new_peak, total * tl.exp2(peak - shift) + tl.sum(tl.exp2(s - shift[:, None]), 1)
+    return new_peak, total * tl.exp2((peak - shift) * LOG2_E) + tl.sum(tl.exp2((s - shift[:, None]) * LOG2_E), 1)
 
 
 @triton.jit
 def logits(
-    a, a_key, a_ptr, b_ptr, bias_ptr, a_key_ptr, b_key_ptr, a_first, b_first, n, m, scale_log2,
+    a, a_key, a_ptr, b_ptr, bias_ptr, a_key_ptr, b_key_ptr, a_first, b_first, n, m, factor,
     D: tl.constexpr, OWNED: tl.constexpr, STREAMED: tl.constexpr, DEPTH: tl.constexpr,
     FORBIDDEN: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     b = load_rows(b_ptr, b_first, m, 0, D, STREAMED, DEPTH, CAREFUL) if D <= DEPTH else a
-    s = similarities(a, b, a_ptr, b_ptr, a_first, b_first, n, m, D, OWNED, STREAMED, DEPTH, PRECISION) * scale_log2
+    s = similarities(a, b, a_ptr, b_ptr, a_first, b_first, n, m, D, OWNED, STREAMED, DEPTH, PRECISION) * factor
     if bias_ptr is not None:
-        s += load_values(bias_ptr, b_first, m, STREAMED, CAREFUL)[None, :] * LOG2_E
+        s += load_values(bias_ptr, b_first, m, STREAMED, CAREFUL)[None, :]
     b_key = load_keys(b_key_ptr, a_key_ptr, b_first, m, STREAMED) if FORBIDDEN == EQUAL_KEYS else a_key
     return mask_pairs(s, a_key, b_key, a_first, b_first, n, m, OWNED, STREAMED, FORBIDDEN, CAREFUL)
 
@@ -64,29 +64,29 @@ def forward_kernel(
 ):  # fmt: skip
     a_first = tl.program_id(0) * OWNED
     split = tl.program_id(1)
-    scale_log2 = scale * LOG2_E
+    factor = scale * LOG2_E if FIXED else scale
     a = load_rows(a_ptr, a_first, n, 0, D, OWNED, DEPTH, True) if D <= DEPTH else 0
     a_key = load_keys(a_key_ptr, b_key_ptr, a_first, n, OWNED) if FORBIDDEN == EQUAL_KEYS else 0
-    peak = tl.full([OWNED], float("-inf"), tl.float32)
+    peak = tl.full([OWNED], 0.0 if FIXED else float("-inf"), tl.float32)
     total = tl.zeros([OWNED], tl.float32)
     first, plain, diagonal, on_diagonal, careful = stream_plan(a_first, split, tiles_per_split, m, OWNED, STREAMED, FORBIDDEN)
     for u in range(plain):
         b_first = plain_tile(u, first, diagonal, on_diagonal, STREAMED)
         s = logits(
-            a, a_key, a_ptr, b_ptr, bias_ptr, a_key_ptr, b_key_ptr, a_first, b_first, n, m, scale_log2,
+            a, a_key, a_ptr, b_ptr, bias_ptr, a_key_ptr, b_key_ptr, a_first, b_first, n, m, factor,
             D, OWNED, STREAMED, DEPTH, FORBIDDEN, False, PRECISION,
         )  # fmt: skip
         peak, total = add_exponentials(peak, total, s, FIXED)
     for u in range(careful):
         b_first = careful_tile(u, diagonal, on_diagonal, m, STREAMED)
         s = logits(
-            a, a_key, a_ptr, b_ptr, bias_ptr, a_key_ptr, b_key_ptr, a_first, b_first, n, m, scale_log2,
+            a, a_key, a_ptr, b_ptr, bias_ptr, a_key_ptr, b_key_ptr, a_first, b_first, n, m, factor,
             D, OWNED, STREAMED, DEPTH, FORBIDDEN, True, PRECISION,
         )  # fmt: skip
         peak, total = add_exponentials(peak, total, s, FIXED)
     shift = tl.where(tl.abs(peak) == float("inf"), 0.0, peak)
     row = tl.arange(0, OWNED)
-    tl.store(lse_ptr + split.to(tl.int64) * n + a_first + row, (shift + tl.log2(total)) * LN_2, mask=row < n - a_first)
+    tl.store(lse_ptr + split.to(tl.int64) * n + a_first + row, shift + tl.log2(total) * LN_2, mask=row < n - a_first)
 
 
 @triton.jit(do_not_specialize=["n", "splits"])

@@ -43,14 +43,14 @@ LIFT = tl.constexpr(14.0)  # log2, for fp16
 
 
 @triton.jit(do_not_specialize=["n"])
-def prepare_kernel(lse_ptr, grad_ptr, lse2_ptr, weight_ptr, peak_ptr, n, BLOCK: tl.constexpr):
-    """What tiles need of every row, computed once: lse in base 2, and g or (without lse2_ptr) w = g exp(-lse); with peak_ptr, g over max |g|.
+def prepare_kernel(lse_ptr, grad_ptr, safe_lse_ptr, weight_ptr, peak_ptr, n, BLOCK: tl.constexpr):
+    """What tiles need of every row, computed once: lse, and g, or w = g exp(-lse) without safe_lse_ptr; with peak_ptr g / max |g|.
 
     A row that allows no column has lse -inf; +inf instead makes its P and its w 0. max |g| is never taken as 0, so finite g stay finite.
     """
     block = tl.arange(0, BLOCK)
     row = tl.program_id(0) * BLOCK + block
-    lse = tl.load(lse_ptr + row, mask=row < n, other=0.0) * LOG2_E
+    lse = tl.load(lse_ptr + row, mask=row < n, other=0.0)
     lse = tl.where(lse == float("-inf"), float("inf"), lse)
     weight = tl.load(grad_ptr + row, mask=row < n, other=0.0)
     if peak_ptr is not None:
@@ -60,37 +60,38 @@ def prepare_kernel(lse_ptr, grad_ptr, lse2_ptr, weight_ptr, peak_ptr, n, BLOCK: 
         peak = tl.max(largest, 0)
         weight /= peak
         tl.store(peak_ptr, peak)  # the same value from every program
-    if lse2_ptr is None:
-        weight *= tl.exp2(-lse)
+    if safe_lse_ptr is None:
+        weight *= tl.exp2(-lse * LOG2_E)
     else:
-        tl.store(lse2_ptr + row, lse, mask=row < n)
+        tl.store(safe_lse_ptr + row, lse, mask=row < n)
     tl.store(weight_ptr + row, weight, mask=row < n)
 
 
 @triton.jit
 def weights(s, x_lse, y_lse, x_weight, y_weight, lift, WEIGHT: tl.constexpr):
-    """W_ij * 2^lift; in ROWS without g_i, which waits for the epilogue."""
+    """W_ij * 2^lift; in ROWS without g_i, which waits for the epilogue; in SYMMETRIC s is in base 2."""
     if WEIGHT == ROWS:
-        return tl.exp2(s - (x_lse - lift)[:, None])
+        return tl.exp2((s - x_lse[:, None]) * LOG2_E + lift)
     if WEIGHT == COLUMNS:
-        return tl.exp2(s - (y_lse - lift)[None, :]) * y_weight[None, :]
+        return tl.exp2((s - y_lse[None, :]) * LOG2_E + lift) * y_weight[None, :]
     if WEIGHT == BOTH:
-        return tl.exp2(s - (x_lse - lift)[:, None]) * x_weight[:, None] + tl.exp2(s - (y_lse - lift)[None, :]) * y_weight[None, :]
+        own = tl.exp2((s - x_lse[:, None]) * LOG2_E + lift) * x_weight[:, None]
+        return own + tl.exp2((s - y_lse[None, :]) * LOG2_E + lift) * y_weight[None, :]
     return tl.exp2(s + lift) * (x_weight[:, None] + y_weight[None, :])
 
 
 @triton.jit
 def tile_weights(
     x, y, x_lse, x_weight, x_key, x_bias, x_ptr, y_ptr, lse_ptr, weight_ptr, y_bias_ptr, x_key_ptr, y_key_ptr,
-    x_first, y_first, n, m, scale_log2, lift,
+    x_first, y_first, n, m, factor, lift,
     D: tl.constexpr, OWNED: tl.constexpr, STREAMED: tl.constexpr, DEPTH: tl.constexpr,
     FORBIDDEN: tl.constexpr, WEIGHT: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    s = similarities(x, y, x_ptr, y_ptr, x_first, y_first, n, m, D, OWNED, STREAMED, DEPTH, PRECISION) * scale_log2
+    s = similarities(x, y, x_ptr, y_ptr, x_first, y_first, n, m, D, OWNED, STREAMED, DEPTH, PRECISION) * factor
     if x_bias is not None:
         s += x_bias[:, None]
     if y_bias_ptr is not None:
-        s += load_values(y_bias_ptr, y_first, m, STREAMED, CAREFUL)[None, :] * LOG2_E
+        s += load_values(y_bias_ptr, y_first, m, STREAMED, CAREFUL)[None, :]
     y_key = load_keys(y_key_ptr, x_key_ptr, y_first, m, STREAMED) if FORBIDDEN == EQUAL_KEYS else 0
     s = mask_pairs(s, x_key, y_key, x_first, y_first, n, m, OWNED, STREAMED, FORBIDDEN, CAREFUL)
     y_lse = x_lse
@@ -112,11 +113,11 @@ def gradient_kernel(
     x_first = tl.program_id(0) * OWNED
     chunk = tl.program_id(1) * WIDTH
     split = tl.program_id(2)
-    scale_log2 = scale * LOG2_E
+    factor = scale * LOG2_E if WEIGHT == SYMMETRIC else scale
     lift = LIFT if x_ptr.dtype.element_ty == tl.float16 else 0.0
     x = load_rows(x_ptr, x_first, n, 0, D, OWNED, DEPTH, True) if D <= DEPTH else 0
     x_key = load_keys(x_key_ptr, y_key_ptr, x_first, n, OWNED) if FORBIDDEN == EQUAL_KEYS else 0
-    x_bias = load_values(x_bias_ptr, x_first, n, OWNED, True) * LOG2_E if x_bias_ptr is not None else None
+    x_bias = load_values(x_bias_ptr, x_first, n, OWNED, True) if x_bias_ptr is not None else None
     x_lse = load_values(lse_ptr, x_first, n, OWNED, True) if WEIGHT != COLUMNS and WEIGHT != SYMMETRIC else 0.0
     x_weight = load_values(weight_ptr, x_first, n, OWNED, True) if WEIGHT != COLUMNS else 0.0
     dx = tl.zeros([OWNED, WIDTH], tl.float32)
@@ -128,7 +129,7 @@ def gradient_kernel(
         y = load_rows(y_ptr, y_first, m, chunk, D, STREAMED, WIDTH, False)
         w = tile_weights(
             x, y, x_lse, x_weight, x_key, x_bias, x_ptr, y_ptr, lse_ptr, weight_ptr, y_bias_ptr, x_key_ptr, y_key_ptr,
-            x_first, y_first, n, m, scale_log2, lift, D, OWNED, STREAMED, DEPTH, FORBIDDEN, WEIGHT, False, PRECISION,
+            x_first, y_first, n, m, factor, lift, D, OWNED, STREAMED, DEPTH, FORBIDDEN, WEIGHT, False, PRECISION,
         )  # fmt: skip
         if dbias_ptr is not None:
             dbias += tl.sum(w, 1)
@@ -139,25 +140,25 @@ def gradient_kernel(
         y = load_rows(y_ptr, y_first, m, chunk, D, STREAMED, WIDTH, True)
         w = tile_weights(
             x, y, x_lse, x_weight, x_key, x_bias, x_ptr, y_ptr, lse_ptr, weight_ptr, y_bias_ptr, x_key_ptr, y_key_ptr,
-            x_first, y_first, n, m, scale_log2, lift, D, OWNED, STREAMED, DEPTH, FORBIDDEN, WEIGHT, True, PRECISION,
+            x_first, y_first, n, m, factor, lift, D, OWNED, STREAMED, DEPTH, FORBIDDEN, WEIGHT, True, PRECISION,
         )  # fmt: skip
         if dbias_ptr is not None:
             dbias += tl.sum(w, 1)
         if dx_ptr is not None:
             dx = product(w.to(y.dtype), y, dx, PRECISION)
 
-    factor = tl.exp2(-lift)
+    unlift = tl.exp2(-lift)
     if peak_ptr is not None:
-        factor *= tl.load(peak_ptr)
+        unlift *= tl.load(peak_ptr)
     row = tl.arange(0, OWNED)
     exists = row < n - x_first
     if dx_ptr is not None:
         column = chunk + tl.arange(0, WIDTH)[None, :]
-        dx *= scale * factor
+        dx *= scale * unlift
         if WEIGHT == ROWS:
             dx *= x_weight[:, None]
         pointers = dx_ptr + (split.to(tl.int64) * n + x_first) * D + (row[:, None] * D + column)
         tl.store(pointers, dx.to(dx_ptr.dtype.element_ty), mask=exists[:, None] & (column < D))
     if dbias_ptr is not None:  # noqa: SIM102
         if chunk == 0:
-            tl.store(dbias_ptr + split.to(tl.int64) * n + x_first + row, dbias * factor, mask=exists)
+            tl.store(dbias_ptr + split.to(tl.int64) * n + x_first + row, dbias * unlift, mask=exists)

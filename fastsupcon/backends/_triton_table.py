@@ -30,11 +30,21 @@ def padded(depth: int) -> int:
 
 def tile(kernel: str, family: str, dtype: torch.dtype, depth: int) -> Tile:
     """The tile of "triangle", "forward" or "gradient" for rows of this dtype and dimension."""
+    d = padded(depth)
     if family == "interpreter":
-        return Tile(32, 16, min(padded(depth), 64), 1, 1)
-    return Tile(64, 64, min(padded(depth), 128), 4, 2)
+        return Tile(32, 16, min(d, 64), 1, 1)  # small, so that few rows make many tiles
+    stages = 1 if family == "amd" else 2  # 64 KiB of shared memory on gfx942
+    if dtype == torch.float32:  # three TF32 products a step: operands split in registers
+        return Tile(64, 32, d if d <= 64 and kernel == "gradient" else min(d, 32), 8, stages)
+    if d > 256:
+        return Tile(128, 64, 64, 8, 2) if family in ("hopper", "blackwell") else Tile(64, 32, 64, 8, stages)
+    if family in ("hopper", "blackwell"):  # 128 owned rows ask at most 6.2 TB/s of L2 in the forward; 4 warps spill
+        return Tile(128, 64, d, 8, 3 if d <= 128 else 2)
+    if kernel == "gradient":
+        return Tile(64 if d == 256 else 128, 64 if d <= 64 and family != "amd" else 32, d, 8, stages)
+    return Tile(64, 64, d, 8 if family == "amd" else 4, stages)
 
 
-def gradient_width(family: str, dtype: torch.dtype, depth: int, tile: Tile) -> int:
-    """Columns of dx that one program owns; all of them where a tile of rows holds all of D."""
-    return padded(depth) if depth <= tile.depth else min(padded(depth), 256)
+def gradient_width(dtype: torch.dtype, depth: int, tile: Tile) -> int:
+    """Columns of dx that one program owns; all of them where a tile of rows holds all of D, else as many as its registers hold."""
+    return padded(depth) if depth <= tile.depth else min(padded(depth), 128 if dtype == torch.float32 else 256)

@@ -1,11 +1,12 @@
 """What the Triton kernels share: how rows are loaded, how two tiles of rows make a tile of logits, which pairs a tile may hold.
 
-Every kernel owns a tile of rows x (indices i < n) and streams tiles of rows y (j < m) past it. Logits are kept in base 2,
+Every kernel owns a tile of rows x (indices i < n) and streams tiles of rows y (j < m) past it, with
 
-    s_ij = (x_i . y_j * scale + bias) * log2(e),        -inf where the pair is not allowed,
+    s_ij = x_i . y_j * scale + bias,        -inf where the pair is not allowed.
 
-so that an exponential is the hardware's exp2 and nothing else. Lengths that the tiles do not divide are padded with zeros inside the tile.
-Row indices have 32 bits, addresses 64. A pointer that is None costs nothing: Triton compiles the kernel without it.
+Where exp(s) needs no shift, scale carries log2(e) and the exponential is the hardware's exp2 alone. Elsewhere |s| may be thousands: the
+shift is subtracted first, in one rounding, and log2(e) multiplies the small difference. Lengths that the tiles do not divide are padded
+with zeros inside the tile. Row indices have 32 bits, addresses 64. A pointer that is None costs nothing: the kernel is compiled without it.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ For unit rows at a temperature where exp(s) needs no shift (at most exp(1/0.0234
     program  owns OWNED rows of hi at a time, as columns, and streams the rows of lo past them, STREAMED at a time
     writes   sums over lo for the rows of hi  -> partial[lo, rows of hi]
              sums over hi for the rows of lo  -> partial[hi, rows of lo]
-    flops    N^2 D, and 1 / (2 * groups) of that more: a pair (hi, hi) is computed in full
+    flops    N^2 D, and 1 / groups of that more: a pair (hi, hi) is computed in full
 
 partial [groups, n], at most 64 floats a row (:data:`MOST_GROUPS`), is written once in every place and then summed over the groups in order:
 the same call gives the same bits. The columns' sums stay elementwise in registers until a stream ends, which needs no shuffles. A streamed
@@ -20,7 +20,7 @@ import triton.language as tl
 
 from ._triton_tiles import ITSELF, LOG2_E, load_rows, mask_pairs, similarities
 
-GROUPS = (256, 512, 1024, 2048)  # rows; the register tile of row sums costs GROUP / 128 registers a thread (4 warps)
+GROUPS = (256, 512, 1024)  # rows; 2048 spills at D = 256, where row_sums takes 8 registers a thread
 MOST_GROUPS = 64
 LARGEST = MOST_GROUPS * GROUPS[-1]  # rows
 
@@ -62,18 +62,18 @@ def triangle_kernel(
     for k in range(tl.cdiv(hi_rows, OWNED)):
         y_first = hi_first + k * OWNED
         y = load_rows(z_ptr, y_first, n, 0, D, OWNED, DEPTH, True) if D <= DEPTH else 0
-        column_sums = tl.zeros([STREAMED // 16, 8, OWNED], tl.float32)
+        column_sums = tl.zeros([STREAMED, OWNED], tl.float32)
         careful = (lo_first == hi_first) | (y_first + OWNED > n)
         for u in range(tl.where(careful, 0, lo_tiles)):
             e = exponentials(y, z_ptr, lo_first + u * STREAMED, y_first, n, scale_log2, D, OWNED, STREAMED, DEPTH, False, PRECISION)
-            column_sums += tl.sum(tl.reshape(e, [STREAMED // 16, 2, 8, OWNED]), 1)
+            column_sums += e
             row_sums += tl.where(part == u, tl.sum(e, 1)[:, None], 0.0)
         for u in range(tl.where(careful, lo_tiles, 0)):
             e = exponentials(y, z_ptr, lo_first + u * STREAMED, y_first, n, scale_log2, D, OWNED, STREAMED, DEPTH, True, PRECISION)
-            column_sums += tl.sum(tl.reshape(e, [STREAMED // 16, 2, 8, OWNED]), 1)
+            column_sums += e
             row_sums += tl.where(part == u, tl.sum(e, 1)[:, None], 0.0)
         column = tl.arange(0, OWNED)
-        sums = tl.sum(tl.sum(column_sums, 0), 0)
+        sums = tl.sum(column_sums, 0)
         tl.store(partial_ptr + (lo_first // GROUP).to(tl.int64) * n + y_first + column, sums, mask=column < n - y_first)
     if lo_first < hi_first:  # every row of lo exists
         row = tl.arange(0, STREAMED)[:, None] + part * STREAMED

@@ -1,7 +1,7 @@
 """The Triton kernels on NVIDIA, AMD and Intel GPUs: which of them serves a call, on which grid. They are in _triton_*.py beside this file.
 
                               forward                                             backward
-    self, exp(s) in range     triangle_kernel; past 131,072 rows forward_kernel   gradient_kernel SYMMETRIC
+    self, exp(s) in range     triangle_kernel; past 65,536 rows forward_kernel   gradient_kernel SYMMETRIC
     self, anything else       forward_kernel                                      gradient_kernel BOTH
     cross                     forward_kernel                                      gradient_kernel ROWS (da), COLUMNS (db, dbias)
 
@@ -179,16 +179,16 @@ def _forward(a, b, bias, a_key, b_key, scale: float, forbidden, fixed: bool) -> 
 
 
 def _prepare(rows: Tensor, lse: Tensor, grad: Tensor, weight) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """(lse in base 2, weight, largest |grad|) as gradient_kernel reads them."""
+    """(lse, weight, largest |grad|) as gradient_kernel reads them."""
     from ._triton_gradient import SYMMETRIC, prepare_kernel
 
     n = len(lse)
-    lse2 = None if weight == SYMMETRIC else torch.empty_like(lse)
+    safe_lse = None if weight == SYMMETRIC else torch.empty_like(lse)
     weights = torch.empty_like(grad)
     peak = lse.new_empty(1) if rows.dtype == torch.float16 else None
     with _on(rows.device):
-        prepare_kernel[(_cdiv(n, 1024),)](lse, grad, lse2, weights, peak, n, BLOCK=1024, num_warps=4)
-    return lse2, weights, peak
+        prepare_kernel[(_cdiv(n, 1024),)](lse, grad, safe_lse, weights, peak, n, BLOCK=1024, num_warps=4)
+    return safe_lse, weights, peak
 
 
 def _gradient(x, y, prepared, x_y_bias, x_y_key, scale: float, forbidden, weight, needs: tuple[bool, bool]):
@@ -199,7 +199,7 @@ def _gradient(x, y, prepared, x_y_bias, x_y_key, scale: float, forbidden, weight
     with _on(x.device):
         gpu = _gpu(x.device)
         t = tile("gradient", gpu.family, x.dtype, depth)
-        width = gradient_width(gpu.family, x.dtype, depth, t)
+        width = gradient_width(x.dtype, depth, t)
         owners, tiles, chunks = _cdiv(n, t.owned), _cdiv(m, t.streamed), _cdiv(depth, width)
         per_split = _tiles_per_split(owners * chunks, tiles, 2 * gpu.units)
         splits = _cdiv(tiles, per_split)
