@@ -1,6 +1,7 @@
 """Builds fastsupcon._C with CMake. The rest of the metadata is in pyproject.toml."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -29,6 +30,11 @@ class CMakeBuild(build_ext):
             ]
         )
         self.spawn(["cmake", "--build", str(build)])
+        # Python started in the checkout finds its fastsupcon/ before the installed one, so the extension goes there too.
+        checkout = Path(__file__).resolve().parent / "fastsupcon" / target.name
+        if checkout != target:
+            shutil.copyfile(target, checkout.with_suffix(".new"))
+            checkout.with_suffix(".new").replace(checkout)
 
 
 setup(ext_modules=[Extension("fastsupcon._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+import warnings
+
 import torch
 from torch import Tensor
 
 try:
-    from fastsupcon import _C as module
-
+    module = importlib.import_module("fastsupcon._C")
     missing = None
 except ImportError as error:
     module = None
-    missing = f"the compiled extension fastsupcon._C cannot be imported ({error})"
+    missing = f"the compiled extension cannot be imported ({error})"
+    warnings.warn(f"fastsupcon runs without its C++ and CUDA kernels: {missing}", RuntimeWarning, stacklevel=2)
 
 
 def make_problem(

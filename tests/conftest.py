@@ -1,0 +1,47 @@
+"""What the tests share: where they run, and the backends they run over.
+
+Without a GPU, Triton's kernels run under its interpreter, which has to be chosen before Triton is first imported.
+"""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
+
+from fastsupcon.backends import BACKENDS
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def serves(backend: str, dtype: torch.dtype, depth: int = 8) -> bool:
+    return BACKENDS[backend].unusable(DEVICE, dtype, depth) is None
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=list(BACKENDS))
+def backend(request) -> str:
+    """Each backend in turn that serves fp32 rows here."""
+    reason = BACKENDS[request.param].unusable(DEVICE, torch.float32, 8)
+    if reason is not None:
+        pytest.skip(f"{request.param}: {reason}")
+    return request.param
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return DEVICE
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
