@@ -66,7 +66,7 @@ class Backend(Protocol):
 
 #: Every backend by name. ``backend="auto"`` tries those of :data:`FASTEST_FIRST`.
 BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "triton": triton, "cpu": cpu, "chunked": chunked, "reference": reference}
-FASTEST_FIRST = ("cuda", "triton", "cpu", "chunked")
+FASTEST_FIRST = ("cuda", "cpu", "triton", "chunked")  # on the CPU, Triton is its interpreter
 
 
 @torch.compiler.assume_constant_result
