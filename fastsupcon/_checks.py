@@ -62,5 +62,5 @@ def temperature(name: str, value: float | Tensor) -> None:
             raise ValueError(f"{name} must be a number or a 0-d floating-point tensor, got {value.dtype} of shape {list(value.shape)}")
     elif not isinstance(value, int | float) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number or a 0-d tensor, got {type(value).__name__}")
-    elif not (math.isfinite(value) and value > 0):
+    elif not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value}")

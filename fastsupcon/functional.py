@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, ops
-from .backends import select, sum_dtype
+from .backends import sum_dtype
 from .positives import label_positives, mask_positives
 from .rows import gather_rows, unit_rows
 
@@ -35,7 +35,7 @@ def self_logsumexp(z: Tensor, *, scale: float = 1.0, backend: str = "auto") -> T
 
 
 def _self_lse(z: Tensor, scale: float, unit: bool, backend: str) -> Tensor:
-    return ops.self_lse(z, scale, unit, select(backend, z.device, z.dtype, z.shape[1]))
+    return ops.self_lse(z, scale, unit, backend)
 
 
 def cross_logsumexp(
@@ -96,8 +96,7 @@ def cross_logsumexp(
 def _cross_lse(a, b, bias, skip, row_labels, column_labels, scale: float, backend: str) -> Tensor:
     bias = None if bias is None else bias.to(sum_dtype(a.dtype))
     skip, row_labels, column_labels = (None if ids is None else ids.long() for ids in (skip, row_labels, column_labels))
-    chosen = select(backend, a.device, a.dtype, a.shape[1])
-    return ops.cross_lse(a, b, bias, skip, row_labels, column_labels, scale, chosen)
+    return ops.cross_lse(a, b, bias, skip, row_labels, column_labels, scale, backend)
 
 
 def supcon_loss(

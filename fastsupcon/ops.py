@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backends import BACKENDS
+from .backends import BACKENDS, select
 from .backends._dtypes import sum_dtype
 
 _library = torch.library.Library("fastsupcon", "DEF")
@@ -30,21 +30,26 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
+def _backend(name: str, rows: Tensor):
+    """Chosen as the op runs, from the rows' true shape, so that torch.compile may keep shapes symbolic."""
+    return BACKENDS[select(name, rows.device, rows.dtype, rows.shape[1])]
+
+
 def _self_lse(z, scale, unit_rows, backend):
-    return BACKENDS[backend].self_forward(z.contiguous(), scale, unit_rows)
+    return _backend(backend, z).self_forward(z.contiguous(), scale, unit_rows)
 
 
 def _self_lse_backward(z, lse, grad, scale, unit_rows, backend):
-    return BACKENDS[backend].self_backward(*_contiguous(z, lse, grad), scale, unit_rows)
+    return _backend(backend, z).self_backward(*_contiguous(z, lse, grad), scale, unit_rows)
 
 
 def _cross_lse(a, b, bias, skip, row_labels, column_labels, scale, backend):
-    return BACKENDS[backend].cross_forward(*_contiguous(a, b, bias, skip, row_labels, column_labels), scale)
+    return _backend(backend, a).cross_forward(*_contiguous(a, b, bias, skip, row_labels, column_labels), scale)
 
 
 def _cross_lse_backward(a, b, bias, skip, row_labels, column_labels, lse, grad, scale, needs, backend):
     tensors = _contiguous(a, b, bias, skip, row_labels, column_labels, lse, grad)
-    gradients = BACKENDS[backend].cross_backward(*tensors, scale, tuple(needs))
+    gradients = _backend(backend, a).cross_backward(*tensors, scale, tuple(needs))
     # an op cannot return None: an output nobody asked for is an empty tensor
     return tuple(a.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
@@ -104,7 +109,7 @@ class _CrossLse(torch.autograd.Function):
 
 
 def self_lse(z: Tensor, scale: float, unit_rows: bool, backend: str) -> Tensor:
-    """log sum_{j != i} exp(z_i . z_j * scale): [N, D] -> [N] in the sum dtype. ``backend`` is a usable one, never "auto"."""
+    """log sum_{j != i} exp(z_i . z_j * scale): [N, D] -> [N] in the sum dtype."""
     return _SelfLse.apply(z, scale, unit_rows, backend)
 
 

@@ -192,9 +192,7 @@ def test_cross_is_bitwise_equal_for_any_number_of_threads(rows, columns):
     results = []
     for threads in (*THREADS, 1, 5):
         torch.set_num_threads(threads)
-        results.append(
-            _bits(*_cross(cpu, a, b, torch.zeros(columns), grad, skip=None, row_labels=None, column_labels=None, scale=10.0))
-        )
+        results.append(_bits(*_cross(cpu, a, b, torch.zeros(columns), grad, skip=None, row_labels=None, column_labels=None, scale=10.0)))
     assert all(result == results[0] for result in results)
 
 

@@ -12,6 +12,7 @@ hidden, the same call gives the same bits.
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 from typing import Protocol
 
@@ -69,7 +70,7 @@ BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "triton": triton, "cpu": cpu, "
 FASTEST_FIRST = ("cuda", "cpu", "triton", "chunked")  # on the CPU, Triton is its interpreter
 
 
-@torch.compiler.assume_constant_result
+@functools.cache
 def select(name: str, device: torch.device, dtype: torch.dtype, depth: int) -> str:
     """The backend that serves rows of ``depth`` and ``dtype`` on ``device``: ``name`` itself, or for "auto" the fastest.
 

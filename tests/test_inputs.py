@@ -1,0 +1,176 @@
+"""Bad input: the error names the argument, what was expected and what came. And what ``python -m fastsupcon`` says."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import DEVICE
+
+from fastsupcon import PSCLoss, SupConLoss, functional
+from fastsupcon.backends import BACKENDS
+
+
+def z(n=4, d=3, dtype=torch.float32):
+    return torch.zeros(n, d, device=DEVICE, dtype=dtype)
+
+
+def ids(n=4, high=2):
+    return torch.arange(n, device=DEVICE) % high
+
+
+SUPCON = [  # arguments, options, error, text
+    (("x",), {}, TypeError, "features must be a torch.Tensor, got str"),
+    ((z(4, 3).long(),), {}, TypeError, "features must have a floating-point dtype, got torch.int64"),
+    ((z()[0],), {}, ValueError, "features must have shape [N, D] or [B, V, ...], got [3]"),
+    ((z(0),), {}, ValueError, "features must not be empty, got shape [0, 3]"),
+    ((z(4, 0),), {}, ValueError, "features must not be empty, got shape [4, 0]"),
+    ((z(), [0, 1, 0, 1]), {}, TypeError, "labels must be a torch.Tensor of an integer dtype, got list"),
+    ((z(), ids().float()), {}, TypeError, "labels must have an integer dtype, got torch.float32"),
+    ((z(), ids(5)), {}, ValueError, "labels must have shape [4], got [5]"),
+    ((z(), ids(), torch.eye(4)), {}, ValueError, "labels and mask both define the positives: expected at most one, got both"),
+    ((z(), None, [[1]]), {}, TypeError, "mask must be a torch.Tensor, got list"),
+    ((z(), None, torch.eye(3)), {}, ValueError, "mask must have shape [4, 4], got [3, 3]"),
+    ((z(), ids()), {"contrast_mode": "some"}, ValueError, "contrast_mode must be one of 'all', 'one', got 'some'"),
+    ((z(), ids()), {"reduction": "avg"}, ValueError, "reduction must be one of 'mean', 'sum', 'none', got 'avg'"),
+    ((z(), ids()), {"lone_anchors": "drop"}, ValueError, "lone_anchors must be one of 'zero', 'skip', 'error', got 'drop'"),
+    ((z(), ids()), {"temperature": 0.0}, ValueError, "temperature must be positive and finite, got 0.0"),
+    ((z(), ids()), {"temperature": float("nan")}, ValueError, "temperature must be positive and finite, got nan"),
+    ((z(), ids()), {"temperature": "hot"}, TypeError, "temperature must be a number or a 0-d tensor, got str"),
+    ((z(), ids()), {"temperature": torch.ones(2)}, ValueError, "temperature must be a number or a 0-d floating-point tensor"),
+    ((z(), ids()), {"base_temperature": -1}, ValueError, "base_temperature must be positive and finite, got -1"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "options", "error", "text"), SUPCON, ids=[case[3][:40] for case in SUPCON])
+def test_supcon(arguments, options, error, text):
+    with pytest.raises(error, match=re.escape(text)):
+        functional.supcon_loss(*arguments, **options)
+
+
+PSC = [
+    ((z(), ids(), z(2, 4)), {}, ValueError, "prototypes must have shape [rows, 3], got [2, 4]"),
+    ((z(), ids(), z(0)), {}, ValueError, "prototypes must not be empty, got shape [0, 3]"),
+    ((z(), ids(4, 1), z(1)), {}, ValueError, "prototypes must hold at least 2 classes for denominator='negatives', got 1"),
+    ((z(), ids(), z(2, 3).long()), {}, TypeError, "prototypes must have a floating-point dtype, got torch.int64"),
+    ((z(), None, z(2)), {}, TypeError, "labels must be a torch.Tensor of an integer dtype, got NoneType"),
+    ((z(), ids(3), z(2)), {}, ValueError, "labels must have shape [4], got [3]"),
+    ((z(), ids(), z(2)), {"denominator": "own"}, ValueError, "denominator must be one of 'negatives', 'all', got 'own'"),
+    (
+        (z(), ids(), z(5)),
+        {"prototypes_per_class": 2},
+        ValueError,
+        "prototypes_per_class must be a positive divisor of the 5 prototypes, got 2",
+    ),
+    (
+        (z(), ids(), z(2)),
+        {"prototypes_per_class": 0},
+        ValueError,
+        "prototypes_per_class must be a positive divisor of the 2 prototypes, got 0",
+    ),
+    ((z(), ids(), z(2)), {"reduction": "avg"}, ValueError, "reduction must be one of 'mean', 'sum', 'none', got 'avg'"),
+    ((z(), ids(), z(2)), {"temperature": 0}, ValueError, "temperature must be positive and finite, got 0"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "options", "error", "text"), PSC, ids=[case[3][:40] for case in PSC])
+def test_psc(arguments, options, error, text):
+    with pytest.raises(error, match=re.escape(text)):
+        functional.psc_loss(*arguments, **options)
+
+
+def test_psc_with_one_class_where_it_means_something():
+    assert functional.psc_loss(z(), ids(4, 1), z(1), denominator="all").item() == 0  # the cross-entropy of one class
+
+
+CROSS = [
+    ((z(), z(2, 4)), {}, ValueError, "b must have shape [rows, 3], got [2, 4]"),
+    ((z(), z(2, 3, torch.float64)), {}, TypeError, "b must have a's dtype torch.float32, got torch.float64"),
+    ((z(), z(2)), {"bias": ids(2)}, TypeError, "bias must have a floating-point dtype, got torch.int64"),
+    ((z(), z(2)), {"bias": z()[0]}, ValueError, "bias must have shape [2], got [3]"),
+    ((z(), z(2)), {"skip": ids(2)}, ValueError, "skip must have shape [4], got [2]"),
+    ((z(), z(2)), {"row_labels": ids()}, ValueError, "column_labels must be given together with row_labels, got None"),
+    ((z(), z(2)), {"column_labels": ids()}, ValueError, "row_labels must be given together with column_labels, got None"),
+    ((z(), z(2)), {"row_labels": ids(), "column_labels": ids(3)}, ValueError, "column_labels must have shape [2], got [3]"),
+    (
+        (z(), z(2)),
+        {"row_labels": ids(), "column_labels": ids(2), "skip": ids()},
+        ValueError,
+        "skip and row_labels/column_labels are two exclusion rules: expected at most one, got both",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "options", "error", "text"), CROSS, ids=[case[3][:40] for case in CROSS])
+def test_cross_logsumexp(arguments, options, error, text):
+    with pytest.raises(error, match=re.escape(text)):
+        functional.cross_logsumexp(*arguments, **options)
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="on a GPU these are device-side assertions: reading them back would wait")
+def test_values_out_of_range():
+    with pytest.raises(ValueError, match=re.escape("labels must lie in [0, 2), got values from 0 to 3")):
+        functional.psc_loss(z(), ids(4, 4), z(2))
+    with pytest.raises(ValueError, match=re.escape("labels must lie in [0, 2), got values from -1 to 0")):
+        functional.psc_loss(z(), ids() - 1, z(2))
+    with pytest.raises(ValueError, match=re.escape("skip must lie in [-1, 2), got values from 0 to 2")):
+        functional.cross_logsumexp(z(), z(2), skip=ids(4, 3))
+
+
+def test_another_device():
+    other = torch.zeros(4, 3, device="meta")
+    with pytest.raises(ValueError, match=f"prototypes must be on {DEVICE}.* like the rows, got meta"):
+        functional.psc_loss(z(), ids(), other)
+    with pytest.raises(ValueError, match=f"labels must be on {DEVICE}.* like the rows, got meta"):
+        functional.supcon_loss(z(), ids().to("meta"))
+
+
+def test_modules_refuse_at_construction():
+    with pytest.raises(ValueError, match="contrast_mode must be one of 'all', 'one', got 'two'"):
+        SupConLoss(contrast_mode="two")
+    with pytest.raises(ValueError, match="temperature must be positive and finite, got -1"):
+        SupConLoss(-1)
+    with pytest.raises(ValueError, match="num_classes must be an int of at least 2, got 1"):
+        PSCLoss(1, 4)
+    with pytest.raises(ValueError, match="embedding_dim must be an int of at least 1, got 0"):
+        PSCLoss(3, 0)
+    with pytest.raises(ValueError, match=r"prototypes_per_class must be an int of at least 1, got 2\.0"):
+        PSCLoss(3, 4, prototypes_per_class=2.0)
+
+
+@pytest.mark.parametrize("call", [functional.supcon_loss, functional.self_logsumexp], ids=lambda f: f.__name__)
+def test_an_unknown_backend_says_which_there_are(call):
+    with pytest.raises(
+        ValueError, match=r"backend='fast' cannot serve .*known are cuda, triton, cpu, chunked, reference and auto.*Usable here: "
+    ):
+        call(z(), backend="fast")
+
+
+@pytest.mark.parametrize("name", list(BACKENDS))
+def test_an_unusable_backend_says_why(name):
+    reason = BACKENDS[name].unusable(DEVICE, torch.float64, 3)
+    if reason is None:
+        functional.self_logsumexp(z(dtype=torch.float64), backend=name)
+        return
+    with pytest.raises(
+        ValueError, match=re.escape(f"backend={name!r} cannot serve torch.float64 rows of dimension 3 on {DEVICE}")
+    ) as caught:
+        functional.self_logsumexp(z(dtype=torch.float64), backend=name)
+    assert reason in str(caught.value)
+    assert "Usable here: " in str(caught.value)
+
+
+def test_python_dash_m_says_what_serves_what():
+    plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    out = subprocess.run([sys.executable, "-m", "fastsupcon"], capture_output=True, text=True, check=True, env=plain).stdout
+    lines = out.splitlines()
+    assert re.match(rf"fastsupcon \S+, torch {re.escape(torch.__version__)}, Python ", lines[0])
+    assert lines[1].startswith("built: ")
+    assert any(line.startswith("cpu (") for line in lines)
+    for dtype in ("float32", "bfloat16", "float16", "float64"):
+        assert re.search(rf"^  {dtype} +auto = \w+; usable: .*reference", out, re.MULTILINE)
+    if not torch.cuda.is_available():
+        assert re.search(r"^  not cuda: \S", out, re.MULTILINE)
+        assert re.search(r"^  not triton: \S", out, re.MULTILINE)
