@@ -76,5 +76,3 @@ def freeze_below_classifier(network: HybridNetwork) -> None:
     """The second of two stages: weights and batch statistics of backbone and head stay as they are."""
     network.backbone.requires_grad_(False).eval()
     network.head.requires_grad_(False).eval()
-
-
