@@ -8,11 +8,23 @@
 
 #include "lse.h"
 
+#ifdef FASTSUPCON_X86
+#include <cpuid.h>
+#endif
+
 namespace fastsupcon::cpu {
 
 extern const Kernels generic_kernels[4], avx2_kernels[4], avx512_kernels[4], avx512_bf16_kernels;  // unit_*.cpp
 
 namespace {
+
+#ifdef FASTSUPCON_X86
+// Clang up to 15 knows no "f16c" in __builtin_cpu_supports.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
 
 // All that were built, best first except for what slow_bf16 says.
 const Unit kUnits[] = {
@@ -30,7 +42,7 @@ const Unit kUnits[] = {
      },
      {&avx512_kernels[0], &avx512_kernels[1], &avx512_kernels[2], &avx512_kernels[3]}},
     {"avx2",
-     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); },
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); },
      {&avx2_kernels[0], &avx2_kernels[1], &avx2_kernels[2], &avx2_kernels[3]}},
 #endif
     {"generic", [] { return true; }, {&generic_kernels[0], &generic_kernels[1], &generic_kernels[2], &generic_kernels[3]}},

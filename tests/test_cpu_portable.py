@@ -1,0 +1,46 @@
+"""The CPU kernels where this machine's compiler and processor are not: aarch64 (under qemu), and Clang. Skips where the tools are missing."""
+
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FLAGS = "-std=c++17 -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall -Wextra -Wno-psabi -Wno-ignored-attributes -pthread"
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+X86 = {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}  # as in csrc/cpu/sources.cmake
+
+
+def needs(*tools: str) -> None:
+    if missing := [tool for tool in tools if shutil.which(tool) is None]:
+        pytest.skip(f"not installed: {', '.join(missing)}")
+
+
+def run(*command: str | Path) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def test_aarch64(tmp_path):
+    needs("aarch64-linux-gnu-g++", "qemu-aarch64")
+    units = [ROOT / "csrc/cpu" / f"{name}.cpp" for name in ("lse", "team", "dispatch", "unit_generic")]
+    main = ROOT / "tests/cpu_portable/main.cpp"
+    run("aarch64-linux-gnu-g++", *FLAGS.split(), "-static", f"-I{ROOT}/csrc", *units, main, "-o", tmp_path / "check")
+    assert run("qemu-aarch64", tmp_path / "check").startswith("instruction set: generic")
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="x86 instruction sets")
+def test_clang(tmp_path):
+    needs("clang++")
+    units = {"lse": [], "team": [], "dispatch": ["-DFASTSUPCON_X86"], "unit_generic": []} | {f"unit_{name}": X86[name] for name in X86}
+    objects = []
+    for name, flags in units.items():
+        source, target = ROOT / "csrc/cpu" / f"{name}.cpp", tmp_path / f"{name}.o"
+        run("clang++", *FLAGS.split(), "-Wno-unknown-warning-option", *flags, f"-I{ROOT}/csrc", "-c", source, "-o", target)
+        objects.append(target)
+    run("clang++", *FLAGS.split(), f"-I{ROOT}/csrc", *objects, ROOT / "tests/cpu_portable/main.cpp", "-o", tmp_path / "check")
+    run(tmp_path / "check")
