@@ -1,4 +1,4 @@
-"""The CPU kernels where this machine's compiler and processor are not: aarch64 (under qemu), and Clang. Skips where the tools are missing."""
+"""The CPU kernels on aarch64 (under qemu) and by Clang. Skips where the tools are missing."""
 
 import platform
 import shutil
