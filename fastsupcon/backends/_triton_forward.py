@@ -37,9 +37,10 @@ def add_exponentials(peak, total, s, FIXED: tl.constexpr):
     """
     if FIXED:
         return peak, total + tl.sum(tl.exp2(s), 1)
-    new_peak = tl.maximum(peak, tl.max(s, 1))
-    shift = tl.where(tl.abs(new_peak) == float("inf"), 0.0, new_peak)
-    return new_peak, total * tl.exp2((peak - shift) * LOG2_E) + tl.sum(tl.exp2((s - shift[:, None]) * LOG2_E), 1)
+    else:
+        new_peak = tl.maximum(peak, tl.max(s, 1))
+        shift = tl.where(tl.abs(new_peak) == float("inf"), 0.0, new_peak)
+        return new_peak, total * tl.exp2((peak - shift) * LOG2_E) + tl.sum(tl.exp2((s - shift[:, None]) * LOG2_E), 1)
 
 
 @triton.jit

@@ -72,12 +72,13 @@ def weights(s, x_lse, y_lse, x_weight, y_weight, lift, WEIGHT: tl.constexpr):
     """W_ij * 2^lift; in ROWS without g_i, which waits for the epilogue; in SYMMETRIC s is in base 2."""
     if WEIGHT == ROWS:
         return tl.exp2((s - x_lse[:, None]) * LOG2_E + lift)
-    if WEIGHT == COLUMNS:
+    elif WEIGHT == COLUMNS:
         return tl.exp2((s - y_lse[None, :]) * LOG2_E + lift) * y_weight[None, :]
-    if WEIGHT == BOTH:
+    elif WEIGHT == BOTH:
         own = tl.exp2((s - x_lse[:, None]) * LOG2_E + lift) * x_weight[:, None]
         return own + tl.exp2((s - y_lse[None, :]) * LOG2_E + lift) * y_weight[None, :]
-    return tl.exp2(s + lift) * (x_weight[:, None] + y_weight[None, :])
+    else:
+        return tl.exp2(s + lift) * (x_weight[:, None] + y_weight[None, :])
 
 
 @triton.jit

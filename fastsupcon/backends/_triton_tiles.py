@@ -7,6 +7,7 @@ Every kernel owns a tile of rows x (indices i < n) and streams tiles of rows y (
 Where exp(s) needs no shift, scale carries log2(e) and the exponential is the hardware's exp2 alone. Elsewhere |s| may be thousands: the
 shift is subtracted first, in one rounding, and log2(e) multiplies the small difference. Lengths that the tiles do not divide are padded
 with zeros inside the tile. Row indices have 32 bits, addresses 64. A pointer that is None costs nothing: the kernel is compiled without it.
+Triton compiles what follows an `if` whose branch returns, even where it cannot be reached, so such branches have an `else`.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ def load_rows(ptr, first, count, column, D: tl.constexpr, ROWS: tl.constexpr, CO
     pointers = ptr + first.to(tl.int64) * D + (row * D + offset)
     if D % COLUMNS == 0:
         return tl.load(pointers, mask=row < count - first, other=0.0) if RAGGED else tl.load(pointers)
-    inside = (row < count - first) & (offset < D) if RAGGED else offset < D
-    return tl.load(pointers, mask=inside, other=0.0)
+    else:
+        inside = (row < count - first) & (offset < D) if RAGGED else offset < D
+        return tl.load(pointers, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -45,16 +47,22 @@ def load_keys(ptr, other_ptr, first, count, ROWS: tl.constexpr):
     """Keys of rows first...: what is stored, or the rows' own indices. An excluded column meets indices, so it too needs only 32 bits."""
     if ptr is None:
         return first + tl.arange(0, ROWS)
-    keys = load_values(ptr, first, count, ROWS, True)
-    return keys.to(tl.int32) if other_ptr is None else keys
+    else:
+        keys = load_values(ptr, first, count, ROWS, True)
+        return keys.to(tl.int32) if other_ptr is None else keys
 
 
 @triton.jit
 def product(a, b, total, PRECISION: tl.constexpr):
-    """total + a b, summed in fp32. The interpreter holds bf16 as integers and would multiply those: there the operands are widened."""
+    """total + a b, summed in fp32.
+
+    The interpreter holds bf16 as integers and would multiply those: there the operands are widened, as far as fp64, because a CPU's fp32
+    product depends on the tile's shape, and x_i . y_j and y_j . x_i would differ.
+    """
     if PRECISION == "interpreter":
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
-    return tl.dot(a, b, total, input_precision=PRECISION)
+        return total + tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
+    else:
+        return tl.dot(a, b, total, input_precision=PRECISION)
 
 
 @triton.jit
@@ -66,11 +74,12 @@ def similarities(
     total = tl.zeros([X_ROWS, Y_ROWS], tl.float32)
     if D <= DEPTH:
         return product(x, tl.trans(y), total, PRECISION)
-    for column in range(0, D, DEPTH):
-        x_part = load_rows(x_ptr, x_first, n, column, D, X_ROWS, DEPTH, True)
-        y_part = load_rows(y_ptr, y_first, m, column, D, Y_ROWS, DEPTH, True)
-        total = product(x_part, tl.trans(y_part), total, PRECISION)
-    return total
+    else:
+        for column in range(0, D, DEPTH):
+            x_part = load_rows(x_ptr, x_first, n, column, D, X_ROWS, DEPTH, True)
+            y_part = load_rows(y_ptr, y_first, m, column, D, Y_ROWS, DEPTH, True)
+            total = product(x_part, tl.trans(y_part), total, PRECISION)
+        return total
 
 
 @triton.jit
