@@ -1,4 +1,7 @@
-"""The Triton kernels against float64, value and gradient: on a GPU, or else in Triton's interpreter (conftest.py)."""
+"""The Triton kernels against float64, value and gradient: on a GPU, or else in Triton's interpreter (conftest.py).
+
+The interpreter of Triton 3.6 needs NumPy < 2.4; that of Triton 3.7 and newer takes any.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from fastsupcon.backends import reference, triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALVES = (torch.bfloat16, torch.float16)
+UNUSABLE = triton.unusable(torch.device(DEVICE), torch.float32, 8)
+pytestmark = pytest.mark.skipif(UNUSABLE is not None, reason=f"triton: {UNUSABLE}")
 
 
 def unit(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -159,3 +164,14 @@ def test_same_bits(unit_rows):
     lse = [triton.self_forward(z, 10.0, unit_rows) for _ in range(2)]
     dz = [triton.self_backward(z, lse[0], grad, 10.0, unit_rows) for _ in range(2)]
     assert torch.equal(*lse) and torch.equal(*dz)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU needs no interpreter")
+@pytest.mark.parametrize(
+    "triton_version, numpy_version, fine", [("3.6.0", "2.4.1", False), ("3.6.0", "2.3.5", True), ("3.7.0", "2.4.1", True)]
+)
+def test_interpreter_and_numpy(monkeypatch, triton_version, numpy_version, fine):
+    monkeypatch.setattr("triton.__version__", triton_version)
+    monkeypatch.setattr("numpy.__version__", numpy_version)
+    reason = triton.unusable(torch.device("cpu"), torch.float32, 8)
+    assert reason is None if fine else "needs NumPy < 2.4" in reason

@@ -29,19 +29,25 @@ def padded(depth: int) -> int:
 
 
 def tile(kernel: str, family: str, dtype: torch.dtype, depth: int) -> Tile:
-    """The tile of "triangle", "forward" or "gradient" for rows of this dtype and dimension."""
+    """The tile of "triangle", "forward", "symmetric gradient" (of one exponential) or "gradient" for rows of this dtype and dimension.
+
+    The latter may hold labels of 64 bits, a bias, lse and weight for every column of its tile: from D = 256 it streams half as many rows.
+    """
     d = padded(depth)
+    gradient = kernel in ("gradient", "symmetric gradient")
+    half = kernel == "gradient" and d >= 256
     if family == "interpreter":
         return Tile(32, 16, min(d, 64), 1, 1)  # small, so that few rows make many tiles
     stages = 1 if family == "amd" else 2  # 64 KiB of shared memory on gfx942
     if dtype == torch.float32:  # three TF32 products a step: operands split in registers
-        return Tile(64, 32, d if d <= 64 and kernel == "gradient" else min(d, 32), 8, stages)
-    if d > 256:
-        return Tile(128, 64, 64, 8, 2) if family in ("hopper", "blackwell") else Tile(64, 32, 64, 8, stages)
+        return Tile(64, 32, d if d <= 64 and gradient else min(d, 32), 8, stages)
     if family in ("hopper", "blackwell"):  # 128 owned rows ask at most 6.2 TB/s of L2 in the forward; 4 warps spill
-        return Tile(128, 64, d, 8, 3 if d <= 128 else 2)
-    if kernel == "gradient":
-        return Tile(64 if d == 256 else 128, 64 if d <= 64 and family != "amd" else 32, d, 8, stages)
+        return Tile(128, 32 if half else 64, d if d <= 256 else 64, 8, 3 if d <= 128 or (half and d == 256) else 2)
+    if d > 256:
+        return Tile(64, 32, 64, 8, stages) if gradient or family == "amd" else Tile(64, 64, 64, 4, stages)
+    if gradient:
+        streamed = 64 if d <= 64 and family != "amd" else 16 if half and family == "amd" else 32
+        return Tile(64 if d == 256 else 128, streamed, d, 8, stages)
     return Tile(64, 64, d, 8 if family == "amd" else 4, stages)
 
 

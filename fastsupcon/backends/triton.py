@@ -31,11 +31,26 @@ def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def _interpreter_unusable() -> str | None:
+    """Triton 3.6 makes a loop's bound an int from an array of one element, which NumPy 2.4 refuses."""
+    import numpy
+    import triton
+
+    def release(version: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in version.split(".")[:2])
+
+    if release(triton.__version__) < (3, 7) and release(numpy.__version__) >= (2, 4):
+        return f"the interpreter of Triton {triton.__version__} needs NumPy < 2.4, this is {numpy.__version__}"
+    return None
+
+
 def unusable(device: torch.device, dtype: torch.dtype, depth: int) -> str | None:
     if not _installed():
         return "Triton is not installed"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "runs on cpu tensors only in Triton's interpreter (TRITON_INTERPRET=1 before Python starts; slow, for tests)"
+    if device.type == "cpu" and (reason := _interpreter_unusable()) is not None:
+        return reason
     if device.type not in ("cuda", "xpu", "cpu"):
         return f"runs on cuda (NVIDIA, AMD) and xpu tensors, not {device.type}"
     if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
@@ -193,12 +208,12 @@ def _prepare(rows: Tensor, lse: Tensor, grad: Tensor, weight) -> tuple[Tensor | 
 
 def _gradient(x, y, prepared, x_y_bias, x_y_key, scale: float, forbidden, weight, needs: tuple[bool, bool]):
     """(dx, dbias) of the owned rows x, from the streamed rows y; None where not needed."""
-    from ._triton_gradient import gradient_kernel
+    from ._triton_gradient import SYMMETRIC, gradient_kernel
 
     (n, depth), m = x.shape, len(y)
     with _on(x.device):
         gpu = _gpu(x.device)
-        t = tile("gradient", gpu.family, x.dtype, depth)
+        t = tile("symmetric gradient" if weight == SYMMETRIC else "gradient", gpu.family, x.dtype, depth)
         width = gradient_width(x.dtype, depth, t)
         owners, tiles, chunks = _cdiv(n, t.owned), _cdiv(m, t.streamed), _cdiv(depth, width)
         per_split = _tiles_per_split(owners * chunks, tiles, 2 * gpu.units)
