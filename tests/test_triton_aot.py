@@ -44,8 +44,8 @@ CASES = [
     *cases(("triangle", "forward self", "gradient symmetric", CROSS[2]), [80, 90], ["fp32"], [128]),
     ("gradient symmetric", 90, "bf16", 100),  # D is no power of two
 ]
-#: Bytes. With Triton 3.9, ptxas keeps to 128 registers here for two blocks on a multiprocessor, and carries one of the epilogue's offsets past
-#: the loops in local memory: one store, one load.
+#: Bytes. With Triton 3.9, ptxas keeps to 128 registers here, for two blocks on a multiprocessor, and carries one of the epilogue's offsets
+#: past the loops in local memory: one store, one load.
 EPILOGUE = {("gradient both", 100, "bf16", 128): 8, ("gradient rows, labels, bias", 100, "bf16", 128): 8}
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
