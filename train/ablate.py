@@ -2,7 +2,7 @@
 
     python train/ablate.py methods            # digits: baselines and hybrids, at equal images and at equal updates
     python train/ablate.py ablation           # digits: samplers, losses of each branch, schedules
-    python train/ablate.py cifar10 --root D   # CIFAR-10 (JPEG copies), long-tailed 500 ... 5, shortened for one CPU core
+    python train/ablate.py cifar10 --root D   # CIFAR-10 (JPEG copies), long-tailed 5000 ... 50, shortened for one CPU core
 
 On digits every seed has its own split into training pool and test set. A grid that was interrupted goes on where it stopped.
 """
@@ -86,15 +86,15 @@ ABLATION: dict[str, Table] = {
 }
 
 SHORT = {
-    "data": "cifar10-jpeg", "largest_class": 500, "network": "resnet8", "batch": 64, "lr": 0.1, "milestones": (), "warmup": 0.05,
+    "data": "cifar10-jpeg", "network": "resnet8", "batch": 64, "lr": 0.1, "milestones": (), "warmup": 0.05,
     "nesterov": True, "weight_decay": 5e-4,
 }  # fmt: skip
 CIFAR10: dict[str, Table] = {
     "equal images": (
         {
-            "CE": {"loss": "ce", "epochs": 90, **SHORT},
-            "Hybrid-SC": {"loss": "sc", "epochs": 30, **SHORT},
-            "Hybrid-PSC": {"loss": "psc", "epochs": 45, **SHORT},
+            "CE": {"loss": "ce", "epochs": 20, **SHORT},
+            "Hybrid-SC": {"loss": "sc", "epochs": 7, **SHORT},
+            "Hybrid-PSC": {"loss": "psc", "epochs": 10, **SHORT},
         },
         ["CE"],
     )
