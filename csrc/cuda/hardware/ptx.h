@@ -170,173 +170,72 @@ FASTSUPCON_DEVICE void hold(std::uint32_t (&a)[N][4]) {
   for (int j = 0; j < N; ++j) asm volatile("" : "+r"(a[j][0]), "+r"(a[j][1]), "+r"(a[j][2]), "+r"(a[j][3])::"memory");
 }
 
-// d (64 × N, rows of the warpgroup) = or += a b: wgmma_shared with a and b in shared memory, depth-major both; wgmma_register with a in
-// registers and b (16 × N) row-major in shared memory, which the descriptor's transpose bit says.
-#define FASTSUPCON_D1(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
-#define FASTSUPCON_D8(j)                                                                                              \
-  FASTSUPCON_D1(j), FASTSUPCON_D1(j + 1), FASTSUPCON_D1(j + 2), FASTSUPCON_D1(j + 3), FASTSUPCON_D1(j + 4),           \
-      FASTSUPCON_D1(j + 5), FASTSUPCON_D1(j + 6), FASTSUPCON_D1(j + 7)
-
+// d (64 × N, rows of the warpgroup) = or += a b.
+//   shared            a and b in shared memory, depth-major both
+//   shared_row_major  the same, b (16 × N) row-major, which the descriptor's transpose bit says; always adds
+//   registers         a in registers, b row-major; always adds
 template <bool BF16, int N>
 struct Wgmma;
 
-template <>
-struct Wgmma<false, 64> {
-  static FASTSUPCON_DEVICE void shared(float (&d)[8][4], std::uint64_t a, std::uint64_t b, bool accumulate) {
-    asm volatile(
-        "{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "
-        "%23, %24, %25, %26, %27, %28, %29, %30, %31}"
-        ", %32, %33, add, 1, 1, 0, 0;\n}"
-        : FASTSUPCON_D8(0)
-        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
-  }
-  static FASTSUPCON_DEVICE void registers(float (&d)[8][4], const std::uint32_t (&a)[4], std::uint64_t b) {
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "
-        "%23, %24, %25, %26, %27, %28, %29, %30, %31}"
-        ", {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
-        : FASTSUPCON_D8(0)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-  }
-};
-template <>
-struct Wgmma<true, 64> {
-  static FASTSUPCON_DEVICE void shared(float (&d)[8][4], std::uint64_t a, std::uint64_t b, bool accumulate) {
-    asm volatile(
-        "{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "
-        "%23, %24, %25, %26, %27, %28, %29, %30, %31}"
-        ", %32, %33, add, 1, 1, 0, 0;\n}"
-        : FASTSUPCON_D8(0)
-        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
-  }
-  static FASTSUPCON_DEVICE void registers(float (&d)[8][4], const std::uint32_t (&a)[4], std::uint64_t b) {
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "
-        "%23, %24, %25, %26, %27, %28, %29, %30, %31}"
-        ", {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
-        : FASTSUPCON_D8(0)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-  }
-};
-template <>
-struct Wgmma<false, 128> {
-  static FASTSUPCON_DEVICE void shared(float (&d)[16][4], std::uint64_t a, std::uint64_t b, bool accumulate) {
-    asm volatile(
-        "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "
-        "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, "
-        "%45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}"
-        ", %64, %65, add, 1, 1, 0, 0;\n}"
-        : FASTSUPCON_D8(0), FASTSUPCON_D8(8)
-        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
-  }
-  static FASTSUPCON_DEVICE void registers(float (&d)[16][4], const std::uint32_t (&a)[4], std::uint64_t b) {
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "
-        "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, "
-        "%45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}"
-        ", {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
-        : FASTSUPCON_D8(0), FASTSUPCON_D8(8)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-  }
-};
-template <>
-struct Wgmma<true, 128> {
-  static FASTSUPCON_DEVICE void shared(float (&d)[16][4], std::uint64_t a, std::uint64_t b, bool accumulate) {
-    asm volatile(
-        "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "
-        "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, "
-        "%45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}"
-        ", %64, %65, add, 1, 1, 0, 0;\n}"
-        : FASTSUPCON_D8(0), FASTSUPCON_D8(8)
-        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
-  }
-  static FASTSUPCON_DEVICE void registers(float (&d)[16][4], const std::uint32_t (&a)[4], std::uint64_t b) {
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "
-        "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, "
-        "%45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}"
-        ", {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
-        : FASTSUPCON_D8(0), FASTSUPCON_D8(8)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-  }
-};
-template <>
-struct Wgmma<false, 256> {
-  static FASTSUPCON_DEVICE void shared(float (&d)[32][4], std::uint64_t a, std::uint64_t b, bool accumulate) {
-    asm volatile(
-        "{\n.reg .pred add;\nsetp.ne.b32 add, %130, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "
-        "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, "
-        "%45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, "
-        "%67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, "
-        "%89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, "
-        "%109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, "
-        "%127}"
-        ", %128, %129, add, 1, 1, 0, 0;\n}"
-        : FASTSUPCON_D8(0), FASTSUPCON_D8(8), FASTSUPCON_D8(16), FASTSUPCON_D8(24)
-        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
-  }
-  static FASTSUPCON_DEVICE void registers(float (&d)[32][4], const std::uint32_t (&a)[4], std::uint64_t b) {
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "
-        "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, "
-        "%45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, "
-        "%67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, "
-        "%89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, "
-        "%109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, "
-        "%127}"
-        ", {%128, %129, %130, %131}, %132, 1, 1, 1, 1;"
-        : FASTSUPCON_D8(0), FASTSUPCON_D8(8), FASTSUPCON_D8(16), FASTSUPCON_D8(24)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-  }
-};
-template <>
-struct Wgmma<true, 256> {
-  static FASTSUPCON_DEVICE void shared(float (&d)[32][4], std::uint64_t a, std::uint64_t b, bool accumulate) {
-    asm volatile(
-        "{\n.reg .pred add;\nsetp.ne.b32 add, %130, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "
-        "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, "
-        "%45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, "
-        "%67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, "
-        "%89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, "
-        "%109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, "
-        "%127}"
-        ", %128, %129, add, 1, 1, 0, 0;\n}"
-        : FASTSUPCON_D8(0), FASTSUPCON_D8(8), FASTSUPCON_D8(16), FASTSUPCON_D8(24)
-        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
-  }
-  static FASTSUPCON_DEVICE void registers(float (&d)[32][4], const std::uint32_t (&a)[4], std::uint64_t b) {
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "
-        "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, "
-        "%45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, "
-        "%67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, "
-        "%89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, "
-        "%109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, "
-        "%127}"
-        ", {%128, %129, %130, %131}, %132, 1, 1, 1, 1;"
-        : FASTSUPCON_D8(0), FASTSUPCON_D8(8), FASTSUPCON_D8(16), FASTSUPCON_D8(24)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-  }
-};
+#define FASTSUPCON_D1(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
+#define FASTSUPCON_D4(j) FASTSUPCON_D1(j), FASTSUPCON_D1(j + 1), FASTSUPCON_D1(j + 2), FASTSUPCON_D1(j + 3)
+#define FASTSUPCON_D8(j) FASTSUPCON_D4(j), FASTSUPCON_D4(j + 4)
+#define FASTSUPCON_D16(j) FASTSUPCON_D8(j), FASTSUPCON_D8(j + 8)
+#define FASTSUPCON_D32(j) FASTSUPCON_D16(j), FASTSUPCON_D16(j + 16)
+#define FASTSUPCON_R16 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define FASTSUPCON_R32 FASTSUPCON_R16 ", " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define FASTSUPCON_R64 FASTSUPCON_R32 ", " \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, " \
+  "%54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define FASTSUPCON_R128 FASTSUPCON_R64 ", " \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, " \
+  "%86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, " \
+  "%107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, " \
+  "%125, %126, %127"
+
+// The instruction and its accumulators. J = N / 8; I0 = N / 2 … I4: the numbers of the operands behind the accumulators.
+#define FASTSUPCON_WGMMA_D(N, TYPE, I0) "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" FASTSUPCON_R##I0 "}"
+#define FASTSUPCON_WGMMA(BF16, TYPE, N, J, I0, I1, I2, I3, I4)                                                         \
+  template <>                                                                                                          \
+  struct Wgmma<BF16, N> {                                                                                              \
+    using Accumulators = float[N / 8][4];                                                                              \
+    static FASTSUPCON_DEVICE void shared(Accumulators& d, std::uint64_t a, std::uint64_t b, bool accumulate) {         \
+      asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #I2 ", 0;\n"                                               \
+                   FASTSUPCON_WGMMA_D(N, TYPE, I0) ", %" #I0 ", %" #I1 ", add, 1, 1, 0, 0;\n}"                         \
+                   : FASTSUPCON_D##J(0)                                                                                \
+                   : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                                               \
+    }                                                                                                                  \
+    static FASTSUPCON_DEVICE void shared_row_major(Accumulators& d, std::uint64_t a, std::uint64_t b) {                \
+      asm volatile(FASTSUPCON_WGMMA_D(N, TYPE, I0) ", %" #I0 ", %" #I1 ", 1, 1, 1, 0, 1;"                              \
+                   : FASTSUPCON_D##J(0)                                                                                \
+                   : "l"(a), "l"(b));                                                                                  \
+    }                                                                                                                  \
+    static FASTSUPCON_DEVICE void registers(Accumulators& d, const std::uint32_t (&a)[4], std::uint64_t b) {           \
+      asm volatile(FASTSUPCON_WGMMA_D(N, TYPE, I0) ", {%" #I0 ", %" #I1 ", %" #I2 ", %" #I3 "}, %" #I4 ", 1, 1, 1, 1;" \
+                   : FASTSUPCON_D##J(0)                                                                                \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                              \
+    }                                                                                                                  \
+  };
+#define FASTSUPCON_WGMMA_BOTH(N, ...)                                                                                  \
+  FASTSUPCON_WGMMA(false, "f16", N, __VA_ARGS__)                                                                       \
+  FASTSUPCON_WGMMA(true, "bf16", N, __VA_ARGS__)
+FASTSUPCON_WGMMA_BOTH(32, 4, 16, 17, 18, 19, 20)
+FASTSUPCON_WGMMA_BOTH(64, 8, 32, 33, 34, 35, 36)
+FASTSUPCON_WGMMA_BOTH(128, 16, 64, 65, 66, 67, 68)
+FASTSUPCON_WGMMA_BOTH(256, 32, 128, 129, 130, 131, 132)
+#undef FASTSUPCON_WGMMA_BOTH
+#undef FASTSUPCON_WGMMA
+#undef FASTSUPCON_WGMMA_D
+#undef FASTSUPCON_R128
+#undef FASTSUPCON_R64
+#undef FASTSUPCON_R32
+#undef FASTSUPCON_R16
+#undef FASTSUPCON_D32
+#undef FASTSUPCON_D16
 #undef FASTSUPCON_D8
+#undef FASTSUPCON_D4
 #undef FASTSUPCON_D1
 
 }  // namespace fastsupcon::cuda::ptx
