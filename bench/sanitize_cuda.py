@@ -7,7 +7,7 @@ from fastsupcon.backends import cuda
 
 def main() -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for count, depth in [(70, 33), (300, 64), (300, 128), (150, 256), (100, 320)]:
+        for count, depth in [(70, 33), (300, 64), (300, 128), (150, 256), (100, 320), (70, 768), (40, 1024)]:
             z = torch.nn.functional.normalize(torch.randn(count, depth, device="cuda")).to(dtype)
             grad = torch.rand(count, device="cuda") / count
             for unit in (True, False):

@@ -137,6 +137,16 @@ def test_self_wgmma(kernels, emulated, depth, dtype):
     assert {"wgmma_forward", "wgmma_backward"} <= set(emulated.launched())
 
 
+# Beyond the registers of one consumer: 5 … 16 panels of 64. Tiles of 32 columns: one, even and odd numbers of them, ragged and whole.
+@pytest.mark.parametrize(("count", "depth"), [(3, 264), (70, 512), (130, 320), (64, 520), (97, 768), (200, 640), (90, 776), (33, 1024)])
+@pytest.mark.parametrize("dtype", [F16, BF16])
+@pytest.mark.parametrize("unit", [True, False])
+def test_self_wgmma_deep(kernels, emulated, count, depth, dtype, unit):
+    emulated.set_device(1, WGMMA)
+    check_self(kernels, count, depth, dtype, unit=unit)
+    assert {"wgmma_deep_forward", "wgmma_deep_backward"} == {name for name in emulated.launched() if name.startswith(("wgmma", "mma"))}
+
+
 @pytest.mark.parametrize("count", [2, 65, 129, 700])
 def test_self_wgmma_ragged_and_split(kernels, emulated, count):
     emulated.set_device(8, WGMMA)
@@ -148,6 +158,22 @@ def test_self_wgmma_ragged_and_split(kernels, emulated, count):
 def test_cross(kernels, emulated, capability, dtype, depth, rule):
     emulated.set_device(4, capability)
     check_cross(kernels, 70, 150, depth, dtype, rule)
+
+
+@pytest.mark.parametrize(("dtype", "depth"), [(BF16, 320), (F16, 768), (F16, 1000), (BF16, 1024)])
+@pytest.mark.parametrize("rule", ["none", "skip", "labels"])
+def test_cross_wgmma_deep(kernels, emulated, dtype, depth, rule):
+    emulated.set_device(1, WGMMA)
+    check_cross(kernels, 70, 150, depth, dtype, rule)
+    assert {"wgmma_deep_forward", "wgmma_deep_backward"} == {name for name in emulated.launched() if name.startswith(("wgmma", "mma"))}
+
+
+def test_wgmma_deep_split(kernels, emulated):
+    """Columns over several blocks, in the backward beside blocks that share the result's columns."""
+    emulated.set_device(16, WGMMA)
+    check_cross(kernels, 20, 1100, 512, BF16, "skip")
+    check_self(kernels, 300, 1024, F16)
+    assert {"combine_sums", "combine_logsums"} <= set(emulated.launched())
 
 
 def test_cross_without_bias_and_split(kernels, emulated):

@@ -13,7 +13,8 @@ pytestmark = pytest.mark.gpu
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 FUSED = ("cuda", "triton")
-SHAPES = [(2, 1), (63, 3), (65, 64), (1000, 100), (1000, 128), (513, 129), (300, 256), (300, 512), (130, 1024), (5000, 64), (9000, 128)]
+SHAPES = [(2, 1), (63, 3), (65, 64), (1000, 100), (1000, 128), (513, 129), (300, 256), (5000, 64), (9000, 128)]
+SHAPES += [(300, 512), (1000, 520), (260, 768), (130, 1024)]  # deeper than one block's registers
 
 
 @pytest.fixture(params=FUSED)
@@ -53,7 +54,9 @@ def test_self(fused, count, depth, dtype, path):
     assert_close(fused.self_backward(z, lse, grad, 10.0, unit), plain, exact, dtype)
 
 
-@pytest.mark.parametrize(("count", "columns", "depth"), [(1, 7, 5), (70, 150, 64), (200, 5000, 128), (129, 300, 320), (3000, 10, 128)])
+@pytest.mark.parametrize(
+    ("count", "columns", "depth"), [(1, 7, 5), (70, 150, 64), (200, 5000, 128), (129, 300, 320), (200, 1000, 768), (3000, 10, 128)]
+)
 @pytest.mark.parametrize("dtype", [F32, F16, BF16])
 @pytest.mark.parametrize("rule", ["none", "skip", "labels"])
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -123,7 +126,8 @@ def test_half_gradients_of_any_size(fused, factor):
 
 
 @pytest.mark.parametrize(
-    ("count", "depth", "dtype"), [(700, 64, BF16), (5000, 128, BF16), (3000, 128, F16), (1000, 100, F32), (400, 512, BF16)]
+    ("count", "depth", "dtype"),
+    [(700, 64, BF16), (5000, 128, BF16), (3000, 128, F16), (1000, 100, F32), (400, 512, BF16), (3000, 768, BF16), (500, 1024, F16)],
 )
 def test_the_same_bits_every_time(fused, count, depth, dtype):
     z = rows(count, depth, dtype)

@@ -21,7 +21,7 @@ Tiling mma_tiling(const Work& work, bool backward);
 template <Product PRODUCT>
 void mma_launch(const Work& work, bool backward, int splits, const Where& where);
 
-// sm_90a: half rows that TMA can fetch, at depths whose result fits the registers. false where it does not serve.
+// sm_90a: half rows that TMA can fetch, up to a depth of 1024. false where it does not serve.
 template <Product PRODUCT>
 bool wgmma_serves(const Work& work, bool backward, const Device& device);
 template <Product PRODUCT>

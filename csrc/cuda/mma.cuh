@@ -249,9 +249,7 @@ struct MmaBlock {
   }
 
   FASTSUPCON_DEVICE bool needs_mask() const {
-    const std::int64_t first = std::int64_t{tile} * kMmaColumns;
-    return work.exclusion == Exclusion::keys || first + kMmaColumns > work.y.count ||
-           (work.exclusion == Exclusion::diagonal && first < first_row + Shape::rows && first_row < first + kMmaColumns);
+    return cuda::needs_mask(work, first_row, Shape::rows, std::int64_t{tile} * kMmaColumns, kMmaColumns);
   }
 
   // The ring (PANELS = 0) runs over steps: for each tile its logits' panels of x and y, then, backward, the result's panels of y.

@@ -55,6 +55,12 @@ struct ColumnTerms {
   std::int64_t first;  // the tile's first column
 };
 
+// Whether a tile of `columns` from `first_column` on holds pairs with `rows` from `first_row` on that `mask` would change.
+FASTSUPCON_DEVICE bool needs_mask(const Work& work, std::int64_t first_row, int rows, std::int64_t first_column, int columns) {
+  return work.exclusion == Exclusion::keys || first_column + columns > work.y.count ||
+         (work.exclusion == Exclusion::diagonal && first_column < first_row + rows && first_row < first_column + columns);
+}
+
 // Sets the logits of excluded pairs, and of columns past the last, to −inf.
 template <int COLUMNS>
 FASTSUPCON_DEVICE void mask(float (&s)[COLUMNS / 8][4], const std::int64_t (&row_keys)[2], const ColumnTerms& columns, std::int64_t count,

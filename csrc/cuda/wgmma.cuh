@@ -118,9 +118,7 @@ struct WgmmaBlock {
     return {terms(stage_of(tile)), keys(stage_of(tile)), std::int64_t{tile} * columns};
   }
   FASTSUPCON_DEVICE bool needs_mask(int tile) const {
-    const std::int64_t first = std::int64_t{tile} * columns;
-    return work.exclusion == Exclusion::keys || first + columns > work.y.count ||
-           (work.exclusion == Exclusion::diagonal && first < first_row + Shape::rows && first_row < first + columns);
+    return cuda::needs_mask(work, first_row, Shape::rows, std::int64_t{tile} * columns, columns);
   }
 
   // s = x yᵀ of this consumer's 64 rows, under way on return.

@@ -73,6 +73,7 @@ struct Block {
   std::map<int, NamedBarrier> named;
   std::map<std::uint32_t, Transaction> transactions;
   std::deque<std::function<void()>> in_flight;  // TMA
+  std::map<std::uint32_t, int> unfenced;        // words of shared memory that the asynchronous proxy may not see yet, and who wrote them
 };
 
 extern Block* block;

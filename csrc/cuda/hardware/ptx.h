@@ -38,6 +38,9 @@ FASTSUPCON_DEVICE std::uint32_t load_word(Address from) {
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(word) : "r"(from));
   return word;
 }
+FASTSUPCON_DEVICE void store_word(Address to, std::uint32_t word) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(word) : "memory");
+}
 
 // ---- Threads together -----------------------------------------------------------------------------------------------------------
 
@@ -151,6 +154,9 @@ FASTSUPCON_DEVICE void copy_box_async(Address to, const TensorMap& map, int colu
                "l"(reinterpret_cast<std::uint64_t>(&map)), "r"(column), "r"(row), "r"(barrier)
                : "memory");
 }
+
+// wgmma reads shared memory as the asynchronous proxy: what this thread has written is visible to it only from here on.
+FASTSUPCON_DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 FASTSUPCON_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 FASTSUPCON_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

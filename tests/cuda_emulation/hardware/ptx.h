@@ -39,6 +39,10 @@ inline std::uint32_t load_word(Address from) {
   std::memcpy(&word, at(from), 4);
   return word;
 }
+inline void store_word(Address to, std::uint32_t word) {
+  std::memcpy(at(to), &word, 4);
+  em::block->unfenced[to] = em::thread;
+}
 
 // ---- Threads together
 
@@ -291,9 +295,16 @@ float operand_element(std::uint64_t descriptor, bool row_major, int k, int mn) {
   const auto leading = static_cast<Address>((descriptor >> 16) & 0x3fff) << 4, stride = static_cast<Address>((descriptor >> 32) & 0x3fff) << 4;
   const Address linear = row_major ? start + mn / 64 * leading + k / 8 * stride + k % 8 * 128 + mn % 64 * 2
                                    : start + mn / 8 * stride + mn % 8 * 128 + k * 2;
+  const Address place = swizzled(linear);
+  if (em::block->unfenced.count(place & ~Address{3})) em::fail("wgmma reads what was written without a fence for the asynchronous proxy");
   std::uint16_t element;
-  std::memcpy(&element, at(swizzled(linear)), 2);
+  std::memcpy(&element, at(place), 2);
   return BF16 ? from_bf16(element) : from_f16(element);
+}
+
+inline void fence_async_proxy() {
+  auto& unfenced = em::block->unfenced;
+  for (auto word = unfenced.begin(); word != unfenced.end();) word = word->second == em::thread ? unfenced.erase(word) : std::next(word);
 }
 
 inline void wgmma_fence() {}
@@ -340,8 +351,8 @@ struct Wgmma {
     std::uint64_t a_at, b_at;
     bool accumulate;
   };
-  // REGISTERS: a from registers and b row-major, as csrc/cuda/hardware/ptx.h encodes the instruction.
-  template <bool REGISTERS>
+  // REGISTERS: where a comes from. ROW_MAJOR: b is.
+  template <bool REGISTERS, bool ROW_MAJOR>
   static void issue(Mine mine) {
     static const char kind = 0;
     auto& group = em::block->warpgroups[em::thread / 128];
@@ -360,7 +371,7 @@ struct Wgmma {
       product.run = [&group, threads] {
         static float a[64][16], b[16][N];
         for (int k = 0; k < 16; ++k) {
-          for (int n = 0; n < N; ++n) b[k][n] = operand_element<BF16>(threads[0].b_at, REGISTERS, k, n);
+          for (int n = 0; n < N; ++n) b[k][n] = operand_element<BF16>(threads[0].b_at, ROW_MAJOR, k, n);
         }
         for (int t = 0; t < 128; ++t) {
           for (int i = 0; i < 4; ++i) {
@@ -384,10 +395,13 @@ struct Wgmma {
     });
   }
   static void shared(float (&d)[N / 8][4], std::uint64_t a, std::uint64_t b, bool accumulate) {
-    issue<false>({&d[0][0], {}, a, b, accumulate});
+    issue<false, false>({&d[0][0], {}, a, b, accumulate});
+  }
+  static void shared_row_major(float (&d)[N / 8][4], std::uint64_t a, std::uint64_t b) {
+    issue<false, true>({&d[0][0], {}, a, b, true});
   }
   static void registers(float (&d)[N / 8][4], const std::uint32_t (&a)[4], std::uint64_t b) {
-    issue<true>({&d[0][0], {a[0], a[1], a[2], a[3]}, 0, b, true});
+    issue<true, true>({&d[0][0], {a[0], a[1], a[2], a[3]}, 0, b, true});
   }
 };
 
