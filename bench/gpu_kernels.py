@@ -7,7 +7,7 @@ import torch
 
 from fastsupcon.backends import BACKENDS
 
-SHAPES = [(2048, 128), (8192, 128), (65536, 64), (65536, 128), (65536, 256), (65536, 512), (65536, 768), (65536, 1024)]
+SHAPES = [(2048, 128), (8192, 128), (65536, 64), (65536, 128), (65536, 256), (65536, 512), (65536, 768)]
 
 
 def milliseconds(call, replays: int = 7) -> list[float]:

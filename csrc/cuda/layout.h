@@ -34,14 +34,16 @@ __host__ __device__ constexpr MatrixRow fragment_transposed(int lane) { return {
 // offset in units of 16 bytes, and layout type 1. Groups of eight rows are 1024 bytes apart; panels must start at multiples of that.
 //   depth-major: the product sums along the 128 bytes of a row; a step of 16 depths moves the start by 32 bytes, the leading offset is unused
 //   row-major:   it sums over rows; 64 columns further is the next panel, `panel_bytes` away; a step of 16 rows moves the start by 2048
-__host__ __device__ constexpr std::uint64_t wgmma_descriptor(std::uint32_t start, std::uint32_t leading_bytes) {
-  return (std::uint64_t{1} << 62) | (std::uint64_t{1024 >> 4} << 32) | (std::uint64_t{leading_bytes >> 4} << 16) | ((start & 0x3ffff) >> 4);
+// The step is added last and to the low word, so that the steps of a panel cost one addition each: more would not keep up with wgmma.
+__host__ __device__ constexpr std::uint64_t wgmma_descriptor(std::uint32_t panel, std::uint32_t leading_bytes, std::uint32_t step_bytes) {
+  const std::uint32_t low = (((panel & 0x3ffff) >> 4) | ((leading_bytes >> 4) << 16)) + (step_bytes >> 4);
+  return (std::uint64_t{1} << 62) | (std::uint64_t{1024 >> 4} << 32) | low;
 }
 __host__ __device__ constexpr std::uint64_t depth_major_descriptor(std::uint32_t panel, int step) {
-  return wgmma_descriptor(panel + 32 * step, 16);
+  return wgmma_descriptor(panel, 16, 32 * step);
 }
 __host__ __device__ constexpr std::uint64_t row_major_descriptor(std::uint32_t panel, int step, std::uint32_t panel_bytes) {
-  return wgmma_descriptor(panel + 16 * kPanelBytes * step, panel_bytes);
+  return wgmma_descriptor(panel, panel_bytes, 16 * kPanelBytes * step);
 }
 
 __host__ __device__ constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }

@@ -208,6 +208,20 @@ FASTSUPCON_DEVICE void store_element(void* out, std::int64_t index, float value)
   }
 }
 
+// Two neighbours of the result, half, where the depth is even: what wgmma serves. store_pair's other cases would be most of those kernels' code.
+template <Product PRODUCT>
+FASTSUPCON_DEVICE void store_whole_pair(const Work& work, std::int64_t row, std::int64_t column, float first, float second) {
+  if (column >= work.depth) return;
+  if (work.out_is_partial) {
+    float* out = static_cast<float*>(work.out) + (ptx::block_y() * work.x.count + row) * work.depth + column;
+    out[0] = first;
+    out[1] = second;
+  } else {
+    const std::uint32_t pair = PRODUCT == Product::f16 ? ptx::pack_f16(first, second) : ptx::pack_bf16(first, second);
+    *reinterpret_cast<std::uint32_t*>(static_cast<std::uint16_t*>(work.out) + row * work.depth + column) = pair;
+  }
+}
+
 template <Product PRODUCT>
 FASTSUPCON_DEVICE void store_pair(const Work& work, std::int64_t row, std::int64_t column, float first, float second) {
   const bool whole = column + 1 < work.depth;

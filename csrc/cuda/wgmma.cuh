@@ -264,7 +264,7 @@ __global__ void __launch_bounds__(WgmmaShape<PANELS, true>::threads, 1)
 #pragma unroll
       for (int n = 0; n < PANELS * 8; ++n) {
         const float scale = factor * work.scale;
-        store_pair<PRODUCT>(work, row, 8 * n + accumulator_column(lane, 0), out[n][2 * r] * scale, out[n][2 * r + 1] * scale);
+        store_whole_pair<PRODUCT>(work, row, 8 * n + accumulator_column(lane, 0), out[n][2 * r] * scale, out[n][2 * r + 1] * scale);
       }
     }
   }

@@ -24,9 +24,10 @@ template <bool BACKWARD>
 struct DeepShape {
   static constexpr int columns = BACKWARD ? 32 : 128;     // of a tile
   static constexpr int terms_places = BACKWARD ? 4 : 1;   // tiles whose terms are held
+  static constexpr int terms_threads = 96;                // that compute them
   static constexpr int most_places = 40;
   static constexpr int most_threads = 3 * 128;
-  static constexpr int producer_registers = 24, consumer_registers = 240;
+  static constexpr int producer_registers = BACKWARD ? 24 : 40, consumer_registers = BACKWARD ? 240 : 232;
   static constexpr int panel_bytes = columns * kPanelBytes;
   // Shared memory: W of two tiles side by side, one panel; terms and keys; sums of W; barriers; x; the ring.
   static constexpr int terms_at = BACKWARD ? 64 * kPanelBytes : 0;
@@ -75,7 +76,7 @@ struct DeepBlock {
       const int releases = BACKWARD ? 4 : 4 * layout.consumers;  // by warps: of the one consumer that reads last, or of all
       ptx::barrier_init(x_full(), 1);
       for (int place = 0; place < Shape::terms_places; ++place) {
-        ptx::barrier_init(terms_full(place), 128);
+        ptx::barrier_init(terms_full(place), Shape::terms_threads);
         ptx::barrier_init(terms_empty(place), releases);
       }
       for (int place = 0; place < layout.places; ++place) {
@@ -107,7 +108,7 @@ struct DeepBlock {
     const int end = (ptx::block_z() * 2 + other + 1) * layout.slice;
     return end < layout.panels ? end : 0;
   }
-  FASTSUPCON_DEVICE int owner(int tile) const { return (tile - first_tile) % 2; }
+  FASTSUPCON_DEVICE int owner(int tile) const { return (tile - first_tile) & 1; }
   FASTSUPCON_DEVICE int next_panel(int panel) const { return panel + 1 < layout.panels ? panel + 1 : 0; }
   FASTSUPCON_DEVICE Place place_of(int tile, Place tile_at, int panel) const {
     const int position = panel - first_panel(tile);
@@ -122,39 +123,51 @@ struct DeepBlock {
     return reinterpret_cast<std::int64_t*>(shared + Shape::keys_at) + place * columns;
   }
 
-  // The producer: thread c computes the terms of column c, thread 0 asks TMA for the panels.
+  // The producer: one thread of its first warp asks TMA for the panels, the other warps compute the terms. Apart, as the terms wait for
+  // global memory, and TMA must not.
   FASTSUPCON_DEVICE void produce(const ptx::TensorMap& x_map, const ptx::TensorMap& y_map) const {
-    const int thread = ptx::thread();
-    if (thread == 0) {
-      ptx::barrier_arrive_expecting(x_full(), layout.panels * rows * kPanelBytes);
-      for (int p = 0; p < layout.panels; ++p) {
-        ptx::copy_box_async(x_panel(p), x_map, kPanelDepth * p, static_cast<int>(first_row), x_full());
-      }
+    if (ptx::warp() > 0) compute_terms(ptx::thread() - 32);
+    else if (ptx::thread() == 0) fetch_panels(x_map, y_map);
+  }
+  FASTSUPCON_DEVICE void fetch_panels(const ptx::TensorMap& x_map, const ptx::TensorMap& y_map) const {
+    ptx::barrier_arrive_expecting(x_full(), layout.panels * rows * kPanelBytes);
+    for (int p = 0; p < layout.panels; ++p) {
+      ptx::copy_box_async(x_panel(p), x_map, kPanelDepth * p, static_cast<int>(first_row), x_full());
     }
-    const float per_unit = 1.0f / gradient_unit(work);
     Place at{0, 0};
 #pragma unroll 1  // the producer has few registers
     for (int tile = first_tile; tile < last_tile; ++tile) {
-      if (thread == 0) {
-        int panel = first_panel(tile);
+      int panel = first_panel(tile);
 #pragma unroll 1
-        for (int p = 0; p < layout.panels; ++p) {
-          ptx::barrier_wait(empty(at.index), at.parity ^ 1);
-          ptx::barrier_arrive_expecting(full(at.index), Shape::panel_bytes);
-          ptx::copy_box_async(y_panel(at), y_map, kPanelDepth * panel, tile * columns, full(at.index));
-          at = after(at, 1);
-          panel = next_panel(panel);
-        }
+      for (int p = 0; p < layout.panels; ++p) {
+        ptx::barrier_wait(empty(at.index), at.parity ^ 1);
+        ptx::barrier_arrive_expecting(full(at.index), Shape::panel_bytes);
+        ptx::copy_box_async(y_panel(at), y_map, kPanelDepth * panel, tile * columns, full(at.index));
+        at = after(at, 1);
+        panel = next_panel(panel);
       }
-      // After the panels: the forward asks for the next tile's panels before it has used this one's terms.
-      const int place = terms_place(tile);
-      ptx::barrier_wait(terms_empty(place), terms_parity(tile) ^ 1);
-      if (thread < columns) {
-        const std::int64_t column = std::int64_t{tile} * columns + thread;
-        terms(place)[thread] = terms_of(work, work.y, column, per_unit);
-        keys(place)[thread] = key_of(work.y, column);
+    }
+  }
+  FASTSUPCON_DEVICE void compute_terms(int thread) const {
+    const float per_unit = 1.0f / gradient_unit(work);
+    constexpr int turns = (columns + Shape::terms_threads - 1) / Shape::terms_threads;
+    int place = 0, parity = 1;
+#pragma unroll 1
+    for (int tile = first_tile; tile < last_tile; ++tile) {
+      ptx::barrier_wait(terms_empty(place), parity);
+#pragma unroll 1  // the producer has few registers
+      for (int turn = 0; turn < turns; ++turn) {
+        const int c = turn * Shape::terms_threads + thread;
+        if (c >= columns) continue;
+        const std::int64_t column = std::int64_t{tile} * columns + c;
+        terms(place)[c] = terms_of(work, work.y, column, per_unit);
+        keys(place)[c] = key_of(work.y, column);
       }
       ptx::barrier_arrive(terms_full(place));
+      if (++place == Shape::terms_places) {
+        place = 0;
+        parity ^= 1;
+      }
     }
   }
 

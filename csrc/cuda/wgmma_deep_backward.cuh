@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(DeepShape<true>::most_threads, 1)
 #pragma unroll
   for (int p = 0; p < OUT_PANELS; ++p) ptx::hold(out[p]);
   float s[columns / 8][4];
-  std::uint32_t packed[Slice::steps][4];
+  std::uint32_t packed[Slice::steps][4] = {};
 
   const auto issue_logits_of_panel = [&](int panel, Place at, bool accumulate) {
     block.wait_for(at);
@@ -158,30 +158,15 @@ __global__ void __launch_bounds__(DeepShape<true>::most_threads, 1)
     }
     pack_weights<PRODUCT, columns>(packed, s);
   };
-  const auto publish_and_multiply = [&](int tile, Place at) {
+  // Owned tiles. Before consumer 0's first stands a tile whose W is zero, so that every tile is treated alike; its y is any that is there.
+  ptx::barrier_wait(block.x_full(), 0);
+  int tile = block.first_tile + consumer;
+  Place before{0, 0};  // tile − 1, the other consumer's
+  Place at = consumer == 0 ? before : block.after(before, layout.panels);
+  if (consumer == 1) {
     slice.publish(packed);
     ptx::arrive_named(published + consumer, 256);
-    slice.issue_own(out, packed, tile, at);
-    ptx::wgmma_wait<0>();
-    slice.release(tile, at);
-  };
-
-  ptx::barrier_wait(block.x_full(), 0);
-  int tile = block.first_tile;
-  Place before{0, 0};  // tile − 1, the other consumer's
-  Place at{0, 0};      // tile
-  if (consumer == 0) {
-    issue_logits(tile, at);
-    ptx::wgmma_wait<0>();
-    ptx::hold(s);
-    release_unsliced(tile, at);
-    weigh_tile(tile);
-    publish_and_multiply(tile, at);
-    before = block.after(at, layout.panels);
-    ++tile;
   }
-  ++tile;
-  at = block.after(before, layout.panels);
 #pragma unroll 1
   for (; tile < block.last_tile; tile += 2) {
     issue_logits(tile, at);
@@ -194,8 +179,12 @@ __global__ void __launch_bounds__(DeepShape<true>::most_threads, 1)
     release_unsliced(tile, at);
     weigh_tile(tile);
     ptx::wgmma_wait<0>();
-    slice.release(tile - 1, before);
-    publish_and_multiply(tile, at);
+    if (tile > block.first_tile) slice.release(tile - 1, before);
+    slice.publish(packed);
+    ptx::arrive_named(published + consumer, 256);
+    slice.issue_own(out, packed, tile, at);
+    ptx::wgmma_wait<0>();
+    slice.release(tile, at);
     before = block.after(at, layout.panels);
     at = block.after(before, layout.panels);
   }
@@ -236,7 +225,7 @@ __global__ void __launch_bounds__(DeepShape<true>::most_threads, 1)
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
         const std::int64_t column = (slice.first_panel() + p) * kPanelDepth + 8 * n + accumulator_column(lane, 0);
-        store_pair<PRODUCT>(work, row, column, out[p][n][2 * r] * scale, out[p][n][2 * r + 1] * scale);
+        store_whole_pair<PRODUCT>(work, row, column, out[p][n][2 * r] * scale, out[p][n][2 * r + 1] * scale);
       }
     }
   }
