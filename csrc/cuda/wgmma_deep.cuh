@@ -22,9 +22,9 @@ struct DeepLayout {
 
 template <bool BACKWARD>
 struct DeepShape {
-  static constexpr int columns = BACKWARD ? 32 : 128;     // of a tile
-  static constexpr int terms_places = BACKWARD ? 4 : 1;   // tiles whose terms are held
-  static constexpr int terms_threads = 96;                // that compute them
+  static constexpr int columns = BACKWARD ? 32 : 128;    // of a tile
+  static constexpr int terms_places = BACKWARD ? 4 : 1;  // tiles whose terms are held
+  static constexpr int terms_threads = 96;               // that compute them
   static constexpr int most_places = 40;
   static constexpr int most_threads = 3 * 128;
   static constexpr int producer_registers = BACKWARD ? 24 : 40, consumer_registers = BACKWARD ? 240 : 232;

@@ -18,7 +18,7 @@ template <Product PRODUCT, int OUT_PANELS>
 struct DeepSlice {
   using Block = DeepBlock<PRODUCT, true>;
   using Product64 = ptx::Wgmma<PRODUCT == Product::bf16, 64>;
-  static constexpr int own_written = 4;  // named barriers own_written + consumer
+  static constexpr int own_written = 4;              // named barriers own_written + consumer
   static constexpr int steps = Block::columns / 16;  // of the second product, 16 columns of the tile each
 
   const Block& block;
@@ -95,8 +95,7 @@ __global__ void __launch_bounds__(DeepShape<true>::most_threads, 1)
   using Shape = typename Block::Shape;
   using Slice = DeepSlice<PRODUCT, OUT_PANELS>;
   constexpr int columns = Shape::columns;
-  constexpr int published = 1;  // named barriers published + consumer
-  constexpr int together = 3;
+  constexpr int published = 1, together = 3;  // named barriers published + consumer, together
   const Block block(work, layout);
   const int warp = ptx::warp(), consumer = warp / 4 - 1;
   if (consumer < 0) {
@@ -158,8 +157,8 @@ __global__ void __launch_bounds__(DeepShape<true>::most_threads, 1)
     }
     pack_weights<PRODUCT, columns>(packed, s);
   };
-  // Owned tiles. Before consumer 0's first stands a tile whose W is zero, so that every tile is treated alike; its y is any that is there.
-  ptx::barrier_wait(block.x_full(), 0);
+
+  // Owned tiles. Before consumer 0's first stands a tile whose W is zero, so that every tile is treated alike; its y is the end of the first.
   int tile = block.first_tile + consumer;
   Place before{0, 0};  // tile − 1, the other consumer's
   Place at = consumer == 0 ? before : block.after(before, layout.panels);
@@ -167,6 +166,7 @@ __global__ void __launch_bounds__(DeepShape<true>::most_threads, 1)
     slice.publish(packed);
     ptx::arrive_named(published + consumer, 256);
   }
+  ptx::barrier_wait(block.x_full(), 0);
 #pragma unroll 1
   for (; tile < block.last_tile; tile += 2) {
     issue_logits(tile, at);
