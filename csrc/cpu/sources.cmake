@@ -1,5 +1,5 @@
 # The CPU kernels. Each unit_*.cpp is one template compiled for one instruction set; dispatch.cpp chooses at run time.
-target_sources(_C PRIVATE csrc/cpu/lse.cpp csrc/cpu/team.cpp csrc/cpu/dispatch.cpp)
+target_sources(_C PRIVATE csrc/cpu/lse.cpp csrc/cpu/rows.cpp csrc/cpu/team.cpp csrc/cpu/dispatch.cpp)
 
 function(fastsupcon_cpu_unit source)
   target_sources(_C PRIVATE ${source})
