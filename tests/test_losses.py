@@ -22,8 +22,8 @@ def unit(*shape, device, dtype=torch.float64):
 def assert_agrees(ours, theirs, tensors, dtype, parts=1.0):
     """The two losses of the same tensors, and their gradients, agree; ``theirs`` is computed in float64.
 
-    ``parts``: the size of a gradient's two parts, the lse's and the positives' (1 / temperature for unit rows). Each is rounded to the dtype
-    before they are added, so that where they cancel two roundings of that size are left.
+    ``parts``: the size of a gradient's two parts, the lse's and the positives' (1 / temperature for unit rows). Each is rounded to the
+    dtype before they are added, so that where they cancel two roundings of that size are left.
     """
     mine = [tensor.detach().requires_grad_() for tensor in tensors]
     wide = [tensor.detach().double().requires_grad_() for tensor in tensors]
