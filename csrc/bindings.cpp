@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/lse.h"
+#include "cpu/rows.h"
 #include "lse_problem.h"
 #ifdef FASTSUPCON_CUDA
 #include "cuda/lse.h"
@@ -75,6 +76,49 @@ PYBIND11_MODULE(_C, m) {
       [](const LseProblem& p, Address lse, Address grad, Address da, Address db, Address dbias, int threads) {
         fastsupcon::cpu::cross_backward(p, pointer<const void>(lse), pointer<const void>(grad), pointer<void>(da), pointer<void>(db),
                                         pointer<void>(dbias), threads);
+      },
+      py::call_guard<py::gil_scoped_release>());
+  py::class_<fastsupcon::cpu::Rows>(m, "Rows")
+      .def(py::init([](Scalar scalar, Address data, std::int64_t count, std::int64_t depth) {
+             return fastsupcon::cpu::Rows{scalar, pointer<const void>(data), count, depth};
+           }),
+           "scalar"_a, "data"_a, "count"_a, "depth"_a);
+  using fastsupcon::cpu::Rows;
+  cpu.def(
+      "unit_rows",
+      [](const Rows& x, Address unit, Address norm, int threads) {
+        fastsupcon::cpu::unit_rows(x, pointer<void>(unit), pointer<void>(norm), threads);
+      },
+      py::call_guard<py::gil_scoped_release>());
+  cpu.def(
+      "unit_rows_backward",
+      [](const Rows& unit, Address norm, Address grad, Address dx, int threads) {
+        fastsupcon::cpu::unit_rows_backward(unit, pointer<const void>(norm), pointer<const void>(grad), pointer<void>(dx), threads);
+      },
+      py::call_guard<py::gil_scoped_release>());
+  cpu.def(
+      "number_labels",
+      [](Scalar scalar, Address labels, std::int64_t count, Address ids, Address share) {
+        return fastsupcon::cpu::number_labels(scalar, pointer<const std::int64_t>(labels), count, pointer<std::int64_t>(ids), pointer<void>(share));
+      },
+      py::call_guard<py::gil_scoped_release>());
+  cpu.def(
+      "sum_rows",
+      [](const Rows& x, Address ids, Address weight, std::int64_t classes, Address sums, int threads) {
+        fastsupcon::cpu::sum_rows(x, pointer<const std::int64_t>(ids), pointer<const void>(weight), classes, pointer<void>(sums), threads);
+      },
+      py::call_guard<py::gil_scoped_release>());
+  cpu.def(
+      "row_dots",
+      [](const Rows& z, Address table, std::int64_t classes, Address ids, bool others, Address dots, int threads) {
+        fastsupcon::cpu::row_dots(z, pointer<const void>(table), classes, pointer<const std::int64_t>(ids), others, pointer<void>(dots), threads);
+      },
+      py::call_guard<py::gil_scoped_release>());
+  cpu.def(
+      "row_dots_backward",
+      [](const Rows& z, Address table, std::int64_t classes, Address ids, Address grad, Address grad_sums, Address dz, int threads) {
+        fastsupcon::cpu::row_dots_backward(z, pointer<const void>(table), classes, pointer<const std::int64_t>(ids), pointer<const void>(grad),
+                                           pointer<const void>(grad_sums), pointer<void>(dz), threads);
       },
       py::call_guard<py::gil_scoped_release>());
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from . import _checks, ops
 from .backends import sum_dtype
 from .positives import label_positives, mask_positives
-from .rows import gather_rows, unit_rows
+from .rows import row_dots, unit_rows
 
 
 def self_logsumexp(z: Tensor, *, scale: float = 1.0, backend: str = "auto") -> Tensor:
@@ -158,22 +158,21 @@ def supcon_loss(
 
         if mask is None:
             labels = torch.arange(samples, device=z.device) if labels is None else labels.reshape(-1)
-            positives, count = label_positives(z, labels.long().repeat(views))
+            positive, has_positive = label_positives(z, labels.long().expand(views, -1).flatten())
         else:
-            positives, count = mask_positives(z, mask)
-        positives, count = positives[:anchors], count[:anchors]
+            positive, has_positive = mask_positives(z, mask)
+        if contrast_mode == "one":
+            positive, has_positive = positive[:anchors], has_positive[:anchors]
 
         if z.shape[0] == 1:  # nothing to contrast with: log of an empty sum would be -inf; a zero that still shows a NaN
-            lse = (z * 0).sum(1, dtype=positives.dtype)
+            lse = (z * 0).sum(1, dtype=positive.dtype)
         elif contrast_mode == "all":
             lse = _self_lse(z, scale, normalize and not learned, backend)
         else:
             own_row = torch.arange(anchors, device=z.device)
             lse = _cross_lse(z[:anchors], z, None, own_row, None, None, scale, backend)
 
-        has_positive = count.abs() > 1e-6
-        losses = lse - scale * positives / torch.where(has_positive, count, 1)
-        losses = has_positive.to(losses.dtype) * losses  # 0 for a lone anchor, but NaN stays NaN
+        losses = torch.sub(lse, positive, alpha=scale) * has_positive  # lse - scale positive; 0 for a lone anchor, but NaN stays NaN
         if base_temperature is not None:
             losses = losses * (temperature / base_temperature)
         return _reduce(losses, has_positive, reduction, lone_anchors)
@@ -202,7 +201,7 @@ def _check_supcon(features, labels, mask, contrast_mode, reduction, lone_anchors
     _checks.one_of("lone_anchors", lone_anchors, ("zero", "skip", "error"))
 
 
-def _reduce(losses: Tensor, has_positive: Tensor, reduction: str, lone_anchors: str) -> Tensor:
+def _reduce(losses: Tensor, has_positive: Tensor | None, reduction: str, lone_anchors: str) -> Tensor:
     if lone_anchors == "error":
         message = "lone_anchors='error': every anchor must have a positive"
         if torch.compiler.is_compiling():
@@ -278,14 +277,16 @@ def psc_loss(
         if isinstance(temperature, Tensor):  # folded into the rows, so that autograd gives its gradient
             z, scale = z * scale.to(z.dtype), 1.0
 
-        own = gather_rows(p.unflatten(0, (classes, per_class)).flatten(1), labels).unflatten(1, (per_class, -1))  # [N, M, D]
-        similarity = (z[:, None] * own).sum(2, dtype=sum_dtype(z.dtype)) * scale  # [N, M]
-        positive = (similarity.detach().softmax(1) * similarity).sum(1)
+        if per_class == 1:
+            positive = row_dots(z, p, labels)
+        else:  # their mean over the class's own, weighted by affinity
+            own = torch.stack([row_dots(z, p, labels * per_class + m) for m in range(per_class)], 1)  # [N, M]
+            positive = ((own.detach() * scale).softmax(1) * own).sum(1)
 
         skip = row_labels = column_labels = None
         if denominator == "negatives" and per_class == 1:
             skip = labels
         elif denominator == "negatives":
             row_labels, column_labels = labels, torch.arange(len(p), device=p.device) // per_class
-        losses = _cross_lse(z, p, None, skip, row_labels, column_labels, scale, backend) - positive
-        return _reduce(losses, torch.ones_like(losses, dtype=torch.bool), reduction, "zero")
+        lse = _cross_lse(z, p, None, skip, row_labels, column_labels, scale, backend)
+        return _reduce(torch.sub(lse, positive, alpha=scale), None, reduction, "zero")  # lse - scale positive

@@ -12,18 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._opaque import opaque
 from .backends import BACKENDS, select
 from .backends._dtypes import sum_dtype
-
-_library = torch.library.Library("fastsupcon", "DEF")
-
-_CROSS = "Tensor a, Tensor b, Tensor? bias, Tensor? skip, Tensor? row_labels, Tensor? column_labels"
-_library.define("self_lse(Tensor z, float scale, bool unit_rows, str backend) -> Tensor")
-_library.define("self_lse_backward(Tensor z, Tensor lse, Tensor grad, float scale, bool unit_rows, str backend) -> Tensor")
-_library.define(f"cross_lse({_CROSS}, float scale, str backend) -> Tensor")
-_library.define(
-    f"cross_lse_backward({_CROSS}, Tensor lse, Tensor grad, float scale, bool[3] needs, str backend) -> (Tensor, Tensor, Tensor)"
-)
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -66,22 +57,30 @@ def _fake_cross_lse_backward(a, b, bias, skip, row_labels, column_labels, lse, g
     return tuple(outputs)
 
 
-for _name, _run, _fake in (
-    ("self_lse", _self_lse, lambda z, scale, unit_rows, backend: _fake_lse(z)),
-    ("self_lse_backward", _self_lse_backward, lambda z, *rest: torch.empty_like(z, memory_format=torch.contiguous_format)),
-    ("cross_lse", _cross_lse, lambda a, *rest: _fake_lse(a)),
-    ("cross_lse_backward", _cross_lse_backward, _fake_cross_lse_backward),
-):
-    _library.impl(_name, _run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastsupcon::{_name}", _fake, lib=_library)
+_CROSS = "Tensor a, Tensor b, Tensor? bias, Tensor? skip, Tensor? row_labels, Tensor? column_labels"
 
-_ops = torch.ops.fastsupcon
+_self_lse_op = opaque(
+    "self_lse(Tensor z, float scale, bool unit_rows, str backend) -> Tensor",
+    _self_lse,
+    lambda z, scale, unit_rows, backend: _fake_lse(z),
+)
+_self_lse_backward_op = opaque(
+    "self_lse_backward(Tensor z, Tensor lse, Tensor grad, float scale, bool unit_rows, str backend) -> Tensor",
+    _self_lse_backward,
+    lambda z, *rest: torch.empty_like(z, memory_format=torch.contiguous_format),
+)
+_cross_lse_op = opaque(f"cross_lse({_CROSS}, float scale, str backend) -> Tensor", _cross_lse, lambda a, *rest: _fake_lse(a))
+_cross_lse_backward_op = opaque(
+    f"cross_lse_backward({_CROSS}, Tensor lse, Tensor grad, float scale, bool[3] needs, str backend) -> (Tensor, Tensor, Tensor)",
+    _cross_lse_backward,
+    _fake_cross_lse_backward,
+)
 
 
 class _SelfLse(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, scale, unit_rows, backend):
-        lse = _ops.self_lse(z, scale, unit_rows, backend)
+        lse = _self_lse_op(z, scale, unit_rows, backend)
         ctx.save_for_backward(z, lse)
         ctx.options = (scale, unit_rows, backend)
         return lse
@@ -89,13 +88,13 @@ class _SelfLse(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return _ops.self_lse_backward(*ctx.saved_tensors, grad, *ctx.options), None, None, None
+        return _self_lse_backward_op(*ctx.saved_tensors, grad, *ctx.options), None, None, None
 
 
 class _CrossLse(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a, b, bias, skip, row_labels, column_labels, scale, backend):
-        lse = _ops.cross_lse(a, b, bias, skip, row_labels, column_labels, scale, backend)
+        lse = _cross_lse_op(a, b, bias, skip, row_labels, column_labels, scale, backend)
         ctx.save_for_backward(a, b, bias, skip, row_labels, column_labels, lse)
         ctx.scale, ctx.backend = scale, backend
         return lse
@@ -104,7 +103,7 @@ class _CrossLse(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         needs = ctx.needs_input_grad[:3]
-        gradients = _ops.cross_lse_backward(*ctx.saved_tensors, grad, ctx.scale, needs, ctx.backend)
+        gradients = _cross_lse_backward_op(*ctx.saved_tensors, grad, ctx.scale, needs, ctx.backend)
         return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), None, None, None, None, None
 
 

@@ -1,11 +1,25 @@
-"""Rows brought to unit length, and sums of rows by class: reproducible to the bit, with exact gradients, and no wait for the device."""
+"""Rows brought to unit length, sums of rows by class, dots of rows with such sums and with gathered rows.
+
+All are reproducible to the bit, have exact gradients, and do not wait for the device.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from . import _rows_torch
+from ._opaque import opaque
 from .backends._dtypes import sum_dtype
+from .backends._extension import missing as extension_missing
+
+if not extension_missing:
+    from . import _rows_cpu
+
+
+def _helpers(x: Tensor):
+    """In C++ on the CPU, elsewhere plain PyTorch."""
+    return _rows_torch if extension_missing or x.device.type != "cpu" else _rows_cpu
 
 
 class _UnitRows(torch.autograd.Function):
@@ -13,22 +27,14 @@ class _UnitRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        wide = x.to(sum_dtype(x.dtype))
-        largest = wide.abs().amax(1, keepdim=True)  # divided out first: squares of rows near 1e20 or 1e-23 leave fp32's range
-        largest = torch.where(largest < torch.finfo(wide.dtype).tiny, 1, largest)
-        unit = wide / largest
-        norm = torch.linalg.vector_norm(unit, dim=1, keepdim=True)
-        norm = torch.where(norm == 0, 1, norm)
-        unit /= norm
-        ctx.save_for_backward(unit.to(x.dtype), norm.mul_(largest))
-        return unit.to(x.dtype)
+        unit, norm = _helpers(x).unit_rows(x)
+        ctx.save_for_backward(unit, norm)
+        return unit
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        unit, norm = ctx.saved_tensors
-        wide, wide_grad = unit.to(norm.dtype), grad.to(norm.dtype)
-        return torch.addcmul(wide_grad, wide, (wide * wide_grad).sum(1, keepdim=True), value=-1).div_(norm).to(grad.dtype)
+        return _helpers(grad).unit_rows_backward(*ctx.saved_tensors, grad)
 
 
 def unit_rows(x: Tensor) -> Tensor:
@@ -36,52 +42,75 @@ def unit_rows(x: Tensor) -> Tensor:
     return _UnitRows.apply(x)
 
 
-_CHUNK = 256  # rows one GPU thread adds in sequence before its sum becomes a partial one
+def number_labels(labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, int, Tensor]:
+    """Any int64 labels [N] -> ids [N] in [0, K), K, and share_i = 1 / (number of other rows with the row's label), 0 without one: [N].
+
+    In C++ K is how many labels there are; elsewhere, and under torch.compile, it is the bound N, which need not be read back.
+    """
+    return (_rows_torch if torch.compiler.is_compiling() else _helpers(labels)).number_labels(labels, dtype)
 
 
-def _sum_rows(x: Tensor, ids: Tensor, classes: int) -> Tensor:
-    x = x.to(sum_dtype(x.dtype))
-    if x.device.type != "cuda":
-        return x.new_zeros(classes, x.shape[1]).index_add_(0, ids, x)
-    # index_add_ adds in the atomics' order there. So: rows sorted by class, runs of at most _CHUNK summed, then the runs of each class.
-    sorted_ids, order = torch.sort(ids, stable=True)
-    counts = ids.new_zeros(classes).scatter_add_(0, ids, torch.ones_like(ids))
-    place = torch.arange(len(ids), device=ids.device) - (counts.cumsum(0) - counts)[sorted_ids]  # of a row within its class
-    run = (place % _CHUNK == 0).cumsum(0) - 1
-    runs = min(len(ids), classes + len(ids) // _CHUNK)  # bound on how many there are; the rest have length 0
-    run_lengths = ids.new_zeros(runs).scatter_add_(0, run, torch.ones_like(run))
-    partial = torch.segment_reduce(x[order], "sum", lengths=run_lengths, unsafe=True, initial=0)
-    return torch.segment_reduce(partial, "sum", lengths=(counts + _CHUNK - 1) // _CHUNK, unsafe=True, initial=0)
+def _sum_rows(x: Tensor, ids: Tensor, classes: int, weight: Tensor | None = None) -> Tensor:
+    return _helpers(x).sum_rows(x, ids, classes, weight)
 
 
-_library = torch.library.Library("fastsupcon", "FRAGMENT")
-_library.define("sum_rows(Tensor x, Tensor ids, SymInt classes) -> Tensor")
-_library.impl("sum_rows", _sum_rows, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "fastsupcon::sum_rows", lambda x, ids, classes: x.new_empty(classes, x.shape[1], dtype=sum_dtype(x.dtype)), lib=_library
+def _fake_sum_rows(x: Tensor, ids: Tensor, classes: int, weight: Tensor | None = None) -> Tensor:
+    return x.new_empty(classes, x.shape[1], dtype=sum_dtype(x.dtype))
+
+
+_sum_rows_op = opaque(
+    "sum_rows(Tensor x, Tensor ids, SymInt classes, Tensor? weight=None) -> Tensor",
+    _sum_rows,
+    _fake_sum_rows,
 )
 
 
-def sum_rows(x: Tensor, ids: Tensor, classes: int) -> Tensor:
-    """C_y = sum of x_j over ids_j = y: x [N, D], ids int64 [N] in [0, classes) -> [classes, D] in the sum dtype. Has no gradient itself."""
-    return torch.ops.fastsupcon.sum_rows(x, ids, classes)
+def sum_rows(x: Tensor, ids: Tensor, classes: int, weight: Tensor | None = None) -> Tensor:
+    """S_k = sum of w_j x_j over ids_j = k: x [N, D], ids int64 [N] in [0, classes), w [N] or None for 1 -> [classes, D], in the sum dtype.
+
+    Has no gradient itself.
+    """
+    return _sum_rows_op(x, ids, classes, weight)
 
 
-class _GatherRows(torch.autograd.Function):
-    """x[ids]; its gradient sums rows by id, so unlike indexing's it is reproducible on every device."""
-
+class _DotsWithOthers(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, ids):
-        ctx.save_for_backward(ids)
-        ctx.classes = x.shape[0]
-        return x.index_select(0, ids)
+    def forward(ctx, z, ids, classes, weight):
+        dots, sums = _helpers(z).dots_with_others(z, ids, classes, weight)
+        ctx.save_for_backward(z, ids, weight, sums)
+        return dots
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return sum_rows(grad, ctx.saved_tensors[0], ctx.classes).to(grad.dtype), None
+        return _helpers(grad).dots_with_others_backward(*ctx.saved_tensors, grad), None, None, None
 
 
-def gather_rows(x: Tensor, ids: Tensor) -> Tensor:
-    """x[ids] for rows x [C, D] and ids int64 [N] -> [N, D]."""
-    return _GatherRows.apply(x, ids)
+def dots_with_others(z: Tensor, ids: Tensor, classes: int, weight: Tensor) -> Tensor:
+    """w_i z_i . (sum of the other rows z_j with ids_j = ids_i): z [N, D], ids int64 [N] in [0, classes), w [N] -> [N] in the sum dtype."""
+    return _DotsWithOthers.apply(z, ids, classes, weight)
+
+
+class _RowDots(torch.autograd.Function):
+    """t_i = z_i . T_k, k = ids_i; dz_i = h_i T_k, dT_k = sum over ids_i = k of h_i z_i."""
+
+    @staticmethod
+    def forward(ctx, z, table, ids):
+        ctx.save_for_backward(z, table, ids)
+        return _helpers(z).row_dots(z, table, ids)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, h):
+        z, table, ids = ctx.saved_tensors
+        dz = _helpers(z).row_dots_backward(z, table, ids, h) if ctx.needs_input_grad[0] else None
+        dtable = sum_rows(z, ids, table.shape[0], h).to(table.dtype) if ctx.needs_input_grad[1] else None
+        return dz, dtable, None
+
+
+def row_dots(z: Tensor, table: Tensor, ids: Tensor) -> Tensor:
+    """z_i . T_k for k = ids_i: rows z [N, D], table T [K, D], ids int64 [N] in [0, K) -> [N] in the sum dtype.
+
+    Unlike indexing's, the table's gradient is reproducible on every device.
+    """
+    return _RowDots.apply(z, table, ids)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The extension's CPU half under AddressSanitizer and UndefinedBehaviorSanitizer, and tests/test_cpu.py on it, in every instruction set this
-# processor has. Builds into a temporary directory. Needs GCC and what `pip install .` needs; PYTHON names the interpreter.
+# The extension's CPU half under AddressSanitizer and UndefinedBehaviorSanitizer, and tests/test_cpu.py and test_rows.py on it, in every
+# instruction set this processor has, two at a time. Builds into a temporary directory. Needs GCC and what `pip install .` needs; PYTHON names
+# the interpreter; arguments go to pytest (-k for fewer tests).
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python3}
@@ -10,14 +11,19 @@ trap 'rm -rf "$work"' EXIT
 mkdir "$work/fastsupcon"
 cp -r "$root/fastsupcon/." "$work/fastsupcon"
 rm -f "$work"/fastsupcon/_C*.so
+# -O1, for the checks make -O3 take half an hour; null and size AddressSanitizer sees itself.
 cmake -S "$root" -B "$work/build" -GNinja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFASTSUPCON_NO_CUDA=ON \
   -DPython_EXECUTABLE="$("$python" -c 'import sys; print(sys.executable)')" \
   -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" -DFASTSUPCON_OUTPUT_DIRECTORY="$work/fastsupcon" \
-  -DCMAKE_CXX_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -Wno-psabi" > "$work/configure.log"
+  -DFASTSUPCON_CPU_OPTIMIZE=-O1 -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1 -g1" \
+  -DCMAKE_CXX_FLAGS="-fsanitize=address,undefined -fno-sanitize=null,object-size -fno-sanitize-recover=all -fno-omit-frame-pointer -Wno-psabi" \
+  > "$work/configure.log"
 cmake --build "$work/build" > "$work/build.log" || { tail -40 "$work/build.log"; exit 1; }
 
-cp "$root/tests/test_cpu.py" "$work"
+cp "$root"/tests/{conftest,test_cpu,test_rows}.py "$work"
 cd "$work"
 # The interpreter is not instrumented: the runtime is loaded first, and what Python itself leaks at exit is not counted.
-LD_PRELOAD=$(${CXX:-g++} -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0:handle_segv=0 OMP_NUM_THREADS=1 PYTHONPATH=$work \
-  "$python" -m pytest -q -p no:cacheprovider --rootdir="$work" test_cpu.py "$@"
+export ASAN_OPTIONS=detect_leaks=0:handle_segv=0 OMP_NUM_THREADS=1 PYTHONPATH=$work
+sanitized=(env LD_PRELOAD="$(${CXX:-g++} -print-file-name=libasan.so)" "$python")
+"${sanitized[@]}" -c 'from fastsupcon import _C; print(*_C.cpu.instruction_sets(), sep="\n")' |
+  xargs -P 2 -I{} env FASTSUPCON_CPU={} "${sanitized[@]}" -m pytest -q -p no:cacheprovider --rootdir="$work" test_cpu.py test_rows.py "$@"

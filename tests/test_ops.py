@@ -50,6 +50,20 @@ def test_opcheck_sum_rows(device, dtype):
     opcheck(ops.sum_rows.default, (normal(9, 5, device=device, dtype=dtype), torch.randint(0, 4, (9,), device=device), 4))
 
 
+@pytest.mark.skipif(rows.extension_missing is not None, reason=str(rows.extension_missing))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_opcheck_row_helpers(dtype):
+    z, table, ids = normal(9, 5, device="cpu", dtype=dtype), normal(4, 5, device="cpu", dtype=dtype), torch.randint(0, 4, (9,))
+    unit, norm = ops.unit_rows(z)
+    dots, sums = ops.dots_with_others(z, ids, 4, norm)
+    opcheck(ops.unit_rows.default, (z,))
+    opcheck(ops.unit_rows_backward.default, (unit, norm, z))
+    opcheck(ops.dots_with_others.default, (z, ids, 4, norm))
+    opcheck(ops.dots_with_others_backward.default, (z, ids, norm, sums, dots))
+    opcheck(ops.row_dots.default, (z, table, ids))
+    opcheck(ops.row_dots_backward.default, (z, table, ids, dots))
+
+
 # --- gradients -------------------------------------------------------------------------------------------------------------------------
 
 
@@ -232,5 +246,7 @@ def test_unit_rows_and_class_sums_have_gradients_of_their_own(device):
     """rows.py: |u| = 1, zeros stay zero, and both gradients are exact in float64."""
     x = normal(6, 4, device=device, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(rows.unit_rows, x)
-    ids = torch.tensor([2, 0, 2, 2, 3], device=device)
-    assert torch.autograd.gradcheck(lambda x: rows.gather_rows(x, ids), x)
+    ids, weight = torch.tensor([2, 0, 2, 2, 3, 0], device=device), torch.rand(6, device=device, dtype=torch.float64)
+    table = normal(4, 4, device=device, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: rows.dots_with_others(x, ids, 4, weight), x)
+    assert torch.autograd.gradcheck(lambda x, table: rows.row_dots(x, table, ids), (x, table))

@@ -1,9 +1,13 @@
-"""rows.py against plain PyTorch: unit rows at any magnitude, sums by class, gathering with a reproducible gradient."""
+"""rows.py against plain PyTorch: unit rows at any magnitude, sums by class, dots with others of the class and with gathered rows."""
 
 import pytest
 import torch
 
-from fastsupcon.rows import gather_rows, sum_rows, unit_rows
+from fastsupcon import _rows_torch, rows
+from fastsupcon.backends import sum_dtype
+from fastsupcon.rows import sum_rows, unit_rows
+
+HELPERS = [_rows_torch] if rows.extension_missing or torch.cuda.is_available() else [_rows_torch, rows._rows_cpu]
 
 
 @pytest.mark.parametrize("magnitude", [1e-30, 1e-18, 1.0, 1e18, 1e37])
@@ -44,11 +48,72 @@ def test_sum_rows(device, dtype, n, classes):
     torch.testing.assert_close(sums.double(), one_hot @ x.double(), rtol=1e-5, atol=1e-5)
 
 
-def test_gather_rows(device):
-    x, ids = torch.randn(5, 3, device=device, requires_grad=True), torch.tensor([4, 0, 4, 4], device=device)
-    gathered = gather_rows(x, ids)
-    assert torch.equal(gathered, x[ids])
-    weights = torch.randn(4, 3, device=device)
-    (ours,) = torch.autograd.grad((gathered * weights).sum(), x)
-    (expected,) = torch.autograd.grad((x[ids] * weights).sum(), x)
-    torch.testing.assert_close(ours, expected)
+@pytest.mark.parametrize("helpers", HELPERS, ids=lambda module: module.__name__)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("n", "d"), [(1, 1), (5, 3), (40, 67), (700, 128)])
+def test_helpers_against_float64(monkeypatch, device, helpers, dtype, n, d):
+    """Values and gradients of every helper, in C++ and in plain PyTorch: rounding to the dtype is all that may differ."""
+    monkeypatch.setattr(rows, "_helpers", lambda x: helpers)
+    z, table = torch.randn(n, d, device=device).to(dtype), torch.randn(9, d, device=device).to(dtype)
+    ids, weight = torch.randint(0, 9, (n,), device=device), torch.rand(n, device=device).to(sum_dtype(dtype))
+    same = (ids[:, None] == ids) & ~torch.eye(n, dtype=torch.bool, device=device)
+
+    def step(unit, others, dots, *leaves):
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        values = unit(leaves[0]), others(leaves[0]), dots(*leaves)
+        weights = [torch.linspace(0.5, 1.5, value.numel(), device=device).reshape(value.shape).to(value.dtype) for value in values]
+        return [*values, *(g for v, w in zip(values, weights, strict=True) for g in torch.autograd.grad(v, leaves, w, allow_unused=True))]
+
+    ours = step(
+        rows.unit_rows,
+        lambda z: rows.dots_with_others(z, ids, 9, weight),
+        lambda z, table: rows.row_dots(z, table, ids),
+        z,
+        table,
+    )
+    exact = step(
+        lambda z: z / z.norm(dim=1, keepdim=True),
+        lambda z: weight * (same * (z @ z.T)).sum(1),
+        lambda z, table: (z * table[ids]).sum(1),
+        z.double(),
+        table.double(),
+    )
+    for mine, true in zip(ours, exact, strict=True):
+        assert (mine is None) == (true is None)
+        if mine is not None:
+            summed = 1e-12 if dtype == torch.float64 else 2e-6  # and one rounding to the dtype, or two where halves multiply halves
+            assert (mine.double() - true).abs().max() <= (summed + 2 * torch.finfo(mine.dtype).eps) * max(1, true.abs().max())
+
+
+@pytest.mark.parametrize("helpers", HELPERS, ids=lambda module: module.__name__)
+def test_number_labels(device, helpers):
+    labels = torch.tensor([7, -(2**62), 7, 2**40, 7, -(2**62), 0], device=device)
+    ids, classes, share = helpers.number_labels(labels, torch.float32)
+    assert torch.equal(ids[:, None] == ids, labels[:, None] == labels)
+    assert 0 <= int(ids.min()) <= int(ids.max()) < classes
+    assert share.tolist() == [0.5, 1.0, 0.5, 0.0, 0.5, 1.0, 0.0]
+
+
+def test_ids_out_of_range_are_an_error_not_a_write_elsewhere():
+    for bad in (-1, 4, 2**40):
+        with pytest.raises(IndexError):
+            rows.sum_rows(torch.ones(3, 2), torch.tensor([0, bad, 1]), 4)
+        with pytest.raises(IndexError):
+            rows.row_dots(torch.ones(3, 2), torch.ones(4, 2), torch.tensor([0, bad, 1]))
+
+
+@pytest.mark.skipif(rows.extension_missing is not None, reason=str(rows.extension_missing))
+def test_the_same_bits_on_any_number_of_threads():
+    z, grad, ids = torch.randn(70_000, 96), torch.randn(70_000, 96), torch.arange(70_000) % 50
+    weight, threads = torch.rand(70_000), torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            leaf = z.clone().requires_grad_()
+            unit = rows.unit_rows(leaf)
+            dots = rows.dots_with_others(unit, ids, 50, weight) + rows.row_dots(unit, unit.detach()[:50], ids)
+            results.append((unit.detach(), dots.detach(), *torch.autograd.grad((unit, dots), leaf, (grad, weight))))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(x, y) for result in results for x, y in zip(result, results[0], strict=True))

@@ -48,8 +48,9 @@ const Unit kUnits[] = {
     {"generic", [] { return true; }, {&generic_kernels[0], &generic_kernels[1], &generic_kernels[2], &generic_kernels[3]}},
 };
 
-// vdpbf16ps does twice the work of an FMA at the same rate on AMD (Zen 4), but at a quarter of it on Intel: 88 GF/s against 186 on a Sapphire
-// or Emerald Rapids core, where bf16 rows are faster converted to fp32.
+// vdpbf16ps does twice the work of an FMA. On Sapphire and Emerald Rapids it was measured to issue at a quarter of the FMA's rate (88 GF/s
+// against 186), so there bf16 rows are faster converted to fp32. For AMD's Zen 4 it is documented to issue at the FMA's rate, which would make
+// it the faster; that has not been measured with this kernel.
 bool slow_bf16(const Unit& unit) {
 #ifdef FASTSUPCON_X86
   return unit.kernels[int(Scalar::bf16)] == &avx512_bf16_kernels && !__builtin_cpu_is("amd");

@@ -1,11 +1,14 @@
 # The CPU kernels. Each unit_*.cpp is one template compiled for one instruction set; dispatch.cpp chooses at run time.
-target_sources(_C PRIVATE csrc/cpu/lse.cpp csrc/cpu/team.cpp csrc/cpu/dispatch.cpp)
+target_sources(_C PRIVATE csrc/cpu/lse.cpp csrc/cpu/rows.cpp csrc/cpu/team.cpp csrc/cpu/dispatch.cpp)
+
+set(FASTSUPCON_CPU_OPTIMIZE -O3 CACHE STRING "How far the CPU kernels are optimised: sanitizers' checks make -O3 take half an hour")
 
 function(fastsupcon_cpu_unit source)
   target_sources(_C PRIVATE ${source})
   # no vector crosses a function that is not inlined, so its calling convention does not matter
   set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS
-                              "-O3;-ffp-contract=fast;-fno-math-errno;-fno-trapping-math;-Wno-psabi;-Wno-ignored-attributes;${ARGN}")
+                              "${FASTSUPCON_CPU_OPTIMIZE};-ffp-contract=fast;-fno-math-errno;-fno-trapping-math;-Wno-psabi;\
+-Wno-ignored-attributes;${ARGN}")
 endfunction()
 
 set(avx2 -mavx2 -mfma -mf16c)

@@ -534,5 +534,10 @@ constexpr Kernels make_kernels() {
       cross_forward<A, Source>,
       cross_backward<A, Source>,
       finish<Sum, Source>,
+      unit_rows<Sum, Source>,
+      unit_rows_backward<Sum, Source>,
+      sum_rows<Sum, Source>,
+      row_dots<Sum, Source>,
+      row_dots_backward<Sum, Source>,
   };
 }

@@ -14,6 +14,8 @@ namespace {
 
 #include "elements.h"
 
+#include "row_kernels.h"
+
 #include "product.h"
 
 #include "tiles.h"

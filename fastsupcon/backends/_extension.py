@@ -17,6 +17,18 @@ except ImportError as error:
     warnings.warn(f"fastsupcon runs without its C++ and CUDA kernels: {missing}", RuntimeWarning, stacklevel=2)
 
 
+SCALARS = (
+    {}
+    if missing
+    else {
+        torch.float32: module.Scalar.f32,
+        torch.float64: module.Scalar.f64,
+        torch.float16: module.Scalar.f16,
+        torch.bfloat16: module.Scalar.bf16,
+    }
+)
+
+
 def make_problem(
     a: Tensor,
     b: Tensor,
@@ -28,18 +40,12 @@ def make_problem(
     unit_rows: bool = False,
 ):
     """Addresses and sizes of the tensors, which the caller keeps alive while a kernel runs."""
-    scalars = {
-        torch.float32: module.Scalar.f32,
-        torch.float64: module.Scalar.f64,
-        torch.float16: module.Scalar.f16,
-        torch.bfloat16: module.Scalar.bf16,
-    }
 
     def address(tensor: Tensor | None) -> int:
         return 0 if tensor is None else tensor.data_ptr()
 
     return module.LseProblem(
-        scalar=scalars[a.dtype],
+        scalar=SCALARS[a.dtype],
         rows=len(a),
         columns=len(b),
         depth=a.shape[1],
