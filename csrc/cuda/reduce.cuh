@@ -16,7 +16,8 @@ __global__ void __launch_bounds__(kLargestThreads) largest_magnitude(const float
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) mine = larger(mine, ptx::shuffle_xor(mine, mask));
   float* of_warps = reinterpret_cast<float*>(ptx::shared_memory());
-  if (ptx::lane() == 0) of_warps[ptx::warp()] = mine;
+  const int warp = ptx::warp();  // a shuffle: of all lanes, so not under a condition
+  if (ptx::lane() == 0) of_warps[warp] = mine;
   ptx::sync_block();
   if (ptx::thread() >= 32) return;
   mine = of_warps[ptx::thread()];

@@ -21,8 +21,10 @@ struct WgmmaShape {
   static constexpr int columns = PANELS == 4 ? 64 : 128;
   static constexpr int stages = PANELS == 4 && !BACKWARD ? 2 : 4;
   static constexpr int threads = 128 * (consumers + 1);
-  static constexpr int producer_registers = BACKWARD ? 40 : 24;
-  static constexpr int consumer_registers = BACKWARD ? 232 : 120;
+  static constexpr int producer_registers = BACKWARD ? 40 : 32;
+  static constexpr int consumer_registers = BACKWARD ? 232 : 112;
+  static_assert(producer_registers + consumers * consumer_registers <= (consumers + 1) * (65536 / threads / 8 * 8),
+                "setmaxnreg hands out what the block was launched with, and waits forever for more");
   static constexpr int x_panel_bytes = rows * kPanelBytes, y_panel_bytes = columns * kPanelBytes;
   static constexpr int x_bytes = PANELS * x_panel_bytes, y_bytes = PANELS * y_panel_bytes;
   static constexpr int keys_at = x_bytes + stages * y_bytes;

@@ -28,6 +28,8 @@ struct DeepShape {
   static constexpr int most_places = 40;
   static constexpr int most_threads = 3 * 128;
   static constexpr int producer_registers = BACKWARD ? 24 : 40, consumer_registers = BACKWARD ? 240 : 232;
+  static_assert(producer_registers + 2 * consumer_registers <= 3 * (65536 / most_threads / 8 * 8),
+                "setmaxnreg hands out what the block was launched with, and waits forever for more");
   static constexpr int panel_bytes = columns * kPanelBytes;
   // Shared memory: W of two tiles side by side, one panel; terms and keys; sums of W; barriers; x; the ring.
   static constexpr int terms_at = BACKWARD ? 64 * kPanelBytes : 0;

@@ -57,7 +57,11 @@ CUtensorMap make_tensor_map(const void* rows, std::int64_t count, std::int64_t d
   static const Encode encode = [] {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result{};
+#if CUDART_VERSION >= 12050
     check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result), "cuTensorMapEncodeTiled");
+#else
+    check(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result), "cuTensorMapEncodeTiled");
+#endif
     if (!found) throw std::runtime_error("fastsupcon CUDA: this driver has no cuTensorMapEncodeTiled");
     return reinterpret_cast<Encode>(found);
   }();

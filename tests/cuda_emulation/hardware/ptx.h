@@ -21,7 +21,6 @@ namespace em = emulation;
 
 inline int thread() { return em::thread; }
 inline int lane() { return em::thread % 32; }
-inline int warp() { return em::thread / 32; }
 inline std::int64_t block_x() { return em::block->block.x; }
 inline int block_y() { return static_cast<int>(em::block->block.y); }
 inline int block_z() { return static_cast<int>(em::block->block.z); }
@@ -48,7 +47,7 @@ inline void store_word(Address to, std::uint32_t word) {
 
 template <class Arguments, class Act>
 void with_warp(const void* kind, Arguments& arguments, Act act) {
-  em::meet(em::block->warps[warp()], 32, static_cast<std::size_t>(lane()), kind, arguments, act);
+  em::meet(em::block->warps[em::thread / 32], 32, static_cast<std::size_t>(lane()), kind, arguments, act);
 }
 template <class Arguments, class Act>
 void with_warpgroup(const void* kind, Arguments& arguments, Act act) {
@@ -60,6 +59,12 @@ inline void sync_block() {
   int nothing = 0;
   em::meet(em::block->everyone, static_cast<std::size_t>(em::block->threads), static_cast<std::size_t>(em::thread), &kind, nothing,
            [](auto&) {});
+}
+inline int warp() {  // a shuffle on the GPU: all lanes must come
+  static const char kind = 0;
+  int nothing = 0;
+  with_warp(&kind, nothing, [](auto&) {});
+  return em::thread / 32;
 }
 inline void sync_warp() {
   static const char kind = 0;
