@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
 
 def one_of(name: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
@@ -15,11 +17,11 @@ def one_of(name: str, value: object, choices: Sequence[str]) -> None:
 
 
 def rows(name: str, value: object, columns: int | None = None) -> None:
-    """A floating-point [N, D] with N, D >= 1, and D = ``columns`` where given."""
+    """[N, D] of one of DTYPES with N, D >= 1, and D = ``columns`` where given."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if not value.is_floating_point():
-        raise TypeError(f"{name} must have a floating-point dtype, got {value.dtype}")
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name} must have dtype {', '.join(map(str, DTYPES))}, got {value.dtype}")
     expected = f"[rows, {'dimension' if columns is None else columns}]"
     if value.ndim != 2 or (columns is not None and value.shape[1] != columns):
         raise ValueError(f"{name} must have shape {expected}, got {list(value.shape)}")
