@@ -12,6 +12,8 @@ from conftest import DEVICE
 from fastsupcon import PSCLoss, SupConLoss, functional
 from fastsupcon.backends import BACKENDS
 
+DTYPES = "torch.float32, torch.float16, torch.bfloat16, torch.float64"
+
 
 def z(n=4, d=3, dtype=torch.float32):
     return torch.zeros(n, d, device=DEVICE, dtype=dtype)
@@ -23,7 +25,7 @@ def ids(n=4, high=2):
 
 SUPCON = [  # arguments, options, error, text
     (("x",), {}, TypeError, "features must be a torch.Tensor, got str"),
-    ((z(4, 3).long(),), {}, TypeError, "features must have dtype torch.float32, torch.float16, torch.bfloat16, torch.float64, got torch.int64"),
+    ((z(4, 3).long(),), {}, TypeError, f"features must have dtype {DTYPES}, got torch.int64"),
     ((z()[0],), {}, ValueError, "features must have shape [N, D] or [B, V, ...], got [3]"),
     ((z(0),), {}, ValueError, "features must not be empty, got shape [0, 3]"),
     ((z(4, 0),), {}, ValueError, "features must not be empty, got shape [4, 0]"),
@@ -54,7 +56,7 @@ PSC = [
     ((z(), ids(), z(2, 4)), {}, ValueError, "prototypes must have shape [rows, 3], got [2, 4]"),
     ((z(), ids(), z(0)), {}, ValueError, "prototypes must not be empty, got shape [0, 3]"),
     ((z(), ids(4, 1), z(1)), {}, ValueError, "prototypes must hold at least 2 classes for denominator='negatives', got 1"),
-    ((z(), ids(), z(2, 3).long()), {}, TypeError, "prototypes must have dtype torch.float32, torch.float16, torch.bfloat16, torch.float64, got torch.int64"),
+    ((z(), ids(), z(2, 3).long()), {}, TypeError, f"prototypes must have dtype {DTYPES}, got torch.int64"),
     ((z(), None, z(2)), {}, TypeError, "labels must be a torch.Tensor of an integer dtype, got NoneType"),
     ((z(), ids(3), z(2)), {}, ValueError, "labels must have shape [4], got [3]"),
     ((z(), ids(), z(2)), {"denominator": "own"}, ValueError, "denominator must be one of 'negatives', 'all', got 'own'"),
