@@ -104,8 +104,9 @@ PYBIND11_MODULE(_C, m) {
       py::call_guard<py::gil_scoped_release>());
   cpu.def(
       "sum_rows",
-      [](const Rows& x, Address ids, Address weight, std::int64_t classes, Address sums, int threads) {
-        fastsupcon::cpu::sum_rows(x, pointer<const std::int64_t>(ids), pointer<const void>(weight), classes, pointer<void>(sums), threads);
+      [](const Rows& x, Address ids, Address weight, std::int64_t classes, Address start, Address sums, int threads) {
+        fastsupcon::cpu::sum_rows(x, pointer<const std::int64_t>(ids), pointer<const void>(weight), classes, pointer<const void>(start),
+                                  pointer<void>(sums), threads);
       },
       py::call_guard<py::gil_scoped_release>());
   cpu.def(
@@ -116,9 +117,10 @@ PYBIND11_MODULE(_C, m) {
       py::call_guard<py::gil_scoped_release>());
   cpu.def(
       "row_dots_backward",
-      [](const Rows& z, Address table, std::int64_t classes, Address ids, Address grad, Address grad_sums, Address dz, int threads) {
+      [](const Rows& z, Address table, std::int64_t classes, Address ids, Address grad, Address grad_sums, Address start, Address dz,
+         int threads) {
         fastsupcon::cpu::row_dots_backward(z, pointer<const void>(table), classes, pointer<const std::int64_t>(ids), pointer<const void>(grad),
-                                           pointer<const void>(grad_sums), pointer<void>(dz), threads);
+                                           pointer<const void>(grad_sums), pointer<const void>(start), pointer<void>(dz), threads);
       },
       py::call_guard<py::gil_scoped_release>());
 

@@ -18,6 +18,10 @@ def _rows(x: Tensor):
     return _C.Rows(SCALARS[x.dtype], x.data_ptr(), *x.shape)
 
 
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def _unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
     unit, norm = torch.empty_like(x), x.new_empty(len(x), dtype=sum_dtype(x.dtype))
@@ -39,11 +43,12 @@ def number_labels(labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, int, Tens
     return ids, classes, share
 
 
-def sum_rows(x: Tensor, ids: Tensor, classes: int, weight: Tensor | None = None) -> Tensor:
+def sum_rows(x: Tensor, ids: Tensor, classes: int, weight: Tensor | None = None, start: Tensor | None = None) -> Tensor:
     x, ids = x.contiguous(), ids.contiguous()
-    weight = None if weight is None else weight.contiguous()
-    sums = x.new_zeros(classes, x.shape[1], dtype=sum_dtype(x.dtype))
-    _C.cpu.sum_rows(_rows(x), ids.data_ptr(), 0 if weight is None else weight.data_ptr(), classes, sums.data_ptr(), torch.get_num_threads())
+    weight, start = (None if t is None else t.contiguous() for t in (weight, start))
+    sums = _sums(x, classes, x.shape[1])
+    addresses = (ids.data_ptr(), _address(weight), classes, _address(start), sums.data_ptr())
+    _C.cpu.sum_rows(_rows(x), *addresses, torch.get_num_threads())
     return sums
 
 
@@ -53,9 +58,9 @@ def _dots_with_others(z: Tensor, ids: Tensor, classes: int, weight: Tensor) -> t
     return _row_dots(z, sums, ids, others=True).mul_(weight), sums
 
 
-def _dots_with_others_backward(z: Tensor, ids: Tensor, weight: Tensor, sums: Tensor, grad: Tensor) -> Tensor:
-    z, ids, grad = z.contiguous(), ids.contiguous(), grad * weight
-    return _row_dots_backward(z, sums, ids, grad, sum_rows(z, ids, len(sums), grad))
+def _dots_with_others_backward(z: Tensor, ids: Tensor, weight: Tensor, sums: Tensor, grad: Tensor, start: Tensor) -> Tensor:
+    grad = grad * weight
+    return _row_dots_backward(z, sums, ids, grad, start, sum_rows(z, ids, len(sums), grad))
 
 
 def _row_dots(z: Tensor, table: Tensor, ids: Tensor, others: bool = False) -> Tensor:
@@ -65,13 +70,11 @@ def _row_dots(z: Tensor, table: Tensor, ids: Tensor, others: bool = False) -> Te
     return dots
 
 
-def _row_dots_backward(z: Tensor, table: Tensor, ids: Tensor, grad: Tensor, grad_sums: Tensor | None = None) -> Tensor:
-    z, table, ids, grad = z.contiguous(), table.to(grad.dtype).contiguous(), ids.contiguous(), grad.contiguous()
-    dz = torch.empty_like(z)
-    sums = 0 if grad_sums is None else grad_sums.data_ptr()
-    _C.cpu.row_dots_backward(
-        _rows(z), table.data_ptr(), len(table), ids.data_ptr(), grad.data_ptr(), sums, dz.data_ptr(), torch.get_num_threads()
-    )
+def _row_dots_backward(z: Tensor, table: Tensor, ids: Tensor, grad: Tensor, start: Tensor, grad_sums: Tensor | None = None) -> Tensor:
+    z, table, ids = z.contiguous(), table.to(grad.dtype).contiguous(), ids.contiguous()
+    grad, start, dz = grad.contiguous(), start.contiguous(), torch.empty_like(z)
+    addresses = (ids.data_ptr(), grad.data_ptr(), _address(grad_sums), start.data_ptr(), dz.data_ptr())
+    _C.cpu.row_dots_backward(_rows(z), table.data_ptr(), len(table), *addresses, torch.get_num_threads())
     return dz
 
 
@@ -97,14 +100,14 @@ dots_with_others = opaque(
     "CPU",
 )
 dots_with_others_backward = opaque(
-    "dots_with_others_backward(Tensor z, Tensor ids, Tensor weight, Tensor sums, Tensor grad) -> Tensor",
+    "dots_with_others_backward(Tensor z, Tensor ids, Tensor weight, Tensor sums, Tensor grad, Tensor start) -> Tensor",
     _dots_with_others_backward,
     lambda z, *rest: _like(z),
     "CPU",
 )
 row_dots = opaque("row_dots(Tensor z, Tensor table, Tensor ids) -> Tensor", _row_dots, lambda z, *rest: _sums(z, z.shape[0]), "CPU")
 row_dots_backward = opaque(
-    "row_dots_backward(Tensor z, Tensor table, Tensor ids, Tensor grad) -> Tensor",
+    "row_dots_backward(Tensor z, Tensor table, Tensor ids, Tensor grad, Tensor start) -> Tensor",
     _row_dots_backward,
     lambda z, *rest: _like(z),
     "CPU",

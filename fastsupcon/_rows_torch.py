@@ -46,11 +46,11 @@ def dots_with_others(z: Tensor, ids: Tensor, classes: int, weight: Tensor) -> tu
     return sums.index_select(0, ids).sub_(z).mul_(z).sum(1).mul_(weight), sums
 
 
-def dots_with_others_backward(z: Tensor, ids: Tensor, weight: Tensor, sums: Tensor, grad: Tensor) -> Tensor:
-    """dz_i = h_i (S_k - 2 z_i) + sum over ids_j = k of h_j z_j, where h = grad w."""
+def dots_with_others_backward(z: Tensor, ids: Tensor, weight: Tensor, sums: Tensor, grad: Tensor, start: Tensor) -> Tensor:
+    """dz_i = start_i + h_i (S_k - 2 z_i) + sum over ids_j = k of h_j z_j, where h = grad w."""
     h = (grad * weight)[:, None]
     weighted = torch.ops.fastsupcon.sum_rows(z * h, ids, sums.shape[0])
-    return sums.index_select(0, ids).sub_(z, alpha=2).mul_(h).add_(weighted.index_select(0, ids)).to(z.dtype)
+    return sums.index_select(0, ids).sub_(z, alpha=2).mul_(h).add_(weighted.index_select(0, ids)).add_(start).to(z.dtype)
 
 
 def row_dots(z: Tensor, table: Tensor, ids: Tensor) -> Tensor:
@@ -58,17 +58,21 @@ def row_dots(z: Tensor, table: Tensor, ids: Tensor) -> Tensor:
     return (table.index_select(0, ids).to(sum_dtype(z.dtype)) * z).sum(1)
 
 
-def row_dots_backward(z: Tensor, table: Tensor, ids: Tensor, grad: Tensor) -> Tensor:
-    """dz_i = g_i T_k."""
-    return (table.index_select(0, ids) * grad[:, None]).to(z.dtype)
+def row_dots_backward(z: Tensor, table: Tensor, ids: Tensor, grad: Tensor, start: Tensor) -> Tensor:
+    """dz_i = start_i + g_i T_k."""
+    return torch.addcmul(start.to(grad.dtype), table.index_select(0, ids).to(grad.dtype), grad[:, None]).to(z.dtype)
 
 
 _CHUNK = 256  # rows one GPU thread adds in sequence before its sum becomes a partial one
 
 
-def sum_rows(x: Tensor, ids: Tensor, classes: int, weight: Tensor | None = None) -> Tensor:
-    """Sum over ids_i = k of weight_i x_i: x [N, D], ids int64 [N] in [0, classes), weight [N] -> [classes, D] in the sum dtype."""
-    x = x.to(sum_dtype(x.dtype))
+def sum_rows(x: Tensor, ids: Tensor, classes: int, weight: Tensor | None = None, start: Tensor | None = None) -> Tensor:
+    """start_k + sum over ids_i = k of weight_i x_i: x [N, D], ids int64 [N] in [0, classes), weight [N] -> [classes, D], sum dtype."""
+    sums = _sum_rows(x.to(sum_dtype(x.dtype)), ids, classes, weight)
+    return sums if start is None else sums.add_(start)
+
+
+def _sum_rows(x: Tensor, ids: Tensor, classes: int, weight: Tensor | None) -> Tensor:
     if weight is not None:
         x = x * weight[:, None]
     if x.device.type != "cuda":

@@ -158,7 +158,7 @@ def supcon_loss(
 
         if mask is None:
             labels = torch.arange(samples, device=z.device) if labels is None else labels.reshape(-1)
-            positive, has_positive = label_positives(z, labels.long().expand(views, -1).flatten())
+            z, positive, has_positive = label_positives(z, labels.long().expand(views, -1).flatten())
         else:
             positive, has_positive = mask_positives(z, mask)
         if contrast_mode == "one":
@@ -278,9 +278,13 @@ def psc_loss(
             z, scale = z * scale.to(z.dtype), 1.0
 
         if per_class == 1:
-            positive = row_dots(z, p, labels)
+            z, p, positive = row_dots(z, p, labels)
         else:  # their mean over the class's own, weighted by affinity
-            own = torch.stack([row_dots(z, p, labels * per_class + m) for m in range(per_class)], 1)  # [N, M]
+            own = []
+            for m in range(per_class):
+                z, p, dots = row_dots(z, p, labels * per_class + m)
+                own.append(dots)
+            own = torch.stack(own, 1)  # [N, M]
             positive = ((own.detach() * scale).softmax(1) * own).sum(1)
 
         skip = row_labels = column_labels = None

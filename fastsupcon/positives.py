@@ -15,14 +15,17 @@ from .backends._dtypes import sum_dtype
 from .rows import dots_with_others, number_labels
 
 
-def label_positives(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """For each row of z [N, D] the mean of its similarities z_i . z_p to the others of its label (0 without one), and whether one is."""
+def label_positives(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For each row of z [N, D] the mean of its similarities z_i . z_p to the others of its label (0 without one), and whether one is.
+
+    Returns z to go on with (see rows.py), and both: [N], [N].
+    """
     ids, classes, share = number_labels(labels, sum_dtype(z.dtype))
-    return dots_with_others(z, ids, classes, share), share > 0
+    return *dots_with_others(z, ids, classes, share), share > 0
 
 
 def mask_positives(z: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The same for a mask [B, B] of weights between samples, where z [V B, D] holds V views of each, view-major: [V B], [V B].
+    """The same two for a mask [B, B] of weights between samples, where z [V B, D] holds V views of each, view-major: [V B], [V B].
 
     Entry (b, c) weighs sample c as a positive of sample b, for every pair of their views but a row with itself.
     """

@@ -50,27 +50,31 @@ def number_labels(labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, int, Tens
     return (_rows_torch if torch.compiler.is_compiling() else _helpers(labels)).number_labels(labels, dtype)
 
 
-def _sum_rows(x: Tensor, ids: Tensor, classes: int, weight: Tensor | None = None) -> Tensor:
-    return _helpers(x).sum_rows(x, ids, classes, weight)
+def _sum_rows(x: Tensor, ids: Tensor, classes: int, weight: Tensor | None = None, start: Tensor | None = None) -> Tensor:
+    return _helpers(x).sum_rows(x, ids, classes, weight, start)
 
 
-def _fake_sum_rows(x: Tensor, ids: Tensor, classes: int, weight: Tensor | None = None) -> Tensor:
+def _fake_sum_rows(x: Tensor, ids: Tensor, classes: int, weight: Tensor | None = None, start: Tensor | None = None) -> Tensor:
     return x.new_empty(classes, x.shape[1], dtype=sum_dtype(x.dtype))
 
 
 _sum_rows_op = opaque(
-    "sum_rows(Tensor x, Tensor ids, SymInt classes, Tensor? weight=None) -> Tensor",
+    "sum_rows(Tensor x, Tensor ids, SymInt classes, Tensor? weight=None, Tensor? start=None) -> Tensor",
     _sum_rows,
     _fake_sum_rows,
 )
 
 
-def sum_rows(x: Tensor, ids: Tensor, classes: int, weight: Tensor | None = None) -> Tensor:
-    """S_k = sum of w_j x_j over ids_j = k: x [N, D], ids int64 [N] in [0, classes), w [N] or None for 1 -> [classes, D], in the sum dtype.
+def sum_rows(x: Tensor, ids: Tensor, classes: int, weight: Tensor | None = None, start: Tensor | None = None) -> Tensor:
+    """S_k = start_k + sum of w_j x_j over ids_j = k: x [N, D], ids int64 [N] in [0, classes) -> [classes, D] in the sum dtype.
 
-    Has no gradient itself.
+    w [N] in the sum dtype, or None for 1; start [classes, D] in x's dtype, or None for 0. Has no gradient itself.
     """
-    return _sum_rows_op(x, ids, classes, weight)
+    return _sum_rows_op(x, ids, classes, weight, start)
+
+
+# The Functions below hand their rows through: what is computed from those afterwards sends its gradient back to where that of the dots is
+# made, and both are added there in the same pass. Autograd's own addition is a pass more, and its threads then spin while ours begin.
 
 
 class _DotsWithOthers(torch.autograd.Function):
@@ -78,16 +82,19 @@ class _DotsWithOthers(torch.autograd.Function):
     def forward(ctx, z, ids, classes, weight):
         dots, sums = _helpers(z).dots_with_others(z, ids, classes, weight)
         ctx.save_for_backward(z, ids, weight, sums)
-        return dots
+        return z.view_as(z), dots
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        return _helpers(grad).dots_with_others_backward(*ctx.saved_tensors, grad), None, None, None
+    def backward(ctx, dz, grad):
+        return _helpers(grad).dots_with_others_backward(*ctx.saved_tensors, grad, dz), None, None, None
 
 
-def dots_with_others(z: Tensor, ids: Tensor, classes: int, weight: Tensor) -> Tensor:
-    """w_i z_i . (sum of the other rows z_j with ids_j = ids_i): z [N, D], ids int64 [N] in [0, classes), w [N] -> [N] in the sum dtype."""
+def dots_with_others(z: Tensor, ids: Tensor, classes: int, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """z again, and w_i z_i . (sum of the other rows z_j with ids_j = ids_i): z [N, D], ids int64 [N] in [0, classes), w [N] -> [N].
+
+    w and the result have the sum dtype.
+    """
     return _DotsWithOthers.apply(z, ids, classes, weight)
 
 
@@ -97,19 +104,19 @@ class _RowDots(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, table, ids):
         ctx.save_for_backward(z, table, ids)
-        return _helpers(z).row_dots(z, table, ids)
+        return z.view_as(z), table.view_as(table), _helpers(z).row_dots(z, table, ids)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, h):
+    def backward(ctx, dz, dtable, h):
         z, table, ids = ctx.saved_tensors
-        dz = _helpers(z).row_dots_backward(z, table, ids, h) if ctx.needs_input_grad[0] else None
-        dtable = sum_rows(z, ids, table.shape[0], h).to(table.dtype) if ctx.needs_input_grad[1] else None
+        dz = _helpers(z).row_dots_backward(z, table, ids, h, dz) if ctx.needs_input_grad[0] else None
+        dtable = sum_rows(z, ids, table.shape[0], h, dtable).to(table.dtype) if ctx.needs_input_grad[1] else None
         return dz, dtable, None
 
 
-def row_dots(z: Tensor, table: Tensor, ids: Tensor) -> Tensor:
-    """z_i . T_k for k = ids_i: rows z [N, D], table T [K, D], ids int64 [N] in [0, K) -> [N] in the sum dtype.
+def row_dots(z: Tensor, table: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """z and T again, and z_i . T_k for k = ids_i: rows z [N, D], table T [K, D] of z's dtype, ids int64 [N] in [0, K) -> [N], sum dtype.
 
     Unlike indexing's, the table's gradient is reproducible on every device.
     """

@@ -59,9 +59,9 @@ def test_opcheck_row_helpers(dtype):
     opcheck(ops.unit_rows.default, (z,))
     opcheck(ops.unit_rows_backward.default, (unit, norm, z))
     opcheck(ops.dots_with_others.default, (z, ids, 4, norm))
-    opcheck(ops.dots_with_others_backward.default, (z, ids, norm, sums, dots))
+    opcheck(ops.dots_with_others_backward.default, (z, ids, norm, sums, dots, z))
     opcheck(ops.row_dots.default, (z, table, ids))
-    opcheck(ops.row_dots_backward.default, (z, table, ids, dots))
+    opcheck(ops.row_dots_backward.default, (z, table, ids, dots, z))
 
 
 # --- gradients -------------------------------------------------------------------------------------------------------------------------

@@ -67,14 +67,14 @@ struct Kernels {
 
   void (*finish)(const void* sums, std::int64_t count, double factor, void* elements);  // elements = factor · sums; in place is allowed
 
-  // What rows.h describes, for the first `count` rows; sum_rows for the columns [first, last) of all rows, onto what sums hold.
+  // What rows.h describes, for the first `count` rows; sum_rows for the columns [first, last) of all rows.
   void (*unit_rows)(const void* x, std::int64_t count, std::int64_t depth, void* unit, void* norm);
   void (*unit_rows_backward)(const void* unit, const void* norm, const void* grad, std::int64_t count, std::int64_t depth, void* dx);
-  void (*sum_rows)(const void* x, const std::int64_t* ids, const void* weight, std::int64_t count, std::int64_t depth, std::int64_t first,
-                   std::int64_t last, void* sums);
+  void (*sum_rows)(const void* x, const std::int64_t* ids, const void* weight, const void* start, std::int64_t count, std::int64_t classes,
+                   std::int64_t depth, std::int64_t first, std::int64_t last, void* sums);
   void (*row_dots)(const void* z, const void* table, const std::int64_t* ids, bool others, std::int64_t count, std::int64_t depth, void* dots);
   void (*row_dots_backward)(const void* z, const void* table, const std::int64_t* ids, const void* grad, const void* grad_sums,
-                            std::int64_t count, std::int64_t depth, void* dz);
+                            const void* start, std::int64_t count, std::int64_t depth, void* dz);
 };
 
 // One instruction set. Kernels are indexed by Scalar; sets may share them.

@@ -77,8 +77,15 @@ void unit_rows_backward(const void* unit_, const void* norm, const void* grad_, 
 }
 
 template <class Sum, class Source>
-void sum_rows(const void* x, const std::int64_t* ids, const void* weight, std::int64_t count, std::int64_t depth, std::int64_t first,
-              std::int64_t last, void* sums_) {
+void sum_rows(const void* x, const std::int64_t* ids, const void* weight, const void* start, std::int64_t count, std::int64_t classes,
+              std::int64_t depth, std::int64_t first, std::int64_t last, void* sums_) {
+  for (std::int64_t k = 0; k < classes; ++k) {
+    const Source* const row = start ? static_cast<const Source*>(start) + k * depth + first : nullptr;
+    Sum* const sums = static_cast<Sum*>(sums_) + k * depth + first;
+    each_vector<Sum>(last - first, [&](std::int64_t d, std::int64_t n) __attribute__((always_inline)) {
+      store_elements<Sum>(sums + d, row ? load_elements(row + d, n) : Vector<Sum>{}, n);
+    });
+  }
   for (std::int64_t i = 0; i < count; ++i) {
     const Source* const row = static_cast<const Source*>(x) + i * depth + first;
     Sum* const sums = static_cast<Sum*>(sums_) + ids[i] * depth + first;
@@ -105,17 +112,18 @@ void row_dots(const void* z_, const void* table_, const std::int64_t* ids, bool 
 
 template <class Sum, class Source>
 void row_dots_backward(const void* z_, const void* table_, const std::int64_t* ids, const void* grad, const void* grad_sums_,
-                       std::int64_t count, std::int64_t depth, void* dz_) {
+                       const void* start_, std::int64_t count, std::int64_t depth, void* dz_) {
   for (std::int64_t i = 0; i < count; ++i) {
     const Source* const z = static_cast<const Source*>(z_) + i * depth;
     const Sum* const table = static_cast<const Sum*>(table_) + ids[i] * depth;
     const Sum* const sums = grad_sums_ ? static_cast<const Sum*>(grad_sums_) + ids[i] * depth : nullptr;
+    const Source* const start = start_ ? static_cast<const Source*>(start_) + i * depth : nullptr;
     Source* const dz = static_cast<Source*>(dz_) + i * depth;
     const Sum g = static_cast<const Sum*>(grad)[i];
     each_vector<Sum>(depth, [&](std::int64_t d, std::int64_t n) __attribute__((always_inline)) {
       Vector<Sum> v = load_elements(table + d, n);
       v = sums ? g * (v - 2 * load_elements(z + d, n)) + load_elements(sums + d, n) : g * v;
-      store_elements<Sum>(dz + d, v, n);
+      store_elements<Sum>(dz + d, start ? v + load_elements(start + d, n) : v, n);
     });
   }
 }

@@ -78,11 +78,11 @@ std::int64_t number_labels(Scalar scalar, const std::int64_t* labels, std::int64
   return std::int64_t(sizes.size());
 }
 
-void sum_rows(const Rows& x, const std::int64_t* ids, const void* weight, std::int64_t classes, void* sums, int threads) {
+void sum_rows(const Rows& x, const std::int64_t* ids, const void* weight, std::int64_t classes, const void* start, void* sums, int threads) {
   check(ids, x.count, classes);
   constexpr std::int64_t columns = 64;  // of a part: whole cache lines of every row
   each_part(x.depth, columns, x, threads, [&](std::int64_t first, std::int64_t last) {
-    kernels_of(x).sum_rows(x.data, ids, weight, x.count, x.depth, first, last, sums);
+    kernels_of(x).sum_rows(x.data, ids, weight, start, x.count, classes, x.depth, first, last, sums);
   });
 }
 
@@ -95,12 +95,12 @@ void row_dots(const Rows& z, const void* table, std::int64_t classes, const std:
 }
 
 void row_dots_backward(const Rows& z, const void* table, std::int64_t classes, const std::int64_t* ids, const void* grad, const void* grad_sums,
-                       void* dz, int threads) {
+                       const void* start, void* dz, int threads) {
   check(ids, z.count, classes);
   const std::int64_t row = z.depth * size_of(z.scalar), sum = size_of_sum(z.scalar);
   each_rows(z, threads, [&](std::int64_t first, std::int64_t count) {
-    kernels_of(z).row_dots_backward(at(z.data, first, row), table, ids + first, at(grad, first, sum), grad_sums, count, z.depth,
-                                    at(dz, first, row));
+    kernels_of(z).row_dots_backward(at(z.data, first, row), table, ids + first, at(grad, first, sum), grad_sums,
+                                    start ? at(start, first, row) : nullptr, count, z.depth, at(dz, first, row));
   });
 }
 

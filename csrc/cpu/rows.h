@@ -26,14 +26,14 @@ std::int64_t number_labels(Scalar scalar, const std::int64_t* labels, std::int64
 
 // Below, ids [N] in [0, K), or std::out_of_range; a table and sums are [K, D] Sum.
 
-// sums_k += Σ over ids_i = k of weight_i x_i, the rows in order: weight [N] Sum, or null for 1.
-void sum_rows(const Rows& x, const std::int64_t* ids, const void* weight, std::int64_t classes, void* sums, int threads);
+// sums_k = start_k + Σ over ids_i = k of weight_i x_i, the rows in order: weight [N] Sum, or null for 1; start [K, D] like x, or null for 0.
+void sum_rows(const Rows& x, const std::int64_t* ids, const void* weight, std::int64_t classes, const void* start, void* sums, int threads);
 
 // dots_i = z_i·table_{ids_i}, or with `others`, where the table's rows are sums that z_i is in, z_i·(table_{ids_i} − z_i). dots [N] Sum.
 void row_dots(const Rows& z, const void* table, std::int64_t classes, const std::int64_t* ids, bool others, void* dots, int threads);
 // dz_i = grad_i table_{ids_i}, or where grad_sums = Σ over ids_i = k of grad_i z_i is given, that of `others`:
-// dz_i = grad_i (table_{ids_i} − 2 z_i) + grad_sums_{ids_i}. grad [N] Sum.
+// dz_i = grad_i (table_{ids_i} − 2 z_i) + grad_sums_{ids_i}; either is added to start_i, [N, D] like z, or null for 0. grad [N] Sum.
 void row_dots_backward(const Rows& z, const void* table, std::int64_t classes, const std::int64_t* ids, const void* grad, const void* grad_sums,
-                       void* dz, int threads);
+                       const void* start, void* dz, int threads);
 
 }  // namespace fastsupcon::cpu
