@@ -59,5 +59,5 @@ tests rest 30 "not triton and not test_self and not test_cross"
 gpu_step kernels 40 bash -c "\"$python\" bench/gpu_kernels.py >\"$out/kernels.json\""
 for tool in memcheck racecheck initcheck; do sanitize "$tool"; done
 gpu_step suite 130 "$python" -m bench gpu --out "$out/suite.json"
-[[ -z $no_gpu ]] || step quick 60 "$python" -m bench cpu --quick --out "$out/quick.json"
+[[ -z $no_gpu ]] || step quick 90 "$python" -m bench cpu --quick --out "$out/quick.json"
 ! grep -q 'failed\|stopped' "$out/steps.json"
