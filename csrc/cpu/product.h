@@ -222,12 +222,15 @@ FASTSUPCON_INLINE void with_vectors(std::int64_t width, const F& f) {
 }
 
 // out_r += Σ_k w_rk z_k for all elements. A tile read by rows has its cells along columns (kTermStep 1), by columns along rows.
+// The depth is cut into panels as equal as can be: 16 vectors by threes as 3 3 3 3 2 2, for a last panel of one vector is bound by the FMA's latency.
 template <class A, int kRowStep, int kTermStep, class Source>
 void add_weighted(const typename A::Cell* weights, std::int64_t outputs, const Source* rows, std::int64_t count, std::int64_t depth, Extent extent,
                   typename A::Cell* panel, typename A::Sum* out) {
-  for (std::int64_t first = 0; first < depth; first += kPanel<A>) {
-    with_vectors<A>(depth - first, [&](auto v) {
-      add_elements<A, v.value, kRowStep, kTermStep>(weights, outputs, rows, count, depth, first, extent, panel, out);
+  const std::int64_t vectors = (depth + kWidth<A> - 1) / kWidth<A>, panels = (vectors + kVectors - 1) / kVectors;
+  for (std::int64_t p = 0; p < panels; ++p) {
+    const std::int64_t first = (vectors * p + panels - 1) / panels, last = (vectors * (p + 1) + panels - 1) / panels;
+    with_vectors<A>((last - first) * kWidth<A>, [&](auto v) {
+      add_elements<A, v.value, kRowStep, kTermStep>(weights, outputs, rows, count, depth, first * kWidth<A>, extent, panel, out);
     });
   }
 }
