@@ -236,18 +236,18 @@ def test_fashion_mnist_from_root_checks_the_checksum(tmp_path, monkeypatch):
         load(Source(data="fashion-mnist-lt", root=tmp_path))
 
 
-@pytest.mark.parametrize(("name", "archive", "fine"), [("cifar10-lt", "cifar-10", "labels"), ("cifar100-lt", "cifar-100", "fine_labels")])
-def test_cifar_archive(tmp_path, monkeypatch, name, archive, fine):
+def write_cifar(folder, monkeypatch, name):
+    """An archive of CIFAR's layout with an image of random pixels for each class; its path, and the test images' pixels."""
     import hashlib
     import pickle
     import tarfile
 
-    classes = 10 if name == "cifar10-lt" else 100
+    classes, fine = {"cifar-10": (10, "labels"), "cifar-100": (100, "fine_labels")}[name]
     pixels = np.random.default_rng(0).integers(0, 255, (classes, 3072), dtype=np.uint8)
     batch = {"data": pixels, fine: list(range(classes))}
     parts = {f"data_batch_{i}": batch for i in range(1, 6)} | {"test_batch": batch} if classes == 10 else {"train": batch, "test": batch}
     meta = {"batches.meta": {"label_names": [str(c) for c in range(10)]}, "meta": {"fine_label_names": [str(c) for c in range(100)]}}
-    path = tmp_path / f"{archive}-python.tar.gz"
+    path = folder / f"{name}-python.tar.gz"
     with tarfile.open(path, "w:gz") as tar:
         for member, value in (parts | meta).items():
             blob = pickle.dumps(value)
@@ -255,6 +255,47 @@ def test_cifar_archive(tmp_path, monkeypatch, name, archive, fine):
             info.size = len(blob)
             tar.addfile(info, io.BytesIO(blob))
     monkeypatch.setitem(datasets.MD5, path.name, hashlib.md5(path.read_bytes()).hexdigest())
-    data = load(Source(data=name, root=tmp_path))
-    assert len(data.train) == (50 if classes == 10 else 100) and len(data.classes) == classes
-    assert torch.equal(data.test.images[3].flatten(), torch.from_numpy(pixels[3]))
+    return path, torch.from_numpy(pixels)
+
+
+@pytest.mark.parametrize(("archive", "images", "classes"), [("cifar-10", 50, 10), ("cifar-100", 100, 100)])
+def test_cifar_archive(tmp_path, monkeypatch, archive, images, classes):
+    _, pixels = write_cifar(tmp_path, monkeypatch, archive)
+    data = load(Source(data=f"{archive.replace('-', '')}-lt", root=tmp_path))
+    assert len(data.train) == images and len(data.classes) == classes
+    assert torch.equal(data.test.images[3].flatten(), pixels[3])
+
+
+def test_download(tmp_path, monkeypatch, capfd):
+    """From a server of our own: fetched once, kept in the cache, refused where the checksum differs or nothing answers."""
+    import functools
+    import http.server
+    import threading
+
+    import pooch
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        requests = 0
+
+        def log_message(self, *_):
+            Handler.requests += 1
+
+    served, cache = tmp_path / "served", tmp_path / "cache"
+    served.mkdir()
+    path, pixels = write_cifar(served, monkeypatch, "cifar-100")
+    monkeypatch.setattr(pooch, "os_cache", lambda _: cache)
+    source = Source(data="cifar100-lt")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=served)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(datasets, "CIFAR", f"http://127.0.0.1:{server.server_port}/")
+        for _ in range(2):
+            assert torch.equal(load(source).test.images[3].flatten(), pixels[3])
+        assert Handler.requests == 1 and "100%" in capfd.readouterr().err  # the bar of the download
+        monkeypatch.setitem(datasets.MD5, path.name, "0" * 32)
+        with pytest.raises(ValueError, match=r"hash of downloaded file .* does not match"):
+            load(source)
+        server.shutdown()
+    (cache / path.name).unlink()
+    with pytest.raises(OSError, match=r"127\.0\.0\.1"):
+        load(source)
+    assert list(cache.iterdir()) == []  # nothing half downloaded is left
