@@ -176,7 +176,10 @@ def fetch(base: str, name: str, root: Path | None) -> Path:
     import pooch
 
     if root is None:
-        return Path(pooch.retrieve(base + name, f"md5:{MD5[name]}", fname=name, path=pooch.os_cache("fastsupcon"), progressbar=True))
+        try:
+            return Path(pooch.retrieve(base + name, f"md5:{MD5[name]}", fname=name, path=pooch.os_cache("fastsupcon"), progressbar=True))
+        except OSError as error:
+            raise OSError(f"{name} could not be downloaded ({error}); with the file in a folder of yours, name that by --root") from error
     path = _existing(root / name, f"the file of {base}{name}")
     if (found := pooch.file_hash(path, alg="md5")) != MD5[name]:
         raise ValueError(f"{path} must have md5 {MD5[name]}, got {found}: incomplete or another file")
