@@ -29,7 +29,7 @@ from fastsupcon.backends._extension import module as extension
 
 from . import report
 from .contenders import CONTENDERS, PRESETS, Case, absent
-from .measure import PRODUCT, PRODUCT_SIZE, Ended, Worker
+from .measure import PRODUCT, Ended, Worker
 
 ROUNDS = 9  # turns of each contender in each mode
 SLOW, SLOW_ROUNDS = 1.0, 3  # seconds a step; from there on fewer turns
@@ -146,11 +146,16 @@ def run_case(case: Case, names: tuple[str, ...], rounds: int, scratch: Path, ste
             worker.stop()
     for name, modes in seconds.items():
         results[name]["seconds"] = {mode: spread(samples) for mode, samples in modes.items() if samples}
-    product = results.pop(PRODUCT)["seconds"]["product"]
-    rate = {"flops": 2 * PRODUCT_SIZE[case.device] ** 3, "seconds": product}
+    product = results.pop(PRODUCT)
     described = {key: value for key, value in asdict(case).items() if key != "only"}
     floor = {mode: case.flops(mode) for mode in ("forward", "forward+backward")}
-    return {"case": described, **provenance(), "floor_flops": floor, "product": rate, "contenders": results}
+    return {
+        "case": described,
+        **provenance(),
+        "floor_flops": floor,
+        "product": product | {"seconds": product["seconds"]["product"]},
+        "contenders": results,
+    }
 
 
 def take_turns(case: Case, workers: dict[str, Worker], results: dict, rounds: int, step: Callable[[], None]) -> dict[str, dict]:

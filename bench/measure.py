@@ -20,10 +20,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastsupcon.backends._extension import SCALARS
+from fastsupcon.backends._extension import module as extension
+
 from .contenders import CONTENDERS, TEMPERATURE, Case, Loss, naive
 
-PRODUCT = "torch.mm"  # beside the contenders, a plain matrix product: the rate of this machine at this moment
-PRODUCT_SIZE = {"cpu": 1024, "cuda": 8192}
+PRODUCT = "product"  # beside the contenders, a product at the highest rate this machine has at this moment
 NAIVE_ROWS = 4096  # up to here the reference is the naive loss in float64,
 CHUNKED_ROWS = {"cpu": 16384, "cuda": 65536}  # to here the chunked backend in float64,
 ANCHORS = 256  # and above naive again, for so many of the rows
@@ -42,7 +44,7 @@ def serve(case: Case, name: str, reference: Path, pipe: Connection) -> None:
             if request != "prepare":
                 answer = timed(steps[request], case.device)
             elif name == PRODUCT:
-                steps, answer = {"product": product_step(case)}, {}
+                steps["product"], answer = product(case)
             elif name == "reference":
                 answer = torch.save(float64_reference(case), reference)
             else:
@@ -84,11 +86,18 @@ def prepare(case: Case, name: str, reference: list[Tensor]) -> tuple[dict[str, C
     return steps, answer
 
 
-def product_step(case: Case) -> Callable[[], object]:
-    size = PRODUCT_SIZE[case.device]
-    a = torch.randn(size, size, device=case.device).to(getattr(torch, case.dtype))
+def product(case: Case) -> tuple[Callable[[], object], dict]:
+    """On a CPU our own micro-kernel with its operands in L1, on each thread; on a GPU torch.mm."""
+    dtype = getattr(torch, case.dtype)
+    if case.device == "cpu":
+
+        def run() -> float:
+            return extension.cpu.micro_kernel(SCALARS[dtype], 20_000, case.threads)
+
+        return run, {"what": "the micro-kernel in L1", "flops": 2 * run()}
+    a = torch.randn(8192, 8192, device=case.device).to(dtype)
     out = torch.empty_like(a)
-    return lambda: torch.mm(a, a.T, out=out)
+    return lambda: torch.mm(a, a.T, out=out), {"what": "torch.mm, 8192³", "flops": 2 * 8192**3}
 
 
 def captured(step: Callable[[], object]) -> Callable[[], object]:

@@ -42,7 +42,7 @@ def median(entry: dict, name: str, mode: str = BOTH) -> float | None:
 
 
 def floor_seconds(entry: dict, mode: str = BOTH) -> float:
-    """The floor's flops at the rate of torch.mm in the same run."""
+    """The floor's flops at the rate of the product in the same run."""
     product = entry["product"]
     return entry["floor_flops"][BOTH if mode == "graph" else mode] * product["seconds"]["median"] / product["flops"]
 
@@ -148,8 +148,12 @@ def heading(results: dict) -> str:
     used = f" Instruction set in use: {', '.join(sets)}." if sets else ""
     return (
         f"{machine['processor']}, {machine['cores']} cores; device {machine['device']}. {'; '.join(versions)}. {'; '.join(runs)}."
-        f"{used}{load}\n\ntorch.mm, the rate of the floor: {'; '.join(spoken)}."
+        f"{used}{load}\n\nThe rate of the floor is that of {rate_of(entries)}: {'; '.join(spoken)}."
     )
+
+
+def rate_of(entries: list[dict]) -> str:
+    return ", or ".join(sorted({entry["product"]["what"] for entry in entries}))
 
 
 def gradient_bytes(entry: dict) -> int:
@@ -216,7 +220,7 @@ def write_whole(path: Path, content: bytes) -> None:
 def write(results_path: Path) -> list[Path]:
     """The table and the plots, beside the JSON."""
     results = json.loads(results_path.read_text())
-    time = plot(results, median, "seconds", floor_seconds, "floor at torch.mm's rate")
+    time = plot(results, median, "seconds", floor_seconds, f"floor at the rate of {rate_of(results['cases'])}")
     memory = plot(
         results,
         lambda entry, name: of(entry, name).get("extra_bytes"),

@@ -57,6 +57,7 @@ PYBIND11_MODULE(_C, m) {
   auto cpu = m.def_submodule("cpu");
   cpu.def("instruction_sets", &fastsupcon::cpu::instruction_sets, "Names of the instruction sets built in that this processor has, best first.");
   cpu.def("instruction_set", &fastsupcon::cpu::instruction_set, "The one in use (FASTSUPCON_CPU forces one).");
+  cpu.def("micro_kernel", &fastsupcon::cpu::micro_kernel, py::call_guard<py::gil_scoped_release>());
   cpu.def(
       "self_forward",
       [](const LseProblem& p, Address lse, int threads) { fastsupcon::cpu::self_forward(p, pointer<void>(lse), threads); },

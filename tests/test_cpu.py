@@ -20,6 +20,7 @@ from torch.nn.functional import normalize
 
 from fastsupcon.backends import cpu, reference
 from fastsupcon.backends._dtypes import sum_dtype
+from fastsupcon.backends._extension import SCALARS
 
 pytestmark = pytest.mark.skipif(cpu.extension_missing is not None, reason=str(cpu.extension_missing))
 
@@ -234,6 +235,14 @@ def _python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 def test_a_forked_child_still_works():
     done = _python("-c", _AFTER_FORK)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_micro_kernel_counts_its_multiply_adds(dtype):
+    """The benchmarks' measure of a core: rows x vectors x lanes x steps, a multiple of every instruction set's smallest group."""
+    once = cpu._C.cpu.micro_kernel(SCALARS[dtype], 1, 1)
+    assert once % (4 * 2 * 2 * 96) == 0 and once > 0
+    assert cpu._C.cpu.micro_kernel(SCALARS[dtype], 7, 3) == 21 * once
 
 
 def test_an_unknown_instruction_set_is_an_error():

@@ -67,6 +67,9 @@ struct Kernels {
 
   void (*finish)(const void* sums, std::int64_t count, double factor, void* elements);  // elements = factor · sums; in place is allowed
 
+  // `times` products of kRows rows with one panel, all in L1, at which no other product here can be faster. Returns its multiply-adds.
+  double (*micro_kernel)(std::int64_t times, void* scratch);
+
   // What rows.h describes, for the first `count` rows; sum_rows for the columns [first, last) of all rows.
   void (*unit_rows)(const void* x, std::int64_t count, std::int64_t depth, void* unit, void* norm);
   void (*unit_rows_backward)(const void* unit, const void* norm, const void* grad, std::int64_t count, std::int64_t depth, void* dx);

@@ -7,6 +7,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <vector>
 
 #include "dispatch.h"
@@ -405,6 +406,16 @@ void cross_backward(const LseProblem& problem, const void* lse, const void* grad
   } else {
     CrossRun<float>(problem, threads).backward(static_cast<const float*>(lse), static_cast<const float*>(grad), da, db, dbias);
   }
+}
+
+double micro_kernel(Scalar scalar, std::int64_t times, int threads) {
+  const Kernels& kernels = *unit_in_use().kernels[int(scalar)];
+  const Scratches scratches(threads, kernels.scratch_bytes);
+  std::vector<double> multiply_adds(threads);
+  Team::run(threads, [&](Team& team, int member) {
+    team.each(threads, [&](std::int64_t task) { multiply_adds[task] = kernels.micro_kernel(times, scratches.of(member)); });
+  });
+  return std::accumulate(multiply_adds.begin(), multiply_adds.end(), 0.0);
 }
 
 }  // namespace fastsupcon::cpu

@@ -22,4 +22,7 @@ void cross_forward(const LseProblem& problem, void* lse, int threads);
 void self_backward(const LseProblem& problem, const void* lse, const void* grad, void* da, int threads);
 void cross_backward(const LseProblem& problem, const void* lse, const void* grad, void* da, void* db, void* dbias, int threads);
 
+// For benchmarks: `times` rounds of the micro-kernel in each thread, its operands in L1. Returns the multiply-adds of all.
+double micro_kernel(Scalar scalar, std::int64_t times, int threads);
+
 }  // namespace fastsupcon::cpu

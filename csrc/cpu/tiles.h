@@ -517,6 +517,24 @@ void finish(const void* sums, std::int64_t count, double factor, void* elements)
   for (std::int64_t k = 0; k < count; ++k) from_sum(static_cast<const Sum*>(sums)[k] * Sum(factor), static_cast<Source*>(elements)[k]);
 }
 
+template <class A>
+double micro_kernel(std::int64_t times, void* memory) {
+  constexpr std::int64_t terms = kMaxBlock / 2;
+  Scratch<A>& scratch = *static_cast<Scratch<A>*>(memory);
+  auto* const rows = reinterpret_cast<typename A::Cell*>(scratch.tile);
+  __builtin_memset(rows, 0x3f, terms * kPanel<A> * sizeof(*rows));  // each element a number below 1
+  __builtin_memset(scratch.panel, 0x3f, sizeof(scratch.panel));
+  for (std::int64_t t = 0; t < times; ++t) {
+    Vector<typename A::Sum> sum[kRows][kVectors];
+    multiply<A, kVectors, 1, kPanel<A>>(rows + t % (kPanel<A> / kRows) * kRows, scratch.panel, terms, sum);
+    unroll<kRows>([&](auto r) __attribute__((always_inline)) {
+      unroll<kVectors>([&](auto v) __attribute__((always_inline)) { scratch.row_sums[r * kVectors + v] = sum[r][v]; });
+    });
+    __asm__ volatile("" ::: "memory");  // every time anew
+  }
+  return double(times) * kRows * kPanel<A> * terms * A::kPerCell;
+}
+
 template <class A, class Source>
 constexpr Kernels make_kernels() {
   using Sum = typename A::Sum;
@@ -534,6 +552,7 @@ constexpr Kernels make_kernels() {
       cross_forward<A, Source>,
       cross_backward<A, Source>,
       finish<Sum, Source>,
+      micro_kernel<A>,
       unit_rows<Sum, Source>,
       unit_rows_backward<Sum, Source>,
       sum_rows<Sum, Source>,
