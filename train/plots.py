@@ -10,6 +10,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 DOTS_PER_INCH = 110
+ABOVE = {"frameon": False, "fontsize": 8, "ncols": 3, "loc": "lower left", "bbox_to_anchor": (0, 1)}  # a legend over no line or bar
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -29,20 +30,22 @@ def per_class(path: Path, counts: list[int], accuracies: dict[str, list[float | 
     for name, values in accuracies.items():
         values = np.asarray([np.nan if v is None else v for v in values])[order]
         accuracy.plot(values, ".-" if len(order) <= 30 else "-", label=name, linewidth=1.4)
-    accuracy.set(ylabel="test accuracy, %", ylim=(min(50, np.nanmin([v for a in accuracies.values() for v in a if v is not None])), 101))
-    accuracy.legend(frameon=False, fontsize=8, loc="lower left")
+    lowest = min(v for values in accuracies.values() for v in values if v is not None)
+    accuracy.set(ylabel="test accuracy, %", ylim=(min(50, lowest) - 2, 102))
+    accuracy.legend(**ABOVE)
     save(figure, path)
 
 
 def confusion(path: Path, matrix: Tensor, classes: list[str]) -> None:
+    shares = matrix.numpy()
     figure = Figure(figsize=(5, 4.4))
     axes = figure.add_subplot()
-    shown = axes.imshow(matrix, vmin=0, vmax=1, cmap="Blues")
+    shown = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
     axes.set(xlabel="predicted", ylabel="true")
     if len(classes) <= 20:
         axes.set_xticks(range(len(classes)), classes, rotation=90 if max(map(len, classes)) > 3 else 0)
         axes.set_yticks(range(len(classes)), classes)
-        for (i, j), share in np.ndenumerate(matrix.numpy()):
+        for (i, j), share in np.ndenumerate(shares):
             if share >= 0.005:
                 axes.text(j, i, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color="white" if share > 0.5 else "black")
     figure.colorbar(shown, label="share of the true class")
@@ -88,7 +91,7 @@ def curves(path: Path, history: list[dict]) -> None:
     for axes, title in ((losses, "loss"), (weights, "schedule"), (accuracies, "accuracy, %")):
         axes.set(title=title, xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.legend(frameon=False, fontsize=7)
+        axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18))  # below: over no line
     save(figure, path)
 
 
@@ -104,7 +107,7 @@ def comparison(path: Path, groups: dict[str, dict[str, tuple[float, float]]]) ->
         places = [names.index(n) + (i + 0.5) * width - 0.4 for n in shown]
         axes.bar(places, mean, width, yerr=std, label=method, error_kw={"linewidth": 0.8})
     lowest = min(mean - std for values in groups.values() for mean, std in values.values())
-    axes.set(ylabel="test accuracy, %", ylim=(max(0, lowest - 8), 101))
+    axes.set(ylabel="test accuracy, %", ylim=(max(0, lowest - 3), 101))
     axes.set_xticks(range(4), names)
-    axes.legend(frameon=False, fontsize=8, ncols=3, loc="lower left")
+    axes.legend(**ABOVE)
     save(figure, path)
