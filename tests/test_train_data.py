@@ -121,8 +121,8 @@ def lists(tmp_path, train, test):
 @pytest.mark.parametrize(
     ("train", "test", "message"),
     [
-        ([0, 1], [0, 2], r"labels of the test split must lie in \[0, 2\).*got 2"),
-        ([0, 2], [0], r"every class must have training images.*\[1\]"),
+        ([0, 1], [0, 2], r"labels of the test split must lie in \[0, 2\).*got 2 for .*b\.png"),
+        ([0, 2], [0], "every class must have training images, got none for 1 of 3 classes: 1$"),
         ([0, 0], [0], "at least 2 classes, got 1"),
         ([0, 1], [], "the test split must not be empty"),
     ],
@@ -178,11 +178,23 @@ def test_crops_of_files_depend_on_the_key_alone(tmp_path):
         assert 0.08 <= (right - left) * (bottom - top) / (64 * 48) <= 1
 
 
-def test_corrupt_image_is_named(tmp_path):
-    (tmp_path / "broken.jpg").write_bytes(b"no image")
-    batches = datasets.Batches(Split([tmp_path / "broken.jpg"], torch.tensor([0])), torch.device("cpu"), 8, 0)
-    with pytest.raises(ValueError, match=r"broken\.jpg is not a readable image"):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_corrupt_image_is_named(tmp_path, workers):
+    picture(tmp_path / "whole.jpg", (0, 0, 0))
+    (tmp_path / "broken.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:300])
+    split = Split([tmp_path / "whole.jpg", tmp_path / "broken.jpg"], torch.tensor([0, 0]))
+    batches = datasets.Batches(split, torch.device("cpu"), 8, workers)
+    with pytest.raises(ValueError, match=r"broken\.jpg is not a readable image") as raised:
         next(batches.in_order(4))
+    assert "\n" not in str(raised.value)  # no worker's traceback
+
+
+def test_empty_class_folder_is_named(tmp_path):
+    for i in range(5):
+        picture(tmp_path / "cat" / f"{i}.png", (0, 0, 0))
+    (tmp_path / "no dog").mkdir()
+    with pytest.raises(ValueError, match=r"got none for 1 of 2 classes: no dog$"):
+        load(Source(data="folder", root=tmp_path))
 
 
 def test_every_image_once_for_evaluation():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import pickle
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
@@ -91,10 +92,11 @@ def _check(data: Data) -> None:
     for name, split in (("train", data.train), ("validation", data.validation), ("test", data.test)):
         if split is not None and len(split) == 0:
             raise ValueError(f"the {name} split must not be empty, got no image")
-        if split is not None and int(split.labels.max()) >= classes:
-            raise ValueError(f"labels of the {name} split must lie in [0, {classes}), the training classes, got {int(split.labels.max())}")
-    if empty := (data.counts == 0).nonzero().flatten().tolist():
-        raise ValueError(f"every class must have training images, got none for {len(empty)} of {classes} classes: {empty[:10]}")
+        if split is not None and (label := int(split.labels.max())) >= classes:
+            image = "" if isinstance(split.images, Tensor) else f" for {split.images[split.labels.argmax()]}"
+            raise ValueError(f"labels of the {name} split must lie in [0, {classes}), the training classes, got {label}{image}")
+    if empty := [name for name, count in zip(data.classes, data.counts.tolist(), strict=True) if count == 0]:
+        raise ValueError(f"every class must have training images, got none for {len(empty)} of {classes} classes: {', '.join(empty[:10])}")
 
 
 # ---- the long tail
@@ -341,9 +343,12 @@ class ImageFiles(Dataset):
     def __init__(self, split: Split, size: int) -> None:
         self.paths, self.size = split.images, size
 
-    def __getitem__(self, item: tuple[int, tuple[int, ...] | None]) -> Tensor:
+    def __getitem__(self, item: tuple[int, tuple[int, ...] | None]) -> Tensor | ValueError:
         index, key = item
-        image = decode(self.paths[index], str(self.paths[index]))
+        try:
+            image = decode(self.paths[index], str(self.paths[index]))
+        except ValueError as error:  # raised by Batches: out of a worker it would come with the worker's traceback as its message
+            return error
         box = middle(*image.size) if key is None else random_resized_crop(*image.size, np.random.default_rng(key))
         small = image.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box, reducing_gap=2.0)
         return torch.from_numpy(np.asarray(small).copy()).permute(2, 0, 1)
@@ -364,6 +369,15 @@ def middle(width: int, height: int) -> tuple[float, float, float, float]:
     """What resizing the short side to 256 and cutting 224 from the centre keeps, whatever the size asked for."""
     side = min(width, height) * 224 / 256
     return (width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2
+
+
+def stack(images: list[Tensor | ValueError]) -> Tensor | ValueError:
+    return next((image for image in images if isinstance(image, ValueError)), None) or torch.stack(images)
+
+
+def leave_process_group(_worker: int) -> None:
+    """Ctrl-C, and often SIGTERM, reach the whole process group, but the step at hand still needs its images."""
+    os.setpgrp()
 
 
 class KeyedRows:
@@ -387,8 +401,9 @@ class Batches:
         if self.resident is None:
             self.rows = KeyedRows()
             options = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": device.type == "cuda"}
+            options["worker_init_fn"] = leave_process_group
             options["generator"] = torch.Generator()  # or the loader would draw from the generator that augments
-            self.loader = DataLoader(ImageFiles(split, image_size), batch_sampler=self.rows, collate_fn=torch.stack, **options)
+            self.loader = DataLoader(ImageFiles(split, image_size), batch_sampler=self.rows, collate_fn=stack, **options)
 
     def __call__(self, plan: Tensor, first: int = 0, key: tuple[int, ...] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """From row ``first`` on. ``key`` seeds the crops of files; None takes the middle."""
@@ -399,6 +414,8 @@ class Batches:
             return
         self.rows.plan, self.rows.first, self.rows.key = plan, first, key
         for indices, images in zip(rows, self.loader, strict=True):
+            if isinstance(images, ValueError):
+                raise images
             yield images.to(self.device, non_blocking=True), self.labels[indices]
 
     def in_order(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
