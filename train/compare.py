@@ -16,8 +16,6 @@ from typing import Any
 import checkpoint
 import plots
 import tyro
-from rich.console import Console
-from rich.markdown import Markdown
 
 FIGURES = {"balanced": "balanced", "many": "many", "medium": "medium", "few": "few", "worst": "worst class", "calibration_error": "ECE"}
 
@@ -80,6 +78,8 @@ class Compare:
 
 
 def main(options: Compare) -> None:
+    if not options.runs:
+        raise SystemExit("error: runs must name at least one folder")
     names = options.names or [folder.name for folder in options.runs]
     if len(set(names)) != len(options.runs):
         raise SystemExit(f"error: names must be {len(options.runs)} different ones, got {names}: give --names")
@@ -87,11 +87,13 @@ def main(options: Compare) -> None:
         groups = {name: read_runs(folder) for name, folder in zip(names, options.runs, strict=True)}
     except OSError as error:
         raise SystemExit(f"error: {error}") from None
+    if len(data := {run["config"]["data"] for runs in groups.values() for run in runs}) > 1:
+        raise SystemExit(f"error: runs must be of one data set, got {', '.join(sorted(data))}")
     options.out.mkdir(parents=True, exist_ok=True)
     text = table(groups, against=names[:1])
     checkpoint.write_text(options.out / "comparison.md", text + "\n")
     draw(options.out, groups)
-    Console().print(Markdown(text))
+    print(text)
     print(f"written to {options.out}")
 
 
