@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,8 +25,10 @@ import ablate
 import checkpoint
 import compare
 import data as datasets
+import evaluate
 import hybrid
 from hybrid import Config, Run, chance_level, read_config, resolve, source_of, train
+from rich.console import Console
 
 ROOT = Path(__file__).parents[1]
 # 58 images of digits, a network of a few thousand weights, two steps an epoch.
@@ -183,9 +187,10 @@ def command(*arguments) -> list[str]:
     return [sys.executable, str(ROOT / "train" / "hybrid.py"), "--no-pictures", *flags, *arguments]
 
 
-def start(arguments):
+def start(arguments, new_session=False):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(arguments, cwd=ROOT, env=environment, start_new_session=new_session, **streams)
 
 
 def wait_for(condition, process, seconds=60):
@@ -238,11 +243,82 @@ def test_resume_takes_the_runs_own_settings(tmp_path):
         ({"backend": "nonsense"}, "nonsense"),
         ({"backend": "cuda"}, "cuda"),
         ({"device": "nonsense"}, "device 'nonsense' is not usable"),
+        ({"network": "nonsense"}, "network must be one of resnet8.*nonsense"),
+        ({"export": True}, r"export needs the package safetensors \(the \[train-extra\] extra\)"),
+        ({"tensorboard": True}, "tensorboard needs the package tensorboard"),
     ],
 )
-def test_bad_settings(tmp_path, settings, message):
+def test_bad_settings(tmp_path, monkeypatch, settings, message):
+    monkeypatch.setattr(hybrid, "find_spec", lambda package: None)
     with pytest.raises(ValueError, match=message):
         tiny(tmp_path, **settings)
+
+
+def test_stopped_in_an_evaluation(tmp_path, monkeypatch):
+    """Nothing is left to train then: the epoch is kept, and resuming reports."""
+    run_tiny(tmp_path / "whole")
+    predict = evaluate.predict
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(evaluate, "predict", lambda *given: os.kill(os.getpid(), signal.SIGTERM) or predict(*given))
+        run_tiny(tmp_path / "cut", eval_every=2)
+    assert stopped.value.code == 128 + signal.SIGTERM and not (tmp_path / "cut" / "metrics.json").exists()
+    hybrid.main(Config(resume=tmp_path / "cut"))
+    assert same(weights(tmp_path / "cut")["network"], weights(tmp_path / "whole")["network"])
+    assert (tmp_path / "cut" / "metrics.json").exists()
+
+
+def test_a_stopped_run_evaluated_is_not_taken_for_finished(tmp_path, monkeypatch):
+    stop, update, out = StopAfter(3), Run.update, tmp_path / "cut"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Run, "update", lambda self, raw, labels: stop(raw, labels, lambda *batch: update(self, *batch)))
+        run_tiny(out)
+    hybrid.main(Config(eval_only=out))
+    assert json.loads((out / "metrics.json").read_text())["updates"] == 2
+    assert weights(out)["step"] == 1  # evaluated, not trained on
+    hybrid.main(Config(resume=out))
+    assert json.loads((out / "metrics.json").read_text())["updates"] == 4
+    log = (out / "log.jsonl").read_text()
+    (out / "log.jsonl").write_text(log.splitlines()[0] + "\n")  # as if killed between the last checkpoint and its row
+    hybrid.main(Config(resume=out))
+    assert len((out / "log.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(tmp_path):
+    config = tiny(tmp_path / "run", epochs=1)
+    data = datasets.load(source_of(config))
+    result = hybrid.finish(config, data)
+    written = (tmp_path / "run" / "last.pt").stat().st_mtime_ns
+    assert hybrid.finish(dataclasses.replace(config, threads=2, pictures=True), data)["best"] == result["best"]
+    assert (tmp_path / "run" / "last.pt").stat().st_mtime_ns == written  # read, not trained again
+    with pytest.raises(ValueError, match=r"holds a run of other settings \(epochs, lr\)"):
+        hybrid.finish(dataclasses.replace(config, epochs=3, lr=0.2), data)
+
+
+def test_progress_fits_80_columns(monkeypatch):
+    screen = Console(width=80, file=io.StringIO(), force_terminal=True)
+    monkeypatch.setattr(hybrid, "console", screen)
+    row = {"images_per_second": 12345.6, "alpha": 0.5, "feature_loss": 1.5, "chance": 4.844, "classifier_loss": 2.5}
+    with hybrid.progress_bar() as progress:
+        task = progress.add_task("runs/cifar10-jpeg-mpsc-20260101-120000", total=4800, completed=17, text="")
+        progress.update(task, text=hybrid.status(row))
+        lines = ["".join(part.text for part in line).rstrip() for line in screen.render_lines(progress.get_renderable())]
+    assert lines[0].startswith("runs/cifar10-jpeg-mpsc-20260101-120000 ") and re.search(r"17/4800 0:00:00 -:--:--$", lines[0])
+    assert lines[1] == "12346 images/s  α 0.50  feature 1.500  (chance 4.844)  classifier 2.500"
+
+
+def test_tensorboard_has_every_epoch(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="needs the [train-extra] extra")
+    run_tiny(tmp_path / "run", tensorboard=True)
+    events = accumulator.EventAccumulator(str(tmp_path / "run")).Reload()
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [(e.step, e.value) for e in events.Scalars("feature_loss")] == [(r["epoch"], pytest.approx(r["feature_loss"])) for r in log]
+
+
+def test_a_cpu_runs_generators_are_no_obstacle_to_a_gpu():
+    state = checkpoint.random_state(torch.device("cpu"))
+    expected = torch.rand(3)
+    checkpoint.set_random_state(state, torch.device("cuda"))
+    assert torch.equal(torch.rand(3), expected)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
@@ -275,6 +351,16 @@ def test_command_line_from_seeds_to_pictures(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "compared" / "comparison.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit, match=r"error: .*holds a run already"):
         hybrid.main(Config(out=out))
+
+
+def test_what_cannot_be_compared(tmp_path):
+    for name, data in (("a", "digits"), ("b", "mnist")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text(json.dumps({"config": {"data": data}}))
+    for runs, message in (([], "at least one"), (["a", "b"], "one data set, got digits, mnist"), (["c"], "is the run finished")):
+        with pytest.raises(SystemExit, match=message):
+            compare.main(compare.Compare([tmp_path / name for name in runs], tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_paired_differences_go_by_seed():
@@ -320,17 +406,33 @@ def test_hybrid_beats_guessing_by_far(tmp_path):
     assert sum(accuracies) / 3 > 60  # chance 10
 
 
-def test_image_files_train_and_resume(tmp_path, monkeypatch):
-    """Decoded in a worker, cropped by key: a run stopped inside an epoch comes to the same bits here too."""
+def make_image_folder(root):
     import numpy as np
     from PIL import Image
 
     random = np.random.default_rng(0)
     for c in range(2):
-        (tmp_path / "images" / f"class {c}").mkdir(parents=True)
+        (root / f"class {c}").mkdir(parents=True)
         for i in range(20):
             pixels = random.integers(0, 128, (24, 32, 3), dtype=np.uint8) + np.uint8(127 * c)
-            Image.fromarray(pixels).save(tmp_path / "images" / f"class {c}" / f"{i}.png")
+            Image.fromarray(pixels).save(root / f"class {c}" / f"{i}.png")
+
+
+def test_a_signal_to_the_whole_process_group_leaves_a_checkpoint(tmp_path):
+    """As Ctrl-C in a terminal sends it: the workers go on decoding for the step at hand."""
+    make_image_folder(tmp_path / "images")
+    out, folder = tmp_path / "run", ["--data", "folder", "--root", str(tmp_path / "images"), "--network", "resnet8"]
+    process = start(command(*folder, "--image-size", "16", "--workers", "2", "--epochs", "1000", "--out", str(out)), new_session=True)
+    wait_for(lambda: (out / "log.jsonl").exists(), process)
+    os.killpg(process.pid, signal.SIGTERM)
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signal.SIGTERM, text
+    assert "stopped in epoch" in text and weights(out)["epoch"] >= 1
+
+
+def test_image_files_train_and_resume(tmp_path, monkeypatch):
+    """Decoded in a worker, cropped by key: a run stopped inside an epoch comes to the same bits here too."""
+    make_image_folder(tmp_path / "images")
     settings = {"data": "folder", "root": tmp_path / "images", "largest_class": None, "imbalance": 2, "network": "resnet8", "batch": 8}
     settings |= {"image_size": 16, "workers": 1, "lr": 0.05, "color_jitter": 0.2}
     whole = run_tiny(tmp_path / "whole", **settings)

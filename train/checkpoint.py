@@ -78,7 +78,7 @@ def random_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"].cpu())
-    if device.type == "cuda":
+    if device.type == "cuda" and "cuda" in state:  # a run of the CPU's may be evaluated on a GPU
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
 

@@ -9,6 +9,8 @@ after Wang et al., CVPR 2021. With no argument it trains on scikit-learn's digit
     python train/hybrid.py --data cifar10-lt --imbalance 100              # the paper's CIFAR-10-LT; downloads
     python train/hybrid.py --data list --root D --train-list A --test-list B --network resnet50
     python train/hybrid.py --resume runs/X                                # go on after Ctrl-C, SIGTERM or a crash, to the same bits
+
+A setting left at None is the data set's recipe, where nothing else is said; config.json in the run's folder tells what it was.
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import checkpoint
 import data as datasets
@@ -31,7 +35,7 @@ import torch
 import tyro
 from augment import Augmentation
 from networks import HybridNetwork, freeze_below_classifier, make_backbone
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from sampling import Rule, Sampler
@@ -46,13 +50,11 @@ console = Console()
 
 @dataclass(frozen=True)
 class Config:
-    """Settings left at None are the data set's recipe."""
-
     # -- data
-    data: datasets.DataName = "digits"
+    data: datasets.DataName = "digits"  # all but digits need --root or a download
     root: Path | None = None  # folder of the data; None: download, where that is possible
     train_list: Path | None = None  # for --data list: one "relative/path label" a line
-    val_list: Path | None = None
+    val_list: Path | None = None  # chooses the best epoch, as --validation does
     test_list: Path | None = None
     imbalance: float | None = None  # images of the largest class over those of the smallest
     largest_class: int | None = None  # images of class 0; None: as many as the imbalance allows
@@ -65,12 +67,12 @@ class Config:
 
     # -- method
     loss: Literal["sc", "psc", "mpsc", "ce"] = "sc"  # of the feature branch; ce: no feature branch, the classifier alone
-    temperature: float | None = None
+    temperature: float | None = None  # of the feature loss
     prototypes_per_class: int = 4  # of mpsc
     denominator: Literal["negatives", "all"] = "negatives"  # psc, mpsc: "all" puts the own prototypes back
     schedule: Schedule = "parabolic-decay"  # of alpha
     switch_at: float = 0.5  # fraction of the epochs at which "switch" and "two-stage" go from features to classifier
-    feature_sampler: Rule = "instance"
+    feature_sampler: Rule = "instance"  # of the feature branch
     sampler: Rule | None = None  # of the classifier branch; None: class-balanced, and instance for --loss ce
     logit_adjustment: float = 0.0  # this x log(class prior) is added to the logits in training: 0 is CE, 1 balanced softmax
 
@@ -78,13 +80,13 @@ class Config:
     network: str | None = None  # a CIFAR ResNet (resnet8 ... resnet110) or a timm name
     width: int = 16  # channels of a CIFAR ResNet's first stage
     hidden: int | None = None  # of the projection head
-    embedding: int | None = None
+    embedding: int | None = None  # its output
 
     # -- optimisation
     epochs: int | None = None  # an epoch is one pass of the feature branch (of the classifier branch for --loss ce)
     batch: int | None = None  # images of the feature branch, each in two views for sc
     classifier_batch: int | None = None  # None: as many as batch
-    lr: float | None = None
+    lr: float | None = None  # at its peak
     warmup: float | None = None  # fraction of the steps
     milestones: tuple[float, ...] | None = None  # fractions of the steps at which lr drops to a tenth; none: cosine
     momentum: float = 0.9
@@ -94,11 +96,11 @@ class Config:
     ema: float | None = None  # decay of a running average of the weights, which is then what is evaluated
 
     # -- augmentation, on the device, the same for both branches
-    crop_padding: int | None = None
-    flip: bool | None = None
-    rotate: float | None = None  # degrees
-    shift: float | None = None  # of the side
-    zoom: float | None = None
+    crop_padding: int | None = None  # pixels of zeros around the image, then a random crop of the old size
+    flip: bool | None = None  # left to right, half of the images
+    rotate: float | None = None  # degrees, either way
+    shift: float | None = None  # of the side, either way
+    zoom: float | None = None  # scale in 1 -+ zoom
     grayscale: float | None = None  # probability
     color_jitter: float = 0.0  # strength; SimCLR's is 0.5 on CIFAR, 1 on ImageNet
     randaugment: int = 0  # operations per image
@@ -107,18 +109,18 @@ class Config:
     device: str | None = None  # None: cuda where there is one, else cpu
     backend: str = "auto"  # fastsupcon's: auto, cuda, triton, cpu, chunked, reference
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    compile: bool = False
-    channels_last: bool = True
+    compile: bool = False  # the network, by torch.compile
+    channels_last: bool = True  # memory layout of images and convolutions
     threads: int | None = None  # None: torch's choice
 
     # -- run
-    seed: int = 0
+    seed: int = 0  # of weights, samplers and augmentation
     seeds: int = 1  # train this many, seed, seed + 1, ..., and report mean and spread
     out: Path | None = None  # None: runs/DATA-LOSS-DATE
     eval_every: int | None = None  # epochs; None: ten times in all
     log_every: int = 50  # steps between two readings of the loss inside an epoch
-    pictures: bool = True
-    tensorboard: bool = False
+    pictures: bool = True  # per class, confusion, embedding, curves
+    tensorboard: bool = False  # events beside log.jsonl
     export: bool = False  # the chosen weights as model.safetensors
     resume: Path | None = None  # continue the run in this folder, whose settings hold
     eval_only: Path | None = None  # evaluate the run in this folder again
@@ -189,6 +191,11 @@ def resolve(config: Config) -> Config:
         torch.empty(0, device=config.device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {config.device!r} is not usable here: {error}") from error
+    for option, package in (("export", "safetensors"), ("tensorboard", "tensorboard")):
+        if getattr(config, option) and find_spec(package) is None:
+            raise ValueError(f"{option} needs the package {package} (the [train-extra] extra), which is not installed")
+    with torch.device("meta"):  # raises where there is no such network
+        make_backbone(config.network, 3, config.width)
     if config.loss != "ce":  # raises where this backend cannot serve
         select_backend(config.backend, torch.device(config.device), DTYPES[config.precision], config.embedding)
     return config
@@ -382,11 +389,18 @@ def train(config: Config, data: datasets.Data, *, resume: bool = False) -> dict[
         out.mkdir(parents=True, exist_ok=True)
         checkpoint.write_json(out / "environment.json", checkpoint.environment(run.device))
         write_config(config)
-    writer = summary_writer(out) if config.tensorboard else None
+    writer = summary_writer(out, run.epoch) if config.tensorboard else None
     monitored = "test" if data.validation is None else "validation"
 
     with checkpoint.StopSignal() as stop, progress_bar() as progress:
-        task = progress.add_task(out.name, total=config.epochs * run.steps, completed=run.epoch * run.steps + run.step, text="")
+        name, done = "/".join(out.parts[-2:]), run.epoch * run.steps + run.step
+        task = progress.add_task(name, total=config.epochs * run.steps, completed=done, text="")
+
+        def leave() -> NoReturn:
+            progress.stop()
+            console.print(f"stopped in epoch {run.epoch}; go on with: python train/hybrid.py --resume {out}", soft_wrap=True)
+            sys.exit(128 + stop.received)
+
         while run.epoch < config.epochs:
             began, first = time.perf_counter(), run.step
             for raw, labels in run.batches["train"](run.plan, first, key=(config.seed, run.epoch)):
@@ -394,9 +408,7 @@ def train(config: Config, data: datasets.Data, *, resume: bool = False) -> dict[
                 progress.advance(task)
                 if stop.received:
                     checkpoint.save(out / "last.pt", run.state_dict())
-                    progress.stop()
-                    console.print(f"stopped in epoch {run.epoch}; go on with: python train/hybrid.py --resume {out}")
-                    sys.exit(128 + stop.received)
+                    leave()
                 if run.step % config.log_every == 0:
                     progress.update(task, text=status(run.means()))
 
@@ -415,15 +427,21 @@ def train(config: Config, data: datasets.Data, *, resume: bool = False) -> dict[
             run.history.append(row)
             run.end_epoch()
             checkpoint.save(out / "last.pt", run.state_dict())
-            checkpoint.write_text(out / "log.jsonl", "".join(json.dumps(r) + "\n" for r in run.history))
+            write_log(run)
             progress.update(task, text=status(row))
             if writer:
                 for name in row.keys() - {"epoch"}:
                     if row[name] is not None:
                         writer.add_scalar(name, row[name], row["epoch"])
+            if stop.received:  # during the evaluation
+                leave()
     if writer:
         writer.close()
     return report(run)
+
+
+def write_log(run: Run) -> None:
+    checkpoint.write_text(run.config.out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in run.history))
 
 
 def report(run: Run) -> dict[str, Any]:
@@ -447,6 +465,7 @@ def report(run: Run) -> dict[str, Any]:
         "seconds": sum(row["seconds"] for row in run.history),
         "config": as_json(config),
     }
+    write_log(run)  # again: a kill between the last checkpoint and its row would have left it out
     checkpoint.write_json(out / "metrics.json", result)
     evaluate.write_per_class(out / "per_class.csv", data.classes, data.counts, labels, chosen["per_class"])
     if config.pictures:
@@ -460,20 +479,16 @@ def report(run: Run) -> dict[str, Any]:
 
 
 def export(run: Run) -> None:
-    try:
-        from safetensors.torch import save
-    except ImportError as error:
-        raise ValueError(f"export needs safetensors (the [train-extra] extra): {error}") from error
+    from safetensors.torch import save
+
     weights = {name: value.contiguous() for name, value in run.evaluated.state_dict().items()}
     checkpoint.write_whole(run.config.out / "model.safetensors", lambda file: file.write(save(weights)))
 
 
-def summary_writer(out: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError(f"tensorboard must be installed for --tensorboard (the [train-extra] extra): {error}") from error
-    return SummaryWriter(str(out))
+def summary_writer(out: Path, epoch: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(out), purge_step=epoch)  # what a killed run wrote of this epoch and after is hidden
 
 
 # ---- settings on disk, and what the terminal shows
@@ -487,12 +502,14 @@ def write_config(config: Config) -> None:
     checkpoint.write_json(config.out / "config.json", as_json(config))
 
 
+FREE = {"resume", "eval_only", "export", "tensorboard", "pictures", "workers", "device", "threads", "root", "log_every"}  # change no result
+
+
 def read_config(folder: Path, given: Config) -> Config:
     """The settings of the run in ``folder``; of what was given now, only what changes no result counts."""
-    free = {"resume", "eval_only", "export", "tensorboard", "pictures", "workers", "device", "threads"}
     changed = {f.name for f in dataclasses.fields(Config) if getattr(given, f.name) != f.default}
-    if not changed <= free:
-        raise ValueError(f"--resume and --eval-only take the run's own settings, got also: {', '.join(sorted(changed - free))}")
+    if not changed <= FREE:
+        raise ValueError(f"--resume and --eval-only take the run's own settings, got also: {', '.join(sorted(changed - FREE))}")
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist, expected the folder of a run")
@@ -503,9 +520,17 @@ def read_config(folder: Path, given: Config) -> Config:
     return Config(**stored | {name: getattr(given, name) for name in changed} | {"out": folder, "resume": None, "eval_only": None})
 
 
+class StatusBelow(Progress):
+    """The bar, and a line below it: side by side they would not fit a terminal of 80 columns."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        yield from (task.fields["text"] for task in self.tasks)
+
+
 def progress_bar() -> Progress:
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()]
-    return Progress(*columns, TextColumn("{task.fields[text]}"), console=console)
+    columns = [TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()]
+    return StatusBelow(*columns, console=console, expand=True)
 
 
 def status(row: dict[str, Any]) -> str:
@@ -528,9 +553,9 @@ def show(results: list[dict[str, Any]], classes: list[str]) -> None:
         table.add_row("mean", *(mean_std([r["best"][name] for r in results]) for name in COLUMNS), "", "")
     console.print(table)
     if len(results) == 1 and len(classes) <= 20:
-        per_class = Table("class", *classes, padding=(0, 0, 0, 1))
-        per_class.add_row("images", *map(str, results[0]["train_images"]))
-        per_class.add_row("accuracy", *("–" if a is None else f"{a:.1f}" for a in results[0]["best"]["per_class"]))
+        per_class = Table("class", "images", "accuracy")
+        for name, images, accuracy in zip(classes, results[0]["train_images"], results[0]["best"]["per_class"], strict=True):
+            per_class.add_row(name, str(images), "–" if accuracy is None else f"{accuracy:.1f}")
         console.print(per_class)
 
 
@@ -542,33 +567,45 @@ def mean_std(values: list[float | None]) -> str:
 
 def finish(config: Config, data: datasets.Data) -> dict[str, Any]:
     """The run in ``config.out``: trained from the start, from where it was stopped, or read where it is finished."""
-    if (config.out / "metrics.json").exists():
-        return json.loads((config.out / "metrics.json").read_text())
-    return train(config, data, resume=(config.out / "config.json").exists())
+    out = config.out
+    if not (out / "config.json").exists():
+        return train(config, data)
+    there = read_config(out, Config())
+    names = [f.name for f in dataclasses.fields(Config) if f.name not in FREE and getattr(there, f.name) != getattr(config, f.name)]
+    if names:
+        raise ValueError(f"out {out} holds a run of other settings ({', '.join(names)}): name another folder")
+    if (out / "metrics.json").exists() and len((out / "log.jsonl").read_text().splitlines()) == config.epochs:
+        return json.loads((out / "metrics.json").read_text())  # with fewer epochs they are those of --eval-only on a run that was stopped
+    return train(config, data, resume=True)
+
+
+def evaluate_again(config: Config, data: datasets.Data) -> dict[str, Any]:
+    run = Run(config, data)
+    run.load_state_dict(checkpoint.load(config.out / "last.pt", run.device))
+    return report(run)
 
 
 def main(given: Config) -> None:
     try:
-        folder = given.resume or given.eval_only
-        config = read_config(folder, given) if folder else resolve(given)
-        if not folder and (config.out / "config.json").exists():
-            raise ValueError(f"out {config.out} holds a run already: go on with --resume {config.out}, or name another folder")
-        data = datasets.load(source_of(config))
-    except (ValueError, OSError) as error:
+        command(given)
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+
+
+def command(given: Config) -> None:
+    folder = given.resume or given.eval_only
+    config = resolve(read_config(folder, given) if folder else given)
+    if not folder and (config.out / "config.json").exists():
+        raise ValueError(f"out {config.out} holds a run already: go on with --resume {config.out}, or name another folder")
+    data = datasets.load(source_of(config))
     seeds = range(config.seed, config.seed + config.seeds)
     runs = [config if config.seeds == 1 else dataclasses.replace(config, seeds=1, seed=s, out=config.out / f"seed-{s}") for s in seeds]
     if config.seeds > 1 and not folder:
         config.out.mkdir(parents=True, exist_ok=True)
         write_config(config)
-    if given.eval_only:
-        for one in runs:
-            run = Run(one, data)
-            run.load_state_dict(checkpoint.load(one.out / "last.pt", run.device))
-            report(run)
-    results = [finish(one, data) if folder or config.seeds > 1 else train(one, data) for one in runs]
+    results = [evaluate_again(one, data) if given.eval_only else finish(one, data) for one in runs]
     show(results, data.classes)
-    console.print(f"written to {config.out}")
+    console.print(f"written to {config.out}", soft_wrap=True)
 
 
 if __name__ == "__main__":
