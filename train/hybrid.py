@@ -173,16 +173,23 @@ def resolve(config: Config) -> Config:
     config = dataclasses.replace(config, **{k: v for k, v in chosen.items() if k in fields and getattr(config, k) is None})
     config = dataclasses.replace(
         config,
-        classifier_batch=config.classifier_batch or config.batch,
-        eval_every=config.eval_every or max(1, config.epochs // 10),
+        classifier_batch=config.batch if config.classifier_batch is None else config.classifier_batch,
+        eval_every=max(1, config.epochs // 10) if config.eval_every is None else config.eval_every,
     )
     positive = ("epochs", "batch", "classifier_batch", "lr", "temperature", "width", "hidden", "embedding", "seeds", "eval_every")
-    for name in (*positive, "log_every", "prototypes_per_class", "image_size"):
-        if not getattr(config, name) > 0:
-            raise ValueError(f"{name} must be positive, got {getattr(config, name)}")
-    for name in ("warmup", "switch_at", "grayscale", "zoom", "validation"):
+    for name in (*positive, "log_every", "prototypes_per_class", "image_size", "clip", "threads"):
+        if (value := getattr(config, name)) is not None and not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}")
+    for name in ("weight_decay", "workers", "crop_padding", "rotate", "shift", "color_jitter", "randaugment"):
+        if not getattr(config, name) >= 0:
+            raise ValueError(f"{name} must not be negative, got {getattr(config, name)}")
+    for name in ("warmup", "switch_at", "momentum", "zoom", "validation"):
         if not 0 <= getattr(config, name) < 1:
             raise ValueError(f"{name} must lie in [0, 1), got {getattr(config, name)}")
+    if not 0 <= config.grayscale <= 1:
+        raise ValueError(f"grayscale must lie in [0, 1], got {config.grayscale}")
+    if not all(0 < milestone < 1 for milestone in config.milestones):
+        raise ValueError(f"milestones must lie in (0, 1), got {config.milestones}")
     if config.ema is not None and not 0 < config.ema < 1:
         raise ValueError(f"ema must lie in (0, 1), got {config.ema}")
     if config.schedule == "two-stage" and config.loss == "ce":
