@@ -48,7 +48,8 @@ def on_device(name: str, value: Tensor, device: torch.device) -> None:
 
 def within(name: str, value: Tensor, low: int, high: int) -> None:
     """low <= value < high. On a GPU and under torch.compile a breach is asserted by the device: reading it back would wait."""
-    inside = ((value >= low) & (value < high)).all()
+    wide = value.long()  # a uint8 cannot be compared with -1 or 256: the bound would be wrapped
+    inside = ((wide >= low) & (wide < high)).all()
     message = f"{name} must lie in [{low}, {high})"
     if value.device.type == "cpu" and not torch.compiler.is_compiling():
         if not inside:

@@ -22,7 +22,7 @@ def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 def unit_rows_backward(unit: Tensor, norm: Tensor, grad: Tensor) -> Tensor:
     """dx_i = (g_i - u_i (u_i . g_i)) / |x_i|."""
     wide, wide_grad = unit.to(norm.dtype), grad.to(norm.dtype)
-    along = torch.linalg.vecdot(wide, wide_grad)[:, None]
+    along = (wide * wide_grad).sum(1, keepdim=True)  # autocast would round a vecdot's operands
     return torch.addcmul(wide_grad, wide, along, value=-1).div_(norm[:, None]).to(unit.dtype)
 
 

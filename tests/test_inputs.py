@@ -121,6 +121,22 @@ def test_values_out_of_range():
         functional.cross_logsumexp(z(), z(2), skip=ids(4, 3))
 
 
+@pytest.mark.parametrize(("dtype", "classes"), [(torch.uint8, 256), (torch.int8, 128), (torch.int16, 1000), (torch.int32, 1000)])
+def test_labels_of_a_narrow_dtype(dtype, classes):
+    """Their bounds, -1 and the number of classes, may lie outside of it."""
+    rows, table, labels = (
+        torch.randn(4, 3, device=DEVICE),
+        torch.randn(classes, 3, device=DEVICE),
+        torch.tensor([0, 7, 100, 127], device=DEVICE),
+    )
+    narrow = labels.to(dtype)
+    assert torch.equal(functional.psc_loss(rows, narrow, table), functional.psc_loss(rows, labels, table))
+    assert torch.equal(functional.supcon_loss(rows, narrow), functional.supcon_loss(rows, labels))
+    assert torch.equal(functional.cross_logsumexp(rows, table, skip=narrow), functional.cross_logsumexp(rows, table, skip=labels))
+    with pytest.raises(ValueError, match=r"labels must lie in \[0, 100\), got values from 0 to 127"):
+        functional.psc_loss(rows.cpu(), narrow.cpu(), table[:100].cpu())
+
+
 def test_another_device():
     other = torch.zeros(4, 3, device="meta")
     with pytest.raises(ValueError, match=f"prototypes must be on {DEVICE}.* like the rows, got meta"):

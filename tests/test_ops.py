@@ -184,6 +184,25 @@ def test_autocast_leaves_the_loss_alone(backend, device):
     assert layer.weight.grad.isfinite().all()
 
 
+def test_autocast_around_everything_changes_no_bit(backend, device):
+    """The primitive and both backward passes inside of autocast, as where a user wraps the whole step."""
+    z, labels, p = normal(70, 6, device=device), torch.arange(70, device=device) % 3, normal(3, 6, device=device)
+
+    def step():
+        leaves = [z.clone().requires_grad_(), p.clone().requires_grad_()]
+        value = functional.supcon_loss(leaves[0], labels, normalize=True, temperature=0.1, backend=backend)
+        value = value + functional.psc_loss(leaves[0], labels, leaves[1], temperature=0.1, backend=backend)
+        value = value + functional.self_logsumexp(leaves[0], backend=backend).sum()
+        value = value + functional.cross_logsumexp(leaves[0], leaves[1], backend=backend).sum()
+        return value.detach(), *torch.autograd.grad(value, leaves)
+
+    outside = step()
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        inside = step()
+    for a, b in zip(inside, outside, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+
 def test_input_of_any_strides(backend, device):
     labels = torch.arange(9, device=device) % 3
     base = normal(9, 5, device=device)

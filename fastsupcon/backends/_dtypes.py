@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -10,6 +12,17 @@ import torch
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums, lse, bias and their gradients for rows of ``dtype``: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def exact(function: Callable) -> Callable:
+    """Keeps autocast out of a backend made of PyTorch's operators: its first argument's device is where it would act."""
+
+    @functools.wraps(function)
+    def call(rows: torch.Tensor, *rest):
+        with torch.autocast(rows.device.type, enabled=False):
+            return function(rows, *rest)
+
+    return call
 
 
 def fixed_shift_is_safe(shift: float) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ._dtypes import fixed_shift_is_safe, sum_dtype
+from ._dtypes import exact, fixed_shift_is_safe, sum_dtype
 
 TILE = 512  # rows and columns; 1 MiB of fp32 logits stays in a core's L2
 
@@ -50,6 +50,7 @@ def _fixed_shift(z: Tensor, scale: float, unit_rows: bool) -> float | None:
     return shift if fixed_shift_is_safe(shift) else None
 
 
+@exact
 def self_forward(z: Tensor, scale: float, unit_rows: bool) -> Tensor:
     shift = _fixed_shift(z, scale, unit_rows)
     dtype = sum_dtype(z.dtype)
@@ -70,6 +71,7 @@ def self_forward(z: Tensor, scale: float, unit_rows: bool) -> Tensor:
     return total.log_().add_(shift)
 
 
+@exact
 def self_backward(z: Tensor, lse: Tensor, grad: Tensor, scale: float, unit_rows: bool) -> Tensor:
     shift = _fixed_shift(z, scale, unit_rows)
     dz = torch.zeros(z.shape, device=z.device, dtype=sum_dtype(z.dtype))
@@ -109,6 +111,7 @@ def _cross_tiles(a, b, bias, skip, row_labels, column_labels, scale) -> Iterator
             yield rows, columns, a_rows, b_columns, logits
 
 
+@exact
 def cross_forward(a, b, bias, skip, row_labels, column_labels, scale) -> Tensor:
     lse = torch.full((len(a),), -math.inf, device=a.device, dtype=sum_dtype(a.dtype))
     for rows, _, _, _, logits in _cross_tiles(a, b, bias, skip, row_labels, column_labels, scale):
@@ -116,6 +119,7 @@ def cross_forward(a, b, bias, skip, row_labels, column_labels, scale) -> Tensor:
     return lse
 
 
+@exact
 def cross_backward(a, b, bias, skip, row_labels, column_labels, lse, grad, scale, needs):
     dtype = sum_dtype(a.dtype)
     da = torch.zeros(a.shape, device=a.device, dtype=dtype) if needs[0] else None

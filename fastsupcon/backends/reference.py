@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._dtypes import sum_dtype
+from ._dtypes import exact, sum_dtype
 
 
 def unusable(device: torch.device, dtype: torch.dtype, depth: int) -> str | None:
@@ -44,20 +44,24 @@ def _every_row(z: Tensor) -> Tensor:
     return torch.arange(len(z), device=z.device)
 
 
+@exact
 def self_forward(z: Tensor, scale: float, unit_rows: bool) -> Tensor:
     return cross_forward(z, z, None, _every_row(z), None, None, scale)
 
 
+@exact
 def self_backward(z: Tensor, lse: Tensor, grad: Tensor, scale: float, unit_rows: bool) -> Tensor:
     da, db, _ = cross_backward(z, z, None, _every_row(z), None, None, lse, grad, scale, (True, True, False))
     return da + db
 
 
+@exact
 def cross_forward(a, b, bias, skip, row_labels, column_labels, scale) -> Tensor:
     a, b = (rows.to(sum_dtype(rows.dtype)) for rows in (a, b))
     return torch.logsumexp(_logits(a, b, bias, skip, row_labels, column_labels, scale), dim=1)
 
 
+@exact
 def cross_backward(a, b, bias, skip, row_labels, column_labels, lse, grad, scale, needs):
     dtype = a.dtype
     a, b = (rows.to(sum_dtype(dtype)) for rows in (a, b))
