@@ -1,5 +1,6 @@
 """Bad input: the error names the argument, what was expected and what came. And what ``python -m fastsupcon`` says."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -178,6 +179,13 @@ def test_an_unusable_backend_says_why(name):
         functional.self_logsumexp(z(dtype=torch.float64), backend=name)
     assert reason in str(caught.value)
     assert "Usable here: " in str(caught.value)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_triton_is_not_chosen_where_it_cannot_build_its_launchers(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    monkeypatch.delenv("CC", raising=False)
+    assert BACKENDS["triton"].unusable(torch.device("cuda", 0), torch.float32, 64).startswith("Triton needs a C compiler")
 
 
 def test_python_dash_m_says_what_serves_what():

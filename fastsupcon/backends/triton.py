@@ -14,6 +14,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+import shutil
 from typing import NamedTuple
 
 import torch
@@ -53,6 +54,8 @@ def unusable(device: torch.device, dtype: torch.dtype, depth: int) -> str | None
         return reason
     if device.type not in ("cuda", "xpu", "cpu"):
         return f"runs on cuda (NVIDIA, AMD) and xpu tensors, not {device.type}"
+    if device.type != "cpu" and not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler (CC, gcc or clang) to build its launchers"
     if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return "needs a GPU of compute capability 8.0 or newer"
     if dtype not in _DTYPES:
