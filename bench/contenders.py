@@ -95,7 +95,7 @@ def _from_lse(lse: Callable[[Tensor], Tensor]) -> Loss:
     def loss(features: Tensor, labels: Tensor) -> Tensor:
         z = naive.unit(features)
         sums = torch.zeros(CLASSES, z.shape[1], device=z.device).index_add(0, labels, z.float())
-        count = torch.bincount(labels, minlength=CLASSES)[labels] - 1
+        count = labels.new_zeros(CLASSES).scatter_add_(0, labels, torch.ones_like(labels))[labels] - 1  # bincount would wait for the GPU
         positives = (z * (sums[labels] - z)).sum(1) / count
         return (lse(z) - positives / TEMPERATURE).mean()
 
