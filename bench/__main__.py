@@ -11,6 +11,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,7 +30,7 @@ from fastsupcon.backends._extension import module as extension
 
 from . import report
 from .contenders import CONTENDERS, PRESETS, Case, absent
-from .measure import PRODUCT, Ended, Worker
+from .measure import PRODUCT, REFERENCE, Ended, Worker
 
 ROUNDS = 9  # turns of each contender in each mode
 SLOW, SLOW_ROUNDS = 1.0, 3  # seconds a step; from there on fewer turns
@@ -127,18 +128,21 @@ def run_case(case: Case, names: tuple[str, ...], rounds: int, scratch: Path, ste
     workers: dict[str, Worker] = {}
     try:
         reference = scratch / f"{case.loss}-{case.rows}-{case.depth}-{case.prototypes}-{case.dtype}.pt"
-        if not reference.exists():  # the same for any number of threads
-            workers["reference"] = Worker(case, "reference", reference)
-            workers["reference"].ask("prepare")
-            workers.pop("reference").stop()
-        for name in (*(name for name in names if name not in results), PRODUCT):  # all at once: importing torch takes the longest
+        first = [] if reference.exists() else [REFERENCE]  # the same for any number of threads
+        for name in (*first, *(name for name in names if name not in results), PRODUCT):  # all at once: importing torch takes the longest
             workers[name] = Worker(case, name, reference)
         for name in list(workers):
-            step(f"{title}: {name}", name != PRODUCT)
+            step(f"{title}: {name}", name in names)
             try:
-                results[name] = workers[name].ask("prepare")
+                answer = workers[name].ask("prepare")
             except Ended as failure:
-                results[name] = {"absent": str(failure)}
+                answer = {"absent": str(failure)}
+                print(f"{title}: {name}: {failure}", file=sys.stderr)
+                if name == REFERENCE:
+                    reference.unlink(missing_ok=True)  # it may be half written
+            if answer is not None:  # the reference's lies in its file
+                results[name] = answer
+            if answer is None or "absent" in answer:
                 workers.pop(name).stop()
         seconds = take_turns(case, workers, results, rounds, lambda: step(title))
     finally:
@@ -146,23 +150,29 @@ def run_case(case: Case, names: tuple[str, ...], rounds: int, scratch: Path, ste
             worker.stop()
     for name, modes in seconds.items():
         results[name]["seconds"] = {mode: spread(samples) for mode, samples in modes.items() if samples}
-    product = results.pop(PRODUCT)
     described = {key: value for key, value in asdict(case).items() if key != "only"}
     floor = {mode: case.flops(mode) for mode in ("forward", "forward+backward")}
     return {
         "case": described,
         **provenance(),
         "floor_flops": floor,
-        "product": product | {"seconds": product["seconds"]["product"]},
+        "product": product(results.pop(PRODUCT)),
         "contenders": results,
     }
+
+
+def product(found: dict) -> dict:
+    """The rate of the floor; or why there is none, which leaves the case without a floor."""
+    if seconds := found.get("seconds", {}).get("product"):
+        return found | {"seconds": seconds}
+    return {"absent": found.get("absent") or found["failed"]["product"]}
 
 
 def take_turns(case: Case, workers: dict[str, Worker], results: dict, rounds: int, step: Callable[[], None]) -> dict[str, dict]:
     """Seconds by contender and mode. Each round gives every contender one turn in every mode, beginning with another one each time."""
     modes = ("forward", "forward+backward", *(["graph"] if case.device == "cuda" else []))
     seconds = {name: {mode: [] for mode in (["product"] if name == PRODUCT else modes)} for name in workers}
-    for turn in range(rounds):
+    for turn in range(rounds if workers else 0):
         step()
         order = list(workers)
         for name in order[turn % len(order) :] + order[: turn % len(order)]:
@@ -173,7 +183,10 @@ def take_turns(case: Case, workers: dict[str, Worker], results: dict, rounds: in
                 try:
                     samples += workers[name].ask(mode)
                 except Ended as failure:
-                    results[name].setdefault("failed", {})[mode] = str(failure)
+                    failed = results[name].setdefault("failed", {})
+                    lost = list(seconds[name]) if workers[name].ended else [mode]
+                    failed |= {mode: str(failure) for mode in lost if mode not in failed}
+                    print(f"{report.title(asdict(case))}: {name}: {failure}", file=sys.stderr)
     return seconds
 
 

@@ -25,11 +25,17 @@ from fastsupcon.backends._extension import module as extension
 
 from .contenders import CONTENDERS, TEMPERATURE, Case, Loss, naive
 
+REFERENCE = "reference"  # computes the loss and its gradients in float64, once a case
 PRODUCT = "product"  # beside the contenders, a product at the highest rate this machine has at this moment
 NAIVE_ROWS = 4096  # up to here the reference is the naive loss in float64,
 CHUNKED_ROWS = {"cpu": 16384, "cuda": 65536}  # to here the chunked backend in float64,
 ANCHORS = 256  # and above naive again, for so many of the rows
+BLOCK = 2**27  # similarities that PSC's reference holds at once: 1 GiB a matrix in float64
 TURN = {"cpu": 0.1, "cuda": 0.02}  # seconds of runs a contender makes when its turn comes, at least one
+ANSWER = {"cpu": 3600, "cuda": 60}  # seconds a worker has for one answer, its start and its compiling included
+JOIN = 5  # seconds it has to end by itself
+KEPT = 4 * 2**30  # bytes of a GPU that a worker may keep cached while the others take their turns,
+GRAPH = 1 / 8  # and the share of a GPU that its graph may, which gives nothing back
 
 
 # ---------------------------------------------------------------------------------------------------------------- what a process does
@@ -39,22 +45,38 @@ def serve(case: Case, name: str, reference: Path, pipe: Connection) -> None:
     """Answer each request ("prepare" or a mode) with ("ok", answer) or ("failed", reason)."""
     torch.set_num_threads(case.threads)
     steps: dict[str, Callable[[], object]] = {}
+    cold = False
     while (request := pipe.recv()) != "stop":
         try:
             if request != "prepare":
-                answer = timed(steps[request], case.device)
+                answer = timed(steps[request], case.device, cold)
             elif name == PRODUCT:
                 steps["product"], answer = product(case)
-            elif name == "reference":
+            elif name == REFERENCE:
                 answer = torch.save(float64_reference(case), reference)
             else:
-                steps, answer = prepare(case, name, torch.load(reference))
-            pipe.send(("ok", answer))
+                steps, answer = prepare(case, name, torch.load(reference) if reference.exists() else None)
+            reply = "ok", answer
         except Exception as error:  # a contender that fails is a result
-            pipe.send(("failed", f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"[:200]))
+            reply = "failed", one_line(error)
+        with contextlib.suppress(RuntimeError):  # of a GPU that failed, which the reply says already
+            cold = released(case.device)
+        pipe.send(reply)
 
 
-def prepare(case: Case, name: str, reference: list[Tensor]) -> tuple[dict[str, Callable[[], object]], dict]:
+def one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
+
+
+def released(device: str) -> bool:
+    """Whether so much was cached that it went back to the GPU: the next step allocates it anew."""
+    if device != "cuda" or torch.cuda.memory_reserved() <= KEPT:
+        return False
+    torch.cuda.empty_cache()
+    return True
+
+
+def prepare(case: Case, name: str, reference: list[Tensor] | None) -> tuple[dict[str, Callable[[], object]], dict]:
     contender = CONTENDERS[name]
     loss = contender.build(case)
     inputs = case.inputs()
@@ -75,14 +97,20 @@ def prepare(case: Case, name: str, reference: list[Tensor]) -> tuple[dict[str, C
     answer = {"extra_bytes": extra_bytes(both, case.device)}
     if contender.another_loss:
         answer["unchecked"] = contender.another_loss
+    elif reference is None:
+        answer["unchecked"] = "the reference failed"
     else:
         answer |= errors(case, loss, reference)
     steps = {"forward": forward, "forward+backward": both}
     if case.device == "cuda":
+        kept = answer["extra_bytes"] / torch.cuda.get_device_properties(0).total_memory
         try:
-            steps["graph"] = captured(both)
+            if kept <= GRAPH:
+                steps["graph"] = captured(both)
+            else:
+                answer["failed"] = {"graph": f"would keep {kept:.0%} of the GPU's memory from the others, more than {GRAPH:.1%}"}
         except RuntimeError as error:
-            answer["failed"] = {"graph": str(error).splitlines()[0][:200]}
+            answer["failed"] = {"graph": one_line(error)}
     return steps, answer
 
 
@@ -115,9 +143,11 @@ def captured(step: Callable[[], object]) -> Callable[[], object]:
 # ------------------------------------------------------------------------------------------------------------------------------- time
 
 
-def timed(step: Callable[[], object], device: str) -> list[float]:
-    """Seconds of each of the runs in one turn."""
+def timed(step: Callable[[], object], device: str, cold: bool = False) -> list[float]:
+    """Seconds of each of the runs in one turn; ``cold``: after one that is not timed."""
     seconds = []
+    if cold:
+        step()
     while sum(seconds) < TURN[device]:
         if device == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -170,8 +200,8 @@ def float64_reference(case: Case) -> list[Tensor]:
     features, labels, *prototypes = (tensor.detach().double() if tensor.is_floating_point() else tensor for tensor in case.inputs())
     leaves = [tensor.requires_grad_() for tensor in (features, *prototypes)]
     if case.loss == "psc":
-        loss = naive.psc_loss(features, labels, *prototypes, temperature=TEMPERATURE)
-    elif case.rows <= NAIVE_ROWS:
+        return psc_by_blocks(features, labels, *prototypes)
+    if case.rows <= NAIVE_ROWS:
         loss = naive.supcon_loss(features, labels, temperature=TEMPERATURE, normalize=True)
     elif case.rows <= CHUNKED_ROWS[case.device]:
         loss = CONTENDERS["chunked"].build(case)(features, labels)
@@ -180,6 +210,17 @@ def float64_reference(case: Case) -> list[Tensor]:
         options = {"contrast_mode": "one", "reduction": "sum", "normalize": True}
         loss = naive.supcon_loss(views, labels[:ANCHORS], temperature=TEMPERATURE, **options)
     return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+def psc_by_blocks(features: Tensor, labels: Tensor, prototypes: Tensor) -> list[Tensor]:
+    """Loss and gradients as the sum over blocks of rows, each of which is independent of the others."""
+    loss, size = torch.zeros((), dtype=torch.float64, device=features.device), max(1, BLOCK // len(prototypes))
+    for first in range(0, len(features), size):
+        rows = slice(first, first + size)
+        block = naive.psc_loss(features[rows], labels[rows], prototypes, temperature=TEMPERATURE, reduction="sum") / len(features)
+        block.backward()
+        loss += block.detach()
+    return [loss, features.grad, prototypes.grad]
 
 
 def errors(case: Case, loss: Loss, reference: list[Tensor]) -> dict[str, float]:
@@ -208,6 +249,7 @@ class Worker:
 
     def __init__(self, case: Case, name: str, reference: Path) -> None:
         context = multiprocessing.get_context("spawn")
+        self.limit = ANSWER[case.device]
         self.pipe, other = context.Pipe()
         self.process = context.Process(target=serve, args=(case, name, reference, other), daemon=True)
         environment = {"OMP_NUM_THREADS": str(case.threads), **(CONTENDERS[name].environment if name in CONTENDERS else {})}
@@ -218,9 +260,13 @@ class Worker:
     def ask(self, request: str):
         try:
             self.pipe.send(request)
+            if not self.pipe.poll(self.limit):
+                self.end()
+                raise Ended(f"no answer in {self.limit} s")
             status, answer = self.pipe.recv()
         except (EOFError, OSError):
-            self.process.join()
+            self.process.join(JOIN)
+            self.end()
             raise Ended(f"its process ended with exit code {self.process.exitcode} (killed for memory?)") from None
         if status == "failed":
             raise Ended(answer)
@@ -229,8 +275,17 @@ class Worker:
     def stop(self) -> None:
         with contextlib.suppress(OSError):
             self.pipe.send("stop")
-        self.process.join()
+        self.process.join(JOIN)
+        self.end()
+
+    def end(self) -> None:
         self.pipe.close()
+        self.process.kill()
+        self.process.join(JOIN)  # not for good: a driver that hangs keeps even a killed process
+
+    @property
+    def ended(self) -> bool:
+        return self.pipe.closed
 
 
 @contextlib.contextmanager

@@ -5,10 +5,9 @@ from __future__ import annotations
 import io
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
-
-import tyro
 
 COLOURS = {
     "naive": "#c0392b",
@@ -41,9 +40,15 @@ def median(entry: dict, name: str, mode: str = BOTH) -> float | None:
     return of(entry, name).get("seconds", {}).get(mode, {}).get("median")
 
 
-def floor_seconds(entry: dict, mode: str = BOTH) -> float:
+def extra_bytes(entry: dict, name: str) -> int | None:
+    return of(entry, name).get("extra_bytes")
+
+
+def floor_seconds(entry: dict, mode: str = BOTH) -> float | None:
     """The floor's flops at the rate of the product in the same run."""
     product = entry["product"]
+    if "absent" in product:
+        return None
     return entry["floor_flops"][BOTH if mode == "graph" else mode] * product["seconds"]["median"] / product["flops"]
 
 
@@ -87,9 +92,7 @@ def tables(results: dict) -> str:
         if rows:
             header = ["case", "ours", "quartiles, ms", "% of the floor's rate", *peers]
             parts.append(f"## Time, {spoken}: how many times longer the others take\n\n{table(header, rows)}")
-    rows = [
-        [title(e["case"]), mebibytes(gradient_bytes(e)), *(mebibytes(of(e, name).get("extra_bytes")) for name in names)] for e in entries
-    ]
+    rows = [[title(e["case"]), mebibytes(gradient_bytes(e)), *(mebibytes(extra_bytes(e, name)) for name in names)] for e in entries]
     parts.append(f"## Peak memory over the inputs, {BOTH}: MiB\n\n{table(['case', 'the gradients alone', *names], rows)}")
     rows = [[title(entry["case"]), *(errors(of(entry, name)) for name in names)] for entry in entries]
     parts.append(f"## Relative errors against float64: of the loss, of the gradients\n\n{table(['case', *names], rows)}")
@@ -105,9 +108,9 @@ def summary(entries: list[dict]) -> str:
         if mine is None:
             continue
         times = [median(entry, name) for name in ("naive", "torch.compile", mine)]
-        memory = [mebibytes(of(entry, name).get("extra_bytes")) for name in ("naive", mine)]
+        memory = [mebibytes(extra_bytes(entry, name)) for name in ("naive", mine)]
         ratios = [times_longer(time, times[-1]) for time in times[:-1]]
-        percent = f"{100 * floor_seconds(entry) / times[-1]:.0f}"
+        percent = percent_of_floor(entry, BOTH, times[-1])
         rows.append([title(entry["case"]), *(milliseconds(time) for time in times), *ratios, percent, *memory])
     return table(header, rows)
 
@@ -116,8 +119,13 @@ def ratio_row(entry: dict, peers: list[str], mode: str) -> list[str]:
     mine = ours(entry)
     spread = of(entry, mine)["seconds"][mode]
     quartiles = f"{milliseconds(spread['median'])} ({milliseconds(spread['q1'])}–{milliseconds(spread['q3'])})"
-    percent = f"{100 * floor_seconds(entry, mode) / spread['median']:.0f}"
+    percent = percent_of_floor(entry, mode, spread["median"])
     return [title(entry["case"]), mine, quartiles, percent, *(times_longer(median(entry, name, mode), spread["median"]) for name in peers)]
+
+
+def percent_of_floor(entry: dict, mode: str, seconds: float) -> str:
+    floor = floor_seconds(entry, mode)
+    return "–" if floor is None else f"{100 * floor / seconds:.0f}"
 
 
 def times_longer(other: float | None, best: float) -> str:
@@ -127,7 +135,7 @@ def times_longer(other: float | None, best: float) -> str:
 def absences(entries: list[dict]) -> str:
     missing: dict[str, list[str]] = {}
     for entry in entries:
-        for name, found in entry["contenders"].items():
+        for name, found in (entry["contenders"] | {"the floor's product": entry["product"]}).items():
             for mode, reason in (found.get("failed", {}) | ({"": found["absent"]} if "absent" in found else {})).items():
                 missing.setdefault(f"{name}{mode and ', ' + mode}: {reason}", []).append(title(entry["case"]))
     return "\n".join(f"- {what} ({'every case' if len(where) == len(entries) else '; '.join(where)})" for what, where in missing.items())
@@ -138,7 +146,7 @@ def heading(results: dict) -> str:
     runs = sorted({f"commit {e['commit']}, {e['date'][:10]}" for e in entries})
     versions = sorted({", ".join(f"{name} {number}" for name, number in e["versions"].items()) for e in entries})
     rates = {}
-    for entry in entries:
+    for entry in having_floor(entries):
         key = entry["case"]["dtype"], entry["case"]["threads"]
         rates.setdefault(key, []).append(entry["product"]["flops"] / entry["product"]["seconds"]["median"])
     spoken = [f"{dtype}, {threads} thread(s): {min(r) / 1e9:,.0f}–{max(r) / 1e9:,.0f} GF/s" for (dtype, threads), r in rates.items()]
@@ -153,7 +161,11 @@ def heading(results: dict) -> str:
 
 
 def rate_of(entries: list[dict]) -> str:
-    return ", or ".join(sorted({entry["product"]["what"] for entry in entries}))
+    return ", or ".join(sorted({entry["product"]["what"] for entry in having_floor(entries)})) or "no product"
+
+
+def having_floor(entries: list[dict]) -> list[dict]:
+    return [entry for entry in entries if "absent" not in entry["product"]]
 
 
 def gradient_bytes(entry: dict) -> int:
@@ -180,7 +192,7 @@ def plot(results: dict, value, label: str, floor, floor_label: str) -> bytes | N
     entries = [e for e in results["cases"] if e["case"]["loss"] == "scl" and e["case"]["depth"] == 128]
     dtypes = [e["case"]["dtype"] for e in entries]
     entries = [e for e in entries if e["case"]["dtype"] == max(dtypes, key=dtypes.count)]
-    single = [e for e in entries if e["case"]["threads"] == 1]
+    single = [e for e in entries if e["case"]["threads"] == 1 and any(value(e, name) for name in COLOURS)]
     if not single:
         return None
     figure, axes = plt.subplots(figsize=(6.4, 4.4), dpi=120, layout="constrained")
@@ -188,11 +200,12 @@ def plot(results: dict, value, label: str, floor, floor_label: str) -> bytes | N
         points = sorted((e["case"]["rows"], found) for e in single if (found := value(e, name)))
         if points:
             axes.plot(*zip(*points, strict=True), "o-", ms=4, lw=2 if name in OURS else 1.2, color=colour, label=name)
-    rows = sorted(single, key=lambda e: e["case"]["rows"])
-    axes.plot([e["case"]["rows"] for e in rows], [floor(e) for e in rows], "k--", lw=1, label=floor_label)
+    rows = sorted({e["case"]["rows"] for e in single})
+    floors = sorted((e["case"]["rows"], found) for e in single if (found := floor(e)))
+    axes.plot([n for n, _ in floors], [found for _, found in floors], "k--", lw=1, label=floor_label)
     where = results["machine"]["processor"] + ", 1 thread" if single[0]["case"]["device"] == "cpu" else results["machine"]["device"]
     axes.set(xscale="log", yscale="log", xlabel="rows N", ylabel=label)
-    axes.set_xticks([e["case"]["rows"] for e in rows], [f"{e['case']['rows']:,}" for e in rows])
+    axes.set_xticks(rows, [f"{n:,}" for n in rows])
     axes.minorticks_off()
     axes.set_title(f"SCL, D = 128, {single[0]['case']['dtype']}, {BOTH}\n{where}", fontsize=10)
     axes.grid(alpha=0.3)
@@ -218,26 +231,27 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def write(results_path: Path) -> list[Path]:
-    """The table and the plots, beside the JSON."""
+    """The table, then the plots where matplotlib is installed, beside the JSON."""
     results = json.loads(results_path.read_text())
-    time = plot(results, median, "seconds", floor_seconds, f"floor at the rate of {rate_of(results['cases'])}")
-    memory = plot(
-        results,
-        lambda entry, name: of(entry, name).get("extra_bytes"),
-        "peak bytes over the inputs",
-        gradient_bytes,
-        "the gradient alone",
-    )
-    written = {results_path.with_suffix(".md"): tables(results).encode()}
-    for kind, picture in (("time", time), ("memory", memory)):
+    written = [results_path, results_path.with_suffix(".md")]
+    write_whole(written[1], tables(results).encode())
+    quantities = {
+        "time": (median, "seconds", floor_seconds, f"floor at the rate of {rate_of(results['cases'])}"),
+        "memory": (extra_bytes, "peak bytes over the inputs", gradient_bytes, "the gradient alone"),
+    }
+    try:
+        pictures = {kind: plot(results, *quantity) for kind, quantity in quantities.items()}
+    except ImportError as missing:
+        print(f"no plots: {missing}", file=sys.stderr)
+        return written
+    for kind, picture in pictures.items():
         if picture:
-            written[results_path.with_name(f"{results_path.stem}-{kind}.png")] = picture
-    for path, content in written.items():
-        write_whole(path, content)
-    return [results_path, *written]
+            written.append(results_path.with_name(f"{results_path.stem}-{kind}.png"))
+            write_whole(written[-1], picture)
+    return written
 
 
-def main(results: tyro.conf.Positional[Path]) -> None:
+def main(results: Path) -> None:
     """Remake the table and the plots beside a JSON file of results.
 
     Args:
@@ -248,4 +262,6 @@ def main(results: tyro.conf.Positional[Path]) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    import tyro  # here: the rest of this module serves without it
+
+    tyro.cli(main, config=(tyro.conf.PositionalRequiredArgs,))

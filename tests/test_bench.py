@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
+import conftest
+import naive
 import pytest
+import torch
 import torch.nn.functional as F
 
 for package in ("matplotlib", "rich", "tyro"):
@@ -19,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from bench import measure, report  # noqa: E402
 from bench.__main__ import run  # noqa: E402
-from bench.contenders import CONTENDERS, Case  # noqa: E402
+from bench.contenders import CONTENDERS, TEMPERATURE, Case  # noqa: E402
 
 TINY = [Case("scl", 64, 128), Case("psc", 40, 128, 12)]
 
@@ -109,3 +116,99 @@ def test_the_reports_command(tmp_path):
     written = subprocess.run([sys.executable, "-m", "bench.report", str(out)], cwd=ROOT, capture_output=True, text=True)
     assert written.returncode == 0, written.stderr
     assert len(written.stdout.split()) == 4 and (tmp_path / "results-time.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("rows", [1, 5, 41, 100])
+def test_pscs_reference_by_blocks_is_the_direct_one(rows, monkeypatch):
+    monkeypatch.setattr(measure, "BLOCK", 12 * rows + 7)
+    case = Case("psc", 41, 16, 12)
+    features, labels, prototypes = (x.detach().double().requires_grad_() if x.is_floating_point() else x for x in case.inputs())
+    loss = naive.psc_loss(features, labels, prototypes, temperature=TEMPERATURE)
+    direct = loss.detach(), *torch.autograd.grad(loss, (features, prototypes))
+    for blocks, exact in zip(measure.float64_reference(case), direct, strict=True):
+        assert (blocks - exact).norm() <= 1e-14 * exact.norm()
+
+
+FAULTS = {  # (loss, worker, what it is asked): one case loses everything, the other its reference, its floor and one contender
+    ("scl", "reference", "prepare"): "dies",
+    ("scl", "chunked", "prepare"): "refuses",
+    ("scl", "product", "prepare"): "hangs",
+    ("psc", "reference", "prepare"): "refuses",
+    ("psc", "chunked", "forward"): "hangs",
+    ("psc", "product", "product"): "dies",
+}
+
+
+class Faulty(measure.Worker):
+    """A worker that does at a request what FAULTS says."""
+
+    def __init__(self, case, name, reference):
+        super().__init__(case, name, reference)
+        self.place = case.loss, name
+
+    def ask(self, request):
+        fault = FAULTS.get((*self.place, request))
+        if fault == "hangs":
+            os.kill(self.process.pid, signal.SIGSTOP)
+            self.limit = 0.2
+        elif fault == "dies":
+            self.process.kill()
+        return super().ask("what it does not know" if fault == "refuses" else request)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="stops processes by signals")
+def test_a_worker_that_fails_costs_its_own_figures_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("bench.__main__.Worker", Faulty)
+    out = tmp_path / "results.json"
+    run([dataclasses.replace(TINY[0], only=("chunked",)), TINY[1]], ("naive", "chunked"), out, rounds=2)
+    psc, scl = json.loads(out.read_text())["cases"]
+    assert "exit code -9" in scl["contenders"]["reference"]["absent"]
+    assert scl["contenders"]["chunked"] == {"absent": "KeyError: 'what it does not know'"}
+    assert scl["product"] == {"absent": "no answer in 0.2 s"}
+
+    assert "KeyError" in psc["contenders"]["reference"]["absent"]
+    assert "exit code -9" in psc["product"]["absent"]
+    assert psc["contenders"]["chunked"]["failed"] == dict.fromkeys(("forward", "forward+backward"), "no answer in 0.2 s")
+    assert psc["contenders"]["naive"]["unchecked"] == "the reference failed" and "failed" not in psc["contenders"]["naive"]
+    assert all(psc["contenders"]["naive"]["seconds"][mode]["samples"] >= 2 for mode in ("forward", "forward+backward"))
+
+    printed = capsys.readouterr().err
+    assert printed.count("no answer in 0.2 s") == 2 and printed.count("exit code -9") == 2
+    table = report.write(out)[1].read_text()
+    for reason in (
+        "reference: its process ended",
+        "the floor's product: no answer",
+        "chunked, forward: no answer",
+        "not checked: the reference failed",
+    ):
+        assert reason in table
+
+
+def test_a_step_whose_memory_went_back_is_warmed_before_it_is_timed(monkeypatch):
+    emptied = []
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: emptied.append(True))
+    for reserved, back in ((measure.KEPT, False), (measure.KEPT + 1, True)):
+        monkeypatch.setattr("torch.cuda.memory_reserved", lambda reserved=reserved: reserved)
+        assert measure.released("cuda") == back == bool(emptied)
+    runs = []
+    assert len(measure.timed(lambda: runs.append(time.sleep(0.06)), "cpu", cold=True)) == len(runs) - 1 == 2
+
+
+@pytest.mark.parametrize("shards", [1, 5, 40])
+def test_shards_part_the_tests(shards):
+    parts = []
+    for shard in range(shards):
+        tests = [types.SimpleNamespace(keywords=(), number=number) for number in range(23)]
+        conftest.pytest_collection_modifyitems(types.SimpleNamespace(getoption={"--shard": f"{shard}/{shards}"}.get), tests)
+        parts.append([test.number for test in tests])
+    assert sorted(number for part in parts for number in part) == list(range(23))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_a_report_without_matplotlib_is_the_table(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "results.json"
+    run(TINY[1:], ("chunked",), out, rounds=1)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert [path.name for path in report.write(out)] == ["results.json", "results.md"]
+    assert "PSC 40 × 128" in (tmp_path / "results.md").read_text()
+    assert "no plots" in capsys.readouterr().err
