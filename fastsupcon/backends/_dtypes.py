@@ -25,6 +25,14 @@ def exact(function: Callable) -> Callable:
     return call
 
 
+def tf32_allowed() -> bool:
+    """Whether fp32 products may use TF32, by whichever of torch's two interfaces it was set.
+
+    torch.get_float32_matmul_precision() raises once the newer one (torch.backends...fp32_precision) was used.
+    """
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def fixed_shift_is_safe(shift: float) -> bool:
     """Whether exp(s - shift) stays normal in fp32 for all |s| <= shift: 2 shift < 126 ln 2, less a margin of 2 % for rounded rows.
 

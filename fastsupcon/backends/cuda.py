@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._dtypes import tf32_allowed
 from ._extension import make_problem
 from ._extension import missing as extension_missing
 from ._extension import module as _C
@@ -33,10 +34,9 @@ def unusable(device: torch.device, dtype: torch.dtype, depth: int) -> str | None
 
 def _run(function, like: Tensor, problem, self_shape: bool, *addresses: int) -> None:
     """Calls ``function`` on ``like``'s device and current stream, with the scratch memory that it asks for."""
-    allow_tf32 = torch.get_float32_matmul_precision() != "highest"
     with torch.cuda.device_of(like):
         stream = torch.cuda.current_stream(like.device).cuda_stream
-        call = (problem, self_shape, allow_tf32, *addresses)
+        call = (problem, self_shape, tf32_allowed(), *addresses)
         needed = function(*call, 0, 0, like.device.index, stream)
         if needed:
             scratch = torch.empty(needed, dtype=torch.uint8, device=like.device)

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._dtypes import fixed_shift_is_safe
+from ._dtypes import fixed_shift_is_safe, tf32_allowed
 from ._triton_table import family, gradient_width, padded, tile
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -113,26 +113,26 @@ def _keys(skip: Tensor | None, row_labels: Tensor | None, column_labels: Tensor 
 class _Gpu(NamedTuple):
     family: str  # of _triton_table
     units: int  # multiprocessors
-    precision: dict[str, str]  # of fp32 products, by torch.get_float32_matmul_precision()
+    precision: dict[bool, str]  # of fp32 products, by whether they may use TF32
 
 
 @functools.cache
 def _gpu(device: torch.device) -> _Gpu:
     if device.type == "cpu":
-        return _Gpu("interpreter", 4, dict.fromkeys(("highest", "high", "medium"), "interpreter"))
+        return _Gpu("interpreter", 4, dict.fromkeys((False, True), "interpreter"))
     from triton.runtime import driver
 
     target = driver.active.get_current_target()
     units = driver.active.utils.get_device_properties(device.index)["multiprocessor_count"] if device.type == "cuda" else 64
     kind = family(target.backend, target.arch)
     # three TF32 products of the operands' upper and lower halves are as accurate as fp32, and several times faster than fp32's own units
-    highest, high = ("ieee", "ieee") if target.backend != "cuda" else ("tf32x3", "tf32")
-    return _Gpu(kind, units, {"highest": highest, "high": high, "medium": high})
+    full, tf32 = ("ieee", "ieee") if target.backend != "cuda" else ("tf32x3", "tf32")
+    return _Gpu(kind, units, {False: full, True: tf32})
 
 
 def _precision(gpu: _Gpu, dtype: torch.dtype) -> str:
     """Of products; half types have only one, "ieee"."""
-    return gpu.precision[torch.get_float32_matmul_precision()] if dtype == torch.float32 or gpu.family == "interpreter" else "ieee"
+    return gpu.precision[tf32_allowed()] if dtype == torch.float32 or gpu.family == "interpreter" else "ieee"
 
 
 def _on(device: torch.device):
