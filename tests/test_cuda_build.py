@@ -92,6 +92,18 @@ def test_machine_code_uses_the_tensor_cores(compiled, unit, instruction):
         assert all(".tnspB" in kernel for kernel in kernels if "backward" in kernel.split("\n", 1)[0])
 
 
+def test_single_precision_is_not_summed_in_the_tensor_cores(compiled):
+    """One in six products starts a sum of its own (accumulator RZ): two steps of three, added to the long sum by FADD, to nearest."""
+    cuobjdump = find_tool("cuobjdump")
+    if cuobjdump is None:
+        pytest.skip("no cuobjdump on PATH, beside nvcc or in triton")
+    code = subprocess.run([cuobjdump, "-sass", str(compiled["mma_f32"][0])], capture_output=True, text=True, check=True).stdout
+    for kernel in code.split("Function : ")[1:]:
+        accumulators = [operands.split(",")[3].strip() for operands in re.findall(r"HMMA\S+ ([^;]+?) *;", kernel)]
+        assert len(accumulators) in (96, 288, 480)  # forward; backward of 2 panels; of 4 and of the ring
+        assert accumulators.count("RZ") == len(accumulators) / 6
+
+
 def test_newer_generations_get_ptx(compiled):
     cuobjdump = find_tool("cuobjdump")
     if cuobjdump is None:

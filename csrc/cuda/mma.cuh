@@ -7,6 +7,8 @@
 //             the result a block sums (registers hold no more), and the logits are recomputed for each.
 #pragma once
 
+#include <type_traits>
+
 #include "pairs.cuh"
 
 namespace fastsupcon::cuda {
@@ -15,6 +17,11 @@ constexpr int kMmaThreads = 128;
 constexpr int kMmaColumns = 64;   // of a tile
 constexpr int kRing = 4;          // stages of the ring, PANELS = 0
 constexpr int kOutPanels = 4;     // of the result that one block sums, PANELS = 0
+
+// Unrolling of the loops over what is to be loaded and over panels of the depth. For f32 they stay loops: unrolled, the addresses of every
+// turn took registers (mma_backward, 4 panels, sm_80: 255 and 248 bytes spilled, now 200 and none).
+template <Product PRODUCT>
+constexpr int kUnroll = PRODUCT == Product::f32 ? 1 : 16;
 
 template <Product PRODUCT, int PANELS, bool BACKWARD>
 struct MmaShape {
@@ -52,10 +59,11 @@ FASTSUPCON_DEVICE void gather_16_bytes(ptx::Address to, const Side& side, std::i
   ptx::store_16_bytes(to, words);
 }
 
-template <int BYTES, int ROWS>
+template <Product PRODUCT, int ROWS>
 FASTSUPCON_DEVICE void load_panel(ptx::Address panel, const Work& work, const Side& side, std::int64_t first_row, int panel_index) {
-  const std::int64_t row_bytes = work.depth * BYTES;
-#pragma unroll
+  constexpr int bytes = kElementBytes<PRODUCT>;
+  const std::int64_t row_bytes = work.depth * bytes;
+#pragma unroll kUnroll<PRODUCT>
   for (int i = 0; i < ROWS * kChunks / kMmaThreads; ++i) {
     const int place = ptx::thread() + i * kMmaThreads;
     const int row = place / kChunks, chunk = place % kChunks;
@@ -66,7 +74,7 @@ FASTSUPCON_DEVICE void load_panel(ptx::Address panel, const Work& work, const Si
       const auto* from = static_cast<const unsigned char*>(side.rows) + (valid ? (first_row + row) * row_bytes + column : 0);
       ptx::copy_async_16_bytes(to, from, valid);
     } else {
-      gather_16_bytes<BYTES>(to, side, first_row + row, column, row_bytes);
+      gather_16_bytes<bytes>(to, side, first_row + row, column, row_bytes);
     }
   }
 }
@@ -90,48 +98,75 @@ FASTSUPCON_DEVICE Operand<PRODUCT, N> operand(const std::uint32_t (&raw)[N]) {
   for (int i = 0; i < N; ++i) {
     if constexpr (kElementBytes<PRODUCT> == 2) {
       result.high[i] = raw[i];
-    } else {
+    } else if constexpr (PRODUCT == Product::tf32) {
       result.high[i] = ptx::round_to_tf32(ptx::from_bits(raw[i]));
-      if constexpr (PRODUCT == Product::f32) result.low[i] = ptx::round_to_tf32(ptx::from_bits(raw[i]) - ptx::from_bits(result.high[i]));
+    } else {
+      // To nearest, in integers: cvt.rna is four instructions on sm_80 and sm_90. What is left, exact, has at most 12 significant bits, and
+      // the tensor cores read 11: 2^-23 |x| is lost at most, as if it had been rounded too. A NaN that the sum turns into 0 is left in low.
+      result.high[i] = (raw[i] + 0x1000) & ~0x1fffu;
+      result.low[i] = ptx::bits(ptx::from_bits(raw[i]) - ptx::from_bits(result.high[i]));
     }
   }
   return result;
 }
 
+// Steps of the summation that one multiply_add takes together.
+template <Product PRODUCT>
+constexpr int kSteps = PRODUCT == Product::f32 ? 2 : 1;
+
+// d += a b. Tensor cores round toward zero when they add, so a long sum kept in their accumulators comes out too small, by up to 2^-23 for
+// each addition. f16, bf16 and tf32 have rounded operands by far more. f32 has not: there the products of two steps are summed apart, small
+// terms first, so that two additions truncate (< 2^-22 of the two steps' sum), and FADD, which rounds to nearest, adds that to d.
 template <Product PRODUCT, int N>
-FASTSUPCON_DEVICE void multiply_add(float (&d)[4], const Operand<PRODUCT, 4>& a, const Operand<PRODUCT, N>& b, int first) {
+FASTSUPCON_DEVICE void multiply_add(float (&d)[4], const Operand<PRODUCT, 4> (&a)[kSteps<PRODUCT>],
+                                    const Operand<PRODUCT, N> (&b)[kSteps<PRODUCT>], int first) {
   if constexpr (PRODUCT == Product::f16) {
-    ptx::mma_f16(d, a.high, b.high[first], b.high[first + 1]);
+    ptx::mma_f16(d, a[0].high, b[0].high[first], b[0].high[first + 1]);
   } else if constexpr (PRODUCT == Product::bf16) {
-    ptx::mma_bf16(d, a.high, b.high[first], b.high[first + 1]);
+    ptx::mma_bf16(d, a[0].high, b[0].high[first], b[0].high[first + 1]);
+  } else if constexpr (PRODUCT == Product::tf32) {
+    ptx::mma_tf32(d, a[0].high, b[0].high[first], b[0].high[first + 1]);
   } else {
-    if constexpr (PRODUCT == Product::f32) {  // small terms first
-      ptx::mma_tf32(d, a.low, b.high[first], b.high[first + 1]);
-      ptx::mma_tf32(d, a.high, b.low[first], b.low[first + 1]);
+    float sum[4] = {};
+#pragma unroll
+    for (int i = 0; i < kSteps<PRODUCT>; ++i) {
+      ptx::mma_tf32(sum, a[i].low, b[i].high[first], b[i].high[first + 1]);
+      ptx::mma_tf32(sum, a[i].high, b[i].low[first], b[i].low[first + 1]);
     }
-    ptx::mma_tf32(d, a.high, b.high[first], b.high[first + 1]);
+#pragma unroll
+    for (int i = 0; i < kSteps<PRODUCT>; ++i) ptx::mma_tf32(sum, a[i].high, b[i].high[first], b[i].high[first + 1]);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) d[e] += sum[e];
   }
 }
 
-// s += x yᵀ over one panel of the depth.
+// s += x yᵀ over one panel of the depth, in steps of 32 bytes.
 template <Product PRODUCT, int M_TILES>
-FASTSUPCON_DEVICE void add_logits_of_panel(float (&s)[M_TILES][kMmaColumns / 8][4], ptx::Address x_panel, ptx::Address y_panel, int first_row,
-                                           int lane) {
+FASTSUPCON_DEVICE void add_logits_of_panel(float (&s)[M_TILES][kMmaColumns / 8][4], ptx::Address x_panel, ptx::Address y_panel,
+                                           int first_row, int lane) {
+  constexpr int steps = kSteps<PRODUCT>;
   const MatrixRow x_at = fragment_rows(lane), y_at = fragment_columns(lane);
 #pragma unroll
-  for (int step = 0; step < kChunks / 2; ++step) {  // 32 bytes of depth
-    Operand<PRODUCT, 4> x[M_TILES];
+  for (int step = 0; step < kChunks / 2; step += steps) {
+    Operand<PRODUCT, 4> x[M_TILES][steps];
 #pragma unroll
     for (int m = 0; m < M_TILES; ++m) {
-      std::uint32_t raw[4];
-      ptx::load_matrices(raw, x_panel + panel_offset(first_row + 16 * m + x_at.row, 2 * step + x_at.chunk));
-      x[m] = operand<PRODUCT>(raw);
+#pragma unroll
+      for (int i = 0; i < steps; ++i) {
+        std::uint32_t raw[4];
+        ptx::load_matrices(raw, x_panel + panel_offset(first_row + 16 * m + x_at.row, 2 * (step + i) + x_at.chunk));
+        x[m][i] = operand<PRODUCT>(raw);
+      }
     }
 #pragma unroll
     for (int j = 0; j < kMmaColumns / 8; j += 2) {
-      std::uint32_t raw[4];
-      ptx::load_matrices(raw, y_panel + panel_offset(8 * j + y_at.row, 2 * step + y_at.chunk));
-      const auto y = operand<PRODUCT>(raw);
+      Operand<PRODUCT, 4> y[steps];
+#pragma unroll
+      for (int i = 0; i < steps; ++i) {
+        std::uint32_t raw[4];
+        ptx::load_matrices(raw, y_panel + panel_offset(8 * j + y_at.row, 2 * (step + i) + y_at.chunk));
+        y[i] = operand<PRODUCT>(raw);
+      }
 #pragma unroll
       for (int m = 0; m < M_TILES; ++m) {
         multiply_add(s[m][j], x[m], y, 0);
@@ -141,23 +176,28 @@ FASTSUPCON_DEVICE void add_logits_of_panel(float (&s)[M_TILES][kMmaColumns / 8][
   }
 }
 
-// out += w y over one panel of the result's columns, half.
-template <Product PRODUCT, int M_TILES>
-FASTSUPCON_DEVICE void add_weighted_panel(float (&out)[M_TILES][8][4], const std::uint32_t (&w)[M_TILES][kMmaColumns / 16][4],
-                                          ptx::Address y_panel, int lane) {
+constexpr int kYPanelBytes = kMmaColumns * kPanelBytes;
+
+// out += w y over COUNT panels of the result's columns, which lie one after the other in shared memory. Half: panel by panel.
+template <Product PRODUCT, int COUNT, int M_TILES>
+FASTSUPCON_DEVICE void add_weighted_panels(float (*out)[M_TILES][8][4], const std::uint32_t (&w)[M_TILES][kMmaColumns / 16][4],
+                                           ptx::Address y_panels, int lane) {
   const MatrixRow y_at = fragment_transposed(lane);
 #pragma unroll
-  for (int k = 0; k < kMmaColumns / 16; ++k) {
+  for (int p = 0; p < COUNT; ++p) {
 #pragma unroll
-    for (int n = 0; n < 8; n += 2) {
-      std::uint32_t raw[4];
-      ptx::load_matrices_transposed(raw, y_panel + panel_offset(16 * k + y_at.row, n + y_at.chunk));
-      const auto y = operand<PRODUCT>(raw);
+    for (int k = 0; k < kMmaColumns / 16; ++k) {
 #pragma unroll
-      for (int m = 0; m < M_TILES; ++m) {
-        const auto weights = operand<PRODUCT>(w[m][k]);
-        multiply_add(out[m][n], weights, y, 0);
-        multiply_add(out[m][n + 1], weights, y, 2);
+      for (int n = 0; n < 8; n += 2) {
+        std::uint32_t raw[4];
+        ptx::load_matrices_transposed(raw, y_panels + p * kYPanelBytes + panel_offset(16 * k + y_at.row, n + y_at.chunk));
+        const Operand<PRODUCT, 4> y[1] = {operand<PRODUCT>(raw)};
+#pragma unroll
+        for (int m = 0; m < M_TILES; ++m) {
+          const Operand<PRODUCT, 4> weights[1] = {operand<PRODUCT>(w[m][k])};
+          multiply_add(out[p][m][n], weights, y, 0);
+          multiply_add(out[p][m][n + 1], weights, y, 2);
+        }
       }
     }
   }
@@ -165,19 +205,35 @@ FASTSUPCON_DEVICE void add_weighted_panel(float (&out)[M_TILES][8][4], const std
 
 // The same for 32-bit elements. ldmatrix cannot transpose those, so y comes by words. The sum over a tile's rows may take any order: with
 // k = t standing for row 2t and k = t + 4 for row 2t + 1, the accumulators of the first product are the A fragment as they are.
-template <Product PRODUCT>
-FASTSUPCON_DEVICE void add_weighted_panel(float (&out)[1][4][4], const float (&w)[1][kMmaColumns / 8][4], ptx::Address y_panel, int lane) {
+// Step by step through all panels: panel by panel the compiler would keep both halves of all of w for the next one, 32 registers.
+template <Product PRODUCT, int COUNT>
+FASTSUPCON_DEVICE void add_weighted_panels(float (*out)[1][4][4], const float (&w)[1][kMmaColumns / 8][4], ptx::Address y_panels,
+                                           int lane) {
+  constexpr int steps = kSteps<PRODUCT>;
   const int row = 2 * (lane % 4), column = lane / 4;
 #pragma unroll
-  for (int k = 0; k < kMmaColumns / 8; ++k) {
-    const std::uint32_t raw[4] = {ptx::bits(w[0][k][0]), ptx::bits(w[0][k][2]), ptx::bits(w[0][k][1]), ptx::bits(w[0][k][3])};
-    const auto weights = operand<PRODUCT>(raw);
+  for (int k = 0; k < kMmaColumns / 8; k += steps) {
+    Operand<PRODUCT, 4> weights[steps];
 #pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      const int chunk = 2 * n + column / 4, byte = 4 * (column % 4);
-      const std::uint32_t words[2] = {ptx::load_word(y_panel + panel_offset(8 * k + row, chunk) + byte),
-                                      ptx::load_word(y_panel + panel_offset(8 * k + row + 1, chunk) + byte)};
-      multiply_add(out[0][n], weights, operand<PRODUCT>(words), 0);
+    for (int i = 0; i < steps; ++i) {
+      const auto& of = w[0][k + i];
+      weights[i] = operand<PRODUCT, 4>({ptx::bits(of[0]), ptx::bits(of[2]), ptx::bits(of[1]), ptx::bits(of[3])});
+    }
+#pragma unroll
+    for (int p = 0; p < COUNT; ++p) {
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        const int chunk = 2 * n + column / 4;
+        Operand<PRODUCT, 2> y[steps];
+#pragma unroll
+        for (int i = 0; i < steps; ++i) {
+          const ptx::Address panel = y_panels + p * kYPanelBytes + 4 * (column % 4);
+          const int first = 8 * (k + i) + row;
+          y[i] = operand<PRODUCT, 2>({ptx::load_word(panel + panel_offset(first, chunk)),
+                                      ptx::load_word(panel + panel_offset(first + 1, chunk))});
+        }
+        multiply_add(out[p][0][n], weights, y, 0);
+      }
     }
   }
 }
@@ -210,11 +266,13 @@ struct MmaBlock {
   }
 
   FASTSUPCON_DEVICE ptx::Address x_panel(int place) const { return x_at + place * Shape::rows * kPanelBytes; }
-  FASTSUPCON_DEVICE ptx::Address y_panel(int place) const { return y_at + place * kMmaColumns * kPanelBytes; }
+  FASTSUPCON_DEVICE ptx::Address y_panel(int place) const { return y_at + place * kYPanelBytes; }
 
-  FASTSUPCON_DEVICE void load_x(int place, int panel) const { load_panel<bytes, Shape::rows>(x_panel(place), work, work.x, first_row, panel); }
+  FASTSUPCON_DEVICE void load_x(int place, int panel) const {
+    load_panel<PRODUCT, Shape::rows>(x_panel(place), work, work.x, first_row, panel);
+  }
   FASTSUPCON_DEVICE void load_y(int place, int of_tile, int panel) const {
-    load_panel<bytes, kMmaColumns>(y_panel(place), work, work.y, std::int64_t{of_tile} * kMmaColumns, panel);
+    load_panel<PRODUCT, kMmaColumns>(y_panel(place), work, work.y, std::int64_t{of_tile} * kMmaColumns, panel);
   }
 
   // What the block's own rows bring. In shared memory, as the backward has no registers left for it.
@@ -282,15 +340,16 @@ struct MmaBlock {
 
   FASTSUPCON_DEVICE void load_tile(int of_tile) const {
     if (of_tile >= last_tile) return;
-#pragma unroll
+#pragma unroll kUnroll<PRODUCT>
     for (int p = 0; p < PANELS; ++p) load_y(of_tile % 2 * PANELS + p, of_tile, p);
     ptx::copy_async_commit();
   }
   FASTSUPCON_DEVICE int tile_place() const { return tile % 2 * PANELS; }
 
-  // Calls on_logits(s) and then, backward, on_panel(p, address) for each panel of the result, tile by tile.
-  template <class OnLogits, class OnPanel>
-  FASTSUPCON_DEVICE void for_each_tile(OnLogits on_logits, OnPanel on_panel) {
+  // Tile by tile: on_logits(s), and then, backward, on_panels(COUNT, first, y) for COUNT panels of the result: for all of them at once, or,
+  // where y comes through the ring, one by one.
+  template <class OnLogits, class OnPanels>
+  FASTSUPCON_DEVICE void for_each_tile(OnLogits on_logits, OnPanels on_panels) {
     Terms terms{};
     std::int64_t key = 0;
     store_row_terms();
@@ -312,7 +371,7 @@ struct MmaBlock {
         ptx::sync_block();
         load_tile(tile + 1);
         fetch_terms(tile + 1, terms, key);
-#pragma unroll
+#pragma unroll kUnroll<PRODUCT>
         for (int p = 0; p < PANELS; ++p) add_logits_of_panel<PRODUCT>(s, x_panel(p), y_panel(tile_place() + p), warp_row, lane);
       } else {
         fetch_terms(tile + 1, terms, key);
@@ -322,9 +381,11 @@ struct MmaBlock {
         }
       }
       on_logits(s);
-      if constexpr (BACKWARD) {
+      if constexpr (BACKWARD && PANELS) {
+        on_panels(std::integral_constant<int, PANELS>{}, 0, y_panel(tile_place()));
+      } else if constexpr (BACKWARD) {
 #pragma unroll
-        for (int p = 0; p < Shape::out_panels; ++p) on_panel(p, PANELS ? y_panel(tile_place() + p) : y_panel(ring_next()));
+        for (int p = 0; p < Shape::out_panels; ++p) on_panels(std::integral_constant<int, 1>{}, p, y_panel(ring_next()));
       }
       store_terms(tile + 1, terms, key);
     }
@@ -358,7 +419,7 @@ __global__ void __launch_bounds__(kMmaThreads) mma_forward(const __grid_constant
           else add_logits<false, kMmaColumns>(sums[m], s[m], columns, false, work.scale_log2, lane);
         }
       },
-      [](int, ptx::Address) {});
+      [](auto, int, ptx::Address) {});
 #pragma unroll
   for (int m = 0; m < Shape::m_tiles; ++m) {
 #pragma unroll
@@ -408,9 +469,14 @@ __global__ void __launch_bounds__(kMmaThreads) mma_backward(const __grid_constan
           }
         }
       },
-      [&](int p, ptx::Address y_panel) {
-        if constexpr (half) add_weighted_panel<PRODUCT>(out[p], packed, y_panel, lane);
-        else add_weighted_panel<PRODUCT>(out[p], weights, y_panel, lane);
+      [&](auto count, int first, ptx::Address y_panels) {
+        constexpr int COUNT = decltype(count)::value;
+        if constexpr (half) {
+          add_weighted_panels<PRODUCT, COUNT>(out + first, packed, y_panels, lane);
+        } else {
+          if constexpr (!PANELS) ptx::hold(weights[0]);  // else both halves of all weights are kept from panel to panel, and some spilled
+          add_weighted_panels<PRODUCT, COUNT>(out + first, weights, y_panels, lane);
+        }
       });
   const std::int64_t first_panel = PANELS ? 0 : ptx::block_z() * kOutPanels;
 #pragma unroll

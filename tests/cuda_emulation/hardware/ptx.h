@@ -144,6 +144,14 @@ float half_of(std::uint32_t word, int which) {
   return BF16 ? from_bf16(half) : from_f16(half);
 }
 
+// What tensor cores give: the products and the accumulator in one sum, exact here, rounded once and toward zero. GPUs also cut bits off the
+// smaller terms as they align them, which differs between generations.
+inline float round_toward_zero(double exact) {
+  const auto nearest = static_cast<float>(exact);
+  const bool too_far = std::isfinite(nearest) && std::abs(static_cast<double>(nearest)) > std::abs(exact);
+  return too_far ? std::nextafter(nearest, 0.0f) : nearest;
+}
+
 // ---- sm_80
 
 inline void copy_async_16_bytes(Address to, const void* from, bool valid) {
@@ -214,9 +222,9 @@ void mma(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint
     for (int l = 0; l < 32; ++l) {
       for (int e = 0; e < 4; ++e) {
         const int row = l / 4 + 8 * (e / 2), column = 2 * (l % 4) + e % 2;
-        float sum = static_cast<Mine*>(all[l])->d[e];
-        for (int k = 0; k < K; ++k) sum += left[row][k] * right[k][column];
-        static_cast<Mine*>(all[l])->d[e] = sum;
+        double sum = static_cast<Mine*>(all[l])->d[e];
+        for (int k = 0; k < K; ++k) sum += static_cast<double>(left[row][k]) * right[k][column];
+        static_cast<Mine*>(all[l])->d[e] = round_toward_zero(sum);
       }
     }
   });
@@ -390,9 +398,9 @@ struct Wgmma {
           auto& d = group.shadow.at(threads[t].d);
           for (int i = 0; i < N / 2; ++i) {
             const int row = t / 32 * 16 + t % 32 / 4 + 8 * (i / 2 % 2), column = i / 4 * 8 + 2 * (t % 4) + i % 2;
-            float sum = threads[t].accumulate ? d[i] : 0.0f;
-            for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
-            d[i] = sum;
+            double sum = threads[t].accumulate ? d[i] : 0.0f;
+            for (int k = 0; k < 16; ++k) sum += static_cast<double>(a[row][k]) * b[k][column];
+            d[i] = round_toward_zero(sum);
           }
         }
       };
