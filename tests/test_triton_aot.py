@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 
@@ -69,6 +70,25 @@ def test_no_spills_and_tensor_cores(form, gpu, dtype, depth):
         assert "tf32" in reading.machine_code
     else:
         assert TENSOR_CORES[gpu] in reading.machine_code
+
+
+@pytest.mark.skipif(INTERPRETED, reason="runs in the process that test_in_its_own_process starts")
+@pytest.mark.parametrize("form, gpu, dtype, depth", cases(("forward self", "gradient symmetric"), NVIDIA, ["fp32"], [128]))
+def test_single_precision_is_not_summed_in_the_tensor_cores(form, gpu, dtype, depth):
+    """They round toward zero when they add. A tile's three products start from zero, and fp32 additions carry the sum from tile to tile."""
+    reading = compile_ahead(form, gpu, dtype, depth)
+    if gpu == 100:  # accumulators in tensor memory; the fourth operand says whether to add to them
+        added = re.findall(r"tc_gen5_mma %[\w#:]+, %[\w#:]+, %[\w#:]+(?:\[[^]]*\])?, (%\w+)", reading.intermediate)
+        assert len(added) > 0
+        assert added.count("%false") == len(added) / 3
+    else:
+        sums = re.findall(r"(?:tt\.dot|warp_group_dot) %[\w#:]+, %[\w#:]+, %([\w#:]+)", reading.intermediate)
+        assert len(sums) > 0
+        assert sum(name.startswith("cst") for name in sums) == len(sums) / 3
+        loops = re.findall(r"iter_args\((.*?)\) ->", reading.intermediate)
+        assert len(loops) > 0
+        assert not set(sums) & {name for carried in loops for name in re.findall(r"%([\w#]+) =", carried)}
+        assert len(re.findall(r"add(?:\.rn)?(?:\.ftz)?\.f32", reading.machine_code)) >= 16  # of a thread's sums
 
 
 @pytest.mark.skipif(INTERPRETED, reason="runs in the process that test_in_its_own_process starts")

@@ -89,6 +89,7 @@ class Reading(NamedTuple):
     spilled: int  # bytes of local memory a thread
     shared: int  # bytes a block
     machine_code: str  # PTX, or AMD's assembly
+    intermediate: str  # Triton's, for the GPU
 
 
 def compile_ahead(form: str, arch: int | str, dtype: str, depth: int) -> Reading:
@@ -116,14 +117,14 @@ def compile_ahead(form: str, arch: int | str, dtype: str, depth: int) -> Reading
     if target.backend == "hip":
         text = compiled.asm["amdgcn"]
         registers, spilled = (int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "private_segment_fixed_size"))
-        return Reading(registers, spilled, compiled.metadata.shared, text)
+        return Reading(registers, spilled, compiled.metadata.shared, text, compiled.asm["ttgir"])
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         report = subprocess.run([tool, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True).stdout
     registers, spilled = (int(re.search(rf"{key}:(\d+)", report)[1]) for key in ("REG", "STACK"))
-    return Reading(registers, spilled, compiled.metadata.shared, compiled.asm["ptx"])
+    return Reading(registers, spilled, compiled.metadata.shared, compiled.asm["ptx"], compiled.asm["ttgir"])
 
 
 if __name__ == "__main__":
