@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -102,6 +103,23 @@ def test_single_precision_is_not_summed_in_the_tensor_cores(compiled):
         accumulators = [operands.split(",")[3].strip() for operands in re.findall(r"HMMA\S+ ([^;]+?) *;", kernel)]
         assert len(accumulators) in (96, 288, 480)  # forward; backward of 2 panels; of 4 and of the ring
         assert accumulators.count("RZ") == len(accumulators) / 6
+
+
+def test_an_nvcc_that_is_too_old_leaves_the_cpu_kernels(tmp_path):
+    """With 11.8 there is no wgmma: the installation must not fail for that."""
+    nvcc, cmake, pybind11 = shutil.which("nvcc"), shutil.which("cmake"), pytest.importorskip("pybind11")
+    if nvcc is None or cmake is None or shutil.which("ninja") is None or not SOURCES.is_dir():
+        pytest.skip("nvcc, cmake, ninja or the sources are not here")
+    older = tmp_path / "nvcc"  # CMake reads the version out of a program that it compiles
+    edit = r"sed -i 's/compiler_version\[[0-9]*\.[0-9]*/compiler_version[00000011.00000008/' a.out"
+    older.write_text(f'#!/bin/sh\n{nvcc} "$@" || exit\n[ ! -f a.out ] || {edit}\n')
+    older.chmod(0o755)
+    command = [cmake, f"-S{SOURCES.parents[1]}", f"-B{tmp_path / 'build'}", "-GNinja", f"-DPython_EXECUTABLE={sys.executable}"]
+    command += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DCMAKE_CUDA_COMPILER={older}"]
+    configured = subprocess.run(command, capture_output=True, text=True)
+    assert configured.returncode == 0, configured.stderr
+    assert re.search(r"nvcc 11\.8\.\d+ is older than 12\.0, building the CPU kernels alone", configured.stdout)
+    assert "fastsupcon_cuda" not in (tmp_path / "build" / "build.ninja").read_text()
 
 
 def test_newer_generations_get_ptx(compiled):
