@@ -13,6 +13,11 @@ constexpr int kPanelBytes = 128;  // of one row
 constexpr int kChunkBytes = 16;
 constexpr int kChunks = kPanelBytes / kChunkBytes;
 
+// The most shared memory that a block may have: on sm_90, and on any GPU from sm_80 on. All launches of a kernel come to the same limit, as
+// the driver keeps it per function: two host threads that set what each needs would lower it under each other's launches.
+constexpr int kBlockSharedBytes = 227 * 1024, kSmallestBlockSharedBytes = 99 * 1024;
+constexpr int shared_limit(int bytes) { return bytes > kSmallestBlockSharedBytes ? kBlockSharedBytes : kSmallestBlockSharedBytes; }
+
 __host__ __device__ constexpr int panel_offset(int row, int chunk) { return row * kPanelBytes + ((chunk ^ (row % 8)) * kChunkBytes); }
 
 // Accumulator fragment of mma.m16n8 and of each 16 rows × 8 columns of wgmma: element e of lane l.

@@ -38,7 +38,7 @@ struct MmaShape {
   static constexpr int row_terms_at = keys_at + 2 * kMmaColumns * static_cast<int>(sizeof(std::int64_t));
   static constexpr int row_keys_at = row_terms_at + rows * static_cast<int>(sizeof(Terms));
   static constexpr int shared_bytes = row_keys_at + rows * static_cast<int>(sizeof(std::int64_t));
-  static_assert(shared_bytes <= 99 * 1024, "the smallest GPU of this generation gives a block 99 KiB");
+  static_assert(shared_bytes <= kSmallestBlockSharedBytes, "the smallest GPU of this generation gives a block 99 KiB");
 };
 
 // ---- Shared memory in -----------------------------------------------------------------------------------------------------------

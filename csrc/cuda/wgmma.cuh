@@ -31,7 +31,7 @@ struct WgmmaShape {
   static constexpr int terms_at = keys_at + stages * columns * static_cast<int>(sizeof(std::int64_t));
   static constexpr int barriers_at = terms_at + stages * columns * static_cast<int>(sizeof(Terms));
   static constexpr int shared_bytes = barriers_at + 8 * (2 * stages + 1);
-  static_assert(shared_bytes <= 227 * 1024);
+  static_assert(shared_bytes <= kBlockSharedBytes);
 };
 
 template <Product PRODUCT, int PANELS, bool BACKWARD>

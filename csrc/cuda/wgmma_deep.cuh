@@ -11,7 +11,6 @@ namespace fastsupcon::cuda {
 
 constexpr int kDeepDepth = 1024;  // the largest
 constexpr int kPanelDepth = 64;
-constexpr int kBlockSharedBytes = 227 * 1024;
 
 struct DeepLayout {
   int panels;     // of the depth

@@ -11,6 +11,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "../layout.h"
 #include "../where.h"
 
 namespace fastsupcon::cuda {
@@ -88,9 +89,9 @@ void launch(const char* name, const Shape& shape, Kernel* kernel, Grid grid, int
            std::to_string(grid.z) + ", " + std::to_string(shared_bytes) + " bytes of shared memory)";
   };
   if (grid.x > 0x7fffffff || grid.y > 0xffff || grid.z > 0xffff) throw std::runtime_error("fastsupcon CUDA: grid too large: " + described());
-  if (shared_bytes > 48 * 1024) {
-    const cudaError_t status =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (shared_bytes > 48 * 1024) {  // more than every kernel may have
+    const cudaError_t status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                    shared_limit(shared_bytes));
     if (status != cudaSuccess) check(status, described());
   }
   const dim3 blocks(static_cast<unsigned>(grid.x), grid.y, grid.z);

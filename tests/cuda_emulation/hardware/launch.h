@@ -1,9 +1,11 @@
 // csrc/cuda/hardware/launch.h over the emulator: a grid runs block after block on the CPU, "device" memory is the host's.
 #pragma once
 
+#include <map>
 #include <string>
 #include <type_traits>
 
+#include "layout.h"
 #include "ptx.h"
 #include "where.h"
 
@@ -40,6 +42,12 @@ void launch(const char* name, const Shape& shape, void (*kernel)(P...), Grid gri
   }
 }
 
+  static std::map<const void*, int> limits;
+  const int limit = shared_limit(shared_bytes);
+  if (shared_bytes > 48 * 1024 && limits.emplace(reinterpret_cast<const void*>(kernel), limit).first->second != limit) {
+    throw std::runtime_error(std::string(name) + " (" + shape() + "): a kernel's limit of shared memory changes between launches");
+  }
+  if (shared_bytes > limit) throw std::runtime_error(std::string(name) + " (" + shape() + "): too much shared memory");
 template <class Shape>
 ptx::TensorMap make_tensor_map(const void* rows, std::int64_t count, std::int64_t depth, bool, int box_rows, const Shape&) {
   if (box_rows > 256) throw std::runtime_error("a TMA box has at most 256 rows");
