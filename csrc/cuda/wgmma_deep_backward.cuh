@@ -158,7 +158,8 @@ __global__ void __launch_bounds__(DeepShape<true>::most_threads, 1)
     pack_weights<PRODUCT, columns>(packed, s);
   };
 
-  // Before consumer 0's first tile stands one whose W is zero, so that every tile is treated alike; its y is the end of the first.
+  // Before consumer 0's first tile stands one whose W is zero, so that every tile is treated alike; its y is the end of the first: panels of a
+  // slice, at every depth, so none that release_unsliced gives back under this product.
   int tile = block.first_tile + consumer;
   Place before{0, 0};  // tile − 1, the other consumer's
   Place at = consumer == 0 ? before : block.after(before, layout.panels);
