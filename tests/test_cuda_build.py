@@ -10,6 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
+
+from fastsupcon.backends._extension import module as extension
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
 GENERATIONS = ["-gencode=arch=compute_80,code=[sm_80,compute_80]", "-gencode=arch=compute_90a,code=sm_90a"]
@@ -120,6 +123,14 @@ def test_an_nvcc_that_is_too_old_leaves_the_cpu_kernels(tmp_path):
     assert configured.returncode == 0, configured.stderr
     assert re.search(r"nvcc 11\.8\.\d+ is older than 12\.0, building the CPU kernels alone", configured.stdout)
     assert "fastsupcon_cuda" not in (tmp_path / "build" / "build.ninja").read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver")
+def test_without_a_driver_the_extension_says_so():
+    if not hasattr(extension, "cuda"):
+        pytest.skip("the extension was built without CUDA")
+    for _ in range(2):  # the error is cleared
+        assert extension.cuda.unusable(0).startswith("CUDA driver version is insufficient for CUDA runtime version")
 
 
 def test_newer_generations_get_ptx(compiled):

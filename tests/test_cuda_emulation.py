@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import shutil
 import subprocess
@@ -232,6 +233,22 @@ def test_nan_is_never_hidden(kernels, emulated, capability, unit):
     z = rows(70, 64, BF16, 1)
     z[5, 7] = torch.nan
     assert kernels.self_forward(z, 10.0, unit).isnan().all()
+
+
+def test_a_driver_that_cannot_load_the_kernels_is_named(emulated, monkeypatch):
+    """So that backend="auto" goes on to another, and does not raise in every call."""
+    monkeypatch.setattr(backend, "_C", emulated)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    backend._driver_unusable.cache_clear()
+    assert backend.unusable(torch.device("cuda", 0), BF16, 64) is None
+    emulated.set_driver_fault("the provided PTX was compiled with an unsupported toolchain.")
+    assert backend.unusable(torch.device("cuda", 0), BF16, 64) is None, "asked once per device"
+    backend._driver_unusable.cache_clear()
+    assert "unsupported toolchain" in backend.unusable(torch.device("cuda", 0), BF16, 64)
+    emulated.set_driver_fault("")
+    backend._driver_unusable.cache_clear()
 
 
 def test_tf32_follows_the_matmul_precision(kernels, emulated):

@@ -16,6 +16,7 @@ T* pointer(std::uintptr_t address) {
 
 void bind(py::module_ m) {
   m.doc() = "Kernels for NVIDIA GPUs. Each call returns the bytes of scratch memory it needs; given less, it has launched nothing.";
+  m.def("unusable", &unusable, "device"_a, "Why no kernel can run on this device, or an empty text. Makes it the runtime's current one.");
   m.def(
       "forward",
       [](const LseProblem& problem, bool self, bool allow_tf32, std::uintptr_t lse, std::uintptr_t scratch, std::size_t scratch_bytes,

@@ -144,6 +144,9 @@ bool bounded(const LseProblem& problem, bool self) { return self && problem.unit
 
 }  // namespace
 
+// All kernels are built by one nvcc for the same generations, so any of them will do.
+std::string unusable(int device) { return why_not(largest_magnitude, device); }
+
 std::size_t forward(const LseProblem& problem, bool self, bool allow_tf32, float* lse, Scratch scratch, const Where& where) {
   const Device device = device_info(where.device);
   Work work = make_work(problem, self);

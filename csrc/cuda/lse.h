@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstddef>
+#include <string>
 
 #include "../lse_problem.h"
 #include "where.h"
@@ -14,6 +15,9 @@ class module_;
 }
 
 namespace fastsupcon::cuda {
+
+// Why no kernel here can run on a device of capability 8.0 or newer, or "".
+std::string unusable(int device);
 
 struct Scratch {
   void* memory;

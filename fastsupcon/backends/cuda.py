@@ -5,6 +5,8 @@ Nothing here waits for the device. Scratch memory comes from torch's allocator, 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,16 @@ def unusable(device: torch.device, dtype: torch.dtype, depth: int) -> str | None
     if dtype not in _DTYPES:
         return f"dtype {dtype} is none of {_DTYPES}"
     capability = torch.cuda.get_device_capability(device)
-    return None if capability >= _MINIMUM_CAPABILITY else f"needs compute capability 8.0, {device} has {'.'.join(map(str, capability))}"
+    if capability < _MINIMUM_CAPABILITY:
+        return f"needs compute capability 8.0, {device} has {'.'.join(map(str, capability))}"
+    return _driver_unusable(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _driver_unusable(index: int) -> str | None:
+    with torch.cuda.device(index):  # and back: the extension has its own CUDA runtime, in which it makes the device current
+        reason = _C.cuda.unusable(index)
+    return f"the GPU's driver cannot run kernels of the nvcc that built them: {reason}" if reason else None
 
 
 def _run(function, like: Tensor, problem, self_shape: bool, *addresses: int) -> None:

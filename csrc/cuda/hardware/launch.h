@@ -50,6 +50,18 @@ inline Device device_info(int device) {
 // This library has its own copy of the runtime; the caller's current device is made its own, once per call into the library.
 inline void enter(const Where& where) { check(cudaSetDevice(where.device), "device " + std::to_string(where.device)); }
 
+// Why `kernel` cannot run on `device`, or "". A driver older than this library's runtime, or than the nvcc whose PTX it would have to
+// compile, shows when the kernel is loaded.
+template <class Kernel>
+std::string why_not(Kernel* kernel, int device) {
+  cudaFuncAttributes attributes;
+  cudaError_t status = cudaSetDevice(device);
+  if (status == cudaSuccess) status = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+  if (status == cudaSuccess) return "";
+  cudaGetLastError();  // else the next launch would report it
+  return std::string(cudaGetErrorString(status)) + " (" + cudaGetErrorName(status) + ")";
+}
+
 // For TMA: a row-major matrix of half elements, fetched in boxes of `box_rows` × 64 columns into 128-byte-swizzled panels, zeros outside.
 // The driver's encoder is asked for by name, so that the library does not link libcuda and loads where there is no driver.
 template <class Shape>

@@ -28,12 +28,26 @@ inline std::vector<std::string>& launched() {  // kernels' names, for the tests 
   static std::vector<std::string> names;
   return names;
 }
+inline std::string& driver_fault() {  // what loading a kernel says, for the tests to set
+  static std::string text;
+  return text;
+}
+template <class Kernel>
+std::string why_not(Kernel*, int) {
+  return driver_fault();
+}
 inline Device device_info(int) { return emulated_device(); }
 inline void enter(const Where&) {}
 
 template <class Shape, class... P, class... A>
 void launch(const char* name, const Shape& shape, void (*kernel)(P...), Grid grid, int threads, int shared_bytes, const Where&,
             const A&... arguments) {
+  static std::map<const void*, int> limits;
+  const int limit = shared_limit(shared_bytes);
+  if (shared_bytes > 48 * 1024 && limits.emplace(reinterpret_cast<const void*>(kernel), limit).first->second != limit) {
+    throw std::runtime_error(std::string(name) + " (" + shape() + "): a kernel's limit of shared memory changes between launches");
+  }
+  if (shared_bytes > limit) throw std::runtime_error(std::string(name) + " (" + shape() + "): too much shared memory");
   launched().push_back(name);
   try {
     emulation::run_grid({grid.x, grid.y, grid.z}, threads, shared_bytes, [&] { kernel(arguments...); });
@@ -42,12 +56,6 @@ void launch(const char* name, const Shape& shape, void (*kernel)(P...), Grid gri
   }
 }
 
-  static std::map<const void*, int> limits;
-  const int limit = shared_limit(shared_bytes);
-  if (shared_bytes > 48 * 1024 && limits.emplace(reinterpret_cast<const void*>(kernel), limit).first->second != limit) {
-    throw std::runtime_error(std::string(name) + " (" + shape() + "): a kernel's limit of shared memory changes between launches");
-  }
-  if (shared_bytes > limit) throw std::runtime_error(std::string(name) + " (" + shape() + "): too much shared memory");
 template <class Shape>
 ptx::TensorMap make_tensor_map(const void* rows, std::int64_t count, std::int64_t depth, bool, int box_rows, const Shape&) {
   if (box_rows > 256) throw std::runtime_error("a TMA box has at most 256 rows");
