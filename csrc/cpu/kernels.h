@@ -31,6 +31,7 @@ struct SelfProblem {
   void* gradient;         // backward: [count, depth] Sum, ∂L/∂z without the factor scale
 };
 
+// Fixed, as above: E_ij = 2^(s_ij log2 e − shift), without bias. Otherwise each row has its own running maximum.
 struct CrossProblem {
   const void* a;  // [rows, depth] elements
   const void* b;  // [columns, depth] elements
@@ -40,30 +41,39 @@ struct CrossProblem {
   std::int64_t row_block;     // both multiples of Kernels::panel
   std::int64_t column_block;
   double scale;
+  bool fixed;
+  int shift;
   const void* bias;                   // [columns] Sum, or null
   const std::int64_t* skip;           // [rows], or null
   const std::int64_t* row_labels;     // [rows], or null
   const std::int64_t* column_labels;  // [columns], or null
-  const void* weight;                 // backward: [rows] Sum, g_i
-  const void* lse;                    // backward: [rows] Sum
+  const void* weight;                 // backward: [rows] Sum, g_i, or g_i 2^(shift − lse_i log2 e) when fixed
+  const void* lse;                    // backward, not fixed: [rows] Sum
+};
+
+// What the next tile reads, fetched into L2 while this one's dot products run: part s during the strip s of kPanel columns, as many bytes as a
+// block's packed rows have. Where there is less to fetch a part stands several times; what lies past its end, or is never used, is harmless.
+struct Ahead {
+  const void* part[6];
 };
 
 struct Kernels {
   int panel;                   // rows per packed panel
-  std::size_t scratch_bytes;   // one thread's working memory, aligned to 64; in the cross shape the panels of its blocks follow
+  std::size_t scratch_bytes;   // one thread's working memory, aligned to 64
   std::size_t (*panel_bytes)(std::int64_t depth);  // of one packed panel
   void (*pack)(const void* rows, std::int64_t count, std::int64_t depth, void* panels);
   double (*largest_square)(const void* rows, std::int64_t count, std::int64_t depth);  // max |z_i|²; NaN if any is NaN
 
   // Block pair i ≤ j: adds to total (and maximum) of both blocks, or to the gradient of both.
-  void (*self_forward)(const SelfProblem&, std::int64_t i, std::int64_t j, void* scratch);
-  void (*self_backward)(const SelfProblem&, std::int64_t i, std::int64_t j, void* scratch);
+  void (*self_forward)(const SelfProblem&, std::int64_t i, std::int64_t j, const Ahead&, void* scratch);
+  void (*self_backward)(const SelfProblem&, std::int64_t i, std::int64_t j, const Ahead&, void* scratch);
 
-  // Row blocks [i0, i1) against column blocks [j0, j1): total and maximum start at row 0 of the problem.
-  void (*cross_forward)(const CrossProblem&, std::int64_t i0, std::int64_t i1, std::int64_t j0, std::int64_t j1, void* total, void* maximum,
-                        void* scratch);
-  // Block pair (i, j): adds to da, db (without the factor scale) and dbias, which start at row 0 of the problem; null ones are left out.
-  void (*cross_backward)(const CrossProblem&, std::int64_t i, std::int64_t j, void* da, void* db, void* dbias, void* scratch);
+  // The pair of row block i and column block j, each given packed: adds to total (and maximum, which starts at −inf), or to da, db (without the
+  // factor scale) and dbias. All of these start at row 0 of the problem; gradients that are null are left out.
+  void (*cross_forward)(const CrossProblem&, std::int64_t i, std::int64_t j, const void* row_panels, const void* column_panels, const Ahead&,
+                        void* total, void* maximum, void* scratch);
+  void (*cross_backward)(const CrossProblem&, std::int64_t i, std::int64_t j, const void* row_panels, const void* column_panels, const Ahead&,
+                         void* da, void* db, void* dbias, void* scratch);
 
   void (*finish)(const void* sums, std::int64_t count, double factor, void* elements);  // elements = factor · sums; in place is allowed
 

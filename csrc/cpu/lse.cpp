@@ -70,32 +70,74 @@ class Rounds {
   std::vector<std::atomic<std::int64_t>> done_;
 };
 
+// ---- Shift and weights --------------------------------------------------------------------------------------------------------------
+
+std::size_t element_size(Scalar scalar) { return scalar == Scalar::f64 ? 8 : scalar == Scalar::f32 ? 4 : 2; }
+
+// Whether all exponentials can be taken with one shift, 2^(s log2 e − exponent), and which.
+struct Shift {
+  bool fixed;
+  int exponent;
+};
+
+// For |s_ij| ≤ bound. 2^(s log2 e − exponent) stays a normal number if 2 · bound < 126 ln 2 (f64: 1022 ln 2), less 2 % for rounding. An unknown
+// bound, NaN or inf, is not safe, and the careful path shows what is wrong with the rows.
+template <class Sum>
+Shift shift_for(double bound) {
+  const bool fixed = 2 * 1.02 * bound < -(std::numeric_limits<Sum>::min_exponent - 1) * kLn2;
+  return {fixed, fixed ? int(std::ceil(bound * kLog2E)) : 0};
+}
+
+// The largest of them, or NaN if there is one.
+double largest_of(const std::vector<double>& values) {
+  double largest = 0;
+  for (const double value : values) largest = value > largest || std::isnan(value) ? value : largest;
+  return largest;
+}
+
+// e with |g_i| ≤ 2^e, so that g_i 2^(shift − lse_i log2 e) cannot overflow however large the gradients are; 0 if there is none.
+template <class Sum>
+int common_exponent(const Sum* grad, std::int64_t count) {
+  Sum largest = 0;
+  for (std::int64_t i = 0; i < count; ++i) largest = std::max(largest, std::abs(grad[i]));
+  return largest > 0 && std::isfinite(largest) ? std::ilogb(largest) + 1 : 0;
+}
+
+// What an exponential of row i is multiplied with, without the factor 2^exponent: g_i, or, with one shift for all, g_i 2^(shift − lse_i log2 e).
+template <class Sum>
+void weigh(const Shift& shift, const Sum* lse, const Sum* grad, std::int64_t count, int exponent, Sum* weights) {
+  for (std::int64_t i = 0; i < count; ++i) {
+    const double g = std::ldexp(double(grad[i]), -exponent);
+    const bool nothing = std::isinf(lse[i]) && lse[i] < 0;  // no allowed column
+    weights[i] = Sum(!shift.fixed ? g : nothing ? 0 : g * std::exp2(shift.exponent - lse[i] * kLog2E));
+  }
+}
+
 // ---- Self shape ---------------------------------------------------------------------------------------------------------------------
 
 // Every pair of blocks once, as in a round-robin tournament: in a round each block meets one other (round 0: itself), so the tiles of a round
-// write to different blocks, and every block gets its terms in the order of the rounds. A tile starts when both blocks have finished the round
-// before; as tiles are handed out in order, the earliest unfinished one never waits. An odd block out meets nobody.
-template <class Tile>
-void tournament(Team& team, std::int64_t blocks, Rounds& rounds, const Tile& tile) {
-  const std::int64_t players = blocks + blocks % 2, pairs = players / 2;
-  team.each(players + (players - 1) * pairs, [&](std::int64_t task) {
-    std::int64_t round = 0, i = task, j = task;
-    if (task >= players) {
-      round = 1 + (task - players) / pairs;
-      const std::int64_t pair = (task - players) % pairs, circle = players - 1;
-      i = (round - 1 + pair) % circle;
-      j = pair == 0 ? circle : (round - 1 - pair + circle) % circle;
-      if (i > j) std::swap(i, j);
-    }
-    if (i >= blocks) return;
-    const bool met = j < blocks;
-    rounds.wait(i, round);
-    if (met && j != i) rounds.wait(j, round);
-    if (met) tile(i, j);
-    rounds.finish(i, round);
-    if (met && j != i) rounds.finish(j, round);
-  });
-}
+// write to different blocks, and every block gets its terms in the order of the rounds.
+class Tournament {
+ public:
+  struct Meeting {
+    std::int64_t round, i, j;  // i ≤ j; one of an odd number of blocks meets j = blocks, that is nobody
+  };
+
+  explicit Tournament(std::int64_t blocks) : players_(blocks + blocks % 2) {}
+
+  std::int64_t meetings() const { return players_ + (players_ - 1) * (players_ / 2); }
+
+  Meeting meeting(std::int64_t index) const {
+    if (index < players_) return {0, index, index};
+    const std::int64_t pairs = players_ / 2, circle = players_ - 1;
+    const std::int64_t before = (index - players_) / pairs, pair = (index - players_) % pairs;
+    const std::int64_t one = (before + pair) % circle, other = pair == 0 ? circle : (before - pair + circle) % circle;
+    return {before + 1, std::min(one, other), std::max(one, other)};
+  }
+
+ private:
+  std::int64_t players_;
+};
 
 // Larger blocks need fewer passes over the gradient; smaller ones give more tiles to share out, and waste less on the diagonal.
 std::int64_t self_block(std::int64_t rows, int panel) {
@@ -126,10 +168,11 @@ class SelfRun {
       });
       tiles.total = lse;
       tiles.maximum = maxima.as<Sum>();
-      tournament(team, blocks_, rounds_, [&](std::int64_t i, std::int64_t j) { kernels_.self_forward(tiles, i, j, scratches_.of(member)); });
+      all_pairs(team, tiles, kernels_.self_forward, scratches_.of(member));
       each_block(team, [&](std::int64_t first, std::int64_t count) {
         for (std::int64_t i = first; i < first + count; ++i) {
-          const double shift = tiles.fixed ? tiles.shift * kLn2 : std::isfinite(tiles_maximum(maxima, i)) ? tiles_maximum(maxima, i) : 0;
+          const Sum maximum = maxima.as<Sum>()[i];
+          const double shift = tiles.fixed ? tiles.shift * kLn2 : std::isfinite(maximum) ? maximum : 0;
           lse[i] = Sum(shift + std::log(double(lse[i])));
         }
       });
@@ -138,7 +181,7 @@ class SelfRun {
 
   void backward(const Sum* lse, const Sum* grad, void* da) {
     const Buffer weights(problem_.rows * sizeof(Sum));
-    const bool in_place = problem_.scalar == Scalar::f32 || problem_.scalar == Scalar::f64;
+    const bool in_place = element_size(problem_.scalar) == sizeof(Sum);
     const Buffer sums(in_place ? 0 : problem_.rows * problem_.depth * sizeof(Sum));
     Sum* const gradient = in_place ? static_cast<Sum*>(da) : sums.as<Sum>();
     const int exponent = common_exponent(grad, problem_.rows);
@@ -147,15 +190,12 @@ class SelfRun {
         std::fill_n(gradient + first * problem_.depth, count * problem_.depth, Sum(0));
       });
       each_block(team, [&](std::int64_t first, std::int64_t count) {
-        for (std::int64_t i = first; i < first + count; ++i) {
-          const double g = std::ldexp(double(grad[i]), -exponent);
-          weights.as<Sum>()[i] = Sum(!tiles.fixed ? g : std::isinf(lse[i]) && lse[i] < 0 ? 0 : g * std::exp2(tiles.shift - lse[i] * kLog2E));
-        }
+        weigh({tiles.fixed, tiles.shift}, lse + first, grad + first, count, exponent, weights.as<Sum>() + first);
       });
       tiles.weight = weights.as<Sum>();
       tiles.lse = lse;
       tiles.gradient = gradient;
-      tournament(team, blocks_, rounds_, [&](std::int64_t i, std::int64_t j) { kernels_.self_backward(tiles, i, j, scratches_.of(member)); });
+      all_pairs(team, tiles, kernels_.self_backward, scratches_.of(member));
       each_block(team, [&](std::int64_t first, std::int64_t count) {
         char* const elements = static_cast<char*>(da) + first * problem_.depth * element_size(problem_.scalar);
         kernels_.finish(gradient + first * problem_.depth, count * problem_.depth, problem_.scale * std::ldexp(1.0, exponent), elements);
@@ -163,38 +203,27 @@ class SelfRun {
     });
   }
 
-  static std::size_t element_size(Scalar scalar) { return scalar == Scalar::f64 ? 8 : scalar == Scalar::f32 ? 4 : 2; }
-
-  // e with |g_i| ≤ 2^e, so that g_i 2^(shift − lse_i log2 e) cannot overflow however large the gradients are; 0 if there is none.
-  static int common_exponent(const Sum* grad, std::int64_t count) {
-    Sum largest = 0;
-    for (std::int64_t i = 0; i < count; ++i) largest = std::max(largest, std::abs(grad[i]));
-    return largest > 0 && std::isfinite(largest) ? std::ilogb(largest) + 1 : 0;
-  }
-
  private:
-  static Sum tiles_maximum(const Buffer& maxima, std::int64_t i) { return maxima.as<Sum>()[i]; }
-
   template <class Task>
   void each_block(Team& team, const Task& task) const {
     team.each(blocks_, [&](std::int64_t block) { task(block * block_, std::min(block_, problem_.rows - block * block_)); });
   }
 
+  const char* elements(std::int64_t block) const {
+    return static_cast<const char*>(problem_.a) + block * block_ * problem_.depth * element_size(problem_.scalar);
+  }
+  char* panels(std::int64_t block) const { return panels_.data() + block * block_ / kernels_.panel * kernels_.panel_bytes(problem_.depth); }
+
   // Packs the rows, and decides on the shift: the same in every thread.
   template <class Task>
   SelfProblem prepare(Team& team, const Task& also) {
     each_block(team, [&](std::int64_t first, std::int64_t count) {
-      const char* rows = static_cast<const char*>(problem_.a) + first * problem_.depth * element_size(problem_.scalar);
-      kernels_.pack(rows, count, problem_.depth, panels_.data() + first / kernels_.panel * kernels_.panel_bytes(problem_.depth));
-      largest_squares_[first / block_] = problem_.unit_rows ? 1 : kernels_.largest_square(rows, count, problem_.depth);
+      const std::int64_t block = first / block_;
+      kernels_.pack(elements(block), count, problem_.depth, panels(block));
+      largest_squares_[block] = problem_.unit_rows ? 1 : kernels_.largest_square(elements(block), count, problem_.depth);
       also(first, count);
     });
-    // 2^(s log2 e − shift) stays a normal number for all |s| ≤ c if 2c < 126 ln 2 (f64: 1022 ln 2), less 2 % for rounding. A NaN or inf norm
-    // is not safe, and the careful path shows it.
-    double shift = 0;
-    for (const double square : largest_squares_) shift = square > shift || std::isnan(square) ? square : shift;
-    shift *= std::abs(problem_.scale);
-    const bool fixed = 2 * 1.02 * shift < -(std::numeric_limits<Sum>::min_exponent - 1) * kLn2;
+    const Shift shift = shift_for<Sum>(largest_of(largest_squares_) * std::abs(problem_.scale));
     SelfProblem tiles{};
     tiles.rows = problem_.a;
     tiles.panels = panels_.data();
@@ -202,9 +231,34 @@ class SelfRun {
     tiles.depth = problem_.depth;
     tiles.block = block_;
     tiles.scale = problem_.scale;
-    tiles.fixed = fixed;
-    tiles.shift = fixed ? int(std::ceil(shift * kLog2E)) : 0;
+    tiles.fixed = shift.fixed;
+    tiles.shift = shift.exponent;
     return tiles;
+  }
+
+  // Calls tile(tiles, i, j, what to fetch, scratch) for every pair of blocks i ≤ j. A tile starts when both blocks have finished the round
+  // before; as tiles are handed out in order, the earliest unfinished one never waits.
+  template <class Tile>
+  void all_pairs(Team& team, const SelfProblem& tiles, const Tile& tile, void* scratch) {
+    const Tournament tournament(blocks_);
+    team.each(tournament.meetings(), [&](std::int64_t index) {
+      const auto [round, i, j] = tournament.meeting(index);
+      if (i >= blocks_) return;
+      const bool met = j < blocks_;
+      rounds_.wait(i, round);
+      if (met && j != i) rounds_.wait(j, round);
+      // most likely this thread's next tile
+      if (met) tile(tiles, i, j, ahead(tiles, tournament.meeting(std::min(index + team.size(), tournament.meetings() - 1))), scratch);
+      rounds_.finish(i, round);
+      if (met && j != i) rounds_.finish(j, round);
+    });
+  }
+
+  Ahead ahead(const SelfProblem& tiles, const Tournament::Meeting& next) const {
+    const std::int64_t i = std::min(next.i, blocks_ - 1), j = std::min(next.j, blocks_ - 1);
+    if (!tiles.gradient) return {{panels(i), panels(j), panels(i), panels(j), panels(i), panels(j)}};
+    const auto gradient = [&](std::int64_t block) { return static_cast<const Sum*>(tiles.gradient) + block * block_ * problem_.depth; };
+    return {{panels(i), panels(j), elements(i), elements(j), gradient(i), gradient(j)}};
   }
 
   const LseProblem& problem_;
@@ -219,58 +273,83 @@ class SelfRun {
 
 // ---- Cross shape --------------------------------------------------------------------------------------------------------------------
 
+// Rows, or columns, cut into blocks.
+struct Side {
+  const void* data;  // [count, depth] elements
+  std::int64_t count, block, blocks, row_bytes;
+
+  Side(const void* data_, std::int64_t count_, std::int64_t row_bytes_, int panel)
+      : data(data_), count(count_), block(std::min<std::int64_t>(kMaxBlock, round_up(count, panel))), blocks(ceil_div(count, block)), row_bytes(row_bytes_) {}
+
+  std::int64_t size(std::int64_t index) const { return std::min(block, count - index * block); }
+  const char* elements(std::int64_t index) const { return static_cast<const char*>(data) + index * block * row_bytes; }
+};
+
+// Of the two sides the one with fewer blocks is packed whole. Each block of the longer one is packed by the task that takes it through blocks of
+// the shorter one.
 template <class Sum>
 class CrossRun {
  public:
   CrossRun(const LseProblem& problem, int threads)
       : problem_(problem),
         kernels_(*unit_in_use().kernels[int(problem.scalar)]),
-        row_block_(std::min<std::int64_t>(kMaxBlock, round_up(problem.rows, kernels_.panel))),
-        column_block_(std::min<std::int64_t>(kMaxBlock, round_up(problem.columns, kernels_.panel))),
-        row_blocks_(ceil_div(problem.rows, row_block_)),
-        column_blocks_(ceil_div(problem.columns, column_block_)),
+        rows_(problem.a, problem.rows, problem.depth * element_size(problem.scalar), kernels_.panel),
+        columns_(problem.b, problem.columns, problem.depth * element_size(problem.scalar), kernels_.panel),
+        long_rows_(rows_.blocks >= columns_.blocks),
+        long_(long_rows_ ? rows_ : columns_),
+        short_(long_rows_ ? columns_ : rows_),
         multiply_adds_(double(problem.rows) * problem.columns * problem.depth),
-        threads_(threads) {
-    tiles_.a = problem.a;
-    tiles_.b = problem.b;
-    tiles_.rows = problem.rows;
-    tiles_.columns = problem.columns;
-    tiles_.depth = problem.depth;
-    tiles_.row_block = row_block_;
-    tiles_.column_block = column_block_;
-    tiles_.scale = problem.scale;
-    tiles_.bias = problem.bias;
-    tiles_.skip = problem.skip;
-    tiles_.row_labels = problem.row_labels;
-    tiles_.column_labels = problem.column_labels;
-  }
+        threads_(threads),
+        short_panels_(short_.blocks * panel_bytes(short_)),
+        largest_squares_of_long_(long_.blocks),
+        largest_squares_of_short_(short_.blocks) {}
 
-  // A task is a group of row blocks, packed once, against a group of column blocks, each packed once for the group; where there are few
-  // groups of rows the columns are split, and the parts joined in order.
+  // A task is a slice of the rows against a part of the columns. A row's sums over the parts are joined in order.
   void forward(Sum* lse) {
-    const std::int64_t rows_at_once = std::clamp<std::int64_t>(kPackedBytes / block_bytes(row_block_), 1, 4);
-    const std::int64_t row_groups = ceil_div(row_blocks_, rows_at_once);
-    const std::int64_t columns_at_once = ceil_div(column_blocks_, std::min(column_blocks_, ceil_div(kTasks, row_groups)));
-    const std::int64_t parts = ceil_div(column_blocks_, columns_at_once);
-    const int threads = threads_for(threads_, multiply_adds_, row_groups * parts);
+    const std::int64_t slices = long_rows_ ? rows_.blocks : ceil_div(rows_.blocks, 8);
+    const std::int64_t parts = std::min(columns_.blocks, ceil_div(long_rows_ ? 16 : kTasks, slices));
+    const int threads = threads_for(threads_, multiply_adds_, slices * parts);
+    const Scratches scratches(threads, kernels_.scratch_bytes), long_panels(threads, panel_bytes(long_));
     const Buffer sums(2 * parts * problem_.rows * sizeof(Sum));
-    const Scratches scratches(threads, kernels_.scratch_bytes + rows_at_once * block_bytes(row_block_) + block_bytes(column_block_));
     const auto total = [&](std::int64_t part) { return sums.as<Sum>() + 2 * part * problem_.rows; };
     const auto maximum = [&](std::int64_t part) { return total(part) + problem_.rows; };
     Team::run(threads, [&](Team& team, int member) {
-      team.each(row_groups * parts, [&](std::int64_t task) {
-        const std::int64_t i = task / parts * rows_at_once, part = task % parts, j = part * columns_at_once;
-        kernels_.cross_forward(tiles_, i, std::min(i + rows_at_once, row_blocks_), j, std::min(j + columns_at_once, column_blocks_),
-                               total(part), maximum(part), scratches.of(member));
+      const CrossProblem tiles = prepare(team, [&](std::int64_t first, std::int64_t count) {
+        for (std::int64_t part = 0; part < parts; ++part) {
+          std::fill_n(total(part) + first, count, Sum(0));
+          std::fill_n(maximum(part) + first, count, -std::numeric_limits<Sum>::infinity());
+        }
       });
-      team.each(row_blocks_, [&](std::int64_t block) {
-        for (std::int64_t i = block * row_block_; i < std::min((block + 1) * row_block_, problem_.rows); ++i) {
+      char* const packed = long_panels.of(member);
+      team.each(slices * parts, [&](std::int64_t task) {
+        const std::int64_t slice = task / parts, part = task % parts;
+        const Range rows{rows_.blocks * slice / slices, rows_.blocks * (slice + 1) / slices};
+        const Range columns{columns_.blocks * part / parts, columns_.blocks * (part + 1) / parts};
+        const Range &over = long_rows_ ? rows : columns, &through = long_rows_ ? columns : rows;
+        for (std::int64_t l = over.begin; l < over.end; ++l) {
+          pack(long_, l, packed);
+          for (std::int64_t s = through.begin; s < through.end; ++s) {
+            const bool last = s + 1 == through.end;
+            const void* const next_short = short_panels(last ? through.begin : s + 1);
+            const void* const next_long = long_.elements(last ? std::min(l + 1, long_.blocks - 1) : l);
+            const Tile tile = tile_of(l, s, packed);
+            kernels_.cross_forward(tiles, tile.i, tile.j, tile.row_panels, tile.column_panels,
+                                   {{next_short, next_long, next_short, next_long, next_short, next_long}}, total(part), maximum(part),
+                                   scratches.of(member));
+          }
+        }
+      });
+      team.each(rows_.blocks, [&](std::int64_t block) {
+        const std::int64_t first = block * rows_.block;
+        for (std::int64_t i = first; i < first + rows_.size(block); ++i) {
           double sum = 0, shift = 0;
           for (std::int64_t part = 0; part < parts; ++part) {
-            const double part_sum = total(part)[i], part_shift = std::isfinite(maximum(part)[i]) ? maximum(part)[i] : 0;
+            const Sum part_sum = total(part)[i], part_maximum = maximum(part)[i];
+            const double part_shift = tiles.fixed ? tiles.shift * kLn2 : std::isfinite(part_maximum) ? part_maximum : 0;
             if (part_sum == 0) continue;  // no allowed column: there is no shift
             const double raised = sum == 0 ? part_shift : std::max(shift, part_shift);
-            sum = sum * std::exp(shift - raised) + part_sum * std::exp(part_shift - raised);
+            const auto lowered = [&](double part) { return part == raised ? 1 : std::exp(part - raised); };
+            sum = sum == 0 ? part_sum : sum * lowered(shift) + part_sum * lowered(part_shift);
             shift = raised;
           }
           lse[i] = Sum(shift + std::log(sum));
@@ -279,71 +358,97 @@ class CrossRun {
     });
   }
 
-  // Tiles form squares: the longer side is cut into groups of as many blocks as the shorter one has, and in round r of a square its block s meets
-  // block s + r of the shorter side. So in a round every block of the longer side, and every block of a group's own copy of the shorter side's
-  // gradient, gets one term. The copies take no more memory than the longer side's gradient; they are added in the order of the groups.
+  // A task takes a block of the longer side through all blocks of the shorter one, in order. Tasks are dealt out to groups, each with its own copy
+  // of the shorter side's gradient; within a group each follows on the heels of the one before, so that every sum gets its terms in one order.
+  // There are groups enough for kTasks tiles at a time, but no more than make the copies as large as the longer side's gradient, or two.
   void backward(const Sum* lse, const Sum* grad, void* da, void* db, void* dbias) {
-    const bool long_rows = row_blocks_ >= column_blocks_;
-    const std::int64_t long_blocks = std::max(row_blocks_, column_blocks_), short_blocks = std::min(row_blocks_, column_blocks_);
-    const std::int64_t groups = ceil_div(long_blocks, short_blocks);
-    const std::int64_t row_copies = long_rows ? 1 : groups, column_copies = long_rows ? groups : 1;
-    const Accumulator rows(problem_.scalar, problem_.rows, problem_.depth, row_copies, da);
-    const Accumulator columns(problem_.scalar, problem_.columns, problem_.depth, column_copies, db);
-    const Accumulator biases(sizeof(Sum) == 8 ? Scalar::f64 : Scalar::f32, problem_.columns, 1, column_copies, dbias);
-    const int threads = threads_for(threads_, 3 * multiply_adds_, long_blocks);
-    const Scratches scratches(threads, kernels_.scratch_bytes + block_bytes(row_block_) + block_bytes(column_block_));
-    Rounds long_rounds(long_blocks), short_rounds(groups * short_blocks);
-    CrossProblem tiles = tiles_;
-    tiles.weight = grad;
-    tiles.lse = lse;
+    const std::int64_t groups =
+        std::min({long_.blocks, ceil_div(kTasks, short_.blocks), std::max<std::int64_t>(2, long_.blocks / short_.blocks)});
+    const int threads = threads_for(threads_, 3 * multiply_adds_, long_.blocks);
+    const Scratches scratches(threads, kernels_.scratch_bytes), long_panels(threads, panel_bytes(long_));
+    const Buffer weights(problem_.rows * sizeof(Sum));
+    const int exponent = common_exponent(grad, problem_.rows);
+    const Accumulator long_sums(problem_.scalar, problem_.depth, long_, 1, long_rows_ ? da : db);
+    const Accumulator short_sums(problem_.scalar, problem_.depth, short_, groups, long_rows_ ? db : da);
+    const Accumulator bias_sums(kSumScalar, 1, columns_, long_rows_ ? groups : 1, dbias);
+    Rounds turns(groups * short_.blocks);
     Team::run(threads, [&](Team& team, int member) {
-      rows.zero(team);
-      columns.zero(team);
-      biases.zero(team);
-      team.each(short_blocks * groups * short_blocks, [&](std::int64_t task) {
-        const std::int64_t round = task / (groups * short_blocks), group = task / short_blocks % groups, s = task % short_blocks;
-        const std::int64_t on_long = group * short_blocks + s, on_short = (s + round) % short_blocks;
-        short_rounds.wait(group * short_blocks + on_short, round);
-        if (on_long < long_blocks) {
-          long_rounds.wait(on_long, round);
-          const std::int64_t row_copy = long_rows ? 0 : group, column_copy = long_rows ? group : 0;
-          kernels_.cross_backward(tiles, long_rows ? on_long : on_short, long_rows ? on_short : on_long, rows.copy(row_copy),
-                                  columns.copy(column_copy), biases.copy(column_copy), scratches.of(member));
-          long_rounds.finish(on_long, round);
-        }
-        short_rounds.finish(group * short_blocks + on_short, round);
+      CrossProblem tiles = prepare(team, [](std::int64_t, std::int64_t) {});
+      team.each(rows_.blocks, [&](std::int64_t block) {
+        const std::int64_t first = block * rows_.block;
+        weigh({tiles.fixed, tiles.shift}, lse + first, grad + first, rows_.size(block), exponent, weights.as<Sum>() + first);
       });
-      rows.finish(team, kernels_, problem_.scale);
-      columns.finish(team, kernels_, problem_.scale);
-      biases.finish(team, *unit_in_use().kernels[int(sizeof(Sum) == 8 ? Scalar::f64 : Scalar::f32)], 1);
+      long_sums.zero(team);
+      short_sums.zero(team);
+      bias_sums.zero(team);
+      tiles.weight = weights.as<Sum>();
+      tiles.lse = lse;
+      char* const packed = long_panels.of(member);
+      team.each(long_.blocks, [&](std::int64_t l) {
+        const std::int64_t group = l % groups, turn = l / groups;
+        pack(long_, l, packed);
+        for (std::int64_t s = 0; s < short_.blocks; ++s) {
+          const bool last = s + 1 == short_.blocks;
+          const std::int64_t next_s = last ? 0 : s + 1, next_l = last ? std::min(l + team.size(), long_.blocks - 1) : l;
+          const Ahead ahead{{short_panels(next_s), short_.elements(next_s), long_.elements(next_l), long_sums.block(0, next_l),
+                             short_sums.block(next_l % groups, next_s), short_panels(next_s)}};
+          const Tile tile = tile_of(l, s, packed);
+          turns.wait(group * short_.blocks + s, turn);
+          kernels_.cross_backward(tiles, tile.i, tile.j, tile.row_panels, tile.column_panels, ahead,
+                                  long_rows_ ? long_sums.copy(0) : short_sums.copy(group), long_rows_ ? short_sums.copy(group) : long_sums.copy(0),
+                                  bias_sums.copy(long_rows_ ? group : 0), scratches.of(member));
+          turns.finish(group * short_.blocks + s, turn);
+        }
+      });
+      const double factor = std::ldexp(1.0, exponent);
+      long_sums.finish(team, kernels_, problem_.scale * factor);
+      short_sums.finish(team, kernels_, problem_.scale * factor);
+      bias_sums.finish(team, *unit_in_use().kernels[int(kSumScalar)], factor);
     });
   }
 
  private:
-  static constexpr std::int64_t kPackedBytes = 512 << 10;  // of rows packed at once: with the tile and a block of columns they fit L2
-  static constexpr std::int64_t kTasks = 64;               // enough to share out evenly among many threads
+  static constexpr Scalar kSumScalar = sizeof(Sum) == 8 ? Scalar::f64 : Scalar::f32;
+  static constexpr std::int64_t kTasks = 64;  // enough to share out evenly among many threads
 
-  // Sums of one output, in the output itself where it has their type and there is one copy.
+  struct Range {
+    std::int64_t begin, end;
+  };
+  struct Tile {
+    std::int64_t i, j;
+    const void *row_panels, *column_panels;
+  };
+
+  // Sums of one output, in several copies. The first is the output itself where that has their type.
   class Accumulator {
    public:
-    Accumulator(Scalar scalar, std::int64_t count, std::int64_t depth, std::int64_t copies, void* output)
-        : size_(count * depth),
+    Accumulator(Scalar scalar, std::int64_t depth, const Side& side, std::int64_t copies, void* output)
+        : depth_(depth),
+          side_(side),
+          size_(side.count * depth),
           copies_(copies),
-          element_size_(SelfRun<Sum>::element_size(scalar)),
+          element_size_(element_size(scalar)),
           output_(output),
-          in_place_(copies == 1 && element_size_ == sizeof(Sum)),
-          buffer_(output && !in_place_ ? copies * size_ * sizeof(Sum) : 0) {}
+          in_place_(element_size_ == sizeof(Sum)),
+          buffer_(output ? (copies - in_place_) * size_ * sizeof(Sum) : 0) {}
 
     Sum* copy(std::int64_t index) const {
-      return !output_ ? nullptr : in_place_ ? static_cast<Sum*>(output_) : buffer_.template as<Sum>() + index * size_;
+      if (!output_) return nullptr;
+      return in_place_ && index == 0 ? static_cast<Sum*>(output_) : buffer_.template as<Sum>() + (index - in_place_) * size_;
+    }
+    // To be fetched: where there is no output, what is at hand.
+    const void* block(std::int64_t index, std::int64_t block) const {
+      return output_ ? static_cast<const void*>(copy(index) + block * side_.block * depth_) : side_.elements(block);
     }
     void zero(Team& team) const {
       if (!output_) return;
-      each_part(team, size_ * copies_, [&](std::int64_t first, std::int64_t count) { std::fill_n(copy(0) + first, count, Sum(0)); });
+      each_part(team, [&](std::int64_t first, std::int64_t count) {
+        for (std::int64_t index = 0; index < copies_; ++index) std::fill_n(copy(index) + first, count, Sum(0));
+      });
     }
     void finish(Team& team, const Kernels& kernels, double factor) const {
       if (!output_) return;
-      each_part(team, size_, [&](std::int64_t first, std::int64_t count) {
+      each_part(team, [&](std::int64_t first, std::int64_t count) {
         for (std::int64_t index = 1; index < copies_; ++index) {
           for (std::int64_t k = first; k < first + count; ++k) copy(0)[k] += copy(index)[k];
         }
@@ -353,25 +458,73 @@ class CrossRun {
 
    private:
     template <class Task>
-    static void each_part(Team& team, std::int64_t size, const Task& task) {
+    void each_part(Team& team, const Task& task) const {
       constexpr std::int64_t part = 1 << 14;
-      team.each(ceil_div(size, part), [&](std::int64_t t) { task(t * part, std::min(part, size - t * part)); });
+      team.each(ceil_div(size_, part), [&](std::int64_t t) { task(t * part, std::min(part, size_ - t * part)); });
     }
 
-    std::int64_t size_, copies_, element_size_;
-    void* output_;
-    bool in_place_;
-    Buffer buffer_;
+    const std::int64_t depth_;
+    const Side& side_;
+    const std::int64_t size_, copies_;
+    const std::size_t element_size_;
+    void* const output_;
+    const bool in_place_;
+    const Buffer buffer_;
   };
 
-  std::int64_t block_bytes(std::int64_t block) const { return block / kernels_.panel * std::int64_t(kernels_.panel_bytes(problem_.depth)); }
+  std::size_t panel_bytes(const Side& side) const { return side.block / kernels_.panel * kernels_.panel_bytes(problem_.depth); }
+  char* short_panels(std::int64_t block) const { return short_panels_.data() + block * panel_bytes(short_); }
+  void pack(const Side& side, std::int64_t block, void* panels) const {
+    kernels_.pack(side.elements(block), side.size(block), problem_.depth, panels);
+  }
+  Tile tile_of(std::int64_t l, std::int64_t s, const void* packed) const {
+    return long_rows_ ? Tile{l, s, packed, short_panels(s)} : Tile{s, l, short_panels(s), packed};
+  }
+
+  // Packs the shorter side and decides on the shift, the same in every thread: a bias leaves the logits without a bound. Calls also(first, count)
+  // for all rows.
+  template <class Task>
+  CrossProblem prepare(Team& team, const Task& also) {
+    const auto largest_square = [&](const Side& side, std::int64_t block) {
+      return kernels_.largest_square(side.elements(block), side.size(block), problem_.depth);
+    };
+    team.each(long_.blocks, [&](std::int64_t block) {
+      if (!problem_.bias) largest_squares_of_long_[block] = largest_square(long_, block);
+      if (block < short_.blocks) {
+        if (!problem_.bias) largest_squares_of_short_[block] = largest_square(short_, block);
+        pack(short_, block, short_panels(block));
+      }
+      if (block < rows_.blocks) also(block * rows_.block, rows_.size(block));
+    });
+    const double bound = std::sqrt(largest_of(largest_squares_of_long_)) * std::sqrt(largest_of(largest_squares_of_short_)) * std::abs(problem_.scale);
+    const Shift shift = shift_for<Sum>(problem_.bias ? std::numeric_limits<double>::infinity() : bound);
+    CrossProblem tiles{};
+    tiles.a = problem_.a;
+    tiles.b = problem_.b;
+    tiles.rows = problem_.rows;
+    tiles.columns = problem_.columns;
+    tiles.depth = problem_.depth;
+    tiles.row_block = rows_.block;
+    tiles.column_block = columns_.block;
+    tiles.scale = problem_.scale;
+    tiles.fixed = shift.fixed;
+    tiles.shift = shift.exponent;
+    tiles.bias = problem_.bias;
+    tiles.skip = problem_.skip;
+    tiles.row_labels = problem_.row_labels;
+    tiles.column_labels = problem_.column_labels;
+    return tiles;
+  }
 
   const LseProblem& problem_;
   const Kernels& kernels_;
-  const std::int64_t row_block_, column_block_, row_blocks_, column_blocks_;
+  const Side rows_, columns_;
+  const bool long_rows_;
+  const Side &long_, &short_;
   const double multiply_adds_;
   const int threads_;
-  CrossProblem tiles_{};
+  const Buffer short_panels_;
+  std::vector<double> largest_squares_of_long_, largest_squares_of_short_;
 };
 
 }  // namespace

@@ -43,13 +43,14 @@ FASTSUPCON_INLINE std::int64_t cells(std::int64_t elements) {
 // kTermsInL1 steps of the sum at a time: kPanel columns of them and kRows rows stay in L1.
 constexpr std::int64_t kTermsInL1 = 256;
 
-// sum[r][v] = Σ_k a[r·kRowStep + k·kTermStep] · b[k·kPanel + v·lanes]
-template <class A, int V, int kRowStep, int kTermStep>
+// sum[r][v] = Σ_k a[r·kRowStep + k·kTermStep] · b[k·kPanel + v·lanes], and fetch() at each step.
+template <class A, int V, int kRowStep, int kTermStep, class Fetch>
 FASTSUPCON_INLINE void multiply(const typename A::Cell* a, const typename A::Cell* b, std::int64_t terms,
-                                Vector<typename A::Sum> (&sum)[kRows][V]) {
+                                Vector<typename A::Sum> (&sum)[kRows][V], const Fetch& fetch) {
   using Cell = typename A::Cell;
   unroll<kRows>([&](auto r) __attribute__((always_inline)) { unroll<V>([&](auto v) __attribute__((always_inline)) { sum[r][v] = Vector<typename A::Sum>{}; }); });
   for (std::int64_t k = 0; k < terms; ++k) {
+    fetch();
     if constexpr (kRowStep == 1) __builtin_prefetch(a + 16 * kTermStep);  // one line of each step is used: more than the hardware foresees
     Vector<Cell> columns[V];
     unroll<V>([&](auto v) __attribute__((always_inline)) { columns[v] = load(b + v * kWidth<A>); });
@@ -146,16 +147,22 @@ FASTSUPCON_INLINE void pack_elements(const Source* rows, std::int64_t count, std
 }
 
 // ---- The two products of a tile -----------------------------------------------------------------------------------------------------
-// tile[i][v] = z_i · z_j for `count` rows i and the V vectors of columns j of one panel. Writes whole groups of kRows rows.
+// tile[i][v] = z_i · z_j for `count` rows i and the V vectors of columns j of one panel. Writes whole groups of kRows rows. Fetches into L2, at an
+// even pace, as many bytes from `ahead` on as the packed rows have.
 template <class A, int V>
 void dot_products(const typename A::Cell* row_panels, std::int64_t count, const typename A::Cell* column_panel, std::int64_t depth,
-                  typename A::Sum* tile) {
+                  typename A::Sum* tile, const void* ahead) {
   const std::int64_t terms = cells<A>(depth);
   for (std::int64_t k = 0; k < terms; k += kTermsInL1) {
     for (std::int64_t i = 0; i < count; i += kRows) {
       const typename A::Cell* rows = row_panels + i / kPanel<A> * kPanel<A> * terms + i % kPanel<A>;
+      const char* next = static_cast<const char*>(ahead) + (i * terms + k * kRows) * sizeof(typename A::Cell);
       Vector<typename A::Sum> sum[kRows][V];
-      multiply<A, V, 1, kPanel<A>>(rows + k * kPanel<A>, column_panel + k * kPanel<A>, smaller(kTermsInL1, terms - k), sum);
+      multiply<A, V, 1, kPanel<A>>(rows + k * kPanel<A>, column_panel + k * kPanel<A>, smaller(kTermsInL1, terms - k), sum,
+                                   [&]() __attribute__((always_inline)) {
+                                     __builtin_prefetch(next, 0, 2);
+                                     next += kRows * sizeof(typename A::Cell);
+                                   });
       unroll<kRows>([&](auto r) __attribute__((always_inline)) {
         unroll<V>([&](auto v) __attribute__((always_inline)) {
           typename A::Sum* to = tile + (i + r) * kStride<A> + v * kWidth<A>;
@@ -191,7 +198,7 @@ void add_elements(const typename A::Cell* weights, std::int64_t outputs, const S
       if (r < outputs - r0) unroll<V>([&](auto v) __attribute__((always_inline)) { __builtin_prefetch(to + r * depth + v * W, 1); });
     });
     Vector<Sum> sum[kRows][V];
-    multiply<A, V, kRowStep, kTermStep>(weights + r0 * kRowStep + begin * kTermStep, panel + begin * kPanel<A>, end - begin, sum);
+    multiply<A, V, kRowStep, kTermStep>(weights + r0 * kRowStep + begin * kTermStep, panel + begin * kPanel<A>, end - begin, sum, [] {});
     const std::int64_t valid = depth - first;
     if (outputs - r0 >= kRows && valid >= V * W) {
       unroll<kRows>([&](auto r) __attribute__((always_inline)) {

@@ -24,6 +24,8 @@ class Team {
   // Runs work(team, member) in `threads` threads, the calling one among them as member 0. With fewer if the system gives no more.
   static void run(int threads, const std::function<void(Team&, int member)>& work);
 
+  int size() const { return size_.load(std::memory_order_relaxed); }
+
   // All members call it: task(0), …, task(count − 1) are started in this order, each by one member. Returns when all are done.
   template <class Task>
   void each(std::int64_t count, const Task& task) {

@@ -47,7 +47,7 @@ struct Weights<BfloatPairs> {
 };
 #endif
 
-// One thread's working memory. The packed panels of the cross shape follow it.
+// One thread's working memory.
 template <class A>
 struct alignas(64) Scratch {
   using Sum = typename A::Sum;
@@ -168,6 +168,12 @@ FASTSUPCON_INLINE void fill(T* to, std::int64_t count, T value) {
   for (std::int64_t i = 0; i < count; ++i) to[i] = value;
 }
 
+// What is fetched during the strip that begins with column c of a tile.
+template <class A>
+FASTSUPCON_INLINE const void* part_during(std::int64_t c, const Ahead& ahead) {
+  return ahead.part[c / kPanel<A> % (sizeof(ahead.part) / sizeof(*ahead.part))];
+}
+
 // ---- Self shape ---------------------------------------------------------------------------------------------------------------------
 template <class A>
 struct SelfTile {
@@ -175,12 +181,14 @@ struct SelfTile {
   using Cell = typename A::Cell;
 
   const SelfProblem& problem;
+  const Ahead& ahead;
   Scratch<A>& scratch;
   const Block rows, columns;
   const bool diagonal;
 
-  SelfTile(const SelfProblem& problem_, std::int64_t i, std::int64_t j, void* memory)
+  SelfTile(const SelfProblem& problem_, std::int64_t i, std::int64_t j, const Ahead& ahead_, void* memory)
       : problem(problem_),
+        ahead(ahead_),
         scratch(*static_cast<Scratch<A>*>(memory)),
         rows(i, problem.block, problem.count),
         columns(j, problem.block, problem.count),
@@ -198,7 +206,8 @@ struct SelfTile {
     for (std::int64_t c = 0; c < columns.count; c += kPanel<A>) {
       with_vectors<A>(columns.count - c, [&](auto v) __attribute__((always_inline)) {
         const std::int64_t count = diagonal ? smaller<std::int64_t>(rows.count, c + kPanel<A>) : rows.count;
-        dot_products<A, v.value>(panels(rows), count, panels(columns) + c * cells<A>(problem.depth), problem.depth, scratch.tile + c);
+        dot_products<A, v.value>(panels(rows), count, panels(columns) + c * cells<A>(problem.depth), problem.depth, scratch.tile + c,
+                                 part_during<A>(c, ahead));
         if (diagonal) {
           f(v, AboveDiagonal<Sum>{columns.count}, count, c);
         } else if (columns.count - c < kPanel<A>) {
@@ -328,38 +337,38 @@ struct SelfTile {
 };
 
 template <class A>
-void self_forward(const SelfProblem& problem, std::int64_t i, std::int64_t j, void* scratch) {
-  SelfTile<A> tile(problem, i, j, scratch);
+void self_forward(const SelfProblem& problem, std::int64_t i, std::int64_t j, const Ahead& ahead, void* scratch) {
+  SelfTile<A> tile(problem, i, j, ahead, scratch);
   problem.fixed ? tile.forward_fixed() : tile.forward_careful();
 }
 
 template <class A, class Source>
-void self_backward(const SelfProblem& problem, std::int64_t i, std::int64_t j, void* scratch) {
-  SelfTile<A>(problem, i, j, scratch).template backward<Source>();
+void self_backward(const SelfProblem& problem, std::int64_t i, std::int64_t j, const Ahead& ahead, void* scratch) {
+  SelfTile<A>(problem, i, j, ahead, scratch).template backward<Source>();
 }
 
 // ---- Cross shape --------------------------------------------------------------------------------------------------------------------
-template <class A, class Source>
+template <class A>
 struct CrossTile {
   using Sum = typename A::Sum;
   using Cell = typename A::Cell;
 
   const CrossProblem& problem;
+  const Cell* const row_panels;
+  const Cell* const column_panels;
+  const Ahead& ahead;
   Scratch<A>& scratch;
+  const Block rows, columns;
 
-  Cell* panels() const { return reinterpret_cast<Cell*>(&scratch + 1); }
-  const Source* row_elements(const Block& rows) const { return static_cast<const Source*>(problem.a) + rows.first * problem.depth; }
-  const Source* column_elements(const Block& columns) const { return static_cast<const Source*>(problem.b) + columns.first * problem.depth; }
-
-  void take_columns(const Block& columns, Cell* column_panels) {
-    pack_panels<A>(column_elements(columns), columns.count, problem.depth, column_panels);
-    if (problem.bias) {
-      copy(static_cast<const Sum*>(problem.bias) + columns.first, columns.count, scratch.bias);
-    } else {
-      fill(scratch.bias, columns.count, Sum(0));
-    }
-    if (problem.column_labels) take_labels(problem.column_labels + columns.first, columns.count, scratch.column_label);
-  }
+  CrossTile(const CrossProblem& problem_, std::int64_t i, std::int64_t j, const void* row_panels_, const void* column_panels_,
+            const Ahead& ahead_, void* memory)
+      : problem(problem_),
+        row_panels(static_cast<const Cell*>(row_panels_)),
+        column_panels(static_cast<const Cell*>(column_panels_)),
+        ahead(ahead_),
+        scratch(*static_cast<Scratch<A>*>(memory)),
+        rows(i, problem.row_block, problem.rows),
+        columns(j, problem.column_block, problem.columns) {}
 
   static void take_labels(const std::int64_t* labels, std::int64_t count, Int<Sum> (*halves)[kMaxBlock]) {
     for (std::int64_t i = 0; i < count; ++i) {
@@ -370,7 +379,7 @@ struct CrossTile {
 
   // Calls f with the rule for this tile.
   template <class F>
-  FASTSUPCON_INLINE void with_rule(const Block& rows, const Block& columns, const F& f) {
+  FASTSUPCON_INLINE void with_rule(const F& f) {
     if (problem.skip) {
       for (std::int64_t i = 0; i < rows.count; ++i) {
         const std::int64_t skip = problem.skip[rows.first + i] - columns.first;
@@ -379,6 +388,7 @@ struct CrossTile {
       f(NotSkipped<Sum>{columns.count, scratch.skip});
     } else if (problem.row_labels) {
       take_labels(problem.row_labels + rows.first, rows.count, scratch.row_label);
+      take_labels(problem.column_labels + columns.first, columns.count, scratch.column_label);
       f(OtherLabel<Sum>{columns.count, scratch.row_label, scratch.column_label});
     } else if (columns.count % kPanel<A>) {
       f(Existing<Sum>{columns.count});
@@ -387,45 +397,60 @@ struct CrossTile {
     }
   }
 
+  // For every strip: its dot products, then f(vectors, its first column).
   template <class F>
-  FASTSUPCON_INLINE void strips(const Block& rows, const Block& columns, const Cell* row_panels, const Cell* column_panels, const F& f) {
+  FASTSUPCON_INLINE void strips(const F& f) {
     for (std::int64_t c = 0; c < columns.count; c += kPanel<A>) {
       with_vectors<A>(columns.count - c, [&](auto v) __attribute__((always_inline)) {
-        dot_products<A, v.value>(row_panels, rows.count, column_panels + c * cells<A>(problem.depth), problem.depth, scratch.tile + c);
+        dot_products<A, v.value>(row_panels, rows.count, column_panels + c * cells<A>(problem.depth), problem.depth, scratch.tile + c,
+                                 part_during<A>(c, ahead));
         f(v, c);
       });
     }
   }
 
-  // total_i = Σ_j exp(s_ij − maximum_i), both carried along the columns
-  void forward(std::int64_t i0, std::int64_t i1, std::int64_t j0, std::int64_t j1, Sum* totals, Sum* maxima) {
-    const std::int64_t row_cells = problem.row_block * cells<A>(problem.depth);
-    Cell* const column_panels = panels() + (i1 - i0) * row_cells;
-    for (std::int64_t i = i0; i < i1; ++i) {
-      const Block rows(i, problem.row_block, problem.rows);
-      pack_panels<A>(row_elements(rows), rows.count, problem.depth, panels() + (i - i0) * row_cells);
-      fill(totals + rows.first, rows.count, Sum(0));
-      fill(maxima + rows.first, rows.count, -kInfinity<Sum>);
-    }
-    for (std::int64_t j = j0; j < j1; ++j) {
-      const Block columns(j, problem.column_block, problem.columns);
-      take_columns(columns, column_panels);
-      for (std::int64_t i = i0; i < i1; ++i) {
-        const Block rows(i, problem.row_block, problem.rows);
-        strips(rows, columns, panels() + (i - i0) * row_cells, column_panels, [](auto, std::int64_t) {});
-        with_rule(rows, columns, [&](auto rule) __attribute__((always_inline)) {
-          for (std::int64_t r = 0; r < rows.count; ++r) add_row(rule, r, columns.count, totals[rows.first + r], maxima[rows.first + r]);
-        });
-      }
+  void take_bias() {
+    if (problem.bias) {
+      copy(static_cast<const Sum*>(problem.bias) + columns.first, columns.count, scratch.bias);
+    } else {
+      fill(scratch.bias, columns.count, Sum(0));
     }
   }
 
+  // total_i += Σ_j E_ij
+  void forward_fixed(Sum* totals) {
+    const FixedPower<Sum> power(problem.scale * kLog2E, problem.shift);
+    fill(scratch.row_sums, rows.count, Vector<Sum>{});
+    with_rule([&](auto rule) __attribute__((always_inline)) {
+      strips([&](auto v, std::int64_t c) __attribute__((always_inline)) {
+        for (std::int64_t i = 0; i < rows.count; ++i) {
+          Vector<Sum> row_sum = scratch.row_sums[i];
+          unroll<decltype(v)::value>([&](auto u) __attribute__((always_inline)) {
+            const std::int64_t column = c + u * kWidth<A>;
+            row_sum += allowed_or<Sum>(rule, i, column, power(load(scratch.tile + i * kStride<A> + column)), Sum(0));
+          });
+          scratch.row_sums[i] = row_sum;
+        }
+      });
+    });
+    for (std::int64_t i = 0; i < rows.count; ++i) totals[rows.first + i] += sum_of_lanes<Sum>(scratch.row_sums[i]);
+  }
+
+  // total_i = Σ_j exp(s_ij − maximum_i), both carried along the columns
+  void forward_careful(Sum* totals, Sum* maxima) {
+    take_bias();
+    strips([](auto, std::int64_t) {});
+    with_rule([&](auto rule) __attribute__((always_inline)) {
+      for (std::int64_t i = 0; i < rows.count; ++i) add_row(rule, i, totals[rows.first + i], maxima[rows.first + i]);
+    });
+  }
+
   template <class Rule>
-  FASTSUPCON_INLINE void add_row(const Rule& rule, std::int64_t r, std::int64_t columns, Sum& total, Sum& highest) {
-    Sum* const x = scratch.tile + r * kStride<A>;
+  FASTSUPCON_INLINE void add_row(const Rule& rule, std::int64_t i, Sum& total, Sum& highest) {
+    Sum* const x = scratch.tile + i * kStride<A>;
     Vector<Sum> best = broadcast(-kInfinity<Sum>);
-    for (std::int64_t c = 0; c < columns; c += kWidth<A>) {
-      const Vector<Sum> logits = allowed_or<Sum>(rule, r, c, load(x + c) * Sum(problem.scale) + load(scratch.bias + c), -kInfinity<Sum>);
+    for (std::int64_t c = 0; c < columns.count; c += kWidth<A>) {
+      const Vector<Sum> logits = allowed_or<Sum>(rule, i, c, load(x + c) * Sum(problem.scale) + load(scratch.bias + c), -kInfinity<Sum>);
       store(x + c, logits);
       best = maximum(logits, best);
     }
@@ -437,30 +462,23 @@ struct CrossTile {
     }
     const Vector<Sum> shift = shift_of<Sum>(broadcast(highest));
     Vector<Sum> sum = {};
-    for (std::int64_t c = 0; c < columns; c += kWidth<A>) sum += exp_of<Sum>(load(x + c) - shift);
+    for (std::int64_t c = 0; c < columns.count; c += kWidth<A>) sum += exp_of<Sum>(load(x + c) - shift);
     total += sum_of_lanes<Sum>(sum);
   }
 
-  // With w_ij = g_i exp(s_ij − lse_i): da_i += Σ_j w_ij b_j, db_j += Σ_i w_ij a_i, dbias_j += Σ_i w_ij
-  void backward(std::int64_t i, std::int64_t j, Sum* da, Sum* db, Sum* dbias) {
-    const Block rows(i, problem.row_block, problem.rows), columns(j, problem.column_block, problem.columns);
-    Cell* const column_panels = panels() + problem.row_block * cells<A>(problem.depth);
-    pack_panels<A>(row_elements(rows), rows.count, problem.depth, panels());
-    take_columns(columns, column_panels);
+  // da_i += Σ_j w_ij b_j, db_j += Σ_i w_ij a_i, dbias_j += Σ_i w_ij, with w_ij = g_i exp(s_ij − lse_i), when fixed as weight_i E_ij
+  template <class Source>
+  void backward(Sum* da, Sum* db, Sum* dbias) {
     const Sum* const weight = static_cast<const Sum*>(problem.weight) + rows.first;
-    const Sum* const lse = static_cast<const Sum*>(problem.lse) + rows.first;
-    with_rule(rows, columns, [&](auto rule) __attribute__((always_inline)) {
-      strips(rows, columns, panels(), column_panels, [&](auto v, std::int64_t c) __attribute__((always_inline)) {
+    const auto replace = [&](auto weights) __attribute__((always_inline)) {
+      strips([&](auto v, std::int64_t c) __attribute__((always_inline)) {
         constexpr int V = decltype(v)::value;
         Vector<Sum> column_sums[V] = {};
-        for (std::int64_t r = 0; r < rows.count; ++r) {
+        for (std::int64_t i = 0; i < rows.count; ++i) {
           unroll<V>([&](auto u) __attribute__((always_inline)) {
             const std::int64_t column = c + u * kWidth<A>;
-            Sum* const x = scratch.tile + r * kStride<A> + column;
-            const Vector<Sum> logits =
-                allowed_or<Sum>(rule, r, column, load(x) * Sum(problem.scale) + load(scratch.bias + column), -kInfinity<Sum>);
-            // a pair that is not allowed passes nothing, also in a row that allows none (its lse is −inf)
-            const Vector<Sum> w = logits == -kInfinity<Sum> ? Vector<Sum>{} : weight[r] * exp_of<Sum>(logits - lse[r]);
+            Sum* const x = scratch.tile + i * kStride<A> + column;
+            const Vector<Sum> w = weights(i, column, load(x));
             store(x, w);
             column_sums[u] += w;
           });
@@ -468,30 +486,50 @@ struct CrossTile {
         if (dbias) add_lanes<Sum, V>(dbias + columns.first + c, column_sums, columns.count - c);
         scratch.weights.template take<V>(scratch.tile, rows.count, c);
       });
+    };
+    with_rule([&](auto rule) __attribute__((always_inline)) {
+      if (problem.fixed) {
+        const FixedPower<Sum> power(problem.scale * kLog2E, problem.shift);
+        replace([&](std::int64_t i, std::int64_t column, Vector<Sum> s) __attribute__((always_inline)) {
+          return allowed_or<Sum>(rule, i, column, power(s) * weight[i], Sum(0));
+        });
+      } else {
+        const Sum* const lse = static_cast<const Sum*>(problem.lse) + rows.first;
+        take_bias();
+        replace([&](std::int64_t i, std::int64_t column, Vector<Sum> s) __attribute__((always_inline)) {
+          const Vector<Sum> logits = allowed_or<Sum>(rule, i, column, s * Sum(problem.scale) + load(scratch.bias + column), -kInfinity<Sum>);
+          // a pair that is not allowed passes nothing, also in a row that allows none (its lse is −inf)
+          return logits == -kInfinity<Sum> ? Vector<Sum>{} : weight[i] * exp_of<Sum>(logits - lse[i]);
+        });
+      }
     });
+    const Source* const row_elements = static_cast<const Source*>(problem.a) + rows.first * problem.depth;
+    const Source* const column_elements = static_cast<const Source*>(problem.b) + columns.first * problem.depth;
     if (da) {
-      add_weighted<A, Weights<A>::kRowStride, 1>(Weights<A>::along_columns(scratch.weights, scratch.tile), rows.count, column_elements(columns),
+      add_weighted<A, Weights<A>::kRowStride, 1>(Weights<A>::along_columns(scratch.weights, scratch.tile), rows.count, column_elements,
                                                  columns.count, problem.depth, Extent::full, scratch.panel, da + rows.first * problem.depth);
     }
     if (db) {
-      add_weighted<A, 1, kStride<A>>(Weights<A>::along_rows(scratch.weights, scratch.tile), columns.count, row_elements(rows), rows.count,
+      add_weighted<A, 1, kStride<A>>(Weights<A>::along_rows(scratch.weights, scratch.tile), columns.count, row_elements, rows.count,
                                      problem.depth, Extent::full, scratch.panel, db + columns.first * problem.depth);
     }
   }
 };
 
-template <class A, class Source>
-void cross_forward(const CrossProblem& problem, std::int64_t i0, std::int64_t i1, std::int64_t j0, std::int64_t j1, void* totals, void* maxima,
-                   void* scratch) {
+template <class A>
+void cross_forward(const CrossProblem& problem, std::int64_t i, std::int64_t j, const void* row_panels, const void* column_panels,
+                   const Ahead& ahead, void* total, void* maximum, void* scratch) {
   using Sum = typename A::Sum;
-  CrossTile<A, Source>{problem, *static_cast<Scratch<A>*>(scratch)}.forward(i0, i1, j0, j1, static_cast<Sum*>(totals), static_cast<Sum*>(maxima));
+  CrossTile<A> tile(problem, i, j, row_panels, column_panels, ahead, scratch);
+  problem.fixed ? tile.forward_fixed(static_cast<Sum*>(total)) : tile.forward_careful(static_cast<Sum*>(total), static_cast<Sum*>(maximum));
 }
 
 template <class A, class Source>
-void cross_backward(const CrossProblem& problem, std::int64_t i, std::int64_t j, void* da, void* db, void* dbias, void* scratch) {
+void cross_backward(const CrossProblem& problem, std::int64_t i, std::int64_t j, const void* row_panels, const void* column_panels,
+                    const Ahead& ahead, void* da, void* db, void* dbias, void* scratch) {
   using Sum = typename A::Sum;
-  CrossTile<A, Source>{problem, *static_cast<Scratch<A>*>(scratch)}.backward(i, j, static_cast<Sum*>(da), static_cast<Sum*>(db),
-                                                                             static_cast<Sum*>(dbias));
+  CrossTile<A>(problem, i, j, row_panels, column_panels, ahead, scratch)
+      .template backward<Source>(static_cast<Sum*>(da), static_cast<Sum*>(db), static_cast<Sum*>(dbias));
 }
 
 // ---- Whole arrays -------------------------------------------------------------------------------------------------------------------
@@ -526,7 +564,7 @@ double micro_kernel(std::int64_t times, void* memory) {
   __builtin_memset(scratch.panel, 0x3f, sizeof(scratch.panel));
   for (std::int64_t t = 0; t < times; ++t) {
     Vector<typename A::Sum> sum[kRows][kVectors];
-    multiply<A, kVectors, 1, kPanel<A>>(rows + t % (kPanel<A> / kRows) * kRows, scratch.panel, terms, sum);
+    multiply<A, kVectors, 1, kPanel<A>>(rows + t % (kPanel<A> / kRows) * kRows, scratch.panel, terms, sum, [] {});
     unroll<kRows>([&](auto r) __attribute__((always_inline)) {
       unroll<kVectors>([&](auto v) __attribute__((always_inline)) { scratch.row_sums[r * kVectors + v] = sum[r][v]; });
     });
@@ -549,7 +587,7 @@ constexpr Kernels make_kernels() {
       largest_square<A, Source>,
       self_forward<A>,
       self_backward<A, Source>,
-      cross_forward<A, Source>,
+      cross_forward<A>,
       cross_backward<A, Source>,
       finish<Sum, Source>,
       micro_kernel<A>,
