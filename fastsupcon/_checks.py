@@ -48,14 +48,14 @@ def on_device(name: str, value: Tensor, device: torch.device) -> None:
 
 def within(name: str, value: Tensor, low: int, high: int) -> None:
     """low <= value < high. On a GPU and under torch.compile a breach is asserted by the device: reading it back would wait."""
-    wide = value.long()  # a uint8 cannot be compared with -1 or 256: the bound would be wrapped
-    inside = ((wide >= low) & (wide < high)).all()
     message = f"{name} must lie in [{low}, {high})"
     if value.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not inside:
-            raise ValueError(f"{message}, got values from {int(value.min())} to {int(value.max())}")
+        least, greatest = (int(bound) for bound in value.aminmax())
+        if least < low or greatest >= high:
+            raise ValueError(f"{message}, got values from {least} to {greatest}")
     else:
-        torch._assert_async(inside, message)
+        wide = value.long()  # a uint8 cannot be compared with -1 or 256: the bound would be wrapped
+        torch._assert_async(((wide >= low) & (wide < high)).all(), message)
 
 
 def temperature(name: str, value: float | Tensor) -> None:

@@ -279,7 +279,11 @@ struct Side {
   std::int64_t count, block, blocks, row_bytes;
 
   Side(const void* data_, std::int64_t count_, std::int64_t row_bytes_, int panel)
-      : data(data_), count(count_), block(std::min<std::int64_t>(kMaxBlock, round_up(count, panel))), blocks(ceil_div(count, block)), row_bytes(row_bytes_) {}
+      : data(data_),
+        count(count_),
+        block(std::min<std::int64_t>(kMaxBlock, round_up(count, panel))),
+        blocks(ceil_div(count, block)),
+        row_bytes(row_bytes_) {}
 
   std::int64_t size(std::int64_t index) const { return std::min(block, count - index * block); }
   const char* elements(std::int64_t index) const { return static_cast<const char*>(data) + index * block * row_bytes; }
@@ -304,10 +308,11 @@ class CrossRun {
         largest_squares_of_long_(long_.blocks),
         largest_squares_of_short_(short_.blocks) {}
 
-  // A task is a slice of the rows against a part of the columns. A row's sums over the parts are joined in order.
+  // A task is a slice of the rows against a part of the columns. A row's sums over the parts are joined in order. Parts cost memory, and packing
+  // where rows are the longer side: there a slice is one block, packed anew for each part.
   void forward(Sum* lse) {
     const std::int64_t slices = long_rows_ ? rows_.blocks : ceil_div(rows_.blocks, 8);
-    const std::int64_t parts = std::min(columns_.blocks, ceil_div(long_rows_ ? 16 : kTasks, slices));
+    const std::int64_t parts = std::min(columns_.blocks, ceil_div(long_rows_ ? kTasks / 4 : kTasks, slices));
     const int threads = threads_for(threads_, multiply_adds_, slices * parts);
     const Scratches scratches(threads, kernels_.scratch_bytes), long_panels(threads, panel_bytes(long_));
     const Buffer sums(2 * parts * problem_.rows * sizeof(Sum));
@@ -386,6 +391,9 @@ class CrossRun {
       char* const packed = long_panels.of(member);
       team.each(long_.blocks, [&](std::int64_t l) {
         const std::int64_t group = l % groups, turn = l / groups;
+        Sum* const row_sums = long_rows_ ? long_sums.copy(0) : short_sums.copy(group);
+        Sum* const column_sums = long_rows_ ? short_sums.copy(group) : long_sums.copy(0);
+        Sum* const dbias_sums = bias_sums.copy(long_rows_ ? group : 0);
         pack(long_, l, packed);
         for (std::int64_t s = 0; s < short_.blocks; ++s) {
           const bool last = s + 1 == short_.blocks;
@@ -394,9 +402,8 @@ class CrossRun {
                              short_sums.block(next_l % groups, next_s), short_panels(next_s)}};
           const Tile tile = tile_of(l, s, packed);
           turns.wait(group * short_.blocks + s, turn);
-          kernels_.cross_backward(tiles, tile.i, tile.j, tile.row_panels, tile.column_panels, ahead,
-                                  long_rows_ ? long_sums.copy(0) : short_sums.copy(group), long_rows_ ? short_sums.copy(group) : long_sums.copy(0),
-                                  bias_sums.copy(long_rows_ ? group : 0), scratches.of(member));
+          kernels_.cross_backward(tiles, tile.i, tile.j, tile.row_panels, tile.column_panels, ahead, row_sums, column_sums, dbias_sums,
+                                  scratches.of(member));
           turns.finish(group * short_.blocks + s, turn);
         }
       });
@@ -496,8 +503,8 @@ class CrossRun {
       }
       if (block < rows_.blocks) also(block * rows_.block, rows_.size(block));
     });
-    const double bound = std::sqrt(largest_of(largest_squares_of_long_)) * std::sqrt(largest_of(largest_squares_of_short_)) * std::abs(problem_.scale);
-    const Shift shift = shift_for<Sum>(problem_.bias ? std::numeric_limits<double>::infinity() : bound);
+    const double norms = std::sqrt(largest_of(largest_squares_of_long_)) * std::sqrt(largest_of(largest_squares_of_short_));
+    const Shift shift = shift_for<Sum>(problem_.bias ? std::numeric_limits<double>::infinity() : norms * std::abs(problem_.scale));
     CrossProblem tiles{};
     tiles.a = problem_.a;
     tiles.b = problem_.b;

@@ -60,7 +60,28 @@ FASTSUPCON_INLINE void unroll(const F& f) {
   }
 }
 
-// A lane-wise maximum that keeps b where the two cannot be compared, so max(bound, x) keeps a NaN x and max(x, best) ignores it.
+// A lane-wise maximum that keeps b where the two cannot be compared, so max(bound, x) keeps a NaN x and max(x, best) ignores it. x86 has an
+// instruction for just that, which compilers do not find in the comparison.
+#if defined(__x86_64__)
+#define FASTSUPCON_EXTREMUM(name, intrinsic, vector)                                         \
+  FASTSUPCON_INLINE Vector<float> name(Vector<float> a, Vector<float> b) {                   \
+    return (Vector<float>)intrinsic##_ps((vector)a, (vector)b);                              \
+  }                                                                                          \
+  FASTSUPCON_INLINE Vector<double> name(Vector<double> a, Vector<double> b) {                \
+    return (Vector<double>)intrinsic##_pd((vector##d)a, (vector##d)b);                       \
+  }
+#if FASTSUPCON_VECTOR_BYTES == 64
+FASTSUPCON_EXTREMUM(maximum, _mm512_max, __m512)
+FASTSUPCON_EXTREMUM(minimum, _mm512_min, __m512)
+#elif FASTSUPCON_VECTOR_BYTES == 32
+FASTSUPCON_EXTREMUM(maximum, _mm256_max, __m256)
+FASTSUPCON_EXTREMUM(minimum, _mm256_min, __m256)
+#else
+FASTSUPCON_EXTREMUM(maximum, _mm_max, __m128)
+FASTSUPCON_EXTREMUM(minimum, _mm_min, __m128)
+#endif
+#undef FASTSUPCON_EXTREMUM
+#else
 template <class V>
 FASTSUPCON_INLINE V maximum(V a, V b) {
   return a > b ? a : b;
@@ -69,6 +90,7 @@ template <class V>
 FASTSUPCON_INLINE V minimum(V a, V b) {
   return a < b ? a : b;
 }
+#endif
 
 // The lanes joined pairwise, in log2 W steps.
 template <class T, int kStep, int... I>

@@ -246,6 +246,7 @@ struct SelfTile {
     strips([](auto, auto, std::int64_t, std::int64_t) {});
     auto& row = scratch.row;
     auto& column = diagonal ? scratch.row : scratch.column;
+    const Sum scale = Sum(problem.scale);
     auto begin = [&](std::int64_t i) { return diagonal ? i / kPanel<A> * kPanel<A> : 0; };  // the strips below the diagonal are not computed
     auto allowed = [&](std::int64_t i, std::int64_t c, Vector<Sum> x) __attribute__((always_inline)) {
       return diagonal ? allowed_or<Sum>(AboveDiagonal<Sum>{columns.count}, i, c, x, -kInfinity<Sum>)
@@ -258,7 +259,7 @@ struct SelfTile {
       Vector<Sum> highest = broadcast(-kInfinity<Sum>);
       for (std::int64_t c = begin(i); c < columns.count; c += kWidth<A>) {
         Sum* const x = scratch.tile + i * kStride<A> + c;
-        const Vector<Sum> logits = allowed(i, c, load(x) * Sum(problem.scale));
+        const Vector<Sum> logits = allowed(i, c, load(x) * scale);
         store(x, logits);
         highest = maximum(logits, highest);
         store(best + c, maximum(logits, load(best + c)));
@@ -298,6 +299,7 @@ struct SelfTile {
     const Sum* const row_weight = of(problem.weight, rows);
     const Sum* const column_weight = of(problem.weight, columns);
     const FixedPower<Sum> power(problem.scale * kLog2E, problem.shift);
+    const Sum scale = Sum(problem.scale);
     strips([&](auto v, auto rule, std::int64_t count, std::int64_t c) __attribute__((always_inline)) {
       constexpr int V = decltype(v)::value;
       Vector<Sum> weight[V], lse[V];
@@ -320,7 +322,7 @@ struct SelfTile {
       } else {
         const Sum* const row_lse = of(problem.lse, rows);
         replace([&](std::int64_t i, auto u, Vector<Sum> s) __attribute__((always_inline)) {
-          const Vector<Sum> x = rounded(s * Sum(problem.scale));  // as in the forward, so that a P_ij of 1 is exactly 1
+          const Vector<Sum> x = rounded(s * scale);  // as in the forward, so that a P_ij of 1 is exactly 1
           return row_weight[i] * exp_of<Sum>(x - row_lse[i]) + weight[u] * exp_of<Sum>(x - lse[u]);
         });
       }
@@ -448,9 +450,10 @@ struct CrossTile {
   template <class Rule>
   FASTSUPCON_INLINE void add_row(const Rule& rule, std::int64_t i, Sum& total, Sum& highest) {
     Sum* const x = scratch.tile + i * kStride<A>;
+    const Sum scale = Sum(problem.scale);
     Vector<Sum> best = broadcast(-kInfinity<Sum>);
     for (std::int64_t c = 0; c < columns.count; c += kWidth<A>) {
-      const Vector<Sum> logits = allowed_or<Sum>(rule, i, c, load(x + c) * Sum(problem.scale) + load(scratch.bias + c), -kInfinity<Sum>);
+      const Vector<Sum> logits = allowed_or<Sum>(rule, i, c, load(x + c) * scale + load(scratch.bias + c), -kInfinity<Sum>);
       store(x + c, logits);
       best = maximum(logits, best);
     }
@@ -495,9 +498,10 @@ struct CrossTile {
         });
       } else {
         const Sum* const lse = static_cast<const Sum*>(problem.lse) + rows.first;
+        const Sum scale = Sum(problem.scale);
         take_bias();
         replace([&](std::int64_t i, std::int64_t column, Vector<Sum> s) __attribute__((always_inline)) {
-          const Vector<Sum> logits = allowed_or<Sum>(rule, i, column, s * Sum(problem.scale) + load(scratch.bias + column), -kInfinity<Sum>);
+          const Vector<Sum> logits = allowed_or<Sum>(rule, i, column, s * scale + load(scratch.bias + column), -kInfinity<Sum>);
           // a pair that is not allowed passes nothing, also in a row that allows none (its lse is −inf)
           return logits == -kInfinity<Sum> ? Vector<Sum>{} : weight[i] * exp_of<Sum>(logits - lse[i]);
         });
