@@ -154,7 +154,7 @@ class SelfRun {
         block_(self_block(problem.rows, kernels_.panel)),
         blocks_(ceil_div(problem.rows, block_)),
         threads_(threads_for(threads, double(problem.rows) * problem.rows * problem.depth / 2, blocks_)),
-        panels_(ceil_div(problem.rows, kernels_.panel) * kernels_.panel_bytes(problem.depth)),
+        panels_(with_spare(ceil_div(problem.rows, kernels_.panel) * kernels_.panel_bytes(problem.depth))),
         scratches_(threads_, kernels_.scratch_bytes),
         largest_squares_(blocks_),
         rounds_(blocks_) {}
@@ -204,6 +204,10 @@ class SelfRun {
   }
 
  private:
+  // The packed rows are as large as the tensors that PyTorch makes after this call. With a little more, never touched, the hole that they leave in
+  // the heap holds one of those, with its alignment and the small ones before it: else the heap grows by one and the peak with it.
+  static std::size_t with_spare(std::size_t bytes) { return bytes + std::min<std::size_t>(bytes / 8, 256 << 10); }
+
   template <class Task>
   void each_block(Team& team, const Task& task) const {
     team.each(blocks_, [&](std::int64_t block) { task(block * block_, std::min(block_, problem_.rows - block * block_)); });
