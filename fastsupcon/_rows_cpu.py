@@ -1,6 +1,9 @@
 """The C++ row helpers of csrc/cpu/rows.h as PyTorch operators, so that torch.compile sees no pointers: the contract of _rows_torch.py.
 
 Each stands for four to eight passes of plain PyTorch, which at a few hundred rows cost more than the log-sum-exp itself.
+
+``start`` is a gradient that a result is added to. With the hint ``into_start`` it becomes the result, where the dtypes are the same: a tensor of
+N x D or C x D less, whose pages the system would have to find and clear.
 """
 
 from __future__ import annotations
@@ -43,10 +46,10 @@ def number_labels(labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, int, Tens
     return ids, classes, share
 
 
-def sum_rows(x: Tensor, ids: Tensor, classes: int, weight: Tensor | None = None, start: Tensor | None = None) -> Tensor:
+def sum_rows(x: Tensor, ids: Tensor, classes: int, weight: Tensor | None = None, start: Tensor | None = None, into_start=False) -> Tensor:
     x, ids = x.contiguous(), ids.contiguous()
     weight, start = (None if t is None else t.contiguous() for t in (weight, start))
-    sums = _sums(x, classes, x.shape[1])
+    sums = start if into_start and start.dtype == sum_dtype(x.dtype) else _sums(x, classes, x.shape[1])
     addresses = (ids.data_ptr(), _address(weight), classes, _address(start), sums.data_ptr())
     _C.cpu.sum_rows(_rows(x), *addresses, torch.get_num_threads())
     return sums
@@ -58,9 +61,9 @@ def _dots_with_others(z: Tensor, ids: Tensor, classes: int, weight: Tensor) -> t
     return _row_dots(z, sums, ids, others=True).mul_(weight), sums
 
 
-def _dots_with_others_backward(z: Tensor, ids: Tensor, weight: Tensor, sums: Tensor, grad: Tensor, start: Tensor) -> Tensor:
+def _dots_with_others_backward(z, ids, weight, sums, grad, start, into_start=False) -> Tensor:
     grad = grad * weight
-    return _row_dots_backward(z, sums, ids, grad, start, sum_rows(z, ids, len(sums), grad))
+    return _row_dots_backward(z, sums, ids, grad, start, into_start, sum_rows(z, ids, len(sums), grad))
 
 
 def _row_dots(z: Tensor, table: Tensor, ids: Tensor, others: bool = False) -> Tensor:
@@ -70,9 +73,10 @@ def _row_dots(z: Tensor, table: Tensor, ids: Tensor, others: bool = False) -> Te
     return dots
 
 
-def _row_dots_backward(z: Tensor, table: Tensor, ids: Tensor, grad: Tensor, start: Tensor, grad_sums: Tensor | None = None) -> Tensor:
+def _row_dots_backward(z, table, ids, grad, start, into_start=False, grad_sums: Tensor | None = None) -> Tensor:
     z, table, ids = z.contiguous(), table.to(grad.dtype).contiguous(), ids.contiguous()
-    grad, start, dz = grad.contiguous(), start.contiguous(), torch.empty_like(z)
+    grad, start = grad.contiguous(), start.contiguous()
+    dz = start if into_start else torch.empty_like(z)
     addresses = (ids.data_ptr(), grad.data_ptr(), _address(grad_sums), start.data_ptr(), dz.data_ptr())
     _C.cpu.row_dots_backward(_rows(z), table.data_ptr(), len(table), *addresses, torch.get_num_threads())
     return dz

@@ -278,11 +278,11 @@ def psc_loss(
             z, scale = z * scale.to(z.dtype), 1.0
 
         if per_class == 1:
-            z, p, positive = row_dots(z, p, labels)
+            z, p, positive = row_dots(z, p, labels, exclusive=True)
         else:  # their mean over the class's own, weighted by affinity
             own = []
             for m in range(per_class):
-                z, p, dots = row_dots(z, p, labels * per_class + m)
+                z, p, dots = row_dots(z, p, labels * per_class + m, exclusive=True)
                 own.append(dots)
             own = torch.stack(own, 1)  # [N, M]
             positive = ((own.detach() * scale).softmax(1) * own).sum(1)

@@ -18,10 +18,10 @@ from .rows import dots_with_others, number_labels
 def label_positives(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """For each row of z [N, D] the mean of its similarities z_i . z_p to the others of its label (0 without one), and whether one is.
 
-    Returns z to go on with (see rows.py), and both: [N], [N].
+    Returns z to go on with, which must go nowhere but to the log-sum-exp (`exclusive` in rows.py), and both: [N], [N].
     """
     ids, classes, share = number_labels(labels, sum_dtype(z.dtype))
-    return *dots_with_others(z, ids, classes, share), share > 0
+    return *dots_with_others(z, ids, classes, share, exclusive=True), share > 0
 
 
 def mask_positives(z: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

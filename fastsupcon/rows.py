@@ -50,8 +50,8 @@ def number_labels(labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, int, Tens
     return (_rows_torch if torch.compiler.is_compiling() else _helpers(labels)).number_labels(labels, dtype)
 
 
-def _sum_rows(x: Tensor, ids: Tensor, classes: int, weight: Tensor | None = None, start: Tensor | None = None) -> Tensor:
-    return _helpers(x).sum_rows(x, ids, classes, weight, start)
+def _sum_rows(x: Tensor, ids: Tensor, classes: int, weight: Tensor | None = None, start: Tensor | None = None, **hints) -> Tensor:
+    return _helpers(x).sum_rows(x, ids, classes, weight, start, **hints)
 
 
 def _fake_sum_rows(x: Tensor, ids: Tensor, classes: int, weight: Tensor | None = None, start: Tensor | None = None) -> Tensor:
@@ -65,59 +65,68 @@ _sum_rows_op = opaque(
 )
 
 
-def sum_rows(x: Tensor, ids: Tensor, classes: int, weight: Tensor | None = None, start: Tensor | None = None) -> Tensor:
-    """S_k = start_k + sum of w_j x_j over ids_j = k: x [N, D], ids int64 [N] in [0, classes) -> [classes, D] in the sum dtype.
+def sum_rows(x: Tensor, ids: Tensor, classes: int, weight: Tensor | None = None) -> Tensor:
+    """S_k = sum of w_j x_j over ids_j = k: x [N, D], ids int64 [N] in [0, classes), w [N] in the sum dtype or None for 1 -> [classes, D], sum dtype.
 
-    w [N] in the sum dtype, or None for 1; start [classes, D] in x's dtype, or None for 0. Has no gradient itself.
+    Has no gradient itself.
     """
-    return _sum_rows_op(x, ids, classes, weight, start)
+    return _sum_rows_op(x, ids, classes, weight)
 
 
 # The Functions below hand their rows through: what is computed from those afterwards sends its gradient back to where that of the dots is
 # made, and both are added there in the same pass. Autograd's own addition is a pass more, and its threads then spin while ours begin.
+#
+# `exclusive` says that the rows handed through go nowhere but to operators that make their gradients anew, so that nobody else holds the
+# gradient that comes back. In C++ it is then overwritten with the sum.
+
+
+def _hints(x: Tensor, exclusive: bool) -> dict[str, bool]:
+    return {"into_start": True} if exclusive and _helpers(x) is not _rows_torch else {}
 
 
 class _DotsWithOthers(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, z, ids, classes, weight):
+    def forward(ctx, z, ids, classes, weight, exclusive):
         dots, sums = _helpers(z).dots_with_others(z, ids, classes, weight)
         ctx.save_for_backward(z, ids, weight, sums)
+        ctx.hints = _hints(z, exclusive)
         return z.view_as(z), dots
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dz, grad):
-        return _helpers(grad).dots_with_others_backward(*ctx.saved_tensors, grad, dz), None, None, None
+        return _helpers(grad).dots_with_others_backward(*ctx.saved_tensors, grad, dz, **ctx.hints), None, None, None, None
 
 
-def dots_with_others(z: Tensor, ids: Tensor, classes: int, weight: Tensor) -> tuple[Tensor, Tensor]:
+def dots_with_others(z: Tensor, ids: Tensor, classes: int, weight: Tensor, *, exclusive: bool = False) -> tuple[Tensor, Tensor]:
     """z again, and w_i z_i . (sum of the other rows z_j with ids_j = ids_i): z [N, D], ids int64 [N] in [0, classes), w [N] -> [N].
 
     w and the result have the sum dtype.
     """
-    return _DotsWithOthers.apply(z, ids, classes, weight)
+    return _DotsWithOthers.apply(z, ids, classes, weight, exclusive)
 
 
 class _RowDots(torch.autograd.Function):
     """t_i = z_i . T_k, k = ids_i; dz_i = h_i T_k, dT_k = sum over ids_i = k of h_i z_i."""
 
     @staticmethod
-    def forward(ctx, z, table, ids):
+    def forward(ctx, z, table, ids, exclusive):
         ctx.save_for_backward(z, table, ids)
+        ctx.hints = _hints(z, exclusive)
         return z.view_as(z), table.view_as(table), _helpers(z).row_dots(z, table, ids)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dz, dtable, h):
         z, table, ids = ctx.saved_tensors
-        dz = _helpers(z).row_dots_backward(z, table, ids, h, dz) if ctx.needs_input_grad[0] else None
-        dtable = sum_rows(z, ids, table.shape[0], h, dtable).to(table.dtype) if ctx.needs_input_grad[1] else None
-        return dz, dtable, None
+        dz = _helpers(z).row_dots_backward(z, table, ids, h, dz, **ctx.hints) if ctx.needs_input_grad[0] else None
+        dtable = _sum_rows_op(z, ids, table.shape[0], h, dtable, **ctx.hints).to(table.dtype) if ctx.needs_input_grad[1] else None
+        return dz, dtable, None, None
 
 
-def row_dots(z: Tensor, table: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def row_dots(z: Tensor, table: Tensor, ids: Tensor, *, exclusive: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """z and T again, and z_i . T_k for k = ids_i: rows z [N, D], table T [K, D] of z's dtype, ids int64 [N] in [0, K) -> [N], sum dtype.
 
     Unlike indexing's, the table's gradient is reproducible on every device.
     """
-    return _RowDots.apply(z, table, ids)
+    return _RowDots.apply(z, table, ids, exclusive)

@@ -26,9 +26,9 @@ struct SelfProblem {
   int shift;              // base-2 exponent ≥ every s_ij log2 e; fixed only
   void* total;            // forward: [count] Sum, Σ_j exp(s_ij − maximum_i), or Σ_j E_ij when fixed
   void* maximum;          // forward, not fixed: [count] Sum, starts at −inf
-  const void* weight;     // backward: [count] Sum, g_i, or a_i = g_i 2^(shift − lse_i log2 e) when fixed
+  const void* weight;     // backward: [count] Sum, g_i scale, or a_i = g_i scale 2^(shift − lse_i log2 e) when fixed
   const void* lse;        // backward, not fixed: [count] Sum
-  void* gradient;         // backward: [count, depth] Sum, ∂L/∂z without the factor scale
+  void* gradient;         // backward: [count, depth] Sum, ∂L/∂z
 };
 
 // Fixed, as above: E_ij = 2^(s_ij log2 e − shift), without bias. Otherwise each row has its own running maximum.

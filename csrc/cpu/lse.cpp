@@ -95,19 +95,23 @@ double largest_of(const std::vector<double>& values) {
   return largest;
 }
 
-// e with |g_i| ≤ 2^e, so that g_i 2^(shift − lse_i log2 e) cannot overflow however large the gradients are; 0 if there is none.
+// A power of two to divide scale · g_i by, so that scale g_i 2^(shift − lse_i log2 e) neither overflows nor vanishes: its last factor can reach
+// the largest power there is. 1 where it is not needed, as with a mean over the rows.
 template <class Sum>
-int common_exponent(const Sum* grad, std::int64_t count) {
+double common_power(const Sum* grad, std::int64_t count, double scale) {
   Sum largest = 0;
   for (std::int64_t i = 0; i < count; ++i) largest = std::max(largest, std::abs(grad[i]));
-  return largest > 0 && std::isfinite(largest) ? std::ilogb(largest) + 1 : 0;
+  const double product = largest * std::abs(scale);
+  if (!(product > 0) || !std::isfinite(product)) return 1;
+  const int exponent = std::ilogb(product);
+  return exponent < -40 || exponent >= 0 ? std::ldexp(1.0, exponent + 1) : 1;
 }
 
-// What an exponential of row i is multiplied with, without the factor 2^exponent: g_i, or, with one shift for all, g_i 2^(shift − lse_i log2 e).
+// What an exponential of row i is multiplied with: factor g_i, or, with one shift for all, factor g_i 2^(shift − lse_i log2 e).
 template <class Sum>
-void weigh(const Shift& shift, const Sum* lse, const Sum* grad, std::int64_t count, int exponent, Sum* weights) {
+void weigh(const Shift& shift, const Sum* lse, const Sum* grad, std::int64_t count, double factor, Sum* weights) {
   for (std::int64_t i = 0; i < count; ++i) {
-    const double g = std::ldexp(double(grad[i]), -exponent);
+    const double g = grad[i] * factor;
     const bool nothing = std::isinf(lse[i]) && lse[i] < 0;  // no allowed column
     weights[i] = Sum(!shift.fixed ? g : nothing ? 0 : g * std::exp2(shift.exponent - lse[i] * kLog2E));
   }
@@ -184,21 +188,22 @@ class SelfRun {
     const bool in_place = element_size(problem_.scalar) == sizeof(Sum);
     const Buffer sums(in_place ? 0 : problem_.rows * problem_.depth * sizeof(Sum));
     Sum* const gradient = in_place ? static_cast<Sum*>(da) : sums.as<Sum>();
-    const int exponent = common_exponent(grad, problem_.rows);
+    const double power = common_power(grad, problem_.rows, problem_.scale);
     Team::run(threads_, [&](Team& team, int member) {
       SelfProblem tiles = prepare(team, [&](std::int64_t first, std::int64_t count) {
         std::fill_n(gradient + first * problem_.depth, count * problem_.depth, Sum(0));
       });
       each_block(team, [&](std::int64_t first, std::int64_t count) {
-        weigh({tiles.fixed, tiles.shift}, lse + first, grad + first, count, exponent, weights.as<Sum>() + first);
+        weigh({tiles.fixed, tiles.shift}, lse + first, grad + first, count, problem_.scale / power, weights.as<Sum>() + first);
       });
       tiles.weight = weights.as<Sum>();
       tiles.lse = lse;
       tiles.gradient = gradient;
       all_pairs(team, tiles, kernels_.self_backward, scratches_.of(member));
+      if (in_place && power == 1) return;
       each_block(team, [&](std::int64_t first, std::int64_t count) {
         char* const elements = static_cast<char*>(da) + first * problem_.depth * element_size(problem_.scalar);
-        kernels_.finish(gradient + first * problem_.depth, count * problem_.depth, problem_.scale * std::ldexp(1.0, exponent), elements);
+        kernels_.finish(gradient + first * problem_.depth, count * problem_.depth, power, elements);
       });
     });
   }
@@ -376,7 +381,7 @@ class CrossRun {
     const int threads = threads_for(threads_, 3 * multiply_adds_, long_.blocks);
     const Scratches scratches(threads, kernels_.scratch_bytes), long_panels(threads, panel_bytes(long_));
     const Buffer weights(problem_.rows * sizeof(Sum));
-    const int exponent = common_exponent(grad, problem_.rows);
+    const double power = common_power(grad, problem_.rows, 1);
     const Accumulator long_sums(problem_.scalar, problem_.depth, long_, 1, long_rows_ ? da : db);
     const Accumulator short_sums(problem_.scalar, problem_.depth, short_, groups, long_rows_ ? db : da);
     const Accumulator bias_sums(kSumScalar, 1, columns_, long_rows_ ? groups : 1, dbias);
@@ -385,7 +390,7 @@ class CrossRun {
       CrossProblem tiles = prepare(team, [](std::int64_t, std::int64_t) {});
       team.each(rows_.blocks, [&](std::int64_t block) {
         const std::int64_t first = block * rows_.block;
-        weigh({tiles.fixed, tiles.shift}, lse + first, grad + first, rows_.size(block), exponent, weights.as<Sum>() + first);
+        weigh({tiles.fixed, tiles.shift}, lse + first, grad + first, rows_.size(block), 1 / power, weights.as<Sum>() + first);
       });
       long_sums.zero(team);
       short_sums.zero(team);
@@ -411,10 +416,9 @@ class CrossRun {
           turns.finish(group * short_.blocks + s, turn);
         }
       });
-      const double factor = std::ldexp(1.0, exponent);
-      long_sums.finish(team, kernels_, problem_.scale * factor);
-      short_sums.finish(team, kernels_, problem_.scale * factor);
-      bias_sums.finish(team, *unit_in_use().kernels[int(kSumScalar)], factor);
+      long_sums.finish(team, kernels_, problem_.scale * power);
+      short_sums.finish(team, kernels_, problem_.scale * power);
+      bias_sums.finish(team, *unit_in_use().kernels[int(kSumScalar)], power);
     });
   }
 

@@ -24,7 +24,7 @@ void unit_rows_backward(const Rows& unit, const void* norm, const void* grad, vo
 // share [N] Sum of `scalar`: 1 / (number of other rows with the row's label), 0 where there is none.
 std::int64_t number_labels(Scalar scalar, const std::int64_t* labels, std::int64_t count, std::int64_t* ids, void* share);
 
-// Below, ids [N] in [0, K), or std::out_of_range; a table and sums are [K, D] Sum.
+// Below, ids [N] in [0, K), or std::out_of_range; a table and sums are [K, D] Sum. A result may take the place of `start`, where they have one type.
 
 // sums_k = start_k + Σ over ids_i = k of weight_i x_i, the rows in order: weight [N] Sum, or null for 1; start [K, D] like x, or null for 0.
 void sum_rows(const Rows& x, const std::int64_t* ids, const void* weight, std::int64_t classes, const void* start, void* sums, int threads);
