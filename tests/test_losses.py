@@ -179,3 +179,28 @@ def test_the_peers_definitions_differ_by_these_options(device):
     pml = functional.supcon_loss(features, labels, temperature=0.1, normalize=True, lone_anchors="skip")
     torch.testing.assert_close(supcontrast, losses.sum() / 12)
     torch.testing.assert_close(pml, losses.sum() / 10)
+
+
+@pytest.mark.parametrize("options", [{}, {"contrast_mode": "one"}, {"normalize": True}, {"prototypes": 1}, {"prototypes": 2}], ids=str)
+def test_gradients_are_left_alone_by_a_second_backward_and_by_neighbours(device, options):
+    """Inside, a gradient is added to in place. Nothing outside may see it: not a graph that is kept, not who shares a gradient with the features."""
+    per_class = options.get("prototypes", 0)
+    x, u = (unit(24, 2, 10, device=device, dtype=torch.float32).requires_grad_() for _ in range(2))
+    labels = torch.arange(24, device=device) % 5
+    prototypes = unit(5 * max(per_class, 1), 10, device=device, dtype=torch.float32).requires_grad_()
+
+    def loss(features):
+        if per_class:
+            return functional.psc_loss(features[:, 0], labels, prototypes, prototypes_per_class=per_class)
+        return functional.supcon_loss(features, labels, **options)
+
+    leaves = (x, u, prototypes)
+    alone = torch.autograd.grad(loss(x), leaves, allow_unused=True)
+    y = x * 1
+    total = loss(y) + (y + u).square().sum()
+    first = torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
+    again = torch.autograd.grad(total, leaves, allow_unused=True)
+    assert all(mine is true or torch.equal(mine, true) for mine, true in zip(again, first, strict=True))
+    torch.testing.assert_close(first[0], alone[0] + 2 * (x + u).detach())
+    assert torch.equal(first[1], 2 * (x + u).detach())
+    assert first[2] is alone[2] or torch.equal(first[2], alone[2])

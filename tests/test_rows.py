@@ -119,3 +119,21 @@ def test_the_same_bits_on_any_number_of_threads():
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(x, y) for result in results for x, y in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_only_an_exclusive_gradient_is_overwritten(device, dtype):
+    z, table = torch.randn(60, 20, device=device).to(dtype), torch.randn(7, 20, device=device).to(dtype)
+    ids, weight = torch.randint(0, 7, (60,), device=device), torch.rand(60, device=device)
+    back = [torch.randn_like(z), torch.randn_like(table), weight]
+
+    def step(exclusive, dz, dtable, h):
+        leaf, columns = z.clone().requires_grad_(), table.clone().requires_grad_()
+        passed, others = rows.dots_with_others(leaf, ids, 7, weight, exclusive=exclusive)
+        passed, columns_passed, dots = rows.row_dots(passed, columns, ids, exclusive=exclusive)
+        return torch.autograd.grad((passed, columns_passed, others + dots), (leaf, columns), (dz, dtable, h))
+
+    kept = [tensor.clone() for tensor in back]
+    expected = step(False, *back)
+    assert all(torch.equal(tensor, copy) for tensor, copy in zip(back, kept, strict=True))
+    assert all(torch.equal(mine, true) for mine, true in zip(step(True, *kept), expected, strict=True))
