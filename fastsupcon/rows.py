@@ -66,9 +66,9 @@ _sum_rows_op = opaque(
 
 
 def sum_rows(x: Tensor, ids: Tensor, classes: int, weight: Tensor | None = None) -> Tensor:
-    """S_k = sum of w_j x_j over ids_j = k: x [N, D], ids int64 [N] in [0, classes), w [N] in the sum dtype or None for 1 -> [classes, D], sum dtype.
+    """S_k = sum of w_j x_j over ids_j = k: x [N, D], ids int64 [N] in [0, classes) -> [classes, D] in the sum dtype.
 
-    Has no gradient itself.
+    w [N] in the sum dtype, or None for 1. Has no gradient itself.
     """
     return _sum_rows_op(x, ids, classes, weight)
 

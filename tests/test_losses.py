@@ -183,7 +183,7 @@ def test_the_peers_definitions_differ_by_these_options(device):
 
 @pytest.mark.parametrize("options", [{}, {"contrast_mode": "one"}, {"normalize": True}, {"prototypes": 1}, {"prototypes": 2}], ids=str)
 def test_gradients_are_left_alone_by_a_second_backward_and_by_neighbours(device, options):
-    """Inside, a gradient is added to in place. Nothing outside may see it: not a graph that is kept, not who shares a gradient with the features."""
+    """Inside, a gradient is added to in place. Nobody outside may see it: no graph that is kept, nobody who shares a gradient."""
     per_class = options.get("prototypes", 0)
     x, u = (unit(24, 2, 10, device=device, dtype=torch.float32).requires_grad_() for _ in range(2))
     labels = torch.arange(24, device=device) % 5
