@@ -2,8 +2,8 @@
 
 Each stands for four to eight passes of plain PyTorch, which at a few hundred rows cost more than the log-sum-exp itself.
 
-``start`` is a gradient that a result is added to. With the hint ``into_start`` it becomes the result, where the dtypes are the same: a
-tensor of N x D or C x D less, whose pages the system would have to find and clear.
+``start`` is a gradient that a result is added to. With the hint ``into_start`` it becomes the result (of sum_rows where the dtypes are the
+same; of the others they are): a tensor of N x D or C x D less, whose pages the system would have to find and clear.
 """
 
 from __future__ import annotations

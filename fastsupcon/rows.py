@@ -77,7 +77,7 @@ def sum_rows(x: Tensor, ids: Tensor, classes: int, weight: Tensor | None = None)
 # made, and both are added there in the same pass. Autograd's own addition is a pass more, and its threads then spin while ours begin.
 #
 # `exclusive` says that the rows handed through go nowhere but to operators that make their gradients anew, so that nobody else holds the
-# gradient that comes back. In C++ it is then overwritten with the sum.
+# gradient that comes back: in C++ it is then overwritten with the sum. Only a hook on these very nodes of the graph could see that.
 
 
 def _hints(x: Tensor, exclusive: bool) -> dict[str, bool]:

@@ -156,14 +156,35 @@ def test_a_nan_of_any_bits_is_kept(payload):
 
 
 def test_rows_of_any_norm_share_the_shift_of_their_product():
-    """Rows of norm 1e4 against columns of norm 1e-4, and the converse, have the logits of unit rows."""
+    """Rows of norm 1e4 against columns of norm 1e-4, and the converse, have the logits of unit rows; also where their squares vanish."""
     a, b, grad = _rows(300, 24, torch.float32), _rows(70, 24, torch.float32, seed=1), _grad(300, torch.float32)
     run = functools.partial(_cross, bias=None, grad=grad, skip=None, row_labels=None, column_labels=None, needs=(True, True, False))
     exact = run(reference, a.double(), b.double(), grad=grad.double(), scale=10.0)
-    for factor in (1e4, 1e-4):
-        lse, da, db, _ = run(cpu, a * factor, b / factor, scale=10.0)
-        for mine, true in zip((lse, da * factor, db / factor), exact, strict=False):
-            assert _error(mine, true) < 2e-6
+    for factor, rest in ((1e4, 1.0), (1e-4, 1.0), (1e-22, 1e-4), (1e18, 1e3)):
+        lse, da, db, _ = run(cpu, a * factor, b / factor * rest, scale=10.0 / rest)
+        for mine, true in zip((lse, da.double() * factor, db.double() / factor * rest), exact, strict=False):
+            assert _error(mine, true) < 2e-5  # the products below 2^-126 have fewer bits
+
+
+@pytest.mark.parametrize("largest, scale", [(2e38, 1.0), (3e37, 10.0)])
+def test_the_largest_gradients_do_not_overflow_on_the_way(largest, scale):
+    a, b, grad = _rows(6, 4, torch.float32), _rows(5, 4, torch.float32, seed=1), torch.zeros(6)
+    a[:, 3] = b[:, 3] = 0
+    grad[0] = largest
+    run = functools.partial(_cross, bias=None, skip=None, row_labels=None, column_labels=None, scale=scale, needs=(True, True, False))
+    exact = run(reference, a.double(), b.double(), grad=grad.double())
+    for mine, true in zip(run(cpu, a, b, grad=grad)[1:3], exact[1:3], strict=True):
+        assert _error(mine, true) < 2e-6
+    exact = _self(a.double(), grad.double(), scale, True, reference)[1]
+    assert _error(_self(a, grad, scale, True)[1], exact) < 2e-6
+
+
+def test_an_infinite_logit_wins_in_whatever_part_of_the_columns():
+    b = torch.full((2000, 1), 1000.0)
+    for where in (0, 1000, 1999):
+        bias = torch.zeros(2000)
+        bias[where] = math.inf
+        assert cpu.cross_forward(torch.ones(1, 1), b, bias, None, None, None, 1.0).tolist() == [math.inf]
 
 
 @pytest.mark.parametrize("magnitude", [65536.0, 1e30, 1e-30])

@@ -122,7 +122,10 @@ def test_values_out_of_range():
         functional.cross_logsumexp(z(), z(2), skip=ids(4, 3))
 
 
-@pytest.mark.parametrize(("dtype", "classes"), [(torch.uint8, 256), (torch.int8, 128), (torch.int16, 1000), (torch.int32, 1000)])
+@pytest.mark.parametrize(
+    ("dtype", "classes"),
+    [(torch.uint8, 256), (torch.int8, 128), (torch.int16, 1000), (torch.int32, 1000), (torch.uint16, 1000), (torch.uint32, 1000)],
+)
 def test_labels_of_a_narrow_dtype(dtype, classes):
     """Their bounds, -1 and the number of classes, may lie outside of it."""
     rows, table, labels = (

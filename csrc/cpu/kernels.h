@@ -26,12 +26,12 @@ struct SelfProblem {
   int shift;              // base-2 exponent ≥ every s_ij log2 e; fixed only
   void* total;            // forward: [count] Sum, Σ_j exp(s_ij − maximum_i), or Σ_j E_ij when fixed
   void* maximum;          // forward, not fixed: [count] Sum, starts at −inf
-  const void* weight;     // backward: [count] Sum, g_i scale, or a_i = g_i scale 2^(shift − lse_i log2 e) when fixed
+  const void* weight;     // backward: [count] Sum, g_i times a common factor, or a_i = that times 2^(shift − lse_i log2 e) when fixed
   const void* lse;        // backward, not fixed: [count] Sum
-  void* gradient;         // backward: [count, depth] Sum, ∂L/∂z
+  void* gradient;         // backward: [count, depth] Sum, Σ over the pairs of their weights times the other row
 };
 
-// Fixed, as above: E_ij = 2^(s_ij log2 e − shift), without bias. Otherwise each row has its own running maximum.
+// Fixed as above, which it only is without a bias: E_ij = 2^(s_ij log2 e − shift). Otherwise each row has its own running maximum.
 struct CrossProblem {
   const void* a;  // [rows, depth] elements
   const void* b;  // [columns, depth] elements
@@ -47,7 +47,7 @@ struct CrossProblem {
   const std::int64_t* skip;           // [rows], or null
   const std::int64_t* row_labels;     // [rows], or null
   const std::int64_t* column_labels;  // [columns], or null
-  const void* weight;                 // backward: [rows] Sum, g_i, or g_i 2^(shift − lse_i log2 e) when fixed
+  const void* weight;                 // backward: [rows] Sum, g_i times a common factor, times 2^(shift − lse_i log2 e) when fixed
   const void* lse;                    // backward, not fixed: [rows] Sum
 };
 
@@ -69,7 +69,7 @@ struct Kernels {
   void (*self_backward)(const SelfProblem&, std::int64_t i, std::int64_t j, const Ahead&, void* scratch);
 
   // The pair of row block i and column block j, each given packed: adds to total (and maximum, which starts at −inf), or to da, db (without the
-  // factor scale) and dbias. All of these start at row 0 of the problem; gradients that are null are left out.
+  // factor scale) and dbias, all times the weights' common factor. All of these start at row 0 of the problem; gradients that are null are left out.
   void (*cross_forward)(const CrossProblem&, std::int64_t i, std::int64_t j, const void* row_panels, const void* column_panels, const Ahead&,
                         void* total, void* maximum, void* scratch);
   void (*cross_backward)(const CrossProblem&, std::int64_t i, std::int64_t j, const void* row_panels, const void* column_panels, const Ahead&,

@@ -96,11 +96,13 @@ double largest_of(const std::vector<double>& values) {
 }
 
 // A power of two to divide scale · g_i by, so that scale g_i 2^(shift − lse_i log2 e) neither overflows nor vanishes: its last factor can reach
-// the largest power there is. 1 where it is not needed, as with a mean over the rows.
+// the largest power there is. 1 while the largest product is in [2⁻⁴⁰, 1), as with a mean over the rows.
 template <class Sum>
 double common_power(const Sum* grad, std::int64_t count, double scale) {
   Sum largest = 0;
-  for (std::int64_t i = 0; i < count; ++i) largest = std::max(largest, std::abs(grad[i]));
+  for (std::int64_t i = 0; i < count; ++i) {
+    if (std::isfinite(grad[i])) largest = std::max(largest, std::abs(grad[i]));
+  }
   const double product = largest * std::abs(scale);
   if (!(product > 0) || !std::isfinite(product)) return 1;
   const int exponent = std::ilogb(product);
@@ -209,8 +211,8 @@ class SelfRun {
   }
 
  private:
-  // The packed rows are as large as the tensors that PyTorch makes after this call. With a little more, never touched, the hole that they leave in
-  // the heap holds one of those, with its alignment and the small ones before it: else the heap grows by one and the peak with it.
+  // glibc reuses a freed hole only where the next tensor fits with its header and alignment. The packed rows are as large as the tensors that
+  // PyTorch makes after this call, and small ones come in between: with a little more, never touched, the hole takes one of them all the same.
   static std::size_t with_spare(std::size_t bytes) { return bytes + std::min<std::size_t>(bytes / 8, 256 << 10); }
 
   template <class Task>
@@ -357,16 +359,18 @@ class CrossRun {
         const std::int64_t first = block * rows_.block;
         for (std::int64_t i = first; i < first + rows_.size(block); ++i) {
           double sum = 0, shift = 0;
+          bool infinite = false;  // inf · exp(−inf) would be NaN
           for (std::int64_t part = 0; part < parts; ++part) {
             const Sum part_sum = total(part)[i], part_maximum = maximum(part)[i];
             const double part_shift = tiles.fixed ? tiles.shift * kLn2 : std::isfinite(part_maximum) ? part_maximum : 0;
-            if (part_sum == 0) continue;  // no allowed column: there is no shift
+            infinite |= std::isinf(part_sum);
+            if (part_sum == 0 || std::isinf(part_sum)) continue;  // with no allowed column there is no shift
             const double raised = sum == 0 ? part_shift : std::max(shift, part_shift);
-            const auto lowered = [&](double part) { return part == raised ? 1 : std::exp(part - raised); };
+            const auto lowered = [&](double from) { return from == raised ? 1 : std::exp(from - raised); };
             sum = sum == 0 ? part_sum : sum * lowered(shift) + part_sum * lowered(part_shift);
             shift = raised;
           }
-          lse[i] = Sum(shift + std::log(sum));
+          lse[i] = Sum(infinite && !std::isnan(sum) ? std::numeric_limits<double>::infinity() : shift + std::log(sum));
         }
       });
     });
@@ -381,7 +385,7 @@ class CrossRun {
     const int threads = threads_for(threads_, 3 * multiply_adds_, long_.blocks);
     const Scratches scratches(threads, kernels_.scratch_bytes), long_panels(threads, panel_bytes(long_));
     const Buffer weights(problem_.rows * sizeof(Sum));
-    const double power = common_power(grad, problem_.rows, 1);
+    const double power = common_power(grad, problem_.rows, 1);  // the scale comes at the end, for dbias has none
     const Accumulator long_sums(problem_.scalar, problem_.depth, long_, 1, long_rows_ ? da : db);
     const Accumulator short_sums(problem_.scalar, problem_.depth, short_, groups, long_rows_ ? db : da);
     const Accumulator bias_sums(kSumScalar, 1, columns_, long_rows_ ? groups : 1, dbias);
@@ -511,7 +515,11 @@ class CrossRun {
       }
       if (block < rows_.blocks) also(block * rows_.block, rows_.size(block));
     });
-    const double norms = std::sqrt(largest_of(largest_squares_of_long_)) * std::sqrt(largest_of(largest_squares_of_short_));
+    // squares below the normal range may have vanished from the sum
+    const auto norm = [&](const std::vector<double>& squares) {
+      return std::sqrt(largest_of(squares) + problem_.depth * double(std::numeric_limits<Sum>::min()));
+    };
+    const double norms = norm(largest_squares_of_long_) * norm(largest_squares_of_short_);
     const Shift shift = shift_for<Sum>(problem_.bias ? std::numeric_limits<double>::infinity() : norms * std::abs(problem_.scale));
     CrossProblem tiles{};
     tiles.a = problem_.a;

@@ -79,7 +79,8 @@ void unit_rows_backward(const void* unit_, const void* norm, const void* grad_, 
 template <class Sum, class Source>
 void sum_rows(const void* x, const std::int64_t* ids, const void* weight, const void* start, std::int64_t count, std::int64_t classes,
               std::int64_t depth, std::int64_t first, std::int64_t last, void* sums_) {
-  for (std::int64_t k = 0; k < classes && start != sums_; ++k) {
+  const bool started = start == sums_;
+  for (std::int64_t k = 0; !started && k < classes; ++k) {
     const Source* const row = start ? static_cast<const Source*>(start) + k * depth + first : nullptr;
     Sum* const sums = static_cast<Sum*>(sums_) + k * depth + first;
     each_vector<Sum>(last - first, [&](std::int64_t d, std::int64_t n) __attribute__((always_inline)) {

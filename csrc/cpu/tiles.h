@@ -556,7 +556,8 @@ double largest_square(const void* rows, std::int64_t count, std::int64_t depth) 
 
 template <class Sum, class Source>
 void finish(const void* sums, std::int64_t count, double factor, void* elements) {
-  for (std::int64_t k = 0; k < count; ++k) from_sum(static_cast<const Sum*>(sums)[k] * Sum(factor), static_cast<Source*>(elements)[k]);
+  // in double: the factor may be beyond float where the product is not
+  for (std::int64_t k = 0; k < count; ++k) from_sum(Sum(static_cast<const Sum*>(sums)[k] * factor), static_cast<Source*>(elements)[k]);
 }
 
 template <class A>
