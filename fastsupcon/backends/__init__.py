@@ -1,13 +1,10 @@
-"""Backends: the ways to compute one primitive, the log-sum-exp over pairs of rows, and its gradient.
+"""Backends: the ways to compute the terms of the losses and their gradients (problem.py).
 
-    lse_i = log sum_{j allowed for i} exp(a_i . b_j * scale + bias_j)
+A backend is one module, or package, with the functions of :class:`Backend`. It knows nothing of classes or of a loss's name.
 
-A backend is one module with the functions of :class:`Backend`. It knows nothing of classes or reductions.
-
-The caller (``ops.py``) guarantees: all tensors contiguous and on one device; ``a`` [N, D] and ``b`` [M, D] of one dtype; ``bias`` [M],
-``lse`` and ``grad`` [N] in the sum dtype (:func:`sum_dtype`); ``skip``, ``row_labels`` [N] and ``column_labels`` [M] int64; N, M, D >= 1;
-at most one exclusion rule. The backend guarantees: a row with no allowed column has lse -inf and passes no gradient, NaN is never
-hidden, the same call gives the same bits.
+The caller (``operators.py``) guarantees: all tensors contiguous and on one device; rows and columns of one dtype; bias, a scale that is a tensor,
+values and grads in the sum dtype (:func:`sum_dtype`); keys and own_column int64; N, M, D >= 1. The backend guarantees: log-sums over no pair
+are -inf and pass no gradient, NaN is never hidden, the same call gives the same bits.
 """
 
 from __future__ import annotations
@@ -19,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..problem import Gradients, Line, Pairs, Side, Terms
 from . import chunked, cpu, cuda, reference, triton
 from ._dtypes import sum_dtype
 
@@ -31,38 +29,19 @@ class Backend(Protocol):
     def unusable(self, device: torch.device, dtype: torch.dtype, depth: int) -> str | None:
         """Why this backend cannot serve such rows here, or None if it can."""
 
-    def self_forward(self, z: Tensor, scale: float, unit_rows: bool) -> Tensor:
-        """lse [N] over j != i of z_i . z_j * scale. ``unit_rows``: the caller has normalised the rows, so |z_i| <= 1 up to rounding."""
+    def forward(self, pairs: Pairs, row_names: tuple[str, ...], column_names: tuple[str, ...], keep: bool) -> Terms:
+        """The named quantities. ``keep``: there will be a backward, and exponentials may be kept for it (only ``cpu`` is asked)."""
 
-    def self_backward(self, z: Tensor, lse: Tensor, grad: Tensor, scale: float, unit_rows: bool) -> Tensor:
-        """dz_i = scale * sum_{j != i} (g_i P_ij + g_j P_ji) z_j, in z's dtype."""
+    def backward(
+        self, pairs: Pairs, rows: Side, columns: Side, norms: Tensor, kept: Tensor, needs: tuple[bool, bool, bool, bool]
+    ) -> Gradients:
+        """Gradients of rows, columns, bias and scale, each where ``needs`` says so. ``norms`` and ``kept`` are the forward's."""
 
-    def cross_forward(
-        self,
-        a: Tensor,
-        b: Tensor,
-        bias: Tensor | None,
-        skip: Tensor | None,
-        row_labels: Tensor | None,
-        column_labels: Tensor | None,
-        scale: float,
-    ) -> Tensor:
-        """lse [N]. ``skip``: one excluded column per row, -1 for none; labels: columns of the row's own label are excluded."""
+    def line(self, names: tuple[str, ...], values: Tensor, line: Line) -> Tensor:
+        """The loss of the quantities ``values`` [len(names), N] of the rows, with names = line.names."""
 
-    def cross_backward(
-        self,
-        a: Tensor,
-        b: Tensor,
-        bias: Tensor | None,
-        skip: Tensor | None,
-        row_labels: Tensor | None,
-        column_labels: Tensor | None,
-        lse: Tensor,
-        grad: Tensor,
-        scale: float,
-        needs: tuple[bool, bool, bool],
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """(da, db, dbias); None where ``needs`` (rows, columns, bias) is False."""
+    def line_backward(self, names: tuple[str, ...], values: Tensor, grad: Tensor, line: Line) -> Tensor:
+        """Gradients of those quantities [len(names), N] from that of the loss."""
 
 
 #: Every backend by name. ``backend="auto"`` tries those of :data:`FASTEST_FIRST`.

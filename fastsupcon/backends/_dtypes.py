@@ -15,12 +15,12 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def exact(function: Callable) -> Callable:
-    """Keeps autocast out of a backend made of PyTorch's operators: its first argument's device is where it would act."""
+    """Keeps autocast out of a backend made of PyTorch's operators, whose products it would round. The first argument is a Pairs."""
 
     @functools.wraps(function)
-    def call(rows: torch.Tensor, *rest):
-        with torch.autocast(rows.device.type, enabled=False):
-            return function(rows, *rest)
+    def call(pairs, *rest):
+        with torch.autocast(pairs.rows.device.type, enabled=False):
+            return function(pairs, *rest)
 
     return call
 

@@ -1,12 +1,15 @@
-"""The compiled extension, if it was built, and how a problem is handed to it (csrc/lse_problem.h)."""
+"""The compiled extension, if it was built, and how a problem is handed to it (csrc/problem.h)."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import warnings
 
 import torch
 from torch import Tensor
+
+from ..problem import QUANTITIES, Line, Pairs, Side
 
 try:
     module = importlib.import_module("fastsupcon._C")
@@ -29,32 +32,33 @@ SCALARS = (
 )
 
 
-def make_problem(
-    a: Tensor,
-    b: Tensor,
-    bias: Tensor | None = None,
-    skip: Tensor | None = None,
-    row_labels: Tensor | None = None,
-    column_labels: Tensor | None = None,
-    scale: float = 1.0,
-    unit_rows: bool = False,
-):
+def problem(pairs: Pairs):
     """Addresses and sizes of the tensors, which the caller keeps alive while a kernel runs."""
-
-    def address(tensor: Tensor | None) -> int:
-        return 0 if tensor is None else tensor.data_ptr()
-
-    return module.LseProblem(
-        scalar=SCALARS[a.dtype],
-        rows=len(a),
-        columns=len(b),
-        depth=a.shape[1],
-        a=address(a),
-        b=address(b),
-        bias=address(bias),
-        skip=address(skip),
-        row_labels=address(row_labels),
-        column_labels=address(column_labels),
-        scale=scale,
-        unit_rows=unit_rows,
+    rows, columns, scale, unit, bias, row_keys, column_keys, own_column = pairs
+    learned = isinstance(scale, Tensor)
+    addresses = (address(x) for x in (rows, columns, bias, row_keys, column_keys, own_column))
+    return module.Problem(
+        SCALARS[rows.dtype], *pairs.shape, *addresses, 0.0 if learned else scale, scale.data_ptr() if learned else 0, unit
     )
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def quantities(names: tuple[str, ...], values: Tensor):
+    """Where each of the quantities stands in ``values`` [len(names), N]."""
+    first, step = values.data_ptr(), values.stride(0) * values.element_size()
+    of = {name: first + k * step for k, name in enumerate(names)}
+    return module.Quantities(*(of.get(name, 0) for name in QUANTITIES))
+
+
+def incoming(side: Side):
+    return module.Incoming(quantities(side.names, side.values), quantities(side.names, side.grads))
+
+
+@functools.cache
+def line(line: Line):
+    """Not for a line whose factor is a tensor."""
+    reduction = getattr(module.Line.Reduction, line.reduction)
+    return module.Line(*line[:6], line.lone == "skip", reduction)
