@@ -57,7 +57,12 @@ def _traced(pairs: Pairs) -> bool:
 def _keep(pairs: Pairs, backend: str) -> bool:
     """Whether the forward is asked for what spares the backward its exponentials: where there will be one, and only the C++ kernels do so."""
     trained = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in pairs)
-    return trained and backend in ("auto", "cpu") and pairs.rows.device.type == "cpu" and cpu.kept_size(*pairs.shape, pairs.columns is None) > 0
+    return (
+        trained
+        and backend in ("auto", "cpu")
+        and pairs.rows.device.type == "cpu"
+        and cpu.kept_size(*pairs.shape, pairs.columns is None) > 0
+    )
 
 
 def _flat(pairs: Pairs) -> tuple:
@@ -98,7 +103,12 @@ def _fake_forward(*arguments) -> Terms:
         return pairs.rows.new_empty(shape, dtype=sum_dtype(pairs.rows.dtype))
 
     norms = (n if pairs.columns is None else n + m) if pairs.unit else 0
-    return Terms(empty(len(row_names), n), empty(len(column_names), m), empty(norms), empty(cpu.kept_size(n, m, depth, pairs.columns is None) if keep else 0))
+    return Terms(
+        empty(len(row_names), n),
+        empty(len(column_names), m),
+        empty(norms),
+        empty(cpu.kept_size(n, m, depth, pairs.columns is None) if keep else 0),
+    )
 
 
 def _backward(*arguments) -> tuple[Tensor, ...]:
@@ -154,6 +164,8 @@ def _setup_terms(ctx, inputs, output) -> None:
 
 
 def _terms_backward(ctx, row_grads, column_grads, *_):
+    if row_grads is None and column_grads is None:
+        return (None,) * len(ctx.needs_input_grad)
     *tensors, row_terms, column_terms, norms, kept = ctx.saved_tensors
     scale, unit, row_names, column_names, backend = ctx.options
     flat = (*tensors, scale, unit)
@@ -216,6 +228,8 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, *_):
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
         *tensors, row_terms, column_terms, norms, kept = ctx.saved_tensors
         scale, unit, line, backend = ctx.options
         needs = tuple(ctx.needs_input_grad[:_DIFFERENTIABLE])

@@ -75,8 +75,8 @@ class Line(NamedTuple):
 
         loss_i = factor * (all * all_i + different * different_i + equal * equal_i + similarity * similarity_i / count_i + log_count * log count_i)
 
-    Over rows that have a pair of equal keys; any other ("lone") row contributes 0 and counts in the mean (lone="zero"), or leaves the mean
-    (lone="skip"). A NaN in its quantities stays NaN.
+    Over rows that have a pair of equal keys; any other ("lone") row contributes 0 and counts in the mean (lone="zero"), leaves the mean
+    (lone="skip"), or is NaN, as is its gradient (lone="nan", where only a wrong key could make a row lone). A NaN in its quantities stays NaN.
     """
 
     all: float = 0.0
@@ -85,7 +85,7 @@ class Line(NamedTuple):
     similarity: float = 0.0
     log_count: float = 0.0
     factor: float = 1.0
-    lone: str = "zero"  # or "skip"
+    lone: str = "zero"  # or "skip", "nan"
     reduction: str = "mean"  # or "sum", "none"
 
     @property

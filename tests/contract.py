@@ -152,7 +152,9 @@ def check(backend, case: Case, device: torch.device) -> None:
             allowed = 2 * (p.double() - w)[finite].abs().max() + 8 * fine * (w[finite].abs().max() + 1) if finite.any() else 0
             off = (g.double() - w)[finite].abs().max() if finite.any() else 0
             assert off <= allowed, f"{name}: off by {off:.2e}, allowed {allowed:.2e}"
-    for name, got, base, want in zip(("rows", "columns", "bias", "scale"), gradients, plain, truth.gradients(row_grads, column_grads), strict=True):
+    for name, got, base, want in zip(
+        ("rows", "columns", "bias", "scale"), gradients, plain, truth.gradients(row_grads, column_grads), strict=True
+    ):
         if got is None:
             assert base is None
             continue

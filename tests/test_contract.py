@@ -67,7 +67,9 @@ def test_same_bits(backend, case, device):
         assert x is y is None or torch.equal(x, y)
 
 
-@pytest.mark.parametrize("needs", [(True, False, False, False), (False, True, False, False), (False, False, True, False), (False, False, False, True)])
+@pytest.mark.parametrize(
+    "needs", [(True, False, False, False), (False, True, False, False), (False, False, True, False), (False, False, False, True)]
+)
 def test_one_gradient_alone(backend, needs, device):
     case = Case(70, 41, rows=SCL_AND_DIFFERENT, columns=("all",), keys="few", own=True, bias=True, learned=True)
     pairs, module = problem(case, device), BACKENDS[backend]
