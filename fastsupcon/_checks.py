@@ -47,15 +47,16 @@ def on_device(name: str, value: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name} must be on {device} like the rows, got {value.device}")
 
 
-def within(name: str, value: Tensor, low: int, high: int) -> None:
-    """low <= value < high. On a GPU and under torch.compile a breach is asserted by the device: reading it back would wait."""
+def within(name: str, value: Tensor, low: int, high: int, *, asserted: bool = True) -> None:
+    """low <= value < high. On a GPU and under torch.compile reading the values would wait, so a breach is ``asserted`` by the device, or else left
+    to the loss, which it makes NaN."""
     message = f"{name} must lie in [{low}, {high})"
     wide = value.long()  # a uint8 cannot be compared with -1 or 256: the bound would be wrapped; a uint16 has no aminmax
     if value.device.type == "cpu" and not torch.compiler.is_compiling():
         least, greatest = (int(bound) for bound in wide.aminmax())
         if least < low or greatest >= high:
             raise ValueError(f"{message}, got values from {least} to {greatest}")
-    else:
+    elif asserted:
         torch._assert_async(((wide >= low) & (wide < high)).all(), message)
 
 

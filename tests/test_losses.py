@@ -1,4 +1,4 @@
-"""Every loss of the table (table.py) against the textbook writing of it in float64, and inside PyTorch: compile, autocast, strides, bits."""
+"""Every loss of the table (table.py) against the textbook in float64; inside PyTorch: compile, autocast, strides, bits."""
 
 import math
 
