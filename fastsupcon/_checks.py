@@ -48,8 +48,11 @@ def on_device(name: str, value: Tensor, device: torch.device) -> None:
 
 
 def within(name: str, value: Tensor, low: int, high: int, *, asserted: bool = True) -> None:
-    """low <= value < high. On a GPU and under torch.compile reading the values would wait, so a breach is ``asserted`` by the device, or else left
-    to the loss, which it makes NaN."""
+    """low <= value < high.
+
+    On a GPU and under torch.compile reading the values would wait: a breach is ``asserted`` by the device, or left to the loss, which it
+    makes NaN.
+    """
     message = f"{name} must lie in [{low}, {high})"
     wide = value.long()  # a uint8 cannot be compared with -1 or 256: the bound would be wrapped; a uint16 has no aminmax
     if value.device.type == "cpu" and not torch.compiler.is_compiling():

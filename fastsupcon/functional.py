@@ -30,7 +30,8 @@ def self_logsumexp(z: Tensor, *, scale: float | Tensor = 1.0, backend: str = "au
         [N] in float32, for float64 rows in float64. With N = 1 there is nothing to sum: -inf, and no gradient.
 
     Raises:
-        TypeError, ValueError: ``z`` is no floating-point [N, D] with N, D >= 1; ``scale`` is neither; the backend is unknown or cannot serve it.
+        TypeError, ValueError: ``z`` is no floating-point [N, D] with N, D >= 1; ``scale`` is neither a number nor a 0-d tensor; the backend
+            is unknown or cannot serve this.
     """
     _checks.rows("z", z)
     return operators.terms(Pairs(z, scale=_scale(scale, z)), ("all",), backend=backend)[0][0]

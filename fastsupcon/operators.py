@@ -1,11 +1,11 @@
 """The one operator of the losses: a backend's forward and backward as ``torch.library`` operators, and autograd around them.
 
-:func:`terms` gives the quantities of a problem (problem.py), for any formula. :func:`loss` gives a loss that is linear in them, as one forward
-and one backward.
+:func:`terms` gives the quantities of a problem (problem.py), for any formula. :func:`loss` gives a loss that is linear in them, as one
+forward and one backward.
 
-The operators are what tracers see (torch.compile, torch.export, make_fx, FakeTensor), and carry their autograd there. Where nothing traces,
-autograd Functions call the backend directly: the dispatcher and ``register_autograd`` cost some 30 microseconds a step, which is as long as the
-kernels of a hundred rows take.
+The operators are what tracers see (torch.compile, torch.export, make_fx, FakeTensor), and carry their autograd there. Where nothing
+traces, autograd Functions call the backend directly: the dispatcher and ``register_autograd`` cost some 30 microseconds a step, which is as
+long as the kernels of a hundred rows take.
 
 Second derivatives come from the reference backend's gradient, which is made of differentiable operators: right, but with the N x M matrix.
 """
@@ -31,8 +31,8 @@ _DIFFERENTIABLE = 4  # rows, columns, bias, scale_tensor
 def terms(pairs: Pairs, row_names: tuple[str, ...], column_names: tuple[str, ...] = (), *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """The quantities ``row_names`` of the rows [len(row_names), N] and ``column_names`` of the columns [len(column_names), M].
 
-    Differentiable in rows, columns, bias and a scale that is a tensor. The names stand in the order of problem.QUANTITIES; columns' quantities
-    are for the cross shape.
+    Differentiable in rows, columns, bias and a scale that is a tensor. The names stand in the order of problem.QUANTITIES; columns'
+    quantities are for the cross shape.
     """
     arguments = (*_flat(pairs), row_names, column_names, _keep(pairs, backend), backend)
     return (_forward_op if _traced(pairs) else _Terms.apply)(*arguments)[:2]
@@ -55,7 +55,7 @@ def _traced(pairs: Pairs) -> bool:
 
 
 def _keep(pairs: Pairs, backend: str) -> bool:
-    """Whether the forward is asked for what spares the backward its exponentials: where there will be one, and only the C++ kernels do so."""
+    """Whether the forward shall keep exponentials for the backward: where there will be one, and only the C++ kernels do so."""
     trained = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in pairs)
     return (
         trained

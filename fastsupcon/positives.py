@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .rows import unit_rows
+from .rows import wide_rows
 
 
 class _Product(torch.autograd.Function):
@@ -35,12 +35,12 @@ class _Product(torch.autograd.Function):
 
 
 def mask_positives(z: Tensor, mask: Tensor, unit: bool) -> tuple[Tensor, Tensor]:
-    """For rows z [V B, D], V views of B samples, view-major, and a mask [B, B] of weights between samples: the weighted mean of each row's
-    similarities z_i . z_p (0 without a positive) and whether it has one, both [V B].
+    """The weighted mean of each row's similarities z_i . z_p (0 without a positive) and whether it has one, both [V B].
 
-    Entry (b, c) weighs sample c as a positive of sample b, for every pair of their views but a row with itself.
+    z [V B, D] holds V views of B samples, view-major. Entry (b, c) of the mask [B, B] weighs sample c as a positive of sample b, for every
+    pair of their views but a row with itself.
     """
-    z = unit_rows(z) if unit else z.to(torch.promote_types(z.dtype, torch.float32))
+    z = wide_rows(z, unit)
     mask = mask.to(z.dtype)
     views = z.shape[0] // mask.shape[0]
     v = z.unflatten(0, (views, -1))  # [V, B, D]
@@ -59,8 +59,8 @@ def mask_positives(z: Tensor, mask: Tensor, unit: bool) -> tuple[Tensor, Tensor]
 
 
 def own_prototypes(z: Tensor, prototypes: Tensor, labels: Tensor, per_class: int, unit: bool) -> Tensor:
-    """z_i . p for the prototypes p of its own class, those of class c being rows c M ... c M + M - 1 of [C M, D]: [N, M] in the sum dtype."""
-    z, p = ((unit_rows(x) if unit else x.to(torch.promote_types(x.dtype, torch.float32))) for x in (z, prototypes))
+    """z_i . p for the M prototypes p of i's own class; class c has rows c M ... c M + M - 1 of [C M, D]: [N, M] in the sum dtype."""
+    z, p = wide_rows(z, unit), wide_rows(prototypes, unit)
     own = labels[:, None] * per_class + torch.arange(per_class, device=z.device)
     # embedding's gradient is the same bits on every device, indexing's is not
     return (torch.nn.functional.embedding(own, p) * z[:, None]).sum(2)

@@ -77,7 +77,7 @@ def forward(pairs: Pairs, row_names: tuple[str, ...], column_names: tuple[str, .
 
 @exact
 def backward(pairs: Pairs, rows: Side, columns: Side, norms: Tensor, kept: Tensor, needs: tuple[bool, bool, bool, bool]) -> Gradients:
-    """w_ij = sum over the quantities q that (i, j) is in of g_i exp(t_ij - q_i) + h_j exp(t_ij - q'_j), and u_i + v_j if the keys are equal."""
+    """w_ij = sum over the log-sums q of (i, j) of g_i exp(t_ij - q_i) + h_j exp(t_ij - q'_j), and u_i + v_j if the keys are equal."""
     a, b, a_norm, b_norm = _sides(pairs)
     matrices = _Matrices(pairs, a, b)
     weights = linear = torch.zeros_like(matrices.logits)

@@ -60,7 +60,7 @@ def refuse_lone_anchors(paired: Tensor) -> None:
 
 
 class Loss(nn.Module):
-    """A loss function with its options held as attributes of their names. A temperature that is an nn.Parameter is registered, and learned."""
+    """A loss function with its options held as attributes. A temperature that is an nn.Parameter is registered, and learned."""
 
     def __init__(self, **options) -> None:
         super().__init__()

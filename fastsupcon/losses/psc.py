@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .. import _checks, operators
 from ..positives import own_prototypes
 from ..problem import Line, Pairs
-from ..rows import unit_rows
+from ..rows import wide_rows
 from ._frame import REDUCTIONS, Loss, class_labels, reduce, scale_of
 
 
@@ -145,7 +145,7 @@ class PSCLoss(Loss):
             backend=backend,
         )
         self.num_classes = int(num_classes)
-        self.prototypes = nn.Parameter(unit_rows(torch.randn(self.num_classes * self.prototypes_per_class, int(embedding_dim))))
+        self.prototypes = nn.Parameter(wide_rows(torch.randn(self.num_classes * self.prototypes_per_class, int(embedding_dim)), unit=True))
         self.register_buffer("classes", prototype_classes(self.prototypes, self.prototypes_per_class), persistent=False)
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
@@ -154,9 +154,7 @@ class PSCLoss(Loss):
     def logits(self, features: Tensor) -> Tensor:
         """z_i . p_c / tau: [N, D] -> [N, num_classes]; with several prototypes per class the log-sum-exp over them."""
         _checks.rows("features", features, columns=self.prototypes.shape[1])
-        z, p = features, self.prototypes.to(features.dtype)
-        if self.normalize:
-            z, p = unit_rows(z), unit_rows(p)
+        z, p = (wide_rows(x, self.normalize) for x in (features, self.prototypes.to(features.dtype)))
         return (z @ p.T / self.temperature).unflatten(1, (self.num_classes, -1)).logsumexp(2)
 
     def extra_repr(self) -> str:

@@ -98,8 +98,8 @@ def _check_positives(labels, mask, samples: int, views: int, device: torch.devic
         raise ValueError("labels and mask both define the positives: expected at most one, got both")
     if labels is None and mask is None and views == 1:
         raise ValueError(
-            f"features hold one view of {samples} samples, and neither labels nor mask is given: no anchor can have a positive, and the loss "
-            "could only be 0. Pass labels, a mask, or features [B, V, ...] with V >= 2 views"
+            f"features hold one view of {samples} samples, and neither labels nor mask is given: no anchor can have a positive, and the "
+            "loss could only be 0. Pass labels, a mask, or features [B, V, ...] with V >= 2 views"
         )
     if mask is not None:
         if not isinstance(mask, Tensor):
