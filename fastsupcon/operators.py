@@ -35,14 +35,16 @@ def terms(pairs: Pairs, row_names: tuple[str, ...], column_names: tuple[str, ...
     quantities are for the cross shape.
     """
     arguments = (*_flat(pairs), row_names, column_names, _keep(pairs, backend), backend)
-    return (_forward_op if _traced(pairs) else _Terms.apply)(*arguments)[:2]
+    if _traced(pairs):
+        return _forward_op(*arguments)[:2]
+    return (_TransformedTerms if _transformed() else _Terms).apply(*arguments)[:2]
 
 
 def loss(pairs: Pairs, line: Line, *, backend: str = "auto") -> Tensor:
     """``line`` over the problem's rows: 0-d, or [N] with reduction="none", in the sum dtype."""
-    if _traced(pairs):
+    if _traced(pairs) or _transformed():
         return reference.line(line.names, terms(pairs, line.names, backend=backend)[0], line)
-    return _Loss.apply(*_flat(pairs), line, _keep(pairs, backend), backend)[0]
+    return _Loss.apply(*_flat(pairs), line, _keep(pairs, backend), backend)
 
 
 def _traced(pairs: Pairs) -> bool:
@@ -52,6 +54,11 @@ def _traced(pairs: Pairs) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or any(isinstance(x, Tensor) and (type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta) for x in pairs)
     )
+
+
+def _transformed() -> bool:
+    """Whether a transform of torch.func is at work."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _keep(pairs: Pairs, backend: str) -> bool:
@@ -175,16 +182,20 @@ def _terms_backward(ctx, row_grads, column_grads, *_):
     if torch.is_grad_enabled():  # create_graph=True
         gradients = _differentiable_backward(_pairs(*flat), row_names, column_names, lambda values: row_grads, column_grads, needs)
     else:
+        _refuse_batches(row_grads)
         sides = (row_names, column_names, row_terms, row_grads, column_terms, column_grads)
         gradients = _call_backward(flat, sides, norms, kept, needs, backend)
     return *gradients, *[None] * (len(ctx.needs_input_grad) - _DIFFERENTIABLE)
 
 
+def _refuse_batches(grad: Tensor) -> None:
+    if not torch._C._has_storage(grad):
+        raise NotImplementedError("fastsupcon's gradients cannot be batched by vmap (is_grads_batched=True): loop over them")
+
+
 def _call_backward(flat, sides, norms, kept, needs, backend) -> list[Tensor | None]:
     arguments = (*flat, *sides, norms, kept, needs, backend)
     grads = sides[3]
-    if torch._C._functorch.is_batchedtensor(grads):
-        raise NotImplementedError("fastsupcon's gradients cannot be batched by vmap (is_grads_batched, torch.func.jacrev): loop over them")
     traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or type(grads) is not Tensor or grads.is_meta
     gradients = (_backward_op if traced else _backward)(*arguments)
     return [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
@@ -197,37 +208,45 @@ def _differentiable_backward(pairs: Pairs, row_names, column_names, row_grads_of
     return reference.backward(pairs, rows, Side(column_names, column_terms, column_grads), norms, kept, needs)
 
 
-def _no_vmap(info, in_dims, *arguments):
-    raise NotImplementedError("fastsupcon's losses cannot be batched by torch.func.vmap: loop over the problems")
+class _TransformedTerms(torch.autograd.Function):
+    """For torch.func.grad, which makes its gradients with create_graph=True. Forward mode is refused by PyTorch."""
 
-
-class _Terms(torch.autograd.Function):
     @staticmethod
     def forward(*arguments):
         return tuple(_forward(*arguments))
 
     setup_context = staticmethod(_setup_terms)
     backward = staticmethod(_terms_backward)
-    vmap = staticmethod(_no_vmap)
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        raise NotImplementedError("fastsupcon's losses cannot be batched by torch.func.vmap: loop over the problems")
+
+
+class _Terms(torch.autograd.Function):
+    """The same with its context set up in the forward: to ask for a setup_context costs 40 microseconds a call."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        output = tuple(_forward(*arguments))
+        _setup_terms(ctx, arguments, output)
+        return output
+
+    backward = staticmethod(_terms_backward)
 
 
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(*arguments):
+    def forward(ctx, *arguments):
         *flat, line, keep, backend = arguments
-        row_terms, column_terms, norms, kept = _forward(*flat, line.names, (), keep, backend)
-        return _backend(backend, flat[0]).line(line.names, row_terms, line), row_terms, column_terms, norms, kept
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *flat, line, _, backend = inputs
-        ctx.mark_non_differentiable(*output[1:])
+        terms = _forward(*flat, line.names, (), keep, backend)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*flat[:_TENSORS], *output[1:])
+        ctx.save_for_backward(*flat[:_TENSORS], *terms)
         ctx.options = (*flat[_TENSORS:], line, backend)
+        return _backend(backend, flat[0]).line(line.names, terms.rows, line)
 
     @staticmethod
-    def backward(ctx, grad, *_):
+    def backward(ctx, grad):
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         *tensors, row_terms, column_terms, norms, kept = ctx.saved_tensors
@@ -240,12 +259,11 @@ class _Loss(torch.autograd.Function):
 
             gradients = _differentiable_backward(_pairs(*tensors, scale, unit), line.names, (), grads_of, column_terms, needs)
         else:
+            _refuse_batches(grad)
             row_grads = _backend(backend, tensors[0]).line_backward(line.names, row_terms, grad, line)
             sides = (line.names, (), row_terms, row_grads, column_terms, column_terms)
             gradients = _call_backward((*tensors, scale, unit), sides, norms, kept, needs, backend)
         return *gradients, *[None] * (len(ctx.needs_input_grad) - _DIFFERENTIABLE)
-
-    vmap = staticmethod(_no_vmap)
 
 
 def _no_second_derivative(ctx, *grads):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .backends._dtypes import no_autocast
 from .rows import wide_rows
 
 
@@ -27,7 +28,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         a, b = ctx.saved_tensors
-        with torch.autocast(grad.device.type, enabled=False):
+        with no_autocast(grad):
             return (
                 _Product.apply(grad, b.T) if ctx.needs_input_grad[0] else None,
                 _Product.apply(a.T, grad) if ctx.needs_input_grad[1] else None,

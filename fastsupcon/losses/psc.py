@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks, operators
+from ..backends._dtypes import no_autocast
 from ..positives import own_prototypes
 from ..problem import Line, Pairs
 from ..rows import wide_rows
@@ -88,7 +89,7 @@ def _psc_loss(
         raise ValueError("prototypes must hold at least 2 classes for denominator='negatives', got 1: there is no negative")
     labels = class_labels(labels, len(features), features.device)
     _checks.within("labels", labels, 0, count, asserted=False)
-    with torch.autocast(features.device.type, enabled=False):
+    with no_autocast(features):
         z, p, scale = features, prototypes.to(features.dtype), scale_of(temperature, features)
         pairs = Pairs(z, p, scale, normalize, row_keys=labels, column_keys=classes)
         log_sum = "different" if denominator == "negatives" else "all"

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, operators
+from ..backends._dtypes import no_autocast
 from ..positives import mask_positives
 from ..problem import Line, Pairs
 from ._frame import LONE_ANCHORS, REDUCTIONS, Loss, class_labels, reduce, refuse_lone_anchors, rows_of, scale_of
@@ -57,7 +58,7 @@ def supcon_loss(
     samples = features.shape[0]
     _check_options(temperature, contrast_mode, base_temperature, reduction, lone_anchors)
     _check_positives(labels, mask, samples, views, z.device)
-    with torch.autocast(z.device.type, enabled=False):
+    with no_autocast(z):
         anchors = z.shape[0] if contrast_mode == "all" else samples
         factor = 1.0 if base_temperature is None else temperature / base_temperature
         scale = scale_of(temperature, z)
