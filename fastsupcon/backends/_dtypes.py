@@ -42,9 +42,11 @@ def tf32_allowed() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def fixed_shift_is_safe(shift: float) -> bool:
-    """Whether exp(s - shift) stays normal in fp32 for all |s| <= shift: 2 shift < 126 ln 2, less a margin of 2 % for rounded rows.
+#: exp(t) of a *bounded* logit, |t| <= this, needs no shift in fp32: it stays within 2^-63 and 2^63, so that sums of it over 2^60 pairs, and
+#: its products with exp(-log-sum), neither overflow nor leave the normal range. Unit rows at temperature tau have |t| <= 1/tau: tau >= 0.0234.
+MOST_BOUNDED = 63 * math.log(2)
 
-    Unit rows at temperature tau have shift 1/tau, so this holds from tau = 0.0234 up. NaN is not safe: the careful path shows it.
-    """
-    return 2 * shift * 1.02 < 126 * math.log(2)
+
+def is_bounded(limit: float) -> bool:
+    """Whether logits with |t| <= limit are bounded, less a margin of 2 % for rounded rows. NaN is not: running maxima show it."""
+    return 1.02 * limit < MOST_BOUNDED

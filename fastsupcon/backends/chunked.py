@@ -1,18 +1,23 @@
-"""Plain PyTorch in tiles of 512 x 512 logits: any device, any floating dtype, O(N D) memory.
+"""Plain PyTorch in tiles of 512 x 512 pairs: any device, any floating dtype, O((N + M) D) memory.
 
-Self-similarity is symmetric, so only tiles on and above the diagonal are computed. Where a fixed shift c is safe, one exp serves a row and
-a column: with E_ij = exp(s_ij - c) and a_i = g_i exp(c - lse_i), dz_i = scale * sum_j E_ij (a_i + a_j) z_j.
+In the self shape without a bias t_ij = t_ji: only tiles on and above the diagonal are computed, and each serves its rows and its columns.
+Where the logits are *bounded*, exp(t_ij) needs no shift: one exponential serves every log-sum that the pair is in, and all its
+gradients. Elsewhere the maxima are *running*: every log-sum of every tile takes its own.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._dtypes import exact, fixed_shift_is_safe, sum_dtype
+from ..problem import LOG_SUMS, Gradients, Pairs, Side, Terms
+from ._dtypes import MOST_BOUNDED, exact, is_bounded
+from .reference import line, line_backward, sides, through_unit
+
+__all__ = ["backward", "forward", "line", "line_backward", "unusable"]
 
 TILE = 512  # rows and columns; 1 MiB of fp32 logits stays in a core's L2
 
@@ -21,120 +26,161 @@ def unusable(device: torch.device, dtype: torch.dtype, depth: int) -> str | None
     return None if dtype.is_floating_point else f"dtype {dtype} is not floating point"
 
 
+class _Tile(NamedTuple):
+    rows: slice
+    columns: slice
+    similarities: Tensor  # s_ij
+    values: Tensor  # bounded: exp(t_ij), and 0 where (i, j) is no pair; running: t_ij, and -inf there
+    same: Tensor  # whether (i, j) is a pair of equal keys
+    bounded: bool
+    mirrored: bool  # also stands for its transposed tile, which is not computed
+
+    def over(self, name: str) -> Tensor:
+        """The values of the pairs that the log-sum ``name`` is over, and elsewhere what adds nothing to it."""
+        if name == "all":
+            return self.values
+        nothing = 0 if self.bounded else -torch.inf
+        return torch.where(self.same, *((self.values, nothing) if name == "equal" else (nothing, self.values)))
+
+    def quantity(self, name: str, dim: int) -> Tensor:
+        if name == "count":
+            return self.same.sum(dim, dtype=self.values.dtype)
+        if name == "similarity":
+            return torch.where(self.same, self.similarities, 0).sum(dim)
+        return self.over(name).sum(dim).log() if self.bounded else self.over(name).logsumexp(dim)
+
+
+class _Problem:
+    def __init__(self, pairs: Pairs) -> None:
+        self.a, self.b, self.a_norm, self.b_norm = sides(pairs)
+        self.scale, self.bias, self.row_keys = pairs.scale, pairs.bias, pairs.row_keys
+        self.column_keys = pairs.row_keys if pairs.columns is None else pairs.column_keys
+        self.index = torch.arange(len(self.b), device=self.b.device)
+        self.own = self.index if pairs.columns is None else pairs.own_column
+        self.symmetric = pairs.columns is None and pairs.bias is None
+        self.bounded = _bounded(pairs, self.a, self.b)
+
+    def tiles(self) -> Iterator[_Tile]:
+        for rows in _blocks(len(self.a)):
+            for columns in _blocks(len(self.b)):
+                if not self.symmetric or columns.start >= rows.start:
+                    yield self._tile(rows, columns)
+
+    def _tile(self, rows: slice, columns: slice) -> _Tile:
+        similarities = (self.a[rows] @ self.b[columns].T).mul_(self.scale)
+        logits = similarities if self.bias is None else similarities + self.bias[columns]
+        values = logits.exp() if self.bounded else logits.clone()
+        if self.row_keys is None:
+            same = torch.zeros((), dtype=torch.bool, device=values.device).expand_as(values)
+        else:
+            same = self.row_keys[rows, None] == self.column_keys[columns]
+        off_diagonal = self.symmetric and columns != rows
+        if self.own is not None and not off_diagonal:
+            itself = self.own[rows, None] == self.index[columns]
+            values.masked_fill_(itself, 0 if self.bounded else -torch.inf)
+            same = same & ~itself
+        return _Tile(rows, columns, similarities, values, same, self.bounded, off_diagonal)
+
+
+def _bounded(pairs: Pairs, a: Tensor, b: Tensor) -> bool:
+    """Whether exp(t_ij) needs no shift. Numbers that stand on a GPU are not waited for, and may be of any size.
+
+    With at most one pair a row, a running log-sum is that pair's logit to the bit.
+    """
+    n, m, _ = pairs.shape
+    if n <= 2 if pairs.columns is None else m - (pairs.own_column is not None) <= 1:
+        return False
+    scale, length, bias = pairs.scale, 1.0, 0.0
+    if a.device.type == "cpu":
+        scale, bias = float(scale), 0.0 if pairs.bias is None else float(pairs.bias.abs().max())
+        length = 1.0 if pairs.unit else float(a.norm(dim=1).max() * b.norm(dim=1).max())
+    elif isinstance(scale, Tensor) or pairs.bias is not None or not pairs.unit:
+        return False
+    return is_bounded(abs(scale) * length + bias)
+
+
 def _blocks(count: int) -> Iterator[slice]:
     return (slice(start, min(start + TILE, count)) for start in range(0, count, TILE))
 
 
-def _triangle(z: Tensor) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-    """Row slice I, column slice J >= I, and both blocks of z in the sum dtype."""
-    dtype = sum_dtype(z.dtype)
-    for rows in _blocks(len(z)):
-        z_rows = z[rows].to(dtype)
-        for columns in _blocks(len(z)):
-            if columns.start >= rows.start:
-                yield rows, columns, z_rows, z_rows if columns == rows else z[columns].to(dtype)
+@exact
+def forward(pairs: Pairs, row_names: tuple[str, ...], column_names: tuple[str, ...], keep: bool) -> Terms:
+    problem, (n, m, _) = _Problem(pairs), pairs.shape
+    rows, columns = (_nothing(names, problem.a, count) for names, count in ((row_names, n), (column_names, m)))
+    for tile in problem.tiles():
+        _add(tile, rows[:, tile.rows], row_names, 1)
+        if tile.mirrored:
+            _add(tile, rows[:, tile.columns], row_names, 0)
+        _add(tile, columns[:, tile.columns], column_names, 0)
+    norms = problem.a.new_zeros(n + (0 if pairs.columns is None else m) if pairs.unit else 0)  # made anew in the backward
+    return Terms(rows, columns, norms, problem.a.new_empty(0))
 
 
-def _self_logits(z_rows: Tensor, z_columns: Tensor, scale: float) -> Tensor:
-    """One tile of s_ij; the self pairs of a diagonal tile are -inf."""
-    logits = torch.mm(z_rows, z_columns.T).mul_(scale)
-    return logits.fill_diagonal_(-math.inf) if z_rows is z_columns else logits
+def _nothing(names: tuple[str, ...], like: Tensor, count: int) -> Tensor:
+    """Quantities over no pair [len(names), count]."""
+    totals = like.new_zeros(len(names), count)
+    totals[: sum(name in LOG_SUMS for name in names)] = -torch.inf  # they are the first
+    return totals
 
 
-def _fixed_shift(z: Tensor, scale: float, unit_rows: bool) -> float | None:
-    """c >= every s_ij such that exp(s_ij - c) cannot underflow, or None. A norm that is not known is not read back from a GPU."""
-    if not unit_rows and z.device.type != "cpu":
-        return None
-    squared_norm = 1.0 if unit_rows else float(torch.linalg.vector_norm(z, dim=1, dtype=sum_dtype(z.dtype)).max()) ** 2
-    shift = abs(scale) * squared_norm
-    return shift if fixed_shift_is_safe(shift) else None
+def _add(tile: _Tile, totals: Tensor, names: tuple[str, ...], dim: int) -> None:
+    for name, total in zip(names, totals, strict=True):
+        part = tile.quantity(name, dim)
+        torch.logaddexp(total, part, out=total) if name in LOG_SUMS else total.add_(part)
+
+
+def _incoming(side: Side, bounded: bool) -> dict[str, tuple[Tensor, Tensor]]:
+    """Per quantity, its value q and a factor f: a pair's weight is f exp(t - q), bounded f exp(t), for a log-sum; f for ``similarity``."""
+    prepared = {}
+    for name, value, grad in zip(side.names, side.values, side.grads, strict=True):
+        if name in LOG_SUMS:
+            grad = torch.where(value == -torch.inf, 0, grad)  # a log-sum over no pair passes nothing
+            value = torch.where(value == -torch.inf, 0, value)
+            if bounded:  # a q below every bounded t is over pairs of other processes alone
+                grad = grad * torch.exp(-value.clamp_min(-MOST_BOUNDED))
+        prepared[name] = value, grad
+    return prepared
+
+
+def _softmax_weights(tile: _Tile, given: list[dict[str, tuple[Tensor, Tensor]]]) -> Tensor:
+    """w_ij without the pairs' own similarities."""
+    weights = torch.zeros_like(tile.values)
+    for name in LOG_SUMS:
+        terms = [of[name] for of in given if name in of]
+        if terms and tile.bounded:
+            weights.addcmul_(tile.over(name), sum(factor for _, factor in terms))
+        elif terms:
+            values = tile.over(name)
+            for log_sum, factor in terms:
+                weights.addcmul_(torch.exp(values - log_sum), factor)
+    return weights
 
 
 @exact
-def self_forward(z: Tensor, scale: float, unit_rows: bool) -> Tensor:
-    shift = _fixed_shift(z, scale, unit_rows)
-    dtype = sum_dtype(z.dtype)
-    if shift is None:
-        lse = torch.full((len(z),), -math.inf, device=z.device, dtype=dtype)
-        for rows, columns, z_rows, z_columns in _triangle(z):
-            logits = _self_logits(z_rows, z_columns, scale)
-            lse[rows] = torch.logaddexp(lse[rows], logits.logsumexp(1))
-            if rows != columns:
-                lse[columns] = torch.logaddexp(lse[columns], logits.logsumexp(0))
-        return lse
-    total = torch.zeros(len(z), device=z.device, dtype=dtype)
-    for rows, columns, z_rows, z_columns in _triangle(z):
-        exps = _self_logits(z_rows, z_columns, scale).sub_(shift).exp_()
-        total[rows] += exps.sum(1)
-        if rows != columns:
-            total[columns] += exps.sum(0)
-    return total.log_().add_(shift)
-
-
-@exact
-def self_backward(z: Tensor, lse: Tensor, grad: Tensor, scale: float, unit_rows: bool) -> Tensor:
-    shift = _fixed_shift(z, scale, unit_rows)
-    dz = torch.zeros(z.shape, device=z.device, dtype=sum_dtype(z.dtype))
-    if shift is not None:  # a_i; 0 for a row without any other, whose lse is -inf
-        a = torch.where(lse == -math.inf, 0, grad * torch.exp(shift - lse))
-    for rows, columns, z_rows, z_columns in _triangle(z):
-        logits = _self_logits(z_rows, z_columns, scale)
-        if shift is None:
-            weights = _weights(logits, lse[rows, None], grad[rows, None]) + _weights(logits, lse[columns], grad[columns])
-        else:
-            weights = logits.sub_(shift).exp_().mul_(a[rows, None] + a[columns])
-        dz[rows].addmm_(weights, z_columns)
-        if rows != columns:
-            dz[columns].addmm_(weights.T, z_rows)
-    return dz.mul_(scale).to(z.dtype)
-
-
-def _weights(logits: Tensor, lse: Tensor, grad: Tensor) -> Tensor:
-    """g P = g exp(s - lse), and 0 where the pair is not allowed."""
-    return torch.where(logits == -math.inf, 0, torch.exp(logits - lse) * grad)
-
-
-def _cross_tiles(a, b, bias, skip, row_labels, column_labels, scale) -> Iterator[tuple[slice, slice, Tensor, Tensor, Tensor]]:
-    """Row and column slices, both blocks in the sum dtype, and their tile of s_ij with -inf where a pair is not allowed."""
-    dtype = sum_dtype(a.dtype)
-    for rows in _blocks(len(a)):
-        a_rows = a[rows].to(dtype)
-        for columns in _blocks(len(b)):
-            b_columns = b[columns].to(dtype)
-            logits = torch.mm(a_rows, b_columns.T).mul_(scale)
-            if bias is not None:
-                logits += bias[columns]
-            if skip is not None:
-                logits.masked_fill_(skip[rows, None] == torch.arange(columns.start, columns.stop, device=b.device), -math.inf)
-            if row_labels is not None:
-                logits.masked_fill_(row_labels[rows, None] == column_labels[columns], -math.inf)
-            yield rows, columns, a_rows, b_columns, logits
-
-
-@exact
-def cross_forward(a, b, bias, skip, row_labels, column_labels, scale) -> Tensor:
-    lse = torch.full((len(a),), -math.inf, device=a.device, dtype=sum_dtype(a.dtype))
-    for rows, _, _, _, logits in _cross_tiles(a, b, bias, skip, row_labels, column_labels, scale):
-        lse[rows] = torch.logaddexp(lse[rows], logits.logsumexp(1))
-    return lse
-
-
-@exact
-def cross_backward(a, b, bias, skip, row_labels, column_labels, lse, grad, scale, needs):
-    dtype = sum_dtype(a.dtype)
-    da = torch.zeros(a.shape, device=a.device, dtype=dtype) if needs[0] else None
-    db = torch.zeros(b.shape, device=b.device, dtype=dtype) if needs[1] else None
-    dbias = torch.zeros_like(bias) if needs[2] else None
-    for rows, columns, a_rows, b_columns, logits in _cross_tiles(a, b, bias, skip, row_labels, column_labels, scale):
-        weights = _weights(logits, lse[rows, None], grad[rows, None])
-        if da is not None:
-            da[rows].addmm_(weights, b_columns)
-        if db is not None:
-            db[columns].addmm_(weights.T, a_rows)
+def backward(pairs: Pairs, rows: Side, columns: Side, norms: Tensor, kept: Tensor, needs: tuple[bool, bool, bool, bool]) -> Gradients:
+    problem = _Problem(pairs)
+    a, b, self_shape = problem.a, problem.b, pairs.columns is None
+    da = torch.zeros_like(a) if needs[0] or needs[3] else None
+    db = da if self_shape else torch.zeros_like(b) if needs[1] else None
+    dbias = torch.zeros_like(pairs.bias) if needs[2] else None
+    of_rows = _incoming(rows, problem.bounded)
+    of_columns = of_rows if problem.symmetric else _incoming(columns, problem.bounded)
+    for tile in problem.tiles():
+        given = [{name: (value[tile.rows, None], factor[tile.rows, None]) for name, (value, factor) in of_rows.items()}]
+        given += [{name: (value[tile.columns], factor[tile.columns]) for name, (value, factor) in of_columns.items()}]
+        weights = _softmax_weights(tile, given)
         if dbias is not None:
-            dbias[columns] += weights.sum(0)
-    return (
-        None if da is None else da.mul_(scale).to(a.dtype),
-        None if db is None else db.mul_(scale).to(b.dtype),
+            dbias[tile.columns] += weights.sum(0)
+        if factors := [of["similarity"][1] for of in given if "similarity" in of]:
+            weights += torch.where(tile.same, sum(factors), 0)
+        if da is not None:
+            da[tile.rows].addmm_(weights, b[tile.columns])
+        if db is not None and (tile.mirrored or not problem.symmetric):
+            db[tile.columns].addmm_(weights.T, a[tile.rows])
+    dscale = (a * da).sum() * (0.5 if self_shape else 1) if needs[3] else None
+    return Gradients(
+        through_unit(da * pairs.scale, a, problem.a_norm).to(pairs.rows.dtype) if needs[0] else None,
+        through_unit(db * pairs.scale, b, problem.b_norm).to(pairs.rows.dtype) if needs[1] else None,
         dbias,
+        dscale,
     )

@@ -25,7 +25,7 @@ def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return x / norm, norm * largest
 
 
-def _sides(pairs: Pairs) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def sides(pairs: Pairs) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """a^ [N, D] and b^ [M, D] in the sum dtype, and their norms [N, 1], [M, 1], or None where rows stay as they are."""
     wide = [x.to(sum_dtype(x.dtype)) for x in (pairs.rows, pairs.columns) if x is not None]
     sides = [unit_rows(x) if pairs.unit else (x, None) for x in wide]
@@ -67,7 +67,7 @@ def _stack(quantities: list[Tensor], like: Tensor, length: int) -> Tensor:
 
 @exact
 def forward(pairs: Pairs, row_names: tuple[str, ...], column_names: tuple[str, ...], keep: bool) -> Terms:
-    a, b, _, _ = _sides(pairs)
+    a, b, _, _ = sides(pairs)
     matrices, (n, m, _) = _Matrices(pairs, a, b), pairs.shape
     rows = _stack([matrices.quantity(name, 1) for name in row_names], a, n)
     columns = _stack([matrices.quantity(name, 0) for name in column_names], a, m)
@@ -78,7 +78,7 @@ def forward(pairs: Pairs, row_names: tuple[str, ...], column_names: tuple[str, .
 @exact
 def backward(pairs: Pairs, rows: Side, columns: Side, norms: Tensor, kept: Tensor, needs: tuple[bool, bool, bool, bool]) -> Gradients:
     """w_ij = sum over the log-sums q of (i, j) of g_i exp(t_ij - q_i) + h_j exp(t_ij - q'_j), and u_i + v_j if the keys are equal."""
-    a, b, a_norm, b_norm = _sides(pairs)
+    a, b, a_norm, b_norm = sides(pairs)
     matrices = _Matrices(pairs, a, b)
     weights = linear = torch.zeros_like(matrices.logits)
     for side, dim in ((rows, 1), (columns, 0)):
@@ -93,14 +93,14 @@ def backward(pairs: Pairs, rows: Side, columns: Side, norms: Tensor, kept: Tenso
     if pairs.columns is None:
         w = w + w.T
     return Gradients(
-        _through_unit(pairs.scale * (w @ b), a, a_norm).to(pairs.rows.dtype) if needs[0] else None,
-        _through_unit(pairs.scale * (w.T @ a), b, b_norm).to(pairs.rows.dtype) if needs[1] else None,
+        through_unit(pairs.scale * (w @ b), a, a_norm).to(pairs.rows.dtype) if needs[0] else None,
+        through_unit(pairs.scale * (w.T @ a), b, b_norm).to(pairs.rows.dtype) if needs[1] else None,
         weights.sum(0) if needs[2] else None,
         scale_grad,
     )
 
 
-def _through_unit(grad: Tensor, unit: Tensor, norm: Tensor | None) -> Tensor:
+def through_unit(grad: Tensor, unit: Tensor, norm: Tensor | None) -> Tensor:
     """(g_i - u_i (u_i . g_i)) / |x_i|: the gradient of x from that of u = x / |x|."""
     return grad if norm is None else (grad - unit * (unit * grad).sum(1, keepdim=True)) / norm
 
