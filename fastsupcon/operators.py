@@ -12,6 +12,8 @@ Second derivatives come from the reference backend's gradient, which is made of 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -47,12 +49,12 @@ def loss(pairs: Pairs, line: Line, *, backend: str = "auto") -> Tensor:
     return _Loss.apply(*_flat(pairs), line, _keep(pairs, backend), backend)
 
 
-def _traced(pairs: Pairs) -> bool:
+def _traced(arguments: Iterable[object]) -> bool:
     """Whether something looks on that must be shown operators: a compiler, a dispatch mode, a tensor without storage of its own."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
-        or any(isinstance(x, Tensor) and (type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta) for x in pairs)
+        or any(isinstance(x, Tensor) and (type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta) for x in arguments)
     )
 
 
@@ -196,8 +198,7 @@ def _refuse_batches(grad: Tensor) -> None:
 def _call_backward(flat, sides, norms, kept, needs, backend) -> list[Tensor | None]:
     arguments = (*flat, *sides, norms, kept, needs, backend)
     grads = sides[3]
-    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or type(grads) is not Tensor or grads.is_meta
-    gradients = (_backward_op if traced else _backward)(*arguments)
+    gradients = (_backward_op if _traced((grads,)) else _backward)(*arguments)
     return [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
 
 
