@@ -158,6 +158,8 @@ def check(backend, case: Case, device: torch.device) -> None:
             continue
         rounded = eps if name in ("rows", "columns") else fine
         allowed = 2 * error(base, want) + 8 * fine + rounded / 2
+        if case.dtype == torch.float64:  # where the truth is no more exact than what is held to it: the last bit of a logit
+            allowed += fine * max(float(x.detach().nan_to_num(neginf=0).abs().max()) for x in (*truth.row_values, *truth.column_values))
         # what cancels to nothing has no relative error
         scale = want.norm().clamp_min(1e-6 * max(float(grads.norm()) for grads in (row_grads, column_grads)) / case.length)
         off = float((got.double() - want).norm() / scale)
