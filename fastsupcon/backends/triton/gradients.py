@@ -27,7 +27,7 @@ import triton.language as tl
 from .rows import load_quantity
 from .tiles import (
     AS_THEY_ARE, DIFFERENT, FACTORS, LOG2_E, SPLIT,
-    cosines, load_inverse, load_owned, load_rows, narrowed, pairs, product, program_of, scale_of, sides,
+    cosines, load_inverse, load_sides, load_rows, narrowed, pairs, product, program_of, scale_of, sides,
 )  # fmt: skip
 
 LIFT = tl.constexpr(32768.0)
@@ -158,7 +158,7 @@ def gradient_kernel(
             unlift *= longest
     x_inverse = load_inverse(x_inverse_ptr, x_first, x_count, OWNED, UNIT)
     x = load_rows(x_ptr, x_inverse, x_first, x_count, 0, D, OWNED, DEPTH, UNIT) if D <= DEPTH else 0
-    x_key, x_own, x_bias = load_owned(x_key_ptr, own_ptr, bias_ptr, x_first, x_count, swap, OWNED)
+    x_key, x_own, x_bias = load_sides(x_key_ptr, own_ptr, bias_ptr, x_first, x_count, swap, OWNED)
     factor = scale * tl.where(bounded, LOG2_E, 1.0)
     x_q, x_c, x_q_equal, x_c_equal, x_linear = load_weights(
         x_values_ptr, x_grads_ptr, x_first, x_count, swap, bounded, lift, OWNED, KIND, ONE_SIDED, ROW_PLACES, COLUMN_PLACES
@@ -171,10 +171,12 @@ def gradient_kernel(
         y_first = (first_tile + u) * STREAMED
         y_inverse = load_inverse(y_inverse_ptr, y_first, y_count, STREAMED, UNIT)
         y = load_rows(y_ptr, y_inverse, y_first, y_count, chunk, D, STREAMED, WIDTH, UNIT)
+        y_key, y_own, y_bias = load_sides(y_key_ptr, own_ptr, bias_ptr, y_first, y_count, swap == 0, STREAMED)
         c = cosines(x, y, x_inverse, y_inverse, x_ptr, y_ptr, x_first, y_first, x_count, y_count, D, OWNED, STREAMED, DEPTH, UNIT, PRECISION)
         t, equal = pairs(
-            c, factor, x_key, x_own, x_bias, y_key_ptr, own_ptr, bias_ptr, x_first, y_first, y_count, swap, OWNED, STREAMED, DIAGONAL
-        )
+            c, factor, x_key, x_own, x_bias, y_key, y_own, y_bias, x_first, y_first, y_count,
+            OWNED, STREAMED, DIAGONAL, a_key_ptr is not None, own_ptr is not None, bias_ptr is not None,
+        )  # fmt: skip
         y_q, y_c, y_q_equal, y_c_equal, y_linear = load_weights(
             y_values_ptr, y_grads_ptr, y_first, y_count, swap == 0, bounded, lift, STREAMED, KIND, ONE_SIDED, ROW_PLACES, COLUMN_PLACES
         )
@@ -249,7 +251,7 @@ def weights(
     return w
 
 
-@triton.jit(do_not_specialize=["n", "m", "row_splits", "column_splits", "row_programs", "row_and_column_programs"])
+@triton.jit(do_not_specialize=["n", "m", "row_splits", "column_splits", "row_programs", "row_and_column_programs", "scale_numbers"])
 def finish_kernel(
     a_ptr, b_ptr, a_inverse_ptr, b_inverse_ptr, da_parts_ptr, db_parts_ptr, dbias_parts_ptr, dscale_parts_ptr,
     da_ptr, db_ptr, dbias_ptr, dscale_ptr, n, m, row_splits, column_splits, row_programs, row_and_column_programs, scale_numbers, share,

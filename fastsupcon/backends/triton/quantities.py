@@ -17,7 +17,7 @@ import triton.language as tl
 
 from .rows import store_quantity
 from .tiles import (
-    DIFFERENT, LN_2, LOG2_E, SPLIT, cosines, finite, load_inverse, load_owned, load_rows, log_sum, pairs, program_of, scale_of, sides,
+    DIFFERENT, LN_2, LOG2_E, SPLIT, cosines, finite, load_inverse, load_sides, load_rows, log_sum, pairs, program_of, scale_of, sides,
 )  # fmt: skip
 
 
@@ -78,32 +78,36 @@ def forward_kernel(
     scale, bounded = scale_of(scale_ptr, scale, BOUNDED)
     x_inverse = load_inverse(x_inverse_ptr, x_first, x_count, OWNED, UNIT)
     x = load_rows(x_ptr, x_inverse, x_first, x_count, 0, D, OWNED, DEPTH, UNIT) if D <= DEPTH else 0
-    x_key, x_own, x_bias = load_owned(x_key_ptr, own_ptr, bias_ptr, x_first, x_count, swap, OWNED)
+    x_key, x_own, x_bias = load_sides(x_key_ptr, own_ptr, bias_ptr, x_first, x_count, swap, OWNED)
     factor = scale * tl.where(bounded, LOG2_E, 1.0)
     first_peak = tl.zeros([OWNED], tl.float32) + tl.where(bounded, 0.0, float("-inf"))
     second_peak = first_peak
     first = tl.zeros([OWNED], tl.float32)
     second = tl.zeros([OWNED], tl.float32)
     similarity = tl.zeros([OWNED], tl.float32)
-    count = tl.zeros([OWNED], tl.float32)
+    count = tl.zeros([OWNED], tl.int32)
     first_tile = split * tiles
     for u in range(tl.minimum(tiles, tl.cdiv(y_count, STREAMED) - first_tile)):
         y_first = (first_tile + u) * STREAMED
         y_inverse = load_inverse(y_inverse_ptr, y_first, y_count, STREAMED, UNIT)
         y = load_rows(y_ptr, y_inverse, y_first, y_count, 0, D, STREAMED, DEPTH, UNIT) if D <= DEPTH else x
+        y_key, y_own, y_bias = load_sides(y_key_ptr, own_ptr, bias_ptr, y_first, y_count, swap == 0, STREAMED)
         c = cosines(x, y, x_inverse, y_inverse, x_ptr, y_ptr, x_first, y_first, x_count, y_count, D, OWNED, STREAMED, DEPTH, UNIT, PRECISION)
         t, equal = pairs(
-            c, factor, x_key, x_own, x_bias, y_key_ptr, own_ptr, bias_ptr, x_first, y_first, y_count, swap, OWNED, STREAMED, DIAGONAL
-        )
+            c, factor, x_key, x_own, x_bias, y_key, y_own, y_bias, x_first, y_first, y_count,
+            OWNED, STREAMED, DIAGONAL, a_key_ptr is not None, own_ptr is not None, bias_ptr is not None,
+        )  # fmt: skip
         if SIMILARITY:
             similarity += tl.sum(tl.where(equal, c, 0.0), 1)
-            count += tl.sum(tl.where(equal, 1.0, 0.0), 1)
+            one = (c.to(tl.int32, bitcast=True) | 1) & 1  # in the layout of c: else Triton compares the keys once more, in another
+            count += tl.sum(tl.where(equal, one, 0), 1)
         if KIND == DIFFERENT:
             t = tl.where(equal, float("-inf"), t)
         first_peak, first, second_peak, second = add_exponentials(t, equal, first_peak, first, second_peak, second, bounded, KIND)
     first = log_sum(first_peak, first)
     second = log_sum(second_peak, second)
     similarity *= scale
+    count = count.to(tl.float32)
     row = x_first + tl.arange(0, OWNED)
     if PARTS == 0:
         if swap:

@@ -73,8 +73,8 @@ def load_own(ptr, first, count, of_columns, ROWS: tl.constexpr):
 
 
 @triton.jit
-def load_owned(key_ptr, own_ptr, bias_ptr, first, count, of_columns, ROWS: tl.constexpr):
-    """What :func:`pairs` compares: keys, own columns and the bias of the owned rows, 0 where there are none."""
+def load_sides(key_ptr, own_ptr, bias_ptr, first, count, of_columns, ROWS: tl.constexpr):
+    """Keys, own columns and bias of rows, as :func:`pairs` takes them; 0 where there are none."""
     key = load_values(key_ptr, first, count, ROWS) if key_ptr is not None else 0
     own = load_own(own_ptr, first, count, of_columns, ROWS) if own_ptr is not None else 0
     bias = load_bias(bias_ptr, first, count, of_columns, ROWS) if bias_ptr is not None else 0.0
@@ -150,8 +150,8 @@ def cosines(
 
 @triton.jit
 def pairs(
-    c, factor, x_key, x_own, x_bias, y_key_ptr, own_ptr, bias_ptr, x_first, y_first, m, swap,
-    OWNED: tl.constexpr, STREAMED: tl.constexpr, DIAGONAL: tl.constexpr,
+    c, factor, x_key, x_own, x_bias, y_key, y_own, y_bias, x_first, y_first, m,
+    OWNED: tl.constexpr, STREAMED: tl.constexpr, DIAGONAL: tl.constexpr, KEYS: tl.constexpr, OWN: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """t_ij, -inf where (i, j) is no pair, and whether (i, j) is a pair of equal keys.
 
@@ -159,12 +159,12 @@ def pairs(
     """
     t = c * factor
     equal = tl.full([OWNED, STREAMED], 0, tl.int1)
-    if y_key_ptr is not None:
-        equal = x_key[:, None] == load_values(y_key_ptr, y_first, m, STREAMED)[None, :]
-    if bias_ptr is not None:
-        t += x_bias[:, None] + load_bias(bias_ptr, y_first, m, swap == 0, STREAMED)[None, :]
-    if own_ptr is not None:
-        other = x_own[:, None] != load_own(own_ptr, y_first, m, swap == 0, STREAMED)[None, :]
+    if KEYS:
+        equal = x_key[:, None] == y_key[None, :]
+    if BIAS:
+        t += x_bias[:, None] + y_bias[None, :]
+    if OWN:
+        other = x_own[:, None] != y_own[None, :]
         t = tl.where(other, t, float("-inf"))
         equal = equal & other
     meets_diagonal = DIAGONAL & (y_first < x_first + OWNED) & (x_first < y_first + STREAMED)
