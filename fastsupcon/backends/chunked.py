@@ -34,16 +34,20 @@ class _Tile(NamedTuple):
     similarities: Tensor  # s_ij
     values: Tensor  # bounded: exp(t_ij), and 0 where (i, j) is no pair; running: t_ij, and -inf there
     same: Tensor  # 1 where (i, j) is a pair of equal keys, else 0: PyTorch's loops over bool are four times slower
+    room: list[Tensor]  # for two tiles more
 
     def over(self, name: str) -> Tensor:
-        """What the sum ``name`` is over, and elsewhere what adds nothing to it."""
+        """What the sum ``name`` is over, and elsewhere what adds nothing to it; until the next call."""
         if name == "count":
             return self.same
         if name == "all":
             return self.values
-        chosen = 1 - self.same if name == "different" else self.same
         of, nothing = (self.similarities, 0) if name == "similarity" else (self.values, -torch.inf)
-        return of * chosen if self.bounded else of.masked_fill(chosen == 0, nothing)
+        if not self.bounded:
+            return of.masked_fill(self.same == (name == "different"), nothing)
+        if name == "different":
+            return torch.addcmul(of, of, self.same, value=-1, out=self.room[0])
+        return torch.mul(of, self.same, out=self.room[0])
 
 
 class _Problem:
@@ -52,6 +56,9 @@ class _Problem:
         self.pairs, self.self_shape = pairs, pairs.columns is None
         self.symmetric = self.self_shape and pairs.bias is None
         self.bounded = _bounded(pairs, self.a, self.b)
+        self.row_keys, self.column_keys = _numbered(pairs, self.a.dtype)
+        # made once: a MiB that is freed goes back to the system, and comes again page by page
+        self.rooms = self.a.new_empty(5, min(TILE, len(self.a)) * min(TILE, len(self.b)))
 
     def tiles(self) -> Iterator[_Tile]:
         for rows in _blocks(len(self.a)):
@@ -60,13 +67,14 @@ class _Problem:
                     yield self._tile(rows, columns)
 
     def _tile(self, rows: slice, columns: slice) -> _Tile:
-        _, _, scale, _, bias, row_keys, column_keys, own_column = self.pairs
-        similarities = (self.a[rows] @ self.b[columns].T).mul_(scale)
-        logits = similarities if bias is None else similarities + bias[columns]
-        values, nothing = (logits.exp(), 0) if self.bounded else (logits.clone(), -torch.inf)
-        same = torch.zeros_like(values)
-        if row_keys is not None:
-            torch.eq(row_keys[rows, None], (row_keys if self.self_shape else column_keys)[columns], out=same)
+        scale, bias, own_column = self.pairs.scale, self.pairs.bias, self.pairs.own_column
+        shape = rows.stop - rows.start, columns.stop - columns.start
+        similarities, values, same, *more = self.rooms[:, : shape[0] * shape[1]].view(-1, *shape)
+        torch.mm(self.a[rows], self.b[columns].T, out=similarities).mul_(scale)
+        logits = similarities if bias is None else torch.add(similarities, bias[columns], out=values)
+        nothing = 0 if self.bounded else -torch.inf
+        torch.exp(logits, out=values) if self.bounded else values.copy_(logits)
+        same.zero_() if self.row_keys is None else torch.eq(self.row_keys[rows, None], self.column_keys[columns], out=same)
         if self.self_shape and rows == columns:
             values.fill_diagonal_(nothing)
             same.fill_diagonal_(0)
@@ -74,7 +82,7 @@ class _Problem:
             own = own_column[rows, None] == torch.arange(columns.start, columns.stop, device=own_column.device)
             values.masked_fill_(own, nothing)
             same.masked_fill_(own, 0)
-        return _Tile(rows, columns, not self.symmetric or rows != columns, self.bounded, similarities, values, same)
+        return _Tile(rows, columns, not self.symmetric or rows != columns, self.bounded, similarities, values, same, more)
 
 
 def _bounded(pairs: Pairs, a: Tensor, b: Tensor) -> bool:
@@ -92,6 +100,17 @@ def _bounded(pairs: Pairs, a: Tensor, b: Tensor) -> bool:
     elif isinstance(scale, Tensor) or pairs.bias is not None or not pairs.unit:
         return False
     return is_bounded(abs(scale) * length + bias)
+
+
+def _numbered(pairs: Pairs, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """Keys of rows and columns as small numbers in the sum dtype: PyTorch compares these seven times as fast as int64 into a tile of 0 and 1."""
+    if pairs.row_keys is None:
+        return None, None
+    keys = pairs.row_keys if pairs.columns is None else torch.cat([pairs.row_keys, pairs.column_keys])
+    numbers = torch.searchsorted(keys.sort().values, keys)
+    if len(keys) <= 2**24:  # beyond, fp32 does not tell them apart
+        numbers = numbers.to(dtype)
+    return numbers[: len(pairs.rows)], numbers[-pairs.shape[1] :]
 
 
 def _blocks(count: int) -> Iterator[slice]:
@@ -141,16 +160,21 @@ def _prepared(side: Side, bounded: bool) -> dict[str, tuple[Tensor, Tensor]]:
 
 def _log_sum_weights(tile: _Tile, given: list[dict[str, tuple[Tensor, Tensor]]]) -> Tensor:
     """w_ij of the log-sums: what the bias has a part in."""
-    weights = torch.zeros_like(tile.values)
+    weights = tile.room[1].zero_()
     for name in LOG_SUMS:
         terms = [of[name] for of in given if name in of]
         if terms and tile.bounded:
-            weights.addcmul_(tile.over(name), sum(factor for _, factor in terms))
+            weights.addcmul_(tile.over(name), _added([factor for _, factor in terms], tile))
         elif terms:
             values = tile.over(name)
             for log_sum, factor in terms:
                 weights.addcmul_(torch.exp(values - log_sum), factor)
     return weights
+
+
+def _added(factors: list[Tensor], tile: _Tile) -> Tensor:
+    """Those of the rows [n, 1], of the columns [m], or the sum of both, in the room of the similarities, which the backward does not read."""
+    return factors[0] if len(factors) == 1 else torch.add(*factors, out=tile.similarities)
 
 
 @exact
@@ -169,7 +193,7 @@ def backward(pairs: Pairs, rows: Side, columns: Side, norms: Tensor, kept: Tenso
         if dbias is not None:
             dbias[tile.columns] += weights.sum(0)
         if factors := [of["similarity"][1] for of in given if "similarity" in of]:
-            weights.addcmul_(tile.same, sum(factors))
+            weights.addcmul_(tile.same, _added(factors, tile))
         if da is not None:
             da[tile.rows].addmm_(weights, b[tile.columns])
         if db is not None and tile.serves_columns:
