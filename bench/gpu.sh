@@ -117,7 +117,7 @@ if [[ -n $no_gpu ]]; then
   without "$no_gpu" kernels tests suite memcheck racecheck initcheck
   suite quick 120 cpu --quick
 elif [[ $mode == tests ]]; then
-  tests tests 420 tests/test_gpu.py tests/test_rows.py tests/test_losses.py tests/test_ops.py
+  tests tests 420 tests/test_gpu.py tests/test_contract.py tests/test_losses.py tests/test_operators.py
 elif [[ $mode == suite ]]; then
   suite suite 410 gpu "${@:3}"
 else

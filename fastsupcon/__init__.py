@@ -3,7 +3,8 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from . import functional
-from .losses import PSCLoss, SupConLoss
+from .losses.psc import PSCLoss
+from .losses.supcon import SupConLoss
 
 try:
     __version__ = version("fastsupcon")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -46,24 +47,52 @@ def on_device(name: str, value: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name} must be on {device} like the rows, got {value.device}")
 
 
-def within(name: str, value: Tensor, low: int, high: int) -> None:
-    """low <= value < high. On a GPU and under torch.compile a breach is asserted by the device: reading it back would wait."""
+def within(name: str, value: Tensor, low: int, high: int, *, asserted: bool = True) -> None:
+    """low <= value < high.
+
+    On a GPU and under torch.compile reading the values would wait: a breach is ``asserted`` by the device, or left to the loss, which it
+    makes NaN.
+    """
     message = f"{name} must lie in [{low}, {high})"
     wide = value.long()  # a uint8 cannot be compared with -1 or 256: the bound would be wrapped; a uint16 has no aminmax
     if value.device.type == "cpu" and not torch.compiler.is_compiling():
         least, greatest = (int(bound) for bound in wide.aminmax())
         if least < low or greatest >= high:
             raise ValueError(f"{message}, got values from {least} to {greatest}")
-    else:
+    elif asserted:
         torch._assert_async(((wide >= low) & (wide < high)).all(), message)
+
+
+def whole(name: str, value: Tensor) -> None:
+    """Whole numbers in a floating-point tensor. On a GPU and under torch.compile a breach is asserted by the device."""
+    message = f"{name} must be whole numbers"
+    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        broken = value[value != value.round()]
+        if len(broken):
+            raise ValueError(f"{message}, got {broken[0].item()}")
+    else:
+        torch._assert_async((value == value.round()).all(), message)
+
+
+def is_integer(value: object) -> bool:
+    """An int, or NumPy's."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def scale(name: str, value: float | Tensor) -> None:
+    """A finite number, or a 0-d floating-point tensor, whose value is not read back."""
+    if isinstance(value, Tensor):
+        if value.ndim != 0 or not value.is_floating_point():
+            raise TypeError(f"{name} must be a number or a 0-d floating-point tensor, got {value.dtype} of shape {list(value.shape)}")
+    elif not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number or a 0-d tensor, got {type(value).__name__}")
+    elif not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
 
 
 def temperature(name: str, value: float | Tensor) -> None:
     """A positive finite number, or a 0-d floating-point tensor, whose value is not read back."""
-    if isinstance(value, Tensor):
-        if value.ndim != 0 or not value.is_floating_point():
-            raise ValueError(f"{name} must be a number or a 0-d floating-point tensor, got {value.dtype} of shape {list(value.shape)}")
-    elif not isinstance(value, int | float) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number or a 0-d tensor, got {type(value).__name__}")
+    if isinstance(value, Tensor) or not isinstance(value, numbers.Real) or isinstance(value, bool):
+        scale(name, value)
     elif not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value}")

@@ -1,16 +1,18 @@
 """The one operator of the losses: a backend's forward and backward as ``torch.library`` operators, and autograd around them.
 
-:func:`terms` gives the quantities of a problem (problem.py), for any formula. :func:`loss` gives a loss that is linear in them, as one forward
-and one backward.
+:func:`terms` gives the quantities of a problem (problem.py), for any formula. :func:`loss` gives a loss that is linear in them, as one
+forward and one backward.
 
-The operators are what tracers see (torch.compile, torch.export, make_fx, FakeTensor), and carry their autograd there. Where nothing traces,
-autograd Functions call the backend directly: the dispatcher and ``register_autograd`` cost some 30 microseconds a step, which is as long as the
-kernels of a hundred rows take.
+The operators are what tracers see (torch.compile, torch.export, make_fx, FakeTensor), and carry their autograd there. Where nothing
+traces, autograd Functions call the backend directly: the dispatcher and ``register_autograd`` cost some 30 microseconds a step, which is as
+long as the kernels of a hundred rows take.
 
 Second derivatives come from the reference backend's gradient, which is made of differentiable operators: right, but with the N x M matrix.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -31,33 +33,45 @@ _DIFFERENTIABLE = 4  # rows, columns, bias, scale_tensor
 def terms(pairs: Pairs, row_names: tuple[str, ...], column_names: tuple[str, ...] = (), *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """The quantities ``row_names`` of the rows [len(row_names), N] and ``column_names`` of the columns [len(column_names), M].
 
-    Differentiable in rows, columns, bias and a scale that is a tensor. The names stand in the order of problem.QUANTITIES; columns' quantities
-    are for the cross shape.
+    Differentiable in rows, columns, bias and a scale that is a tensor. The names stand in the order of problem.QUANTITIES; columns'
+    quantities are for the cross shape.
     """
     arguments = (*_flat(pairs), row_names, column_names, _keep(pairs, backend), backend)
-    return (_forward_op if _traced(pairs) else _Terms.apply)(*arguments)[:2]
+    if _traced(pairs):
+        return _forward_op(*arguments)[:2]
+    return (_TransformedTerms if _transformed() else _Terms).apply(*arguments)[:2]
 
 
 def loss(pairs: Pairs, line: Line, *, backend: str = "auto") -> Tensor:
     """``line`` over the problem's rows: 0-d, or [N] with reduction="none", in the sum dtype."""
-    if _traced(pairs):
+    if _traced(pairs) or _transformed():
         return reference.line(line.names, terms(pairs, line.names, backend=backend)[0], line)
-    return _Loss.apply(*_flat(pairs), line, _keep(pairs, backend), backend)[0]
+    return _Loss.apply(*_flat(pairs), line, _keep(pairs, backend), backend)
 
 
-def _traced(pairs: Pairs) -> bool:
+def _traced(arguments: Iterable[object]) -> bool:
     """Whether something looks on that must be shown operators: a compiler, a dispatch mode, a tensor without storage of its own."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
-        or any(isinstance(x, Tensor) and (type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta) for x in pairs)
+        or any(isinstance(x, Tensor) and (type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta) for x in arguments)
     )
 
 
+def _transformed() -> bool:
+    """Whether a transform of torch.func is at work."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def _keep(pairs: Pairs, backend: str) -> bool:
-    """Whether the forward is asked for what spares the backward its exponentials: where there will be one, and only the C++ kernels do so."""
+    """Whether the forward shall keep exponentials for the backward: where there will be one, and only the C++ kernels do so."""
     trained = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in pairs)
-    return trained and backend in ("auto", "cpu") and pairs.rows.device.type == "cpu" and cpu.kept_size(*pairs.shape, pairs.columns is None) > 0
+    return (
+        trained
+        and backend in ("auto", "cpu")
+        and pairs.rows.device.type == "cpu"
+        and cpu.kept_size(*pairs.shape, pairs.columns is None) > 0
+    )
 
 
 def _flat(pairs: Pairs) -> tuple:
@@ -98,7 +112,12 @@ def _fake_forward(*arguments) -> Terms:
         return pairs.rows.new_empty(shape, dtype=sum_dtype(pairs.rows.dtype))
 
     norms = (n if pairs.columns is None else n + m) if pairs.unit else 0
-    return Terms(empty(len(row_names), n), empty(len(column_names), m), empty(norms), empty(cpu.kept_size(n, m, depth, pairs.columns is None) if keep else 0))
+    return Terms(
+        empty(len(row_names), n),
+        empty(len(column_names), m),
+        empty(norms),
+        empty(cpu.kept_size(n, m, depth, pairs.columns is None) if keep else 0),
+    )
 
 
 def _backward(*arguments) -> tuple[Tensor, ...]:
@@ -154,6 +173,8 @@ def _setup_terms(ctx, inputs, output) -> None:
 
 
 def _terms_backward(ctx, row_grads, column_grads, *_):
+    if row_grads is None and column_grads is None:
+        return (None,) * len(ctx.needs_input_grad)
     *tensors, row_terms, column_terms, norms, kept = ctx.saved_tensors
     scale, unit, row_names, column_names, backend = ctx.options
     flat = (*tensors, scale, unit)
@@ -163,18 +184,21 @@ def _terms_backward(ctx, row_grads, column_grads, *_):
     if torch.is_grad_enabled():  # create_graph=True
         gradients = _differentiable_backward(_pairs(*flat), row_names, column_names, lambda values: row_grads, column_grads, needs)
     else:
+        _refuse_batches(row_grads)
         sides = (row_names, column_names, row_terms, row_grads, column_terms, column_grads)
         gradients = _call_backward(flat, sides, norms, kept, needs, backend)
     return *gradients, *[None] * (len(ctx.needs_input_grad) - _DIFFERENTIABLE)
 
 
+def _refuse_batches(grad: Tensor) -> None:
+    if not torch._C._has_storage(grad):
+        raise NotImplementedError("fastsupcon's gradients cannot be batched by vmap (is_grads_batched=True): loop over them")
+
+
 def _call_backward(flat, sides, norms, kept, needs, backend) -> list[Tensor | None]:
     arguments = (*flat, *sides, norms, kept, needs, backend)
     grads = sides[3]
-    if torch._C._functorch.is_batchedtensor(grads):
-        raise NotImplementedError("fastsupcon's gradients cannot be batched by vmap (is_grads_batched, torch.func.jacrev): loop over them")
-    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or type(grads) is not Tensor or grads.is_meta
-    gradients = (_backward_op if traced else _backward)(*arguments)
+    gradients = (_backward_op if _traced((grads,)) else _backward)(*arguments)
     return [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
 
 
@@ -185,37 +209,47 @@ def _differentiable_backward(pairs: Pairs, row_names, column_names, row_grads_of
     return reference.backward(pairs, rows, Side(column_names, column_terms, column_grads), norms, kept, needs)
 
 
-def _no_vmap(info, in_dims, *arguments):
-    raise NotImplementedError("fastsupcon's losses cannot be batched by torch.func.vmap: loop over the problems")
+class _TransformedTerms(torch.autograd.Function):
+    """For torch.func.grad, which makes its gradients with create_graph=True. Forward mode is refused by PyTorch."""
 
-
-class _Terms(torch.autograd.Function):
     @staticmethod
     def forward(*arguments):
         return tuple(_forward(*arguments))
 
     setup_context = staticmethod(_setup_terms)
     backward = staticmethod(_terms_backward)
-    vmap = staticmethod(_no_vmap)
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        raise NotImplementedError("fastsupcon's losses cannot be batched by torch.func.vmap: loop over the problems")
+
+
+class _Terms(torch.autograd.Function):
+    """The same with its context set up in the forward: to ask for a setup_context costs 40 microseconds a call."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        output = tuple(_forward(*arguments))
+        _setup_terms(ctx, arguments, output)
+        return output
+
+    backward = staticmethod(_terms_backward)
 
 
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(*arguments):
+    def forward(ctx, *arguments):
         *flat, line, keep, backend = arguments
-        row_terms, column_terms, norms, kept = _forward(*flat, line.names, (), keep, backend)
-        return _backend(backend, flat[0]).line(line.names, row_terms, line), row_terms, column_terms, norms, kept
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *flat, line, _, backend = inputs
-        ctx.mark_non_differentiable(*output[1:])
+        terms = _forward(*flat, line.names, (), keep, backend)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*flat[:_TENSORS], *output[1:])
+        ctx.save_for_backward(*flat[:_TENSORS], *terms)
         ctx.options = (*flat[_TENSORS:], line, backend)
+        return _backend(backend, flat[0]).line(line.names, terms.rows, line)
 
     @staticmethod
-    def backward(ctx, grad, *_):
+    def backward(ctx, grad):
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
         *tensors, row_terms, column_terms, norms, kept = ctx.saved_tensors
         scale, unit, line, backend = ctx.options
         needs = tuple(ctx.needs_input_grad[:_DIFFERENTIABLE])
@@ -226,12 +260,11 @@ class _Loss(torch.autograd.Function):
 
             gradients = _differentiable_backward(_pairs(*tensors, scale, unit), line.names, (), grads_of, column_terms, needs)
         else:
+            _refuse_batches(grad)
             row_grads = _backend(backend, tensors[0]).line_backward(line.names, row_terms, grad, line)
             sides = (line.names, (), row_terms, row_grads, column_terms, column_terms)
             gradients = _call_backward((*tensors, scale, unit), sides, norms, kept, needs, backend)
         return *gradients, *[None] * (len(ctx.needs_input_grad) - _DIFFERENTIABLE)
-
-    vmap = staticmethod(_no_vmap)
 
 
 def _no_second_derivative(ctx, *grads):

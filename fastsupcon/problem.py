@@ -5,8 +5,8 @@ asks for it, else x:
 
     s_ij = scale * a^_i . b^_j          t_ij = s_ij + bias_j
 
-A row is never a pair with itself: in the self shape the diagonal is no pair, elsewhere column ``own_column[i]`` is none of row i. Keys split
-the pairs into *equal* ones (the row's key is the column's) and *different* ones; without keys all pairs are different.
+A row is never a pair with itself: in the self shape the diagonal is no pair, elsewhere column ``own_column[i]`` is none of row i. Keys
+split the pairs into *equal* ones (the row's key is the column's) and *different* ones; without keys all pairs are different.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LOG_SUMS = QUANTITIES[:3]
 
 
 class Pairs(NamedTuple):
-    """Tensors are on one device; keys and own_column are int64; bias and a scale that is a tensor have the sum dtype (backends/_dtypes.py)."""
+    """Tensors on one device; keys and own_column are int64; bias and a scale that is a tensor have the sum dtype (backends/_dtypes.py)."""
 
     rows: Tensor  # [N, D]
     columns: Tensor | None = None  # [M, D] of the rows' dtype; None: the self shape
@@ -73,10 +73,11 @@ class Gradients(NamedTuple):
 class Line(NamedTuple):
     """A loss that is linear in the quantities of its row.
 
-        loss_i = factor * (all * all_i + different * different_i + equal * equal_i + similarity * similarity_i / count_i + log_count * log count_i)
+        loss_i = factor * (all * all_i + different * different_i + equal * equal_i
+                           + similarity * similarity_i / count_i + log_count * log count_i)
 
-    Over rows that have a pair of equal keys; any other ("lone") row contributes 0 and counts in the mean (lone="zero"), or leaves the mean
-    (lone="skip"). A NaN in its quantities stays NaN.
+    Over rows that have a pair of equal keys; any other ("lone") row contributes 0 and counts in the mean (lone="zero"), leaves the mean
+    (lone="skip"), or is NaN, as is its gradient (lone="nan", where only a wrong key could make it lone). NaN quantities stay NaN.
     """
 
     all: float = 0.0
@@ -85,7 +86,7 @@ class Line(NamedTuple):
     similarity: float = 0.0
     log_count: float = 0.0
     factor: float = 1.0
-    lone: str = "zero"  # or "skip"
+    lone: str = "zero"  # or "skip", "nan"
     reduction: str = "mean"  # or "sum", "none"
 
     @property

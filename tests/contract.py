@@ -137,7 +137,7 @@ def run(backend, pairs: Pairs, case: Case):
 
 
 def check(backend, case: Case, device: torch.device) -> None:
-    """Values and gradients within twice the error of plain arithmetic in fp32 (f64) on the same rows, and a few roundings of the result's type."""
+    """Values and gradients within twice the error of plain fp32 (f64) arithmetic on the same rows, and a few roundings of their type."""
     pairs = problem(case, device)
     terms, row_grads, column_grads, gradients = run(backend, pairs, case)
     truth = Truth(pairs, case)

@@ -38,7 +38,7 @@ def test_lines(backend, line, device):
 
 @pytest.mark.parametrize("keys", ["", "few"])
 def test_columns_of_other_processes(backend, keys, device):
-    """Rows of a part of the problem, against all columns with the whole problem's log-sums and gradients: the whole gradient of those rows."""
+    """Rows of a part of the problem, with the whole problem's log-sums and gradients on the columns: the whole gradient of those rows."""
     names = ("all", "different", "similarity", "count") if keys else ("all",)
     whole = problem(Case(90, d=24, keys=keys, rows=names), device)
     module = BACKENDS[backend]
@@ -67,7 +67,9 @@ def test_same_bits(backend, case, device):
         assert x is y is None or torch.equal(x, y)
 
 
-@pytest.mark.parametrize("needs", [(True, False, False, False), (False, True, False, False), (False, False, True, False), (False, False, False, True)])
+@pytest.mark.parametrize(
+    "needs", [(True, False, False, False), (False, True, False, False), (False, False, True, False), (False, False, False, True)]
+)
 def test_one_gradient_alone(backend, needs, device):
     case = Case(70, 41, rows=SCL_AND_DIFFERENT, columns=("all",), keys="few", own=True, bias=True, learned=True)
     pairs, module = problem(case, device), BACKENDS[backend]

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import numpy
 import pytest
 import torch
 from conftest import DEVICE
@@ -31,7 +32,9 @@ SUPCON = [  # arguments, options, error, text
     ((z(0),), {}, ValueError, "features must not be empty, got shape [0, 3]"),
     ((z(4, 0),), {}, ValueError, "features must not be empty, got shape [4, 0]"),
     ((z(), [0, 1, 0, 1]), {}, TypeError, "labels must be a torch.Tensor of an integer dtype, got list"),
-    ((z(), ids().float()), {}, TypeError, "labels must have an integer dtype, got torch.float32"),
+    ((z(), ids() / 4), {}, ValueError, "labels must be whole numbers, got 0.25"),
+    ((z(),), {}, ValueError, "features hold one view of 4 samples, and neither labels nor mask is given: no anchor can have a positive"),
+    ((z()[:, None],), {}, ValueError, "features hold one view of 4 samples"),
     ((z(), ids(5)), {}, ValueError, "labels must have shape [4], got [5]"),
     ((z(), ids(), torch.eye(4)), {}, ValueError, "labels and mask both define the positives: expected at most one, got both"),
     ((z(), None, [[1]]), {}, TypeError, "mask must be a torch.Tensor, got list"),
@@ -42,7 +45,8 @@ SUPCON = [  # arguments, options, error, text
     ((z(), ids()), {"temperature": 0.0}, ValueError, "temperature must be positive and finite, got 0.0"),
     ((z(), ids()), {"temperature": float("nan")}, ValueError, "temperature must be positive and finite, got nan"),
     ((z(), ids()), {"temperature": "hot"}, TypeError, "temperature must be a number or a 0-d tensor, got str"),
-    ((z(), ids()), {"temperature": torch.ones(2)}, ValueError, "temperature must be a number or a 0-d floating-point tensor"),
+    ((z(), ids()), {"temperature": torch.ones(2)}, TypeError, "temperature must be a number or a 0-d floating-point tensor"),
+    ((z(), ids()), {"temperature": True}, TypeError, "temperature must be a number or a 0-d tensor, got bool"),
     ((z(), ids()), {"base_temperature": -1}, ValueError, "base_temperature must be positive and finite, got -1"),
 ]
 
@@ -93,6 +97,9 @@ CROSS = [
     ((z(), z(2, 3, torch.float64)), {}, TypeError, "b must have a's dtype torch.float32, got torch.float64"),
     ((z(), z(2)), {"bias": ids(2)}, TypeError, "bias must have a floating-point dtype, got torch.int64"),
     ((z(), z(2)), {"bias": z()[0]}, ValueError, "bias must have shape [2], got [3]"),
+    ((z(), z(2)), {"scale": torch.ones(1)}, TypeError, "scale must be a number or a 0-d floating-point tensor, got torch.float32 of"),
+    ((z(), z(2)), {"scale": "1"}, TypeError, "scale must be a number or a 0-d tensor, got str"),
+    ((z(), z(2)), {"scale": float("inf")}, ValueError, "scale must be finite, got inf"),
     ((z(), z(2)), {"skip": ids(2)}, ValueError, "skip must have shape [4], got [2]"),
     ((z(), z(2)), {"row_labels": ids()}, ValueError, "column_labels must be given together with row_labels, got None"),
     ((z(), z(2)), {"column_labels": ids()}, ValueError, "row_labels must be given together with column_labels, got None"),
@@ -141,6 +148,19 @@ def test_labels_of_a_narrow_dtype(dtype, classes):
         functional.psc_loss(rows.cpu(), narrow.cpu(), table[:100].cpu())
 
 
+def test_what_other_libraries_take():
+    """NumPy's numbers, labels in a row or a column or as whole floats."""
+    rows, labels = torch.randn(4, 3, device=DEVICE), ids()
+    want = functional.supcon_loss(rows, labels, temperature=0.1)
+    for same in (labels[None], labels[:, None], labels.float(), labels.double()[:, None]):
+        assert torch.equal(functional.supcon_loss(rows, same, temperature=0.1), want)
+    close = functional.supcon_loss(rows, labels, temperature=numpy.float32(0.1))
+    torch.testing.assert_close(close, want)
+    psc = PSCLoss(numpy.int64(2), 3).to(DEVICE)
+    assert torch.equal(psc(rows, labels[:, None]), psc(rows, labels))
+    assert SupConLoss(base_temperature=None)(rows, labels) == functional.supcon_loss(rows, labels)
+
+
 def test_another_device():
     other = torch.zeros(4, 3, device="meta")
     with pytest.raises(ValueError, match=f"prototypes must be on {DEVICE}.* like the rows, got meta"):
@@ -162,7 +182,7 @@ def test_modules_refuse_at_construction():
         PSCLoss(3, 4, prototypes_per_class=2.0)
 
 
-@pytest.mark.parametrize("call", [functional.supcon_loss, functional.self_logsumexp], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("call", [lambda z, backend: functional.supcon_loss(z, ids(), backend=backend), functional.self_logsumexp])
 def test_an_unknown_backend_says_which_there_are(call):
     with pytest.raises(
         ValueError, match=r"backend='fast' cannot serve .*known are cuda, triton, cpu, chunked, reference and auto.*Usable here: "

@@ -1,123 +1,116 @@
-"""Value and gradient of both losses, every option and backend, against the textbook writing of them in float64 (naive.py)."""
+"""Every loss of the table (table.py) against the textbook in float64; inside PyTorch: compile, autocast, strides, bits."""
 
 import math
 
-import naive
 import pytest
 import torch
 from conftest import serves
+from table import LOSSES
 
 from fastsupcon import PSCLoss, SupConLoss, functional
 
-# error allowed against float64, relative to the largest gradient entry: rounding of the rows themselves is part of it for halves
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-DTYPES = list(TOLERANCE)
+losses = pytest.mark.parametrize("name", list(LOSSES))
+#: What the sums are made in, plus the rounding of a gradient to its dtype, relative to the largest entry.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 
 
-def unit(*shape, device, dtype=torch.float64):
-    rows = torch.randn(*shape, device=device, dtype=torch.float64)
-    return torch.nn.functional.normalize(rows, dim=-1).to(dtype)
+def step(loss, inputs, **options):
+    """The loss, and its gradients with an uneven incoming one."""
+    leaves = [x for x in inputs if x is not None and x.requires_grad]
+    value = loss(*inputs, **options)
+    weights = torch.linspace(0.5, 1.5, value.numel(), device=value.device).reshape(value.shape)
+    return value.detach(), torch.autograd.grad((value * weights).sum(), leaves)
 
 
-def assert_agrees(ours, theirs, tensors, dtype, parts=1.0):
-    """The two losses of the same tensors, and their gradients, agree; ``theirs`` is computed in float64.
+def wide(inputs):
+    return tuple(x.detach().double().requires_grad_(x.requires_grad) if x is not None and x.is_floating_point() else x for x in inputs)
 
-    ``parts``: the size of a gradient's two parts, the lse's and the positives' (1 / temperature for unit rows). Each is rounded to the
-    dtype before they are added, so that where they cancel two roundings of that size are left.
-    """
-    mine = [tensor.detach().requires_grad_() for tensor in tensors]
-    wide = [tensor.detach().double().requires_grad_() for tensor in tensors]
-    loss, expected = ours(*mine), theirs(*wide)
-    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    tolerance = TOLERANCE[dtype]
-    torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=tolerance)
-    weights = torch.linspace(0.5, 1.5, loss.numel(), device=loss.device).reshape(loss.shape)
-    gradients = torch.autograd.grad((loss * weights).sum(), mine)
-    wide_gradients = torch.autograd.grad((expected * weights).sum(), wide)
-    for gradient, wide_gradient in zip(gradients, wide_gradients, strict=True):
+
+def assert_agrees(row, inputs, dtype, backend, **options):
+    options = row.options | options
+    value, gradients = step(row.ours, inputs, backend=backend, **options)
+    expected, wide_gradients = step(row.naive, wide(inputs), **options)
+    assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    fine = TOLERANCE[torch.float64 if dtype == torch.float64 else torch.float32]  # rows of half a precision are not rounded again
+    torch.testing.assert_close(value.double(), expected, rtol=fine, atol=fine)
+    for gradient, want in zip(gradients, wide_gradients, strict=True):
         assert gradient.dtype == dtype
-        error = (gradient.double() - wide_gradient).abs().max()
-        largest = wide_gradient.abs().max()
-        assert error <= tolerance * largest + torch.finfo(dtype).eps * parts, (error, largest)
+        error, largest = (gradient.double() - want).abs().max(), want.abs().max()
+        assert error <= TOLERANCE[dtype] * largest + 10 * fine / max(1, value.numel()), (error, largest)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("n", "d"), [(1, 4), (2, 1), (63, 3), (65, 64), (130, 129)])
-def test_supcon_shapes(backend, device, dtype, n, d):
-    if not serves(backend, dtype, d):
+@losses
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize(("samples", "depth"), [(2, 3), (33, 65)])
+def test_value_and_gradient(backend, device, name, dtype, samples, depth):
+    if not serves(backend, dtype, depth):
         pytest.skip(f"{backend} does not serve {dtype}")
-    labels = torch.randint(0, max(1, n // 4), (n,), device=device)
-
-    def ours(z):
-        return functional.supcon_loss(z, labels, temperature=0.1, backend=backend)
-
-    def theirs(z):
-        return naive.supcon_loss(z, labels, temperature=0.1)
-
-    assert_agrees(ours, theirs, [unit(n, d, device=device, dtype=dtype)], dtype, parts=1 / 0.1)
+    row = LOSSES[name]
+    assert_agrees(row, row.on(samples, depth, device, dtype), dtype, backend)
 
 
-@pytest.mark.parametrize("temperature", [10.0, 0.1, 0.0229, 0.005, 1e-3])
-@pytest.mark.parametrize("normalize", [True, False])
-def test_supcon_temperatures(backend, device, temperature, normalize):
-    features = torch.randn(9, 2, 6, device=device)  # raw rows
-    labels = torch.randint(0, 3, (9,), device=device)
-    options = {"temperature": temperature, "base_temperature": temperature / 2, "normalize": normalize}
-
-    def ours(z):
-        return functional.supcon_loss(z, labels, backend=backend, **options) * temperature
-
-    def theirs(z):
-        return naive.supcon_loss(z, labels, **options) * temperature
-
-    assert_agrees(ours, theirs, [features], torch.float32)
+@losses
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_reductions(backend, device, name, reduction):
+    row = LOSSES[name]
+    inputs = row.on(9, 5, device, torch.float32)
+    assert_agrees(row, inputs, torch.float32, backend, reduction=reduction)
+    shape = row.ours(*inputs, **row.options, reduction=reduction, backend=backend).shape
+    assert shape == ((row.naive(*inputs, **row.options, reduction=reduction)).shape if reduction == "none" else ())
 
 
-@pytest.mark.parametrize("positives", ["labels", "views", "mask", "soft mask"])
+@losses
+@pytest.mark.parametrize("temperature", [10.0, 0.0229, 1e-3])
+def test_temperatures(backend, device, name, temperature):
+    row = LOSSES[name]
+    inputs = row.on(9, 6, device, torch.float32)
+
+    def scaled(loss):
+        return lambda *tensors, **options: loss(*tensors, **options) * temperature
+
+    options = {key: value for key, value in row.options.items() if key != "temperature"} | {"temperature": temperature}
+    value, gradients = step(scaled(row.ours), inputs, backend=backend, **options)
+    expected, wide_gradients = step(scaled(row.naive), wide(inputs), **options)
+    torch.testing.assert_close(value.double(), expected, rtol=2e-5, atol=2e-5)
+    for gradient, want in zip(gradients, wide_gradients, strict=True):
+        torch.testing.assert_close(gradient.double(), want, rtol=1e-4, atol=2e-5 * max(1, float(want.abs().max())))
+
+
+@losses
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_learned_temperature_is_as_exact_as_a_fixed_one(backend, device, name, dtype):
+    if not serves(backend, dtype):
+        pytest.skip(f"{backend} does not serve {dtype}")
+    row = LOSSES[name]
+    inputs = row.on(12, 5, device, dtype)
+    options = {key: value for key, value in row.options.items() if key != "temperature"}
+    learned = torch.tensor(0.13, device=device, requires_grad=True)
+    exact = torch.tensor(learned.item(), device=device, dtype=torch.float64, requires_grad=True)
+    value = row.ours(*inputs, temperature=learned, backend=backend, **options)
+    fixed = row.ours(*inputs, temperature=learned.item(), backend=backend, **options)
+    expected = row.naive(*wide(inputs), temperature=exact, **options)
+    torch.testing.assert_close(value, fixed, rtol=2e-6, atol=2e-6)
+    (got,) = torch.autograd.grad(value * 2.0**16, learned)  # as a gradient scaler has it: fp16 would overflow
+    (want,) = torch.autograd.grad(expected * 2.0**16, exact)
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-2)
+
+
 @pytest.mark.parametrize("contrast_mode", ["all", "one"])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("lone_anchors", ["zero", "skip"])
-def test_supcon_options(backend, device, positives, contrast_mode, reduction, lone_anchors):
-    samples, views = 7, 3
-    features = unit(samples, views, 2, 4, device=device, dtype=torch.float32)
+@pytest.mark.parametrize("lone_anchors", ["zero", "skip", "error"])
+@pytest.mark.parametrize("positives", ["labels", "mask", "soft mask"])
+def test_supcon_options(backend, device, positives, contrast_mode, lone_anchors):
+    row, samples = LOSSES["scl one"], 7
+    features = row.on(samples, 8, device, torch.float32)[0]
     labels = mask = None
     if positives == "labels":
         labels = torch.tensor([5, -3, 5, 2**40, 2**40, 5, 0], device=device)
-    elif positives == "mask":
-        mask = torch.randint(0, 2, (samples, samples), device=device)
-    elif positives == "soft mask":
+        labels = labels if lone_anchors != "error" else labels.abs().clamp_max(5) // 5
+    else:
         mask = torch.rand(samples, samples, device=device)
-    options = {"temperature": 0.2, "contrast_mode": contrast_mode, "reduction": reduction, "lone_anchors": lone_anchors}
-
-    def ours(z):
-        return functional.supcon_loss(z, labels, mask, backend=backend, **options)
-
-    def theirs(z):
-        return naive.supcon_loss(z, labels, mask, **options)
-
-    assert_agrees(ours, theirs, [features], torch.float32)
-    expected_shape = () if reduction != "none" else ((samples * views,) if contrast_mode == "all" else (samples,))
-    assert ours(features).shape == expected_shape
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("denominator", ["negatives", "all"])
-@pytest.mark.parametrize(("n", "classes", "d", "per_class"), [(1, 2, 3, 1), (33, 10, 16, 1), (5, 300, 65, 1), (40, 7, 5, 3)])
-def test_psc(backend, device, dtype, denominator, n, classes, d, per_class):
-    if not serves(backend, dtype, d):
-        pytest.skip(f"{backend} does not serve {dtype}")
-    labels = torch.randint(0, classes, (n,), device=device)
-    features = unit(n, d, device=device, dtype=dtype)
-    prototypes = unit(classes * per_class, d, device=device, dtype=dtype)
-    options = {"temperature": 0.2, "denominator": denominator, "prototypes_per_class": per_class}
-
-    def ours(z, p):
-        return functional.psc_loss(z, labels, p, backend=backend, **options)
-
-    def theirs(z, p):
-        return naive.psc_loss(z, labels, p, **options)
-
-    assert_agrees(ours, theirs, [features, prototypes], dtype, parts=1 / 0.2)
+        mask = mask.round() if positives == "mask" else mask
+        mask.fill_diagonal_(1.0 if lone_anchors == "error" else 0.0)
+    options = {"contrast_mode": contrast_mode, "lone_anchors": lone_anchors}
+    assert_agrees(row, (features, labels, mask), torch.float32, backend, **options)
 
 
 @pytest.mark.parametrize(("classes", "temperature", "minimum"), [(10, 1.0, 1.0861), (10, 0.1, -8.9139), (100, 0.1, -5.5059)])
@@ -131,76 +124,181 @@ def test_psc_minimum_is_at_the_simplex(backend, device, classes, temperature, mi
     assert chance.item() == pytest.approx(math.log(classes - 1), rel=1e-6)
 
 
-def test_learned_temperature(backend, device):
-    """A 0-d tensor gets its gradient, in both losses."""
-    features, labels = unit(12, 2, 5, device=device, dtype=torch.float32), torch.randint(0, 3, (12,), device=device)
-    temperature = torch.tensor(0.3, device=device)
-    prototypes = unit(3, 5, device=device, dtype=torch.float32)
-
-    def ours(z, p, t):
-        return functional.supcon_loss(z, labels, temperature=t, backend=backend) + functional.psc_loss(
-            z[:, 0], labels, p, temperature=t, backend=backend
-        )
-
-    def theirs(z, p, t):
-        return naive.supcon_loss(z, labels, temperature=t) + naive.psc_loss(z[:, 0], labels, p, temperature=t)
-
-    assert_agrees(ours, theirs, [features, prototypes, temperature], torch.float32)
-
-
-def test_modules_are_the_functions_with_their_options_held(device):
-    features, labels = unit(8, 2, 5, device=device, dtype=torch.float32), torch.randint(0, 3, (8,), device=device)
-    torch.testing.assert_close(
-        SupConLoss()(features, labels), functional.supcon_loss(features, labels, temperature=0.07, base_temperature=0.07)
-    )
-    torch.testing.assert_close(
-        SupConLoss(0.1, "one", 0.2, normalize=True, reduction="none")(features, labels),
-        functional.supcon_loss(
-            features, labels, temperature=0.1, contrast_mode="one", base_temperature=0.2, normalize=True, reduction="none"
-        ),
-    )
-    psc = PSCLoss(3, 5, temperature=0.2, prototypes_per_class=2).to(device)
-    expected = functional.psc_loss(features[:, 0], labels, psc.prototypes, temperature=0.2, prototypes_per_class=2)
-    torch.testing.assert_close(psc(features[:, 0], labels), expected)
-    assert [name for name, _ in psc.named_parameters()] == ["prototypes"]
-    assert psc.prototypes.shape == (6, 5)
-    logits = psc.logits(features[:, 0])
-    z, p = (torch.nn.functional.normalize(rows, dim=1) for rows in (features[:, 0], psc.prototypes))
-    torch.testing.assert_close(logits, (z @ p.T / 0.2).exp().unflatten(1, (3, 2)).sum(2).log())
-
-
 def test_the_peers_definitions_differ_by_these_options(device):
     """Two lone anchors of twelve: SupContrast divides by all anchors, pytorch-metric-learning by those that have a positive."""
     labels = torch.tensor([0, 0, 1, 1, 1, 2, 2, 3, 3, 3, 4, 5], device=device)
     features = torch.randn(12, 8, device=device)
-    losses = functional.supcon_loss(features, labels, temperature=0.1, normalize=True, reduction="none")
-    assert torch.equal(losses[10:], torch.zeros(2, device=device))
+    each = functional.supcon_loss(features, labels, temperature=0.1, normalize=True, reduction="none")
+    assert torch.equal(each[10:], torch.zeros(2, device=device))
     supcontrast = functional.supcon_loss(features, labels, temperature=0.1, normalize=True)
     pml = functional.supcon_loss(features, labels, temperature=0.1, normalize=True, lone_anchors="skip")
-    torch.testing.assert_close(supcontrast, losses.sum() / 12)
-    torch.testing.assert_close(pml, losses.sum() / 10)
+    torch.testing.assert_close(supcontrast, each.sum() / 12)
+    torch.testing.assert_close(pml, each.sum() / 10)
 
 
-@pytest.mark.parametrize("options", [{}, {"contrast_mode": "one"}, {"normalize": True}, {"prototypes": 1}, {"prototypes": 2}], ids=str)
-def test_gradients_are_left_alone_by_a_second_backward_and_by_neighbours(device, options):
-    """Inside, a gradient is added to in place. Nobody outside may see it: no graph that is kept, nobody who shares a gradient."""
-    per_class = options.get("prototypes", 0)
-    x, u = (unit(24, 2, 10, device=device, dtype=torch.float32).requires_grad_() for _ in range(2))
-    labels = torch.arange(24, device=device) % 5
-    prototypes = unit(5 * max(per_class, 1), 10, device=device, dtype=torch.float32).requires_grad_()
+def test_a_row_is_no_positive_of_itself_whatever_the_diagonal_says(backend, device):
+    z, weights = torch.randn(40, 6, device=device), torch.rand(40, 40, device=device)
+    want = functional.supcon_loss(z, mask=weights.clone().fill_diagonal_(0), normalize=True, backend=backend)
+    for diagonal in (1.0, 1e6, math.inf):
+        mask = weights.clone().fill_diagonal_(diagonal)
+        assert torch.equal(functional.supcon_loss(z, mask=mask, normalize=True, backend=backend), want)
 
-    def loss(features):
-        if per_class:
-            return functional.psc_loss(features[:, 0], labels, prototypes, prototypes_per_class=per_class)
-        return functional.supcon_loss(features, labels, **options)
 
-    leaves = (x, u, prototypes)
-    alone = torch.autograd.grad(loss(x), leaves, allow_unused=True)
-    y = x * 1
-    total = loss(y) + (y + u).square().sum()
-    first = torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
-    again = torch.autograd.grad(total, leaves, allow_unused=True)
-    assert all(mine is true or torch.equal(mine, true) for mine, true in zip(again, first, strict=True))
-    torch.testing.assert_close(first[0], alone[0] + 2 * (x + u).detach())
-    assert torch.equal(first[1], 2 * (x + u).detach())
-    assert first[2] is alone[2] or torch.equal(first[2], alone[2])
+def test_a_long_row_costs_the_others_nothing(backend, device):
+    z = torch.nn.functional.normalize(torch.randn(64, 16, device=device), dim=1)
+    z[0] *= 1e6
+    labels = torch.arange(64, device=device) // 2
+    each = functional.supcon_loss(z, labels, temperature=1.0, reduction="none", backend=backend)
+    want = LOSSES["scl"].naive(z.double(), labels, temperature=1.0, reduction="none")
+    torch.testing.assert_close(each.double(), want, rtol=1e-5, atol=1e-5)
+
+
+# --- modules ---------------------------------------------------------------------------------------------------------------------------
+
+
+@losses
+def test_modules_are_the_functions_with_their_options_held(device, name):
+    row = LOSSES[name]
+    inputs = row.on(8, 5, device, torch.float32)
+    module = row.module(inputs)
+    held = inputs[:2] if isinstance(module, PSCLoss) else inputs
+    assert torch.equal(module(*held), row.ours(*inputs, **row.options))
+    for option, value in row.options.items():
+        assert getattr(module, option) == value
+        assert f"{option}={value!r}" in repr(module)
+
+
+def test_module_defaults_and_prototypes(device):
+    features, labels = torch.randn(8, 2, 5, device=device), torch.randint(0, 3, (8,), device=device)
+    default = functional.supcon_loss(features, labels, temperature=0.07, base_temperature=0.07)
+    torch.testing.assert_close(SupConLoss()(features, labels), default)
+    psc = PSCLoss(3, 5, temperature=0.2, prototypes_per_class=2).to(device)
+    assert [name for name, _ in psc.named_parameters()] == ["prototypes"]
+    assert list(psc.state_dict()) == ["prototypes"]
+    assert psc.prototypes.shape == (6, 5)
+    z, p = (torch.nn.functional.normalize(rows, dim=1) for rows in (features[:, 0], psc.prototypes))
+    torch.testing.assert_close(psc.logits(features[:, 0]), (z @ p.T / 0.2).exp().unflatten(1, (3, 2)).sum(2).log())
+    learned = SupConLoss(torch.nn.Parameter(torch.tensor(0.1)))
+    assert [name for name, _ in learned.named_parameters()] == ["temperature"]
+
+
+# --- inside PyTorch --------------------------------------------------------------------------------------------------------------------
+
+
+@losses
+def test_compile_fullgraph_forward_and_backward(device, name):
+    row = LOSSES[name]
+    inputs = row.on(12, 8, device, torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(row.ours, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(step(compiled, inputs, **row.options), step(row.ours, inputs, **row.options), rtol=1e-5, atol=1e-6)
+    module = row.module(inputs)
+    torch._dynamo.reset()
+    held = inputs[:2] if isinstance(module, PSCLoss) else inputs
+    torch.testing.assert_close(torch.compile(module, fullgraph=True, backend="aot_eager")(*held), module(*held), rtol=1e-5, atol=1e-6)
+
+
+@losses
+def test_compile_with_a_shape_that_changes(device, name):
+    row = LOSSES[name]
+    torch._dynamo.reset()
+    compiled = torch.compile(row.ours, fullgraph=True, dynamic=True, backend="aot_eager")
+    for samples in (6, 9, 33):
+        inputs = row.on(samples, 8, device, torch.float32)
+        torch.testing.assert_close(step(compiled, inputs, **row.options), step(row.ours, inputs, **row.options), rtol=1e-5, atol=1e-6)
+
+
+@losses
+def test_autocast_changes_no_bit(backend, device, name):
+    row = LOSSES[name]
+    inputs = row.on(40, 6, device, torch.float32)
+    outside = step(row.ours, inputs, **row.options, backend=backend)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        inside = step(row.ours, inputs, **row.options, backend=backend)
+    for x, y in zip((inside[0], *inside[1]), (outside[0], *outside[1]), strict=True):
+        assert x.dtype == y.dtype and torch.equal(x, y)
+
+
+def strided(x):
+    """The same values, not contiguous."""
+    return torch.stack([x, x], -1).flatten(-2)[..., ::2]
+
+
+@losses
+def test_input_of_any_strides(backend, device, name):
+    row = LOSSES[name]
+    inputs = row.on(9, 5, device, torch.float32)
+    apart = tuple(x if x is None else strided(x.detach()).requires_grad_(x.requires_grad) for x in inputs)
+    assert not apart[0].is_contiguous()
+    torch.testing.assert_close(
+        step(row.ours, apart, **row.options, backend=backend), step(row.ours, inputs, **row.options, backend=backend)
+    )
+    each = row.ours(*inputs, **row.options, reduction="none", backend=backend)
+    each[0].backward()  # an incoming gradient that is expanded, with stride 0
+    assert inputs[0].grad.isfinite().all()
+
+
+@losses
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_same_bits_from_run_to_run_and_on_any_number_of_threads(backend, device, name, dtype):
+    if not serves(backend, dtype, 32):
+        pytest.skip(f"{backend} does not serve {dtype}")
+    row = LOSSES[name]
+    inputs = row.on(60 if backend == "triton" and device.type == "cpu" else 500, 32, device, dtype)  # Triton's interpreter is slow
+
+    def bits():
+        value, gradients = step(row.ours, inputs, **row.options, backend=backend)
+        return value, *gradients
+
+    first = bits()
+    assert all(torch.equal(x, y) for x, y in zip(first, bits(), strict=True))
+    if backend == "cpu" and name != "scl mask":  # plain PyTorch's products promise this for no number of threads
+        threads = torch.get_num_threads()
+        try:
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                assert all(torch.equal(x, y) for x, y in zip(first, bits(), strict=True)), count
+        finally:
+            torch.set_num_threads(threads)
+
+
+@losses
+def test_a_second_backward_and_neighbours_leave_gradients_alone(device, name):
+    row = LOSSES[name]
+    inputs = row.on(24, 10, device, torch.float32)
+    leaf = inputs[0]
+    other = torch.randn_like(leaf, requires_grad=True)
+    (alone,) = torch.autograd.grad(row.ours(*inputs, **row.options), leaf)
+    y = leaf * 1
+    total = row.ours(y, *inputs[1:], **row.options) + (y + other).square().sum()
+    first = torch.autograd.grad(total, (leaf, other), retain_graph=True)
+    again = torch.autograd.grad(total, (leaf, other))
+    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+    torch.testing.assert_close(first[0], alone + 2 * (leaf + other).detach())
+
+
+@losses
+def test_no_gradient_where_none_is_asked_for(backend, device, name):
+    row = LOSSES[name]
+    inputs = row.on(8, 4, device, torch.float32)
+    with torch.no_grad():
+        assert not row.ours(*inputs, **row.options, backend=backend).requires_grad
+    frozen = (inputs[0], *(x if x is None else x.detach() for x in inputs[1:]))
+    row.ours(*frozen, **row.options, backend=backend).backward()
+    assert inputs[0].grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "mpsc"])  # its gradient takes the affinities as constants
+def test_gradcheck(device, name):
+    """In float64 on the fastest backend, with the temperature's gradient; and second derivatives."""
+    row = LOSSES[name]
+    options = {key: value for key, value in row.options.items() if key != "temperature"}
+    inputs = row.on(5, 3, device, torch.float64)
+    inputs = tuple(x if k < 2 or x is None or name != "scl mask" else x.detach() for k, x in enumerate(inputs))  # no gradient of a mask
+    temperature = torch.tensor(0.4, device=device, dtype=torch.float64, requires_grad=True)
+
+    def loss(temperature, *inputs):
+        return row.ours(*inputs, temperature=temperature, reduction="none", **options)
+
+    assert torch.autograd.gradcheck(loss, (temperature, *inputs))
+    assert torch.autograd.gradgradcheck(loss, (temperature, *inputs))

@@ -1,12 +1,11 @@
 #include "dispatch.h"
 
-#include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "lse.h"
+#include "pairs.h"
 
 #ifdef FASTSUPCON_X86
 #include <cpuid.h>
@@ -14,7 +13,13 @@
 
 namespace fastsupcon::cpu {
 
-extern const Kernels generic_kernels[4], avx2_kernels[4], avx512_kernels[4], avx512_bf16_kernels;  // unit_*.cpp
+#define FASTSUPCON_TABLES(unit)                                  \
+  extern const Kernels<float> unit##_f32, unit##_f16, unit##_bf16; \
+  extern const Kernels<double> unit##_f64;  // unit_*.cpp
+FASTSUPCON_TABLES(generic)
+FASTSUPCON_TABLES(avx2)
+FASTSUPCON_TABLES(avx512)
+#undef FASTSUPCON_TABLES
 
 namespace {
 
@@ -26,45 +31,25 @@ bool has_f16c() {
 }
 #endif
 
-// All that were built, best first except for what slow_bf16 says.
+// All that were built, best first.
 const Unit kUnits[] = {
 #ifdef FASTSUPCON_X86
-    {"avx512_bf16",
-     [] {
-       return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-     },
-     {&avx512_kernels[0], &avx512_kernels[1], &avx512_kernels[2], &avx512_bf16_kernels}},
     {"avx512",
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
               __builtin_cpu_supports("avx512vl");
      },
-     {&avx512_kernels[0], &avx512_kernels[1], &avx512_kernels[2], &avx512_kernels[3]}},
-    {"avx2",
-     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); },
-     {&avx2_kernels[0], &avx2_kernels[1], &avx2_kernels[2], &avx2_kernels[3]}},
+     &avx512_f32, &avx512_f16, &avx512_bf16, &avx512_f64},
+    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }, &avx2_f32, &avx2_f16, &avx2_bf16, &avx2_f64},
 #endif
-    {"generic", [] { return true; }, {&generic_kernels[0], &generic_kernels[1], &generic_kernels[2], &generic_kernels[3]}},
+    {"generic", [] { return true; }, &generic_f32, &generic_f16, &generic_bf16, &generic_f64},
 };
-
-// vdpbf16ps does twice the work of an FMA. On Sapphire and Emerald Rapids it was measured to issue at a quarter of the FMA's rate (88 GF/s
-// against 186), so there bf16 rows are faster converted to fp32. For AMD's Zen 4 it is documented to issue at the FMA's rate, which would make
-// it the faster; that has not been measured with this kernel.
-bool slow_bf16(const Unit& unit) {
-#ifdef FASTSUPCON_X86
-  return unit.kernels[int(Scalar::bf16)] == &avx512_bf16_kernels && !__builtin_cpu_is("amd");
-#else
-  return (void)unit, false;
-#endif
-}
 
 std::vector<const Unit*> supported_units() {
   std::vector<const Unit*> units;
   for (const Unit& unit : kUnits) {
     if (unit.supported()) units.push_back(&unit);
   }
-  std::stable_partition(units.begin(), units.end(), [](const Unit* unit) { return !slow_bf16(*unit); });
   return units;
 }
 

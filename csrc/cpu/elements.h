@@ -1,4 +1,10 @@
-// The element types of rows, and their conversion to and from the vectors that sums are made of. Included by a unit (see simd.h).
+// The element types of rows, and their conversion to and from the vectors that sums are made of (see simd.h).
+#pragma once
+
+#include "simd.h"
+
+namespace fastsupcon::cpu::FASTSUPCON_UNIT {
+namespace {
 
 struct Half {
   std::uint16_t bits;
@@ -89,3 +95,13 @@ FASTSUPCON_INLINE auto load_elements(const Source* p, std::int64_t available) {
   for (std::int64_t l = 0; l < available; ++l) padded[l] = p[l];
   return load_elements(padded);
 }
+
+// The first `available` lanes of v become elements.
+template <class Sum, class Target>
+FASTSUPCON_INLINE void store_elements(Target* p, Vector<Sum> v, std::int64_t available) {
+  if (sizeof(Target) == sizeof(Sum) && available >= kLanes<Sum>) return store<Sum>(reinterpret_cast<Sum*>(p), v);
+  for (std::int64_t l = 0; l < smaller<std::int64_t>(available, kLanes<Sum>); ++l) from_sum(v[l], p[l]);
+}
+
+}  // namespace
+}  // namespace fastsupcon::cpu::FASTSUPCON_UNIT

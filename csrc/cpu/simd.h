@@ -1,7 +1,30 @@
 // Vectors of one instruction set: GCC's vector extension, with intrinsics only where it has no word for the instruction.
 //
-// Included by a unit inside its own namespace, with FASTSUPCON_VECTOR_BYTES set. No function of the standard library is called here or in
-// the other files a unit includes: an inline one, compiled with a unit's flags, could replace the one that older processors run.
+// A unit (unit_*.cpp) is compiled with one instruction set's flags, and this and the headers on top of it (elements.h, pack.h, product.h, tiles.h)
+// give their code a namespace of that set's own. No function of the standard library is called in them: an inline one, compiled with a unit's
+// flags, could replace the one that older processors run.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define FASTSUPCON_UNIT avx512
+#define FASTSUPCON_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define FASTSUPCON_UNIT avx2
+#define FASTSUPCON_VECTOR_BYTES 32
+#else
+#define FASTSUPCON_UNIT generic
+#define FASTSUPCON_VECTOR_BYTES 16
+#endif
+
+namespace fastsupcon::cpu::FASTSUPCON_UNIT {
+namespace {
 
 template <class T>
 struct VectorOf {
@@ -174,9 +197,9 @@ FASTSUPCON_INLINE Vector<T> polynomial(Vector<T> r) {
 // 2^(s·factor − shift) for |s·factor| ≤ shift ≤ half the exponent's range. The shift is an integer that enters the exponent alone, so the
 // only rounding beside the polynomial's is that of r. A NaN stays NaN: the power is a product, whatever bits the exponent gets.
 template <class T>
-struct FixedPower {
+struct BoundedPower {
   T factor, round;
-  FASTSUPCON_INLINE FixedPower(double factor_, int shift) : factor(T(factor_)), round(Power<T>::kRound + T(Power<T>::kBias - shift)) {}
+  FASTSUPCON_INLINE BoundedPower(double factor_, int shift) : factor(T(factor_)), round(Power<T>::kRound + T(Power<T>::kBias - shift)) {}
   FASTSUPCON_INLINE Vector<T> operator()(Vector<T> s) const {
     const Vector<T> biased = s * factor + round;  // the low bits: n − shift + bias, with n the integer nearest to s·factor
     const Vector<T> r = s * factor - (biased - round);
@@ -194,3 +217,16 @@ FASTSUPCON_INLINE Vector<T> power_of_two(Vector<T> t) {
   const Vector<T> r = t - (rounded - round);
   return polynomial<T>(r) * reinterpret_cast<Vector<T>>(reinterpret_cast<IntVector<T>>(rounded) << Power<T>::kMantissa);
 }
+
+template <class T>
+constexpr T kInfinity = T(__builtin_inf());
+constexpr double kLog2E = 1.4426950408889634;
+
+// 2^(x log2 e) = exp(x)
+template <class T>
+FASTSUPCON_INLINE Vector<T> exp_of(Vector<T> x) {
+  return power_of_two<T>(x * T(kLog2E));
+}
+
+}  // namespace
+}  // namespace fastsupcon::cpu::FASTSUPCON_UNIT

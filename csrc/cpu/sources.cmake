@@ -1,5 +1,5 @@
 # The CPU kernels. Each unit_*.cpp is one template compiled for one instruction set; dispatch.cpp chooses at run time.
-target_sources(_C PRIVATE csrc/cpu/lse.cpp csrc/cpu/rows.cpp csrc/cpu/team.cpp csrc/cpu/dispatch.cpp)
+target_sources(_C PRIVATE csrc/cpu/pairs.cpp csrc/cpu/line.cpp csrc/cpu/team.cpp csrc/cpu/dispatch.cpp)
 
 set(FASTSUPCON_CPU_OPTIMIZE -O3 CACHE STRING "How far the CPU kernels are optimised: sanitizers' checks make -O3 take half an hour")
 
@@ -18,6 +18,5 @@ fastsupcon_cpu_unit(csrc/cpu/unit_generic.cpp)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   fastsupcon_cpu_unit(csrc/cpu/unit_avx2.cpp ${avx2})
   fastsupcon_cpu_unit(csrc/cpu/unit_avx512.cpp ${avx512})
-  fastsupcon_cpu_unit(csrc/cpu/unit_avx512_bf16.cpp ${avx512} -mavx512bf16)
   set_property(SOURCE csrc/cpu/dispatch.cpp APPEND PROPERTY COMPILE_DEFINITIONS FASTSUPCON_X86)
 endif()

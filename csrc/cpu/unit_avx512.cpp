@@ -1,17 +1,14 @@
 // 512-bit vectors: Intel servers since Skylake, AMD since Zen 4.
-#define FASTSUPCON_UNIT avx512
-#define FASTSUPCON_VECTOR_BYTES 64
-#define FASTSUPCON_ROWS 8
-#define FASTSUPCON_VECTORS 2
-#include "unit.h"
+#include "tiles.h"
 
 namespace fastsupcon::cpu {
 
-extern const Kernels avx512_kernels[4] = {
-    avx512::make_kernels<avx512::Float32, float>(),
-    avx512::make_kernels<avx512::Float64, double>(),
-    avx512::make_kernels<avx512::Float32, avx512::Half>(),
-    avx512::make_kernels<avx512::Float32, avx512::Bfloat>(),
-};
+extern const Kernels<float> avx512_f32, avx512_f16, avx512_bf16;
+extern const Kernels<double> avx512_f64;
+
+const Kernels<float> avx512_f32 = avx512::make_kernels<float, float>();
+const Kernels<float> avx512_f16 = avx512::make_kernels<float, avx512::Half>();
+const Kernels<float> avx512_bf16 = avx512::make_kernels<float, avx512::Bfloat>();
+const Kernels<double> avx512_f64 = avx512::make_kernels<double, double>();
 
 }  // namespace fastsupcon::cpu

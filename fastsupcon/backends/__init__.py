@@ -2,9 +2,9 @@
 
 A backend is one module, or package, with the functions of :class:`Backend`. It knows nothing of classes or of a loss's name.
 
-The caller (``operators.py``) guarantees: all tensors contiguous and on one device; rows and columns of one dtype; bias, a scale that is a tensor,
-values and grads in the sum dtype (:func:`sum_dtype`); keys and own_column int64; N, M, D >= 1. The backend guarantees: log-sums over no pair
-are -inf and pass no gradient, NaN is never hidden, the same call gives the same bits.
+The caller (``operators.py``) guarantees: all tensors contiguous and on one device; rows and columns of one dtype; bias, values, grads and a
+scale that is a tensor in the sum dtype (:func:`sum_dtype`); keys and own_column int64; N, M, D >= 1. The backend guarantees: log-sums over
+no pair are -inf and pass no gradient, NaN is never hidden, the same call gives the same bits.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -14,12 +15,20 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def no_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Keeps autocast from rounding what operators of PyTorch make of x."""
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False)
+
+
 def exact(function: Callable) -> Callable:
     """Keeps autocast out of a backend made of PyTorch's operators, whose products it would round. The first argument is a Pairs."""
 
     @functools.wraps(function)
     def call(pairs, *rest):
-        with torch.autocast(pairs.rows.device.type, enabled=False):
+        with no_autocast(pairs.rows):
             return function(pairs, *rest)
 
     return call

@@ -77,7 +77,7 @@ def forward(pairs: Pairs, row_names: tuple[str, ...], column_names: tuple[str, .
 
 @exact
 def backward(pairs: Pairs, rows: Side, columns: Side, norms: Tensor, kept: Tensor, needs: tuple[bool, bool, bool, bool]) -> Gradients:
-    """w_ij = sum over the quantities q that (i, j) is in of g_i exp(t_ij - q_i) + h_j exp(t_ij - q'_j), and u_i + v_j if the keys are equal."""
+    """w_ij = sum over the log-sums q of (i, j) of g_i exp(t_ij - q_i) + h_j exp(t_ij - q'_j), and u_i + v_j if the keys are equal."""
     a, b, a_norm, b_norm = sides(pairs)
     matrices = _Matrices(pairs, a, b)
     weights = linear = torch.zeros_like(matrices.logits)
@@ -114,7 +114,7 @@ def line(names: tuple[str, ...], values: Tensor, line: Line) -> Tensor:
     if "similarity" in of:
         losses = losses + line.similarity * (of["similarity"] / count)
     losses = line.factor * (losses + line.log_count * count.log())
-    losses = torch.where(paired, losses, torch.where(losses.isnan(), losses, 0))
+    losses = torch.where(paired, losses, torch.nan if line.lone == "nan" else torch.where(losses.isnan(), losses, 0))
     if line.reduction == "none":
         return losses
     return losses.sum() / (_divisor(paired, line) if line.reduction == "mean" else 1)
@@ -125,7 +125,7 @@ def line_backward(names: tuple[str, ...], values: Tensor, grad: Tensor, line: Li
     count = values[names.index("count")]
     paired = count > 0
     grad = grad * line.factor / (_divisor(paired, line) if line.reduction == "mean" else 1)
-    grad = torch.where(paired, grad, 0)
+    grad = torch.where(paired, grad, torch.nan if line.lone == "nan" else 0)
     of = {name: grad * getattr(line, name) for name in LOG_SUMS} | {"similarity": grad * line.similarity / count.clamp_min(1)}
     return torch.stack([of.get(name, torch.zeros_like(grad)) for name in names])
 

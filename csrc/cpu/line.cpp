@@ -1,0 +1,64 @@
+// Losses that are linear in the quantities of their rows.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "pairs.h"
+
+namespace fastsupcon::cpu {
+namespace {
+
+// Over how many rows a mean is.
+template <class Sum>
+double divisor(const Line& line, std::int64_t rows, const Sum* count) {
+  if (line.reduction != Line::Reduction::mean) return 1;
+  return line.skip_lone ? double(std::max<std::int64_t>(1, rows - std::count(count, count + rows, Sum(0)))) : double(rows);
+}
+
+template <class Sum>
+void line_of(const Line& line, std::int64_t rows, const Quantities<const void*>& values, Sum* loss) {
+  const auto of = [](const void* quantity) { return static_cast<const Sum*>(quantity); };
+  const Sum* const count = of(values.count);
+  double total = 0;
+  for (std::int64_t i = 0; i < rows; ++i) {
+    double x = line.log_count ? line.log_count * std::log(std::max(count[i], Sum(1))) : 0;
+    if (values.all) x += line.all * of(values.all)[i];
+    if (values.different) x += line.different * of(values.different)[i];
+    if (values.equal) x += line.equal * of(values.equal)[i];
+    if (values.similarity) x += line.similarity * (of(values.similarity)[i] / std::max(count[i], Sum(1)));
+    x *= line.factor;
+    if (!(count[i] > 0) && !std::isnan(x)) x = 0;
+    if (line.reduction == Line::Reduction::none) loss[i] = Sum(x);
+    total += x;
+  }
+  if (line.reduction != Line::Reduction::none) *loss = Sum(total / divisor(line, rows, count));
+}
+
+template <class Sum>
+void line_backward_of(const Line& line, std::int64_t rows, const Quantities<const void*>& values, const Sum* grad, const Quantities<void*>& grads) {
+  const auto of = [](void* quantity) { return static_cast<Sum*>(quantity); };
+  const Sum* const count = static_cast<const Sum*>(values.count);
+  const double factor = line.factor / divisor(line, rows, count);
+  for (std::int64_t i = 0; i < rows; ++i) {
+    const double g = count[i] > 0 ? factor * grad[line.reduction == Line::Reduction::none ? i : 0] : 0;
+    if (grads.all) of(grads.all)[i] = Sum(g * line.all);
+    if (grads.different) of(grads.different)[i] = Sum(g * line.different);
+    if (grads.equal) of(grads.equal)[i] = Sum(g * line.equal);
+    if (grads.similarity) of(grads.similarity)[i] = Sum(g * line.similarity / std::max(count[i], Sum(1)));
+    if (grads.count) of(grads.count)[i] = 0;
+  }
+}
+
+}  // namespace
+
+void line(const Line& line, Scalar sum, std::int64_t rows, const Quantities<const void*>& values, void* loss) {
+  sum == Scalar::f64 ? line_of(line, rows, values, static_cast<double*>(loss)) : line_of(line, rows, values, static_cast<float*>(loss));
+}
+
+void line_backward(const Line& line, Scalar sum, std::int64_t rows, const Quantities<const void*>& values, const void* grad,
+                   const Quantities<void*>& grads) {
+  sum == Scalar::f64 ? line_backward_of(line, rows, values, static_cast<const double*>(grad), grads)
+                     : line_backward_of(line, rows, values, static_cast<const float*>(grad), grads);
+}
+
+}  // namespace fastsupcon::cpu

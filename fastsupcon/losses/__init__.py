@@ -1,0 +1,1 @@
+"""A file per loss: its formula, its function, its module."""

@@ -1,0 +1,77 @@
+"""What every loss repeats: views, labels and temperature as they come from users, the reduction, and the module made from the function."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import _checks
+from ..backends import sum_dtype
+
+REDUCTIONS = ("mean", "sum", "none")
+LONE_ANCHORS = ("zero", "skip", "error")
+
+
+def rows_of(features: Tensor) -> tuple[Tensor, int]:
+    """features [N, D], or [B, V, ...] with V views of B samples, as rows [V B, D], view-major, and V."""
+    if not isinstance(features, Tensor):
+        raise TypeError(f"features must be a torch.Tensor, got {type(features).__name__}")
+    if features.ndim < 2:
+        raise ValueError(f"features must have shape [N, D] or [B, V, ...], got {list(features.shape)}")
+    rows = features if features.ndim == 2 else features.flatten(2).transpose(0, 1).flatten(0, 1)
+    _checks.rows("features", rows)
+    return rows, 1 if features.ndim == 2 else features.shape[1]
+
+
+def class_labels(labels: Tensor, samples: int, device: torch.device) -> Tensor:
+    """Integer labels [B], or [B, 1] or [1, B] as some loaders give them, as int64 [B]. Floats are taken where they are whole numbers."""
+    flat = labels.reshape(-1) if isinstance(labels, Tensor) and tuple(labels.shape) in ((samples, 1), (1, samples)) else labels
+    if isinstance(flat, Tensor) and flat.is_floating_point():
+        _checks.vector("labels", flat, samples, device, floating=True)
+        _checks.whole("labels", flat)
+    else:
+        _checks.vector("labels", flat, samples, device)
+    return flat.long()
+
+
+def scale_of(temperature: float | Tensor, rows: Tensor) -> float | Tensor:
+    """1 / temperature as the operator takes it: a number, or a 0-d tensor in the sum dtype beside the rows."""
+    if isinstance(temperature, Tensor):
+        return 1 / temperature.to(rows.device, sum_dtype(rows.dtype))
+    return 1 / float(temperature)
+
+
+def reduce(losses: Tensor, paired: Tensor | None, reduction: str, lone_anchors: str = "zero") -> Tensor:
+    """Of losses [N], which are 0 for anchors without a positive: where ``paired`` [N] is False."""
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    return losses.sum() / paired.sum().clamp_min(1) if lone_anchors == "skip" else losses.mean()
+
+
+def refuse_lone_anchors(paired: Tensor) -> None:
+    """For lone_anchors="error". On a GPU this waits for the device; under torch.compile it is an assertion on it."""
+    message = "lone_anchors='error': every anchor must have a positive"
+    if torch.compiler.is_compiling():
+        torch._assert_async(paired.all(), message)
+    elif not paired.all():
+        raise ValueError(f"{message}, got {int((~paired).sum())} of {len(paired)} without one (labels or mask)")
+
+
+class Loss(nn.Module):
+    """A loss function with its options held as attributes. A temperature that is an nn.Parameter is registered, and learned."""
+
+    def __init__(self, **options) -> None:
+        super().__init__()
+        self._names = tuple(options)
+        for name, value in options.items():
+            setattr(self, name, value)
+
+    @property
+    def options(self) -> dict[str, object]:
+        return {name: getattr(self, name) for name in self._names}
+
+    def extra_repr(self) -> str:
+        shown = {name: "learned" if isinstance(value, Tensor) else repr(value) for name, value in self.options.items()}
+        return ", ".join(f"{name}={value}" for name, value in shown.items())

@@ -1,0 +1,162 @@
+"""Prototypical supervised contrastive loss of Wang et al. 2021 (section 3.4), with one prototype per class (PSC) or several (MPSC)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import _checks, operators
+from ..backends._dtypes import no_autocast
+from ..positives import own_prototypes
+from ..problem import Line, Pairs
+from ..rows import wide_rows
+from ._frame import REDUCTIONS, Loss, class_labels, reduce, scale_of
+
+
+def psc_loss(
+    features: Tensor,
+    labels: Tensor,
+    prototypes: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    prototypes_per_class: int = 1,
+    denominator: str = "negatives",
+    normalize: bool = True,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """Prototypical supervised contrastive loss of Wang et al. 2021 (section 3.4): anchors against learned class prototypes.
+
+        L_i = log sum_{c != y_i} exp(z_i . p_c / tau) - z_i . p_{y_i} / tau
+
+    The own prototype is not in the denominator, so the loss can be negative; at equal similarities it is log(C - 1). With M prototypes per
+    class (MPSC) all M own ones leave the denominator, and the positive term is their mean weighted by affinity,
+    w_im = softmax_m(z_i . p_{y_i m} / tau), the weights taken as constants in the gradient.
+
+    Args:
+        features: [N, D].
+        labels: integer [N] (or [N, 1]) in [0, C).
+        prototypes: [C M, D], class c owning rows c M ... c M + M - 1. Cast to the dtype of ``features``.
+        temperature: tau, a number or a 0-d tensor, which may require grad.
+        prototypes_per_class: M.
+        denominator: "negatives" (the paper's form), or "all": the own prototypes are put back, which for M = 1 is the cross-entropy of
+            cosine logits.
+        normalize: bring features and prototypes to unit length first.
+        reduction: "mean", "sum" or "none".
+        backend: see :func:`fastsupcon.functional.self_logsumexp`.
+
+    Returns:
+        The loss in float32, for float64 features in float64. Gradients have the dtype of their tensor.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the text names it. On a GPU a label out of
+            range makes the loss NaN: reading it back would wait for the device.
+    """
+    classes = prototype_classes(prototypes, prototypes_per_class)
+    return _psc_loss(
+        features,
+        labels,
+        prototypes,
+        classes,
+        temperature=temperature,
+        prototypes_per_class=int(prototypes_per_class),
+        denominator=denominator,
+        normalize=normalize,
+        reduction=reduction,
+        backend=backend,
+    )
+
+
+def prototype_classes(prototypes: Tensor, per_class: int) -> Tensor:
+    """The class of each prototype: int64 [C M]."""
+    _checks.rows("prototypes", prototypes)
+    if not _checks.is_integer(per_class) or per_class < 1 or len(prototypes) % per_class:
+        raise ValueError(f"prototypes_per_class must be a positive divisor of the {len(prototypes)} prototypes, got {per_class!r}")
+    return torch.arange(len(prototypes), device=prototypes.device) // int(per_class)
+
+
+def _psc_loss(
+    features, labels, prototypes, classes, *, temperature, prototypes_per_class, denominator, normalize, reduction, backend
+) -> Tensor:
+    """``classes`` are made once by the module: on a GPU making them is a launch of its own."""
+    _checks.rows("features", features)
+    _checks.rows("prototypes", prototypes, columns=features.shape[1])
+    _checks.on_device("prototypes", prototypes, features.device)
+    _check_options(temperature, denominator, reduction)
+    per_class = prototypes_per_class
+    count = len(prototypes) // per_class
+    if denominator == "negatives" and count < 2:
+        raise ValueError("prototypes must hold at least 2 classes for denominator='negatives', got 1: there is no negative")
+    labels = class_labels(labels, len(features), features.device)
+    _checks.within("labels", labels, 0, count, asserted=False)
+    with no_autocast(features):
+        z, p, scale = features, prototypes.to(features.dtype), scale_of(temperature, features)
+        pairs = Pairs(z, p, scale, normalize, row_keys=labels, column_keys=classes)
+        log_sum = "different" if denominator == "negatives" else "all"
+        if per_class == 1:
+            line = Line(**{log_sum: 1.0}, similarity=-1, lone="nan", reduction=reduction)
+            return operators.loss(pairs, line, backend=backend)
+        ((others,), _) = operators.terms(pairs, (log_sum,), backend=backend)
+        own = own_prototypes(z, p, labels, per_class, normalize) * scale  # [N, M]
+        return reduce(others - (own.detach().softmax(1) * own).sum(1), None, reduction)
+
+
+def _check_options(temperature, denominator, reduction) -> None:
+    _checks.temperature("temperature", temperature)
+    _checks.one_of("denominator", denominator, ("negatives", "all"))
+    _checks.one_of("reduction", reduction, REDUCTIONS)
+
+
+class PSCLoss(Loss):
+    """:func:`fastsupcon.functional.psc_loss` with learned prototypes, ``prototypes`` [num_classes * prototypes_per_class, embedding_dim].
+
+    Hand the prototypes to the optimiser with the network's parameters: ``[*model.parameters(), *loss.parameters()]``.
+
+    >>> psc = PSCLoss(num_classes=10, embedding_dim=128, temperature=0.1)
+    >>> psc(features, labels).backward()  # features [N, 128]
+    >>> psc.logits(features).argmax(1)  # the nearest prototype's class
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_dim: int,
+        temperature: float | Tensor = 0.1,
+        *,
+        prototypes_per_class: int = 1,
+        denominator: str = "negatives",
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        _check_options(temperature, denominator, reduction)
+        for name, value, least in (
+            ("num_classes", num_classes, 2 if denominator == "negatives" else 1),
+            ("embedding_dim", embedding_dim, 1),
+            ("prototypes_per_class", prototypes_per_class, 1),
+        ):
+            if not _checks.is_integer(value) or value < least:
+                raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
+        super().__init__(
+            temperature=temperature,
+            prototypes_per_class=int(prototypes_per_class),
+            denominator=denominator,
+            normalize=normalize,
+            reduction=reduction,
+            backend=backend,
+        )
+        self.num_classes = int(num_classes)
+        self.prototypes = nn.Parameter(wide_rows(torch.randn(self.num_classes * self.prototypes_per_class, int(embedding_dim)), unit=True))
+        self.register_buffer("classes", prototype_classes(self.prototypes, self.prototypes_per_class), persistent=False)
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        return _psc_loss(features, labels, self.prototypes, self.classes, **self.options)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """z_i . p_c / tau: [N, D] -> [N, num_classes]; with several prototypes per class the log-sum-exp over them."""
+        _checks.rows("features", features, columns=self.prototypes.shape[1])
+        z, p = (wide_rows(x, self.normalize) for x in (features, self.prototypes.to(features.dtype)))
+        return (z @ p.T / self.temperature).unflatten(1, (self.num_classes, -1)).logsumexp(2)
+
+    def extra_repr(self) -> str:
+        return f"num_classes={self.num_classes}, embedding_dim={self.prototypes.shape[1]}, {super().extra_repr()}"

@@ -1,0 +1,82 @@
+"""The losses, a row each: ours, the textbook's (naive.py), and inputs. What holds for every loss is tested and timed over this table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import naive
+import torch
+from torch import Tensor
+
+from fastsupcon import PSCLoss, SupConLoss, functional
+
+
+@dataclass(frozen=True)
+class Row:
+    ours: Callable[..., Tensor]  # of the inputs, with backend= and the options
+    naive: Callable[..., Tensor]  # of the inputs, with the options
+    inputs: Callable[..., tuple[Tensor | None, ...]]  # (samples, depth) -> float64 or integer tensors on the CPU; the first is features
+    module: Callable[..., torch.nn.Module]  # (inputs) -> the module that computes the same of the first inputs
+    options: dict[str, object] = field(default_factory=dict)
+
+    def on(self, samples: int, depth: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+        """The inputs, rows of unit length rounded to ``dtype``; what is floating is a leaf that requires a gradient."""
+        return tuple(
+            x if x is None else x.to(device, dtype).requires_grad_() if x.is_floating_point() else x.to(device)
+            for x in self.inputs(samples, depth)
+        )
+
+
+def unit(*shape: int) -> Tensor:
+    return torch.nn.functional.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
+
+
+def labelled(samples: int, depth: int, views: int = 0):
+    return unit(*((samples, views, depth) if views else (samples, depth))), torch.randint(0, max(1, samples // 4), (samples,))
+
+
+def masked(samples: int, depth: int):
+    return unit(samples, 3, depth), None, torch.rand(samples, samples)  # the mask's dtype is its own: no gradient is asked of it
+
+
+def prototyped(samples: int, depth: int, classes: int = 7, per_class: int = 1):
+    return unit(samples, depth), torch.randint(0, classes, (samples,)), unit(classes * per_class, depth)
+
+
+def _scl_module(options):
+    return lambda inputs, backend="auto": SupConLoss(**({"base_temperature": None} | options), backend=backend)
+
+
+def _psc_module(options):
+    def build(inputs, backend="auto"):
+        per_class = options.get("prototypes_per_class", 1)
+        module = PSCLoss(len(inputs[2]) // per_class, inputs[2].shape[1], **options, backend=backend).to(inputs[0])
+        module.prototypes.data.copy_(inputs[2])
+        return module
+
+    return build
+
+
+def _scl(inputs, **options) -> Row:
+    options = {"temperature": 0.1, "normalize": True} | options
+    return Row(functional.supcon_loss, naive.supcon_loss, inputs, _scl_module(options), options)
+
+
+def _psc(**options) -> Row:
+    options = {"temperature": 0.2} | options
+    inputs = partial(prototyped, per_class=options.get("prototypes_per_class", 1))
+    return Row(functional.psc_loss, naive.psc_loss, inputs, _psc_module(options), options)
+
+
+LOSSES = {
+    "scl": _scl(labelled),
+    "scl raw rows": _scl(partial(labelled, views=2), normalize=False, base_temperature=0.07),
+    "scl one": _scl(partial(labelled, views=2), contrast_mode="one", lone_anchors="skip"),
+    "simclr": _scl(lambda samples, depth: (unit(samples, 2, depth), None)),
+    "scl mask": _scl(masked),
+    "psc": _psc(),
+    "psc all": _psc(denominator="all", normalize=False),
+    "mpsc": _psc(prototypes_per_class=3),
+}
