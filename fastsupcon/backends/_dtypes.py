@@ -42,8 +42,8 @@ def tf32_allowed() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-#: exp(t) of a *bounded* logit, |t| <= this, needs no shift in fp32: it stays within 2^-63 and 2^63, so that sums of it over 2^60 pairs, and
-#: its products with exp(-log-sum), neither overflow nor leave the normal range. Unit rows at temperature tau have |t| <= 1/tau: tau >= 0.0234.
+#: exp(t) of a *bounded* logit, |t| <= this, needs no shift in fp32: it stays within 2^-63 and 2^63, so that neither its sums over 2^60 pairs
+#: nor its products with exp(-log-sum) leave the normal range. Unit rows at temperature tau have |t| <= 1/tau, so tau >= 0.0234 is bounded.
 MOST_BOUNDED = 63 * math.log(2)
 
 
