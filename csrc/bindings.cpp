@@ -4,6 +4,7 @@
 
 #include "cpu/lse.h"
 #include "cpu/rows.h"
+#include "cpu/team.h"
 #include "lse_problem.h"
 #ifdef FASTSUPCON_CUDA
 #include "cuda/lse.h"
@@ -57,6 +58,7 @@ PYBIND11_MODULE(_C, m) {
   auto cpu = m.def_submodule("cpu");
   cpu.def("instruction_sets", &fastsupcon::cpu::instruction_sets, "Names of the instruction sets built in that this processor has, best first.");
   cpu.def("instruction_set", &fastsupcon::cpu::instruction_set, "The one in use (FASTSUPCON_CPU forces one).");
+  cpu.def("threads", &fastsupcon::cpu::team_runtime, "Which threads a call gets in this process.");
   cpu.def("micro_kernel", &fastsupcon::cpu::micro_kernel, py::call_guard<py::gil_scoped_release>());
   cpu.def(
       "self_forward",
