@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/pairs.h"
+#include "cpu/team.h"
 #include "problem.h"
 #ifdef FASTSUPCON_CUDA
 #include "cuda/bind.h"
@@ -77,6 +78,7 @@ PYBIND11_MODULE(_C, m) {
   auto cpu = m.def_submodule("cpu");
   cpu.def("instruction_sets", &cpu::instruction_sets, "Names of the instruction sets built in that this processor has, best first.");
   cpu.def("instruction_set", &cpu::instruction_set, "The one in use (FASTSUPCON_CPU forces one).");
+  cpu.def("threads", &cpu::team_runtime, "Which threads a call gets in this process.");
   cpu.def("micro_kernel", &cpu::micro_kernel, py::call_guard<py::gil_scoped_release>());
   cpu.def("kept_size", &cpu::kept_size);
   cpu.def(
