@@ -70,9 +70,9 @@ PYBIND11_MODULE(_C, m) {
       .value("mean", Line::Reduction::mean)
       .value("sum", Line::Reduction::sum)
       .value("none", Line::Reduction::none);
-  line.def(py::init([](double all, double different, double equal, double similarity, double log_count, double factor, bool skip_lone,
-                       Line::Reduction reduction) {
-    return Line{all, different, equal, similarity, log_count, factor, skip_lone, reduction};
+  line.def(py::init([](double all, double different, double equal, double similarity, double log_count, double factor, double lone,
+                       bool skip_lone, Line::Reduction reduction) {
+    return Line{all, different, equal, similarity, log_count, factor, lone, skip_lone, reduction};
   }));
 
   auto cpu = m.def_submodule("cpu");

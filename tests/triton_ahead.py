@@ -115,8 +115,10 @@ def compile_ahead(form: str, arch: int | str, dtype: str, depth: int, kernels: t
     target = GPUTarget("hip", arch, 64) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)
     full, units = ("ieee", 304) if target.backend == "hip" else ("tf32x3", 132)
     gpu = backend._Gpu(family(target.backend, arch), units, {False: full, True: full})
-    with recorded() as launches, mock.patch.object(backend, "_gpu", lambda device: gpu), mock.patch.object(
-        backend, "_on", lambda device: contextlib.nullcontext()
+    with (
+        recorded() as launches,
+        mock.patch.object(backend, "_gpu", lambda device: gpu),
+        mock.patch.object(backend, "_on", lambda device: contextlib.nullcontext()),
     ):
         step(FORMS[form], DTYPES[dtype], depth)
     return [compiled(kernel, arguments, target) for kernel, arguments in launches if not kernels or kernel.__name__ in kernels]

@@ -43,7 +43,7 @@ def load_quantity(ptr, row, n, QUANTITY: tl.constexpr, PLACES: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n"])
 def line_kernel(
-    values_ptr, loss_ptr, n, all, different, equal, similarity, log_count, factor,
+    values_ptr, loss_ptr, n, all, different, equal, similarity, log_count, factor, lone,
     PLACES: tl.constexpr, REDUCTION: tl.constexpr, SKIP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program sums all rows, in one order; without reduction, a program for each BLOCK of rows."""
@@ -63,7 +63,7 @@ def line_kernel(
         loss += different * load_quantity(values_ptr, row, n, 1, PLACES)
         loss += equal * load_quantity(values_ptr, row, n, 2, PLACES)
         loss *= factor
-        loss = tl.where((row < n) & (paired | (loss != loss)), loss, 0.0)
+        loss = tl.where(row < n, tl.where(paired | (loss != loss), loss, lone), 0.0)
         if REDUCTION == "none":
             tl.store(loss_ptr + row, loss, mask=row < n)
         total += loss
@@ -77,7 +77,7 @@ def line_kernel(
 
 @triton.jit(do_not_specialize=["n"])
 def line_backward_kernel(
-    values_ptr, grad_ptr, grads_ptr, n, all, different, equal, similarity, factor,
+    values_ptr, grad_ptr, grads_ptr, n, all, different, equal, similarity, factor, lone,
     PLACES: tl.constexpr, REDUCTION: tl.constexpr, SKIP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the quantities, 0 for count."""
@@ -96,7 +96,7 @@ def line_backward_kernel(
                 paired_rows += (load_quantity(values_ptr, block * BLOCK + tl.arange(0, BLOCK), n, 4, PLACES) > 0).to(tl.int32)
             divisor = tl.maximum(tl.sum(paired_rows, 0), 1)
         grad /= divisor
-    grad = tl.where(count > 0, grad, 0.0)
+    grad = tl.where(count > 0, grad, lone)
     store_quantity(grads_ptr, row, n, all * grad, 0, PLACES)
     store_quantity(grads_ptr, row, n, different * grad, 1, PLACES)
     store_quantity(grads_ptr, row, n, equal * grad, 2, PLACES)
