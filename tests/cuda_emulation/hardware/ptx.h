@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <utility>
 
 #include "../emulator.h"
 
@@ -22,9 +23,7 @@ namespace em = emulation;
 inline int thread() { return em::thread; }
 inline int lane() { return em::thread % 32; }
 inline std::int64_t block_x() { return em::block->block.x; }
-inline int block_y() { return static_cast<int>(em::block->block.y); }
 inline int block_z() { return static_cast<int>(em::block->block.z); }
-inline int blocks_y() { return static_cast<int>(em::block->grid.y); }
 
 // ---- Shared memory
 
@@ -85,6 +84,9 @@ inline void sync_named(int barrier, int threads) {
   arrive_named(barrier, threads);
   em::wait_until([&] { return named.generation != generation; });
 }
+inline int atomic_add(int* sum, int value) { return std::exchange(*sum, *sum + value); }
+inline void fence_device() {}
+inline float load_fresh(const float* from) { return *from; }
 inline float shuffle_xor(float value, int mask) {
   static const char kind = 0;
   struct {
