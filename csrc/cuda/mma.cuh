@@ -24,8 +24,8 @@ constexpr int kUnroll = PRODUCT == Product::f32 ? 1 : 16;
 
 template <Product PRODUCT, int PANELS, bool BACKWARD>
 struct MmaShape {
-  // Registers decide, 255 of a thread: a backward of 32 rows × 128 columns (128 accumulators, 64 logits) spilled 264 bytes.
-  static constexpr int m_tiles = kElementBytes<PRODUCT> == 2 && (PANELS == 1 || (PANELS == 2 && !BACKWARD)) ? 2 : 1;
+  // Registers decide, 255 of a thread: a backward of 32 rows × 64 columns (64 accumulators, 64 logits) spilled 3 KiB.
+  static constexpr int m_tiles = kElementBytes<PRODUCT> == 2 && (PANELS == 1 || PANELS == 2) && !BACKWARD ? 2 : 1;
   static constexpr int rows = 4 * 16 * m_tiles;
   static constexpr int columns = PANELS == 4 ? 48 : 64;  // of a tile: with 64, two tiles of four panels and their records pass 99 KiB
   static constexpr int out_panels = PANELS ? PANELS : kOutPanels;
@@ -384,17 +384,19 @@ __global__ void __launch_bounds__(kMmaThreads) mma_forward(const __grid_constant
 #pragma unroll
     for (int r = 0; r < 2; ++r) start(sums[m][r], block.bounded);
   }
+  const auto excluded = [&](bool masked, int row) {
+    return masked ? excluded_pairs<Shape::columns>(work, block.pass, block.block.first_row + row, block.columns().first, lane) : 0;
+  };
   block.for_each_tile(
       [&](auto& s) {
         const Records columns = block.columns();
-        with_form(work.keyed, !block.bounded, block.needs_mask(), [&](auto keyed, auto running, auto masked) {
+        const bool is_masked = block.needs_mask();
+        with_form(work.keyed, !block.bounded, is_masked, [&](auto keyed, auto running, auto masked) {
 #pragma unroll
           for (int m = 0; m < Shape::m_tiles; ++m) {
             const int row = first + 16 * m;
             const Logit rows[2] = {block.rows().logit(row), block.rows().logit(row + 8)};
-            const float factors[2] = {rows[0].factor * block.scale, rows[1].factor * block.scale};
-            const Mask mask(work, block.pass, block.block.first_row + row, columns.first);
-            add_tile<keyed, running, masked, Shape::columns>(sums[m], s[m], rows, factors, columns, mask, lane);
+            add_tile<keyed, running, masked, Shape::columns>(sums[m], s[m], rows, block.scale, columns, excluded(is_masked, row), lane);
           }
         });
       },
@@ -424,20 +426,24 @@ __global__ void __launch_bounds__(kMmaThreads) mma_backward(const __grid_constan
   const int lane = ptx::lane();
   const int first = ptx::warp() * 16 * Shape::m_tiles + accumulator_row(lane, 0);
   const float unit = weight_unit<PRODUCT>(pass), per_unit = 1.0f / unit;
-  float weight_sums[Shape::m_tiles][2] = {};
+  const bool summed = pass.weight_sums || pass.products;
+  PairSums sums[Shape::m_tiles][2];
   float out[Shape::out_panels][Shape::m_tiles][Shape::panel_columns / 8][4] = {};
   std::uint32_t packed[Shape::m_tiles][Shape::columns / 16][4];
   float weights[Shape::m_tiles][Shape::columns / 8][4];
+  const auto excluded = [&](bool masked, int row) {
+    return masked ? excluded_pairs<Shape::columns>(work, block.pass, block.block.first_row + row, block.columns().first, lane) : 0;
+  };
   block.for_each_tile(
       [&](auto& s) {
         const Records columns = block.columns();
-        with_form(work.keyed, !block.bounded, block.needs_mask(), [&](auto keyed, auto running, auto masked) {
+        const bool is_masked = block.needs_mask();
+        with_form(work.keyed, !block.bounded, is_masked, [&](auto keyed, auto running, auto masked) {
 #pragma unroll
           for (int m = 0; m < Shape::m_tiles; ++m) {
             const int row = first + 16 * m;
-            const Mask mask(work, pass, block.block.first_row + row, columns.first);
-            weigh_tile<keyed, running, masked, Shape::columns>(weight_sums[m], s[m], block.rows(), row, block.scale, unit,
-                                                               pass.weight_sums != nullptr, columns, mask, lane);
+            weigh_tile<keyed, running, masked, Shape::columns>(sums[m], s[m], block.rows(), row, block.scale, unit, summed, columns,
+                                                               excluded(is_masked, row), lane);
           }
         });
 #pragma unroll
@@ -468,7 +474,9 @@ __global__ void __launch_bounds__(kMmaThreads) mma_backward(const __grid_constan
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const std::int64_t row = block.block.first_row + first + 16 * m + 8 * r;
-      if (first_panel == 0) store_weight_sum(pass, block.block, weight_sums[m][r], row, lane);
+      if (summed && first_panel == 0) {
+        store_pair_sums(pass, block.block, sums[m][r], block.rows().logit(first + 16 * m + 8 * r).factor, row, lane);
+      }
       if (row >= pass.x.count) continue;
 #pragma unroll
       for (int p = 0; p < Shape::out_panels; ++p) {

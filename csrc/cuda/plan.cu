@@ -222,7 +222,7 @@ Plan backward(const Problem& problem, const Incoming& rows, const Incoming& colu
   sides.rows.sides[1].grads = typed(columns.grads);
   sides.reserve_records(plan, 3);
   if (out.rows || out.scale) sides.add_pass(0);
-  if (out.columns || out.bias || (both_ways && (out.rows || out.scale))) sides.add_pass(1);
+  if (out.columns || out.bias || (both_ways && out.rows)) sides.add_pass(1);
   if (sides.work.count == 0) return plan;
   with_product(sides.product, [&](auto product) {
     constexpr Product PRODUCT = decltype(product)::value;
@@ -230,22 +230,21 @@ Plan backward(const Problem& problem, const Incoming& rows, const Incoming& colu
     const Family& family = family_of<PRODUCT>(sides.work, info);
     Work& work = sides.work;
     share_out(work, family.tiling(work.depth, true), info);
-    std::size_t largest_at[2] = {}, weight_sums_at = 0;
+    std::size_t largest_at[2] = {}, weight_sums_at = 0, products_at = 0;
     if (PRODUCT == Product::f16) {
       for (int i = 0; i < sides.count; ++i) {
         largest_at[i] = reserve(plan, 2 * sizeof(float) * static_cast<std::size_t>(sides.sides[i].record_rows / kRecordRows));
       }
     }
-    const std::size_t products_at = reserve(plan, out.scale ? sizeof(float) * static_cast<std::size_t>(problem.rows) : 0);
     // The passes' sums one after the other, so that those of one side are added up as the splits of one.
     std::int64_t sums_of[2] = {}, sums = 0;
     for (int i = 0; i < work.count; ++i) {
       const Pass& pass = work.passes[i];
       sums_of[i] = sums;
       sums += pass.splits * pass.x.count * work.depth;
-      if (out.bias && sides.owners[i] == 1) {
-        weight_sums_at = reserve(plan, sizeof(float) * static_cast<std::size_t>(pass.splits * pass.x.count));
-      }
+      const std::size_t of_rows = sizeof(float) * static_cast<std::size_t>(pass.splits * pass.x.count);
+      if (out.bias && sides.owners[i] == 1) weight_sums_at = reserve(plan, of_rows);
+      if (out.scale && sides.owners[i] == 0) products_at = reserve(plan, of_rows);
     }
     const std::size_t sums_at = reserve(plan, sizeof(float) * static_cast<std::size_t>(sums));
     const auto shape = [=] { return shape_of(sides.work); };
@@ -261,6 +260,7 @@ Plan backward(const Problem& problem, const Incoming& rows, const Incoming& colu
         Pass& pass = of.passes[i];
         pass.out = reinterpret_cast<float*>(scratch + sums_at) + sums_of[i];
         if (out.bias && sides.owners[i] == 1) pass.weight_sums = reinterpret_cast<float*>(scratch + weight_sums_at);
+        if (out.scale && sides.owners[i] == 0) pass.products = reinterpret_cast<float*>(scratch + products_at);
         pass.x.largest = reinterpret_cast<const float*>(scratch + largest_at[sides.owners[i]]);
         pass.y.largest = reinterpret_cast<const float*>(scratch + largest_at[sides.count - 1 - sides.owners[i]]);
       }
@@ -281,7 +281,6 @@ Plan backward(const Problem& problem, const Incoming& rows, const Incoming& colu
           finish.norms = sides.rows.sides[owner].norms;
           finish.sums = reinterpret_cast<float*>(scratch + sums_at) + sums_of[i];
           finish.out = owner && !both_ways ? out.columns : out.rows;
-          finish.products = out.scale && (owner == 0 || both_ways) ? reinterpret_cast<float*>(scratch + products_at) : nullptr;
         }
         finish.splits += pass.splits;
         if (out.bias && owner == 1) {
@@ -295,9 +294,11 @@ Plan backward(const Problem& problem, const Incoming& rows, const Incoming& colu
       launch("finish_gradients", shape, finish_gradients<PRODUCT>, {blocks}, kRowsThreads, 0, where, of);
     });
     if (!out.scale) return;
-    plan.launches.push_back([=](char* scratch, const Where& where) {  // self: a pair's rows both have its product
+    plan.launches.push_back([=](char* scratch, const Where& where) {
+      const Pass& pass = sides.work.passes[0];
+      const float factor = sides.self && !both_ways ? 0.5f : 1.0f;  // w_ij + w_ji: both rows of a pair have its product
       launch("sum_rows", shape, sum_rows, {1}, kBlockThreads, kBlockSumBytes, where, reinterpret_cast<const float*>(scratch + products_at),
-             problem.rows, sides.self ? 0.5f : 1.0f, static_cast<float*>(out.scale));
+             pass.splits * pass.x.count, factor, static_cast<float*>(out.scale));
     });
   });
   return plan;

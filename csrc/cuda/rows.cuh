@@ -74,20 +74,19 @@ FASTSUPCON_DEVICE Logit make_logit(const Rows& side, std::int64_t row, float fac
   return {factor, side.bias ? side.bias[row] : 0.0f, static_cast<std::uint32_t>(key), static_cast<std::uint32_t>(key >> 32)};
 }
 
-// 1 / |x|, and 1 for a row of zeros, or of numbers below the normal range. The largest element is divided out first: squares of rows near 1e20
-// or 1e-23 leave the range. By one warp.
+// 1 / |x|, and 1 for a row of zeros, or of numbers below the normal range. In double, where squares stay in range, and as a factor of a logit
+// near 1000 it must be right to the last bit. By one warp.
 template <Product PRODUCT>
 FASTSUPCON_DEVICE float inverse_norm(const Rows& side, std::int64_t row, std::int64_t depth) {
-  float largest = 0.0f, sum = 0.0f;
-  for (std::int64_t d = ptx::lane(); d < depth; d += 32) largest = fmaxf(largest, fabsf(load_element<PRODUCT>(side.rows, row * depth + d)));
-  largest = warp_largest(largest);
-  const float per_largest = largest < 1.17549435e-38f ? 0.0f : 1.0f / largest;
+  double sum = 0.0;
   for (std::int64_t d = ptx::lane(); d < depth; d += 32) {
-    const float x = load_element<PRODUCT>(side.rows, row * depth + d) * per_largest;
+    const double x = load_element<PRODUCT>(side.rows, row * depth + d);
     sum += x * x;
   }
-  sum = warp_sum(sum);
-  return sum == 0.0f ? 1.0f : per_largest / sqrtf(sum);
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) sum += ptx::shuffle_xor(sum, mask);
+  constexpr double tiny = 1.17549435e-38;
+  return sum < tiny * tiny ? 1.0f : static_cast<float>(1.0 / std::sqrt(sum));
 }
 
 // A warp makes the records of its rows one after the other.
@@ -178,7 +177,6 @@ struct Finish {
   float* sums;               // [splits, count, depth]; null: only the bias is wanted. The first split is used up
   int splits;
   void* out;                 // [count, depth], or null
-  float* products;           // [count] â·∂â / scale, for the gradient of the scale; or null
   const float* weight_sums;  // [weight_splits, count], or null
   int weight_splits;
   float* bias;               // [count], or null
@@ -203,7 +201,7 @@ __global__ void __launch_bounds__(kRowsThreads) finish_gradients(const __grid_co
     for (int split = 0; split < side.weight_splits; ++split) sum += side.weight_sums[split * side.count + row];
     side.bias[row] = sum;
   }
-  if (!side.out && !side.products) return;
+  if (!side.out) return;
   const float factor = side.norms ? side.norms[row] : 1.0f;
   float* sums = side.sums + row * depth;
   float product = 0.0f;
@@ -214,8 +212,6 @@ __global__ void __launch_bounds__(kRowsThreads) finish_gradients(const __grid_co
     product += sum * (load_element<PRODUCT>(side.rows, row * depth + d) * factor);
   }
   product = warp_sum(product);
-  if (side.products && lane == 0) side.products[row] = product;
-  if (!side.out) return;
   const float scale = scale_of(work.scale) * factor;
   for (std::int64_t d = lane; d < depth; d += 32) {
     const float along = side.norms ? product * (load_element<PRODUCT>(side.rows, row * depth + d) * factor) : 0.0f;

@@ -61,6 +61,13 @@ struct Records {
   FASTSUPCON_DEVICE Shift shift(int i) const { return reinterpret_cast<const Shift*>(at + 2 * count * kRecordBytes)[i]; }
 };
 
+// v from x·y. Large logits come out with the same bits for x_i y_j and x_j y_i, so that a row's largest pair has weight exp(0) seen from both
+// of its rows: an ulp of 1000 is 6e-5. Small ones save a multiplication.
+template <bool RUNNING>
+FASTSUPCON_DEVICE float logit(float product, float row_factor, float column_factor, float scale) {
+  return RUNNING ? product * (row_factor * column_factor) * scale : product * column_factor * (row_factor * scale);
+}
+
 FASTSUPCON_DEVICE bool equal_keys(const Logit& a, const Logit& b) { return a.key_low == b.key_low && a.key_high == b.key_high; }
 
 // Whether a tile of `columns` from `first_column` on holds pairs with `rows` from `first_row` on that are none: on the diagonal, a row's own,
@@ -70,21 +77,38 @@ FASTSUPCON_DEVICE bool needs_mask(const Work& work, const Pass& pass, std::int64
          (work.exclusion == Exclusion::diagonal && first_column < first_row + rows && first_row < first_column + columns);
 }
 
-// Which pairs of two owned rows with the columns of a tile are none.
-struct Mask {
-  const Pass& pass;
-  std::int64_t places[2];
-  std::int64_t first;
-
-  FASTSUPCON_DEVICE Mask(const Work& work, const Pass& pass, std::int64_t row, std::int64_t first_column) : pass(pass), first(first_column) {
+// Which pairs of the lane's two rows (`row`, row + 8) with a tile's columns are none: bit 4j + e.
+template <int COLUMNS>
+FASTSUPCON_DEVICE std::uint64_t excluded_pairs(const Work& work, const Pass& pass, std::int64_t row, std::int64_t first_column, int lane) {
+  const auto place = [](const Side& side, std::int64_t at) { return side.own && at < side.count ? side.own[at] : at; };
+  std::int64_t places[2] = {-1, -1};
+  if (work.exclusion != Exclusion::none) {
+    places[0] = place(pass.x, row);
+    places[1] = place(pass.x, row + 8);
+  }
+  std::uint64_t bits = 0;
+#pragma unroll 1
+  for (int j = 0; j < COLUMNS / 8; ++j) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) places[r] = work.exclusion == Exclusion::none ? -1 : place(pass.x, row + 8 * r);
+    for (int c = 0; c < 2; ++c) {
+      const std::int64_t column = first_column + 8 * j + accumulator_column(lane, c), of_column = place(pass.y, column);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        if (column >= pass.y.count || of_column == places[r]) bits |= std::uint64_t{1} << (4 * j + 2 * r + c);
+      }
+    }
   }
-  static FASTSUPCON_DEVICE std::int64_t place(const Side& side, std::int64_t row) { return side.own && row < side.count ? side.own[row] : row; }
-  FASTSUPCON_DEVICE bool excludes(int r, int column) const {
-    return first + column >= pass.y.count || place(pass.y, first + column) == places[r];
-  }
-};
+  return bits;
+}
+
+// use(KEYED, RUNNING, MASKED) as constants: the branches are uniform over the block. Running sums are compiled with the mask alone.
+template <class Use>
+FASTSUPCON_DEVICE void with_form(bool keyed, bool running, bool masked, Use use) {
+  const std::true_type yes;
+  const std::false_type no;
+  const auto of_keys = [&](auto k) { running ? use(k, yes, yes) : masked ? use(k, no, yes) : use(k, no, no); };
+  keyed ? of_keys(yes) : of_keys(no);
+}
 
 // ---- Forward --------------------------------------------------------------------------------------------------------------------
 
@@ -113,8 +137,8 @@ struct RowSums {
 
 // Adds a tile to the sums of the lane's two rows. s is used up.
 template <bool KEYED, bool RUNNING, bool MASKED, int COLUMNS>
-FASTSUPCON_DEVICE void add_tile(RowSums (&sums)[2], float (&s)[COLUMNS / 8][4], const Logit (&rows)[2], const float (&factors)[2],
-                                const Records& columns, const Mask& mask, int lane) {
+FASTSUPCON_DEVICE void add_tile(RowSums (&sums)[2], float (&s)[COLUMNS / 8][4], const Logit (&rows)[2], float scale,
+                                const Records& columns, std::uint64_t excluded_bits, int lane) {
   float different[2] = {sums[0].different.maximum, sums[1].different.maximum}, equal[2] = {sums[0].equal.maximum, sums[1].equal.maximum};
 #pragma unroll
   for (int j = 0; j < COLUMNS / 8; ++j) {
@@ -124,9 +148,9 @@ FASTSUPCON_DEVICE void add_tile(RowSums (&sums)[2], float (&s)[COLUMNS / 8][4], 
     for (int e = 0; e < 4; ++e) {
       const int r = e / 2;
       const Logit& column = pair[e % 2];
-      const bool excluded = MASKED && mask.excludes(r, first + e % 2);
+      const bool excluded = MASKED && (excluded_bits >> (4 * j + e) & 1);
       const bool is_equal = KEYED && equal_keys(column, rows[r]);
-      float t = s[j][e] * column.factor * factors[r];
+      float t = logit<RUNNING>(s[j][e], rows[r].factor, column.factor, scale);
       if (is_equal && !excluded) {
         sums[r].similarity += t;
         sums[r].count += 1.0f;
@@ -144,33 +168,26 @@ FASTSUPCON_DEVICE void add_tile(RowSums (&sums)[2], float (&s)[COLUMNS / 8][4], 
       }
     }
   }
-  if (!RUNNING) return;
+  if constexpr (RUNNING) {
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    sums[r].different = {different[r], rescaled(sums[r].different, finite(different[r]))};
-    if (KEYED) sums[r].equal = {equal[r], rescaled(sums[r].equal, finite(equal[r]))};
-  }
+    for (int r = 0; r < 2; ++r) {
+      sums[r].different = {different[r], rescaled(sums[r].different, finite(different[r]))};
+      if (KEYED) sums[r].equal = {equal[r], rescaled(sums[r].equal, finite(equal[r]))};
+    }
 #pragma unroll
-  for (int j = 0; j < COLUMNS / 8; ++j) {
-    const int first = 8 * j + accumulator_column(lane, 0);
-    const Logit pair[2] = {columns.logit(first), columns.logit(first + 1)};
+    for (int j = 0; j < COLUMNS / 8; ++j) {
+      const int first = 8 * j + accumulator_column(lane, 0);
+      const Logit pair[2] = {columns.logit(first), columns.logit(first + 1)};
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int r = e / 2;
-      const bool is_equal = KEYED && equal_keys(pair[e % 2], rows[r]);
-      const float exponential = exp(s[j][e] - finite(is_equal ? equal[r] : different[r]));
-      if (is_equal) sums[r].equal.sum += exponential;
-      else sums[r].different.sum += exponential;
+      for (int e = 0; e < 4; ++e) {
+        const int r = e / 2;
+        const bool is_equal = KEYED && equal_keys(pair[e % 2], rows[r]);
+        const float exponential = exp(s[j][e] - finite(is_equal ? equal[r] : different[r]));
+        if (is_equal) sums[r].equal.sum += exponential;
+        else sums[r].different.sum += exponential;
+      }
     }
   }
-}
-
-// use(KEYED, RUNNING, MASKED) as constants: the branches are uniform over the block.
-template <class Use>
-FASTSUPCON_DEVICE void with_form(bool keyed, bool running, bool masked, Use use) {
-  const auto then_masked = [&](auto k, auto r) { masked ? use(k, r, std::true_type{}) : use(k, r, std::false_type{}); };
-  const auto then_running = [&](auto k) { running ? then_masked(k, std::true_type{}) : then_masked(k, std::false_type{}); };
-  keyed ? then_running(std::true_type{}) : then_running(std::false_type{});
 }
 
 // What the logits are in, and so similarities: natural units, or log 2 where exponentials are summed as they are.
@@ -236,10 +253,16 @@ FASTSUPCON_DEVICE void combine_splits(const Pass& pass, std::int64_t row) {
 
 // ---- Backward -------------------------------------------------------------------------------------------------------------------
 
+// Of one row over its pairs, before any rounding: for the gradients of a bias and of the scale.
+struct PairSums {
+  float weights = 0.0f;   // w without the linear terms
+  float products = 0.0f;  // w x·y factor_j
+};
+
 // s becomes w · factor_j · unit, what the rows y are summed with.
 template <bool KEYED, bool RUNNING, bool MASKED, int COLUMNS>
-FASTSUPCON_DEVICE void weigh_tile(float (&weight_sums)[2], float (&s)[COLUMNS / 8][4], const Records& rows, int row, float scale, float unit,
-                                  bool sum_weights, const Records& columns, const Mask& mask, int lane) {
+FASTSUPCON_DEVICE void weigh_tile(PairSums (&sums)[2], float (&s)[COLUMNS / 8][4], const Records& rows, int row, float scale, float unit,
+                                  bool summed, const Records& columns, std::uint64_t excluded_bits, int lane) {
   const Logit logits[2] = {rows.logit(row), rows.logit(row + 8)};
   const Weight weights[2] = {rows.weight(row), rows.weight(row + 8)};
   Shift shifts[2];
@@ -247,7 +270,6 @@ FASTSUPCON_DEVICE void weigh_tile(float (&weight_sums)[2], float (&s)[COLUMNS / 
     shifts[0] = rows.shift(row);
     shifts[1] = rows.shift(row + 8);
   }
-  const float factors[2] = {logits[0].factor * scale, logits[1].factor * scale};
 #pragma unroll
   for (int j = 0; j < COLUMNS / 8; ++j) {
     const int first = 8 * j + accumulator_column(lane, 0);
@@ -259,9 +281,10 @@ FASTSUPCON_DEVICE void weigh_tile(float (&weight_sums)[2], float (&s)[COLUMNS / 
       if (RUNNING) shift = columns.shift(first + c);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const bool excluded = MASKED && mask.excludes(r, first + c);
+        const bool excluded = MASKED && (excluded_bits >> (4 * j + 2 * r + c) & 1);
         const bool is_equal = KEYED && equal_keys(column, logits[r]);
-        float t = s[j][2 * r + c] * column.factor * factors[r], w;
+        const float product = s[j][2 * r + c];
+        float t = logit<RUNNING>(product, logits[r].factor, column.factor, scale), w;
         if (RUNNING) t = t + column.bias + logits[r].bias;
         if (excluded) t = -kInfinity;
         const float of_row = is_equal ? weights[r].equal : weights[r].different, of_column = is_equal ? weight.equal : weight.different;
@@ -271,8 +294,9 @@ FASTSUPCON_DEVICE void weigh_tile(float (&weight_sums)[2], float (&s)[COLUMNS / 
         } else {
           w = ptx::exp2(t) * (of_row + of_column);
         }
-        if (sum_weights) weight_sums[r] += w;
+        if (summed) sums[r].weights += w;
         if (is_equal && !excluded) w += weights[r].linear + weight.linear;
+        if (summed) sums[r].products += w * (product * column.factor);
         s[j][2 * r + c] = w * (column.factor * unit);
       }
     }
@@ -319,12 +343,17 @@ FASTSUPCON_DEVICE float weight_unit(const Pass& pass) {
   }
 }
 
-// Σ_j w without the linear terms, of the four lanes that share a row; no thread may be missing.
-FASTSUPCON_DEVICE void store_weight_sum(const Pass& pass, const BlockWork& block, float sum, std::int64_t row, int lane) {
-  if (!pass.weight_sums) return;
+// The four lanes that share a row put their sums together, and the first writes what is wanted; no thread may be missing.
+FASTSUPCON_DEVICE void store_pair_sums(const Pass& pass, const BlockWork& block, PairSums sums, float factor, std::int64_t row, int lane) {
 #pragma unroll
-  for (int mask = 1; mask < 4; mask *= 2) sum += ptx::shuffle_xor(sum, mask);
-  if (lane % 4 == 0 && row < pass.x.count) pass.weight_sums[block.split * pass.x.count + row] = sum;
+  for (int mask = 1; mask < 4; mask *= 2) {
+    sums.weights += ptx::shuffle_xor(sums.weights, mask);
+    sums.products += ptx::shuffle_xor(sums.products, mask);
+  }
+  if (lane % 4 != 0 || row >= pass.x.count) return;
+  const std::int64_t place = block.split * pass.x.count + row;
+  if (pass.weight_sums) pass.weight_sums[place] = sums.weights;
+  if (pass.products) pass.products[place] = sums.products * factor;
 }
 
 // Two neighbours of the result of this split.

@@ -70,7 +70,8 @@ struct Pass {
 
   // Backward
   float* out;                    // [splits, x, depth]
-  float* weight_sums;            // [splits, x] or null
+  float* weight_sums;            // [splits, x] Σ_j of w without its linear terms, for the bias; or null
+  float* products;               // [splits, x] Σ_j w x̂·ŷ, for the scale; or null
 };
 constexpr int kPartials = 6;     // maximum and sum over different keys, over equal keys; similarity, count
 

@@ -48,7 +48,10 @@ FASTSUPCON_DEVICE void sync_named(int barrier, int threads) { asm volatile("bar.
 FASTSUPCON_DEVICE void arrive_named(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
-FASTSUPCON_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffff, value, mask); }
+template <class T>  // float or double
+FASTSUPCON_DEVICE T shuffle_xor(T value, int mask) {
+  return __shfl_xor_sync(0xffffffff, value, mask);
+}
 FASTSUPCON_DEVICE int atomic_add(int* sum, int value) { return atomicAdd(sum, value); }  // what was there before
 FASTSUPCON_DEVICE void fence_device() { __threadfence(); }
 FASTSUPCON_DEVICE float load_fresh(const float* from) { return __ldcg(from); }  // past L1, which may hold what was there before

@@ -87,12 +87,13 @@ inline void sync_named(int barrier, int threads) {
 inline int atomic_add(int* sum, int value) { return std::exchange(*sum, *sum + value); }
 inline void fence_device() {}
 inline float load_fresh(const float* from) { return *from; }
-inline float shuffle_xor(float value, int mask) {
+template <class T>
+T shuffle_xor(T value, int mask) {
   static const char kind = 0;
   struct {
-    float value;
+    T value;
     int mask;
-    float result;
+    T result;
   } mine{value, mask, 0};
   using Mine = decltype(mine);
   with_warp(&kind, mine, [](auto& all) {
