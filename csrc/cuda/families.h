@@ -28,7 +28,10 @@ inline Grid tile_grid(const Work& work, const Tiling& tiling) {
   return grid;
 }
 
+// For sm_80 and newer: everything. For sm_90: half rows that TMA can fetch, of a depth up to 256.
 template <Product PRODUCT>
 Family mma_family();
+template <Product PRODUCT>
+Family wgmma_family();
 
 }  // namespace fastsupcon::cuda

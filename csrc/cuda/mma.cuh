@@ -1,6 +1,6 @@
 // The kernels for sm_80 and every newer GPU: mma.sync fed by ldmatrix from panels that cp.async fills. Any depth, any alignment.
 //
-// A block owns ROWS = 4 warps · M_TILES · 16 rows x and visits tiles of 64 or 48 rows y; each warp forms the logits of its own rows with the
+// A block owns ROWS = 4 warps · M_TILES · 16 rows x and visits tiles of 64 or 32 rows y; each warp forms the logits of its own rows with the
 // whole tile, so nothing but panels and records is shared and one barrier per step is enough. Depth in panels of 128 bytes:
 //   PANELS 1, 2, 4: x stays in shared memory, tiles of y are double-buffered.
 //   PANELS 0: any number of panels. Panels of x and y come through a ring of four stages; the backward's grid.z says which four panels of
@@ -27,7 +27,8 @@ struct MmaShape {
   // Registers decide, 255 of a thread: a backward of 32 rows × 64 columns (64 accumulators, 64 logits) spilled 3 KiB.
   static constexpr int m_tiles = kElementBytes<PRODUCT> == 2 && (PANELS == 1 || PANELS == 2) && !BACKWARD ? 2 : 1;
   static constexpr int rows = 4 * 16 * m_tiles;
-  static constexpr int columns = PANELS == 4 ? 48 : 64;  // of a tile: with 64, two tiles of four panels and their records pass 99 KiB
+  // Of a tile. With 64, two tiles of four panels and the backward's records pass 99 KiB; with 48, 104 bytes were spilled.
+  static constexpr int columns = PANELS == 4 && BACKWARD ? 32 : 64;
   static constexpr int out_panels = PANELS ? PANELS : kOutPanels;
   static constexpr int panel_columns = kPanelBytes / kElementBytes<PRODUCT>;
   static constexpr int stages = PANELS ? 2 : kRing;
@@ -273,7 +274,7 @@ struct MmaBlock {
   }
 
   FASTSUPCON_DEVICE void load_records(int at, const Side& side, std::int64_t first, int count) const {
-    const int places = count * (!BACKWARD ? 1 : bounded ? 2 : 3);
+    const int places = count * record_kinds(BACKWARD, bounded);
 #pragma unroll 1
     for (int place = ptx::thread(); place < places; place += kMmaThreads) {
       const std::int64_t row = first + place % count;
@@ -391,12 +392,12 @@ __global__ void __launch_bounds__(kMmaThreads) mma_forward(const __grid_constant
       [&](auto& s) {
         const Records columns = block.columns();
         const bool is_masked = block.needs_mask();
-        with_form(work.keyed, !block.bounded, is_masked, [&](auto keyed, auto running, auto masked) {
+        with_form(!block.bounded, is_masked, [&](auto running, auto masked) {
 #pragma unroll
           for (int m = 0; m < Shape::m_tiles; ++m) {
             const int row = first + 16 * m;
             const Logit rows[2] = {block.rows().logit(row), block.rows().logit(row + 8)};
-            add_tile<keyed, running, masked, Shape::columns>(sums[m], s[m], rows, block.scale, columns, excluded(is_masked, row), lane);
+            add_tile<running, masked, Shape::columns>(sums[m], s[m], rows, block.scale, columns, excluded(is_masked, row), lane);
           }
         });
       },
@@ -438,11 +439,11 @@ __global__ void __launch_bounds__(kMmaThreads) mma_backward(const __grid_constan
       [&](auto& s) {
         const Records columns = block.columns();
         const bool is_masked = block.needs_mask();
-        with_form(work.keyed, !block.bounded, is_masked, [&](auto keyed, auto running, auto masked) {
+        with_form(!block.bounded, is_masked, [&](auto running, auto masked) {
 #pragma unroll
           for (int m = 0; m < Shape::m_tiles; ++m) {
             const int row = first + 16 * m;
-            weigh_tile<keyed, running, masked, Shape::columns>(sums[m], s[m], block.rows(), row, block.scale, unit, summed, columns,
+            weigh_tile<running, masked, Shape::columns>(sums[m], s[m], block.rows(), row, block.scale, unit, summed, columns,
                                                                excluded(is_masked, row), lane);
           }
         });

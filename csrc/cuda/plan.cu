@@ -78,7 +78,6 @@ struct Sides {
     sides[0] = {problem.a, problem.rows, nullptr, padded(problem.rows), problem.own_column, nullptr};
     sides[1] = {b, problem.columns, nullptr, padded(problem.columns), nullptr, nullptr};
     work.depth = rows.depth = problem.depth;
-    work.keyed = rows.keyed = problem.row_keys != nullptr;
     work.exclusion = self ? Exclusion::diagonal : problem.own_column ? Exclusion::own : Exclusion::none;
     const std::int64_t row_bytes = problem.depth * (problem.scalar == Scalar::f32 ? 4 : 2);
     const auto starts = reinterpret_cast<std::uintptr_t>(problem.a) | reinterpret_cast<std::uintptr_t>(b);
@@ -129,12 +128,23 @@ struct Sides {
   }
 };
 
+// The families of a product, fastest first.
+template <Product PRODUCT>
+const std::vector<Family>& families_of() {
+  if constexpr (PRODUCT == Product::f16 || PRODUCT == Product::bf16) {
+    static const std::vector<Family> families{wgmma_family<PRODUCT>(), mma_family<PRODUCT>()};
+    return families;
+  } else {
+    static const std::vector<Family> families{mma_family<PRODUCT>()};
+    return families;
+  }
+}
+
 // The first of the families that serves; FASTSUPCON_CUDA names one.
 template <Product PRODUCT>
 const Family& family_of(const Work& work, const Device& device) {
-  static const Family families[] = {mma_family<PRODUCT>()};
   const char* wanted = std::getenv("FASTSUPCON_CUDA");
-  for (const Family& family : families) {
+  for (const Family& family : families_of<PRODUCT>()) {
     if (family.serves(work, device) && (!wanted || wanted == std::string(family.name))) return family;
   }
   throw std::runtime_error("fastsupcon CUDA: FASTSUPCON_CUDA=" + std::string(wanted) + " serves no such rows on this device");

@@ -52,7 +52,6 @@ struct RowsWork {
   Rows sides[2];
   int count;
   std::int64_t depth;
-  bool keyed;
   Scale scale;
   int* done;  // forward: set to 0
   std::int64_t done_count;
@@ -69,8 +68,9 @@ FASTSUPCON_DEVICE SideBlock side_block(const Sides& sides, int rows) {
   return block < of_first ? SideBlock{0, block * rows} : SideBlock{1, (block - of_first) * rows};
 }
 
-FASTSUPCON_DEVICE Logit make_logit(const Rows& side, std::int64_t row, float factor) {
-  const auto key = side.keys ? static_cast<std::uint64_t>(side.keys[row]) : 0;
+// Without keys every row has one of its own: then all pairs are of different keys.
+FASTSUPCON_DEVICE Logit make_logit(const Rows& side, int which, std::int64_t row, float factor) {
+  const auto key = static_cast<std::uint64_t>(side.keys ? side.keys[row] : which ? -1 - row : row);
   return {factor, side.bias ? side.bias[row] : 0.0f, static_cast<std::uint32_t>(key), static_cast<std::uint32_t>(key >> 32)};
 }
 
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kRowsThreads) prepare_forward(const __grid_con
   Logit logit{};
   if (row < side.count) {
     const float factor = side.norms ? inverse_norm<PRODUCT>(side, row, work.depth) : 1.0f;
-    logit = make_logit(side, row, factor);
+    logit = make_logit(side, at.side, row, factor);
     if (side.norms && first_lane) side.norms[row] = factor;
   }
   if (first_lane) reinterpret_cast<Logit*>(side.records)[row] = logit;
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kRowsThreads) prepare_backward(const __grid_co
   if (row < side.count) {
     const auto& values = side.values;
     const auto& grads = side.grads;
-    logit = make_logit(side, row, side.norms ? side.norms[row] : 1.0f);
+    logit = make_logit(side, at.side, row, side.norms ? side.norms[row] : 1.0f);
     PairWeight different = pair_weight(values.different, grads.different, values.all, grads.all, row);
     PairWeight equal = pair_weight(values.equal, grads.equal, values.all, grads.all, row);
     const float linear = grads.similarity ? grads.similarity[row] : 0.0f;

@@ -42,6 +42,9 @@ FASTSUPCON_DEVICE BlockWork block_work(const Work& work, int rows, int columns) 
   return found;
 }
 
+// Kinds of records that a kernel reads.
+FASTSUPCON_DEVICE int record_kinds(bool backward, bool bounded) { return !backward ? 1 : bounded ? 2 : 3; }
+
 FASTSUPCON_DEVICE float scale_of(const Scale& scale) { return scale.address ? *scale.address : static_cast<float>(scale.value); }
 
 // Whether exp(t) stays a normal number for all |t| ≤ |scale|, and so do the weights: 2 |scale| < 126 ln 2, less a margin of 2 % for rounded
@@ -66,6 +69,15 @@ struct Records {
 template <bool RUNNING>
 FASTSUPCON_DEVICE float logit(float product, float row_factor, float column_factor, float scale) {
   return RUNNING ? product * (row_factor * column_factor) * scale : product * column_factor * (row_factor * scale);
+}
+
+// By one thread: the records of `count` rows, counted on the barrier. There are records for whole blocks and tiles, as these divide kRecordRows.
+FASTSUPCON_DEVICE void fetch_records(ptx::Address to, const Side& side, std::int64_t first, int count, int kinds, ptx::Address barrier) {
+#pragma unroll 1
+  for (int kind = 0; kind < kinds; ++kind) {
+    ptx::copy_bulk_async(to + kind * count * kRecordBytes, side.records + (kind * side.record_rows + first) * kRecordBytes, count * kRecordBytes,
+                         barrier);
+  }
 }
 
 FASTSUPCON_DEVICE bool equal_keys(const Logit& a, const Logit& b) { return a.key_low == b.key_low && a.key_high == b.key_high; }
@@ -101,13 +113,12 @@ FASTSUPCON_DEVICE std::uint64_t excluded_pairs(const Work& work, const Pass& pas
   return bits;
 }
 
-// use(KEYED, RUNNING, MASKED) as constants: the branches are uniform over the block. Running sums are compiled with the mask alone.
+// use(RUNNING, MASKED) as constants: the branches are uniform over the block. Running sums are compiled with the mask alone.
 template <class Use>
-FASTSUPCON_DEVICE void with_form(bool keyed, bool running, bool masked, Use use) {
+FASTSUPCON_DEVICE void with_form(bool running, bool masked, Use use) {
   const std::true_type yes;
   const std::false_type no;
-  const auto of_keys = [&](auto k) { running ? use(k, yes, yes) : masked ? use(k, no, yes) : use(k, no, no); };
-  keyed ? of_keys(yes) : of_keys(no);
+  running ? use(yes, yes) : masked ? use(no, yes) : use(no, no);
 }
 
 // ---- Forward --------------------------------------------------------------------------------------------------------------------
@@ -136,7 +147,7 @@ struct RowSums {
 };
 
 // Adds a tile to the sums of the lane's two rows. s is used up.
-template <bool KEYED, bool RUNNING, bool MASKED, int COLUMNS>
+template <bool RUNNING, bool MASKED, int COLUMNS>
 FASTSUPCON_DEVICE void add_tile(RowSums (&sums)[2], float (&s)[COLUMNS / 8][4], const Logit (&rows)[2], float scale,
                                 const Records& columns, std::uint64_t excluded_bits, int lane) {
   float different[2] = {sums[0].different.maximum, sums[1].different.maximum}, equal[2] = {sums[0].equal.maximum, sums[1].equal.maximum};
@@ -149,7 +160,7 @@ FASTSUPCON_DEVICE void add_tile(RowSums (&sums)[2], float (&s)[COLUMNS / 8][4], 
       const int r = e / 2;
       const Logit& column = pair[e % 2];
       const bool excluded = MASKED && (excluded_bits >> (4 * j + e) & 1);
-      const bool is_equal = KEYED && equal_keys(column, rows[r]);
+      const bool is_equal = equal_keys(column, rows[r]);
       float t = logit<RUNNING>(s[j][e], rows[r].factor, column.factor, scale);
       if (is_equal && !excluded) {
         sums[r].similarity += t;
@@ -172,7 +183,7 @@ FASTSUPCON_DEVICE void add_tile(RowSums (&sums)[2], float (&s)[COLUMNS / 8][4], 
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       sums[r].different = {different[r], rescaled(sums[r].different, finite(different[r]))};
-      if (KEYED) sums[r].equal = {equal[r], rescaled(sums[r].equal, finite(equal[r]))};
+      sums[r].equal = {equal[r], rescaled(sums[r].equal, finite(equal[r]))};
     }
 #pragma unroll
     for (int j = 0; j < COLUMNS / 8; ++j) {
@@ -181,7 +192,7 @@ FASTSUPCON_DEVICE void add_tile(RowSums (&sums)[2], float (&s)[COLUMNS / 8][4], 
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int r = e / 2;
-        const bool is_equal = KEYED && equal_keys(pair[e % 2], rows[r]);
+        const bool is_equal = equal_keys(pair[e % 2], rows[r]);
         const float exponential = exp(s[j][e] - finite(is_equal ? equal[r] : different[r]));
         if (is_equal) sums[r].equal.sum += exponential;
         else sums[r].different.sum += exponential;
@@ -260,7 +271,7 @@ struct PairSums {
 };
 
 // s becomes w · factor_j · unit, what the rows y are summed with.
-template <bool KEYED, bool RUNNING, bool MASKED, int COLUMNS>
+template <bool RUNNING, bool MASKED, int COLUMNS>
 FASTSUPCON_DEVICE void weigh_tile(PairSums (&sums)[2], float (&s)[COLUMNS / 8][4], const Records& rows, int row, float scale, float unit,
                                   bool summed, const Records& columns, std::uint64_t excluded_bits, int lane) {
   const Logit logits[2] = {rows.logit(row), rows.logit(row + 8)};
@@ -282,7 +293,7 @@ FASTSUPCON_DEVICE void weigh_tile(PairSums (&sums)[2], float (&s)[COLUMNS / 8][4
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const bool excluded = MASKED && (excluded_bits >> (4 * j + 2 * r + c) & 1);
-        const bool is_equal = KEYED && equal_keys(column, logits[r]);
+        const bool is_equal = equal_keys(column, logits[r]);
         const float product = s[j][2 * r + c];
         float t = logit<RUNNING>(product, logits[r].factor, column.factor, scale), w;
         if (RUNNING) t = t + column.bias + logits[r].bias;

@@ -80,7 +80,6 @@ struct Work {
   int count;                     // of passes
   std::int64_t depth;
   bool aligned;                  // rows start at multiples of 16 bytes
-  bool keyed;
   Exclusion exclusion;
   Scale scale;
 };

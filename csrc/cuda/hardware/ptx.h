@@ -163,6 +163,13 @@ FASTSUPCON_DEVICE void copy_box_async(Address to, const TensorMap& map, int colu
                : "memory");
 }
 
+// Copies `bytes`, a multiple of 16 as both addresses are, and counts them on the barrier.
+FASTSUPCON_DEVICE void copy_bulk_async(Address to, const void* from, int bytes, Address barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+
 // wgmma reads shared memory as the asynchronous proxy: what this thread has written is visible to it only from here on.
 FASTSUPCON_DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

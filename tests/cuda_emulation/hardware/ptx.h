@@ -302,6 +302,18 @@ inline void copy_box_async(Address to, const TensorMap& map, int column, int row
   });
 }
 
+inline void copy_bulk_async(Address to, const void* from, int bytes, Address barrier) {
+  if (to % 16 || reinterpret_cast<std::uintptr_t>(from) % 16 || bytes % 16) em::fail("a bulk copy must be of whole 16 bytes");
+  std::memset(at(to), 0xff, static_cast<std::size_t>(bytes));
+  em::block->in_flight.push_back([=] {
+    std::memcpy(at(to), from, static_cast<std::size_t>(bytes));
+    auto& of = transaction(barrier);
+    of.bytes -= bytes;
+    barrier_settle(of);
+    ++em::progress;
+  });
+}
+
 // Shared-memory operand of wgmma: element (k, mn) of the 16 × N or 16 × 64 slice a descriptor names.
 template <bool BF16>
 float operand_element(std::uint64_t descriptor, bool row_major, int k, int mn) {
