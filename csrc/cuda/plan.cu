@@ -323,7 +323,7 @@ namespace {
 
 LineWork line_work(const Line& line, std::int64_t rows, const Quantities<const void*>& values) {
   const auto f = [](double value) { return static_cast<float>(value); };
-  return {f(line.all),    f(line.different), f(line.equal),  f(line.similarity), f(line.log_count), f(line.factor), line.skip_lone,
+  return {f(line.all),    f(line.different), f(line.equal),  f(line.similarity), f(line.log_count), f(line.factor), f(line.lone), line.skip_lone,
           line.reduction, rows,              typed(values), nullptr,            nullptr,           {}};
 }
 

@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kBlockThreads) sum_rows(const float* values, s
 }
 
 struct LineWork {
-  float all, different, equal, similarity, log_count, factor;
+  float all, different, equal, similarity, log_count, factor, lone;
   bool skip_lone;
   Line::Reduction reduction;
   std::int64_t rows;
@@ -47,7 +47,7 @@ FASTSUPCON_DEVICE float line_of(const LineWork& line, std::int64_t row) {
   if (q.equal) loss += line.equal * q.equal[row];
   if (q.similarity) loss += line.similarity * (q.similarity[row] / count);
   loss *= line.factor;
-  return pairs > 0.0f || loss != loss ? loss : 0.0f;
+  return pairs > 0.0f || loss != loss ? loss : line.lone;
 }
 
 FASTSUPCON_DEVICE float line_divisor(const LineWork& line) {  // by all threads of a block
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kBlockThreads) line_gradients(const __grid_con
   const std::int64_t row = ptx::block_x() * kBlockThreads + ptx::thread();
   if (row >= line.rows) return;
   const float pairs = line.values.count[row];
-  const float grad = pairs > 0.0f ? line.grad[line.reduction == Line::Reduction::none ? row : 0] * line.factor / divisor : 0.0f;
+  const float grad = pairs > 0.0f ? line.grad[line.reduction == Line::Reduction::none ? row : 0] * line.factor / divisor : line.lone;
   const auto& out = line.grads;
   if (out.all) out.all[row] = grad * line.all;
   if (out.different) out.different[row] = grad * line.different;

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ...problem import LOG_SUMS, QUANTITIES, Gradients, Line, Pairs, Side, Terms
-from .._dtypes import fixed_shift_is_safe, tf32_allowed
+from .._dtypes import is_bounded, tf32_allowed
 from .table import family, gradient_width, padded, tile
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -139,7 +139,7 @@ def _problem(pairs: Pairs, norms: Tensor, gpu: _Gpu) -> dict:
     biased_self = not cross and pairs.bias is not None
     learned = isinstance(pairs.scale, Tensor)
     alone = n <= 2 if not cross else m <= (1 if pairs.own_column is None else 2)  # at most one pair a row: all is its similarity, to the bit
-    bounded = pairs.unit and pairs.bias is None and not alone and (learned or fixed_shift_is_safe(abs(pairs.scale)))
+    bounded = pairs.unit and pairs.bias is None and not alone and (learned or is_bounded(abs(pairs.scale)))
     inverse = norms if pairs.unit else None
     return {
         "a_ptr": pairs.rows,
