@@ -39,8 +39,17 @@ Problem make_problem(Scalar scalar, std::int64_t rows, std::int64_t columns, std
           unit};
 }
 
-Quantities<void*> make_quantities(Address all, Address different, Address equal, Address similarity, Address count) {
-  return {pointer(all), pointer(different), pointer(equal), pointer(similarity), pointer(count)};
+// Those that `which` has the bits of, in the order of problem.h, stand one after another, `step` bytes apart.
+Quantities<void*> make_quantities(Address first, std::int64_t step, int which) {
+  Quantities<void*> made{};
+  for (void** quantity : {&made.all, &made.different, &made.equal, &made.similarity, &made.count}) {
+    if (which & 1) {
+      *quantity = pointer(first);
+      first += step;
+    }
+    which >>= 1;
+  }
+  return made;
 }
 
 Quantities<const void*> constant(const Quantities<void*>& q) { return {q.all, q.different, q.equal, q.similarity, q.count}; }

@@ -36,10 +36,22 @@ SCALARS = (
 def problem(pairs: Pairs):
     """Addresses and sizes of the tensors, which the caller keeps alive while a kernel runs."""
     rows, columns, scale, unit, bias, row_keys, column_keys, own_column = pairs
+    n, depth = rows.shape
     learned = isinstance(scale, Tensor)
-    addresses = (address(x) for x in (rows, columns, bias, row_keys, column_keys, own_column))
     return module.Problem(
-        SCALARS[rows.dtype], *pairs.shape, *addresses, 0.0 if learned else scale, scale.data_ptr() if learned else 0, unit
+        SCALARS[rows.dtype],
+        n,
+        n if columns is None else columns.shape[0],
+        depth,
+        rows.data_ptr(),
+        address(columns),
+        address(bias),
+        address(row_keys),
+        address(column_keys),
+        address(own_column),
+        0.0 if learned else scale,
+        scale.data_ptr() if learned else 0,
+        unit,
     )
 
 
@@ -47,11 +59,14 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+@functools.cache
+def _bits(names: tuple[str, ...]) -> int:
+    return sum(1 << QUANTITIES.index(name) for name in names)
+
+
 def quantities(names: tuple[str, ...], values: Tensor):
-    """Where each of the quantities stands in ``values`` [len(names), N]."""
-    first, step = values.data_ptr(), values.stride(0) * values.element_size()
-    of = {name: first + k * step for k, name in enumerate(names)}
-    return module.Quantities(*(of.get(name, 0) for name in QUANTITIES))
+    """Where each of the quantities stands in ``values`` [len(names), N]; names stand in the order of QUANTITIES."""
+    return module.Quantities(values.data_ptr(), values.shape[1] * values.itemsize, _bits(names))
 
 
 def incoming(side: Side):
