@@ -35,7 +35,7 @@ def terms(pairs: Pairs, row_names: tuple[str, ...], column_names: tuple[str, ...
     Differentiable in rows, columns, bias and a scale that is a tensor. The names stand in the order of problem.QUANTITIES; columns'
     quantities are for the cross shape.
     """
-    if _traced(pairs):
+    if traced(pairs):
         return _forward_op(*_flat(pairs), row_names, column_names, backend)[:2]
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return _TransformedTerms.apply(*_flat(pairs), row_names, column_names, backend)[:2]
@@ -45,12 +45,12 @@ def terms(pairs: Pairs, row_names: tuple[str, ...], column_names: tuple[str, ...
 def loss(pairs: Pairs, line: Line, *, backend: str = "auto") -> Tensor:
     """``line`` over the problem's rows: 0-d, or [N] with reduction="none", in the sum dtype."""
     names = line.names
-    if _traced(pairs) or torch._C._functorch.peek_interpreter_stack() is not None:
+    if traced(pairs) or torch._C._functorch.peek_interpreter_stack() is not None:
         return reference.line(names, terms(pairs, names, backend=backend)[0], line)
     return _Loss.apply(*_differentiable(pairs), pairs, names, line, backend, _keep(pairs, backend))
 
 
-def _traced(arguments: Iterable[object]) -> bool:
+def traced(arguments: Iterable[object]) -> bool:
     """Whether something looks on that must be shown operators: a compiler, a dispatch mode, a tensor without storage of its own."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
@@ -165,7 +165,7 @@ _backward_op = _define(
 def _gradients(ctx, rows: Side, columns: Side, pairs: Pairs, norms: Tensor, kept: Tensor, backend: str) -> tuple[Tensor | None, ...]:
     """Of a Function's inputs, the differentiable ones first."""
     needs = tuple(ctx.needs_input_grad[:_DIFFERENTIABLE])
-    if _traced((rows.grads,)):
+    if traced((rows.grads,)):
         gradients = _backward_op(*_flat(pairs), *rows, *columns, norms, kept, needs, backend)
         gradients = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
     else:

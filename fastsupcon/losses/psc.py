@@ -95,7 +95,7 @@ def _psc_loss(
         if per_class == 1:
             line = Line(**{log_sum: 1.0}, similarity=-1, lone="nan", reduction=reduction)
             loss = operators.loss(pairs, line, backend=backend)
-            if loss.is_cpu and not torch.compiler.is_compiling() and loss.isnan().any():  # a label out of range makes it so
+            if loss.is_cpu and not operators.traced((loss,)) and loss.isnan().any():  # a label out of range makes it so
                 _checks.within("labels", labels, 0, count)
             return loss
         _checks.within("labels", labels, 0, count)
