@@ -27,7 +27,7 @@ import triton.language as tl
 from .rows import load_quantity
 from .tiles import (
     AS_THEY_ARE, DIFFERENT, FACTORS, LOG2_E, SPLIT,
-    cosines, load_inverse, load_sides, load_rows, narrowed, pairs, product, program_of, scale_of, sides,
+    cosines, is_whole, load_inverse, load_sides, load_rows, narrowed, pairs, product, program_of, scale_of, sides,
 )  # fmt: skip
 
 LIFT = tl.constexpr(32768.0)
@@ -123,6 +123,50 @@ def through_unit(dx, x, inverse, UNIT: tl.constexpr):
         return (dx - unit * tl.sum(unit * dx, 1)[:, None]) * tl.where(inverse == 0, 1.0, inverse)[:, None]
 
 
+@triton.jit
+def weights(
+    c, factor, x_key, x_own, x_bias, y_key, y_own, y_bias, x_first, y_first, y_count, bounded,
+    x_q, x_c, x_q_equal, x_c_equal, x_linear, y_q, y_c, y_q_equal, y_c_equal, y_linear,
+    OWNED: tl.constexpr, STREAMED: tl.constexpr, KEYS: tl.constexpr, OWN: tl.constexpr, BIAS: tl.constexpr, DIAGONAL: tl.constexpr,
+    KIND: tl.constexpr, ONE_SIDED: tl.constexpr, SIMILARITY: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """w_ij, and its sums over j without the similarities' part (what a bias gets)."""
+    t, equal = pairs(
+        c, factor, x_key, x_own, x_bias, y_key, y_own, y_bias, x_first, y_first, y_count, OWNED, STREAMED, KEYS, OWN, BIAS, DIAGONAL, WHOLE
+    )
+    w = t
+    factors = x_c[:, None] + y_c[None, :]
+    if KIND == SPLIT:
+        factors = tl.where(equal, x_c_equal[:, None] + y_c_equal[None, :], factors)
+    if bounded:
+        w = tl.exp2(t) * factors
+    elif ONE_SIDED != BOTH_SIDES:
+        q = x_q[:, None] + y_q[None, :]
+        if KIND == SPLIT:
+            q = tl.where(equal, x_q_equal[:, None] + y_q_equal[None, :], q)
+        w = tl.exp2((t - q) * LOG2_E) * factors
+    else:
+        w = one_sided(t, equal, x_q[:, None], x_c[:, None], x_q_equal[:, None], x_c_equal[:, None], KIND)
+        w += one_sided(t, equal, y_q[None, :], y_c[None, :], y_q_equal[None, :], y_c_equal[None, :], KIND)
+    if KIND == DIFFERENT:
+        w = tl.where(equal, 0.0, w)
+    of_bias = tl.zeros([OWNED], tl.float32)
+    if BIAS:
+        of_bias = tl.sum(w, 1)
+    if SIMILARITY:
+        w += tl.where(equal, x_linear[:, None] + y_linear[None, :], 0.0)
+    return w, of_bias
+
+
+@triton.jit
+def one_sided(t, equal, q, c, q_equal, c_equal, KIND: tl.constexpr):
+    """c exp(t - q), with those of equal keys where these have their own."""
+    if KIND == SPLIT:
+        return tl.exp2((t - tl.where(equal, q_equal, q)) * LOG2_E) * tl.where(equal, c_equal, c)
+    else:
+        return tl.exp2((t - q) * LOG2_E) * c
+
+
 @triton.jit(do_not_specialize=["n", "m", "row_owners", "column_owners", "row_programs", "row_tiles", "column_tiles"])
 def gradient_kernel(
     a_ptr, b_ptr, a_inverse_ptr, b_inverse_ptr, bias_ptr, a_key_ptr, b_key_ptr, own_ptr, scale_ptr,
@@ -132,6 +176,9 @@ def gradient_kernel(
     DIAGONAL: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr, KIND: tl.constexpr, SIMILARITY: tl.constexpr,
     ONE_SIDED: tl.constexpr, ROW_PLACES: tl.constexpr, COLUMN_PLACES: tl.constexpr, RESIDUAL: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
+    KEYS: tl.constexpr = a_key_ptr is not None
+    OWN: tl.constexpr = own_ptr is not None
+    BIAS: tl.constexpr = bias_ptr is not None
     swap, x_first, split, tiles, x_count, y_count = program_of(n, m, row_owners, column_owners, row_programs, row_tiles, column_tiles, OWNED)
     chunk = tl.program_id(1) * WIDTH
     x_ptr, y_ptr = sides(a_ptr, b_ptr, swap)
@@ -171,20 +218,26 @@ def gradient_kernel(
         y_first = (first_tile + u) * STREAMED
         y_inverse = load_inverse(y_inverse_ptr, y_first, y_count, STREAMED, UNIT)
         y = load_rows(y_ptr, y_inverse, y_first, y_count, chunk, D, STREAMED, WIDTH, UNIT)
-        y_key, y_own, y_bias = load_sides(y_key_ptr, own_ptr, bias_ptr, y_first, y_count, swap == 0, STREAMED)
         c = cosines(x, y, x_inverse, y_inverse, x_ptr, y_ptr, x_first, y_first, x_count, y_count, D, OWNED, STREAMED, DEPTH, UNIT, PRECISION)
-        t, equal = pairs(
-            c, factor, x_key, x_own, x_bias, y_key, y_own, y_bias, x_first, y_first, y_count,
-            OWNED, STREAMED, DIAGONAL, a_key_ptr is not None, own_ptr is not None, bias_ptr is not None,
-        )  # fmt: skip
+        y_key, y_own, y_bias = load_sides(y_key_ptr, own_ptr, bias_ptr, y_first, y_count, swap == 0, STREAMED)
         y_q, y_c, y_q_equal, y_c_equal, y_linear = load_weights(
             y_values_ptr, y_grads_ptr, y_first, y_count, swap == 0, bounded, lift, STREAMED, KIND, ONE_SIDED, ROW_PLACES, COLUMN_PLACES
         )
-        w = weights(t, equal, x_q, x_c, x_q_equal, x_c_equal, y_q, y_c, y_q_equal, y_c_equal, bounded, KIND, ONE_SIDED)
-        if dbias_ptr is not None:
-            dbias += tl.sum(w, 1)
-        if SIMILARITY:
-            w += tl.where(equal, x_linear[:, None] + y_linear[None, :], 0.0)
+        w = c
+        of_bias = dbias
+        if is_whole(x_first, y_first, y_count, OWNED, STREAMED, DIAGONAL):
+            w, of_bias = weights(
+                c, factor, x_key, x_own, x_bias, y_key, y_own, y_bias, x_first, y_first, y_count, bounded,
+                x_q, x_c, x_q_equal, x_c_equal, x_linear, y_q, y_c, y_q_equal, y_c_equal, y_linear,
+                OWNED, STREAMED, KEYS, OWN, BIAS, DIAGONAL, KIND, ONE_SIDED, SIMILARITY, True,
+            )  # fmt: skip
+        else:
+            w, of_bias = weights(
+                c, factor, x_key, x_own, x_bias, y_key, y_own, y_bias, x_first, y_first, y_count, bounded,
+                x_q, x_c, x_q_equal, x_c_equal, x_linear, y_q, y_c, y_q_equal, y_c_equal, y_linear,
+                OWNED, STREAMED, KEYS, OWN, BIAS, DIAGONAL, KIND, ONE_SIDED, SIMILARITY, False,
+            )  # fmt: skip
+        dbias += of_bias
         if dscale_ptr is not None:
             dscale += tl.sum(w * c, 1)
         if UNIT == FACTORS:
@@ -215,40 +268,6 @@ def gradient_kernel(
         tl.store(dbias_ptr + place, dbias * unlift, mask=row < tl.where(swap & (chunk == 0), x_count - x_first, 0))
     if dscale_ptr is not None:
         tl.store(dscale_ptr + place, dscale * unlift, mask=row < tl.where(swap | (chunk > 0), 0, x_count - x_first))
-
-
-@triton.jit
-def weights(
-    t, equal, x_q, x_c, x_q_equal, x_c_equal, y_q, y_c, y_q_equal, y_c_equal, bounded, KIND: tl.constexpr, ONE_SIDED: tl.constexpr
-):
-    """w_ij but for the similarities' part."""
-    w = t
-    c = x_c[:, None] + y_c[None, :]
-    if KIND == SPLIT:
-        c = tl.where(equal, x_c_equal[:, None] + y_c_equal[None, :], c)
-    if bounded:
-        w = tl.exp2(t) * c
-    elif ONE_SIDED != BOTH_SIDES:
-        q = x_q[:, None] + y_q[None, :]
-        if KIND == SPLIT:
-            q = tl.where(equal, x_q_equal[:, None] + y_q_equal[None, :], q)
-        w = tl.exp2((t - q) * LOG2_E) * c
-    else:
-        q = x_q[:, None] + tl.zeros_like(t)
-        c = x_c[:, None] + tl.zeros_like(t)
-        if KIND == SPLIT:
-            q = tl.where(equal, x_q_equal[:, None], q)
-            c = tl.where(equal, x_c_equal[:, None], c)
-        w = tl.exp2((t - q) * LOG2_E) * c
-        q = y_q[None, :] + tl.zeros_like(t)
-        c = y_c[None, :] + tl.zeros_like(t)
-        if KIND == SPLIT:
-            q = tl.where(equal, y_q_equal[None, :], q)
-            c = tl.where(equal, y_c_equal[None, :], c)
-        w += tl.exp2((t - q) * LOG2_E) * c
-    if KIND == DIFFERENT:
-        w = tl.where(equal, 0.0, w)
-    return w
 
 
 @triton.jit(do_not_specialize=["n", "m", "row_splits", "column_splits", "row_programs", "row_and_column_programs", "scale_numbers"])
