@@ -27,7 +27,7 @@ import triton.language as tl
 from .rows import load_quantity
 from .tiles import (
     AS_THEY_ARE, DIFFERENT, FACTORS, LOG2_E, SPLIT,
-    cosines, is_whole, load_inverse, load_sides, load_rows, narrowed, pairs, product, program_of, scale_of, sides,
+    cosines, equal_keys, is_whole, load_inverse, load_rows, load_sides, narrowed, pair_mask, product, program_of, scale_of, sides,
 )  # fmt: skip
 
 LIFT = tl.constexpr(32768.0)
@@ -125,15 +125,9 @@ def through_unit(dx, x, inverse, UNIT: tl.constexpr):
 
 @triton.jit
 def weights(
-    c, factor, x_key, x_own, x_bias, y_key, y_own, y_bias, x_first, y_first, y_count, bounded,
-    x_q, x_c, x_q_equal, x_c_equal, x_linear, y_q, y_c, y_q_equal, y_c_equal, y_linear,
-    OWNED: tl.constexpr, STREAMED: tl.constexpr, KEYS: tl.constexpr, OWN: tl.constexpr, BIAS: tl.constexpr, DIAGONAL: tl.constexpr,
-    KIND: tl.constexpr, ONE_SIDED: tl.constexpr, SIMILARITY: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
-    """w_ij, and its sums over j without the similarities' part (what a bias gets)."""
-    t, equal = pairs(
-        c, factor, x_key, x_own, x_bias, y_key, y_own, y_bias, x_first, y_first, y_count, OWNED, STREAMED, KEYS, OWN, BIAS, DIAGONAL, WHOLE
-    )
+    t, equal, x_q, x_c, x_q_equal, x_c_equal, y_q, y_c, y_q_equal, y_c_equal, bounded, KIND: tl.constexpr, ONE_SIDED: tl.constexpr
+):
+    """w_ij without the similarities' part, of all (i, j). Where only one side has log-sums, the other's q and c are 0."""
     w = t
     factors = x_c[:, None] + y_c[None, :]
     if KIND == SPLIT:
@@ -150,12 +144,7 @@ def weights(
         w += one_sided(t, equal, y_q[None, :], y_c[None, :], y_q_equal[None, :], y_c_equal[None, :], KIND)
     if KIND == DIFFERENT:
         w = tl.where(equal, 0.0, w)
-    of_bias = tl.zeros([OWNED], tl.float32)
-    if BIAS:
-        of_bias = tl.sum(w, 1)
-    if SIMILARITY:
-        w += tl.where(equal, x_linear[:, None] + y_linear[None, :], 0.0)
-    return w, of_bias
+    return w
 
 
 @triton.jit
@@ -176,9 +165,6 @@ def gradient_kernel(
     DIAGONAL: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr, KIND: tl.constexpr, SIMILARITY: tl.constexpr,
     ONE_SIDED: tl.constexpr, ROW_PLACES: tl.constexpr, COLUMN_PLACES: tl.constexpr, RESIDUAL: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    KEYS: tl.constexpr = a_key_ptr is not None
-    OWN: tl.constexpr = own_ptr is not None
-    BIAS: tl.constexpr = bias_ptr is not None
     swap, x_first, split, tiles, x_count, y_count = program_of(n, m, row_owners, column_owners, row_programs, row_tiles, column_tiles, OWNED)
     chunk = tl.program_id(1) * WIDTH
     x_ptr, y_ptr = sides(a_ptr, b_ptr, swap)
@@ -223,21 +209,23 @@ def gradient_kernel(
         y_q, y_c, y_q_equal, y_c_equal, y_linear = load_weights(
             y_values_ptr, y_grads_ptr, y_first, y_count, swap == 0, bounded, lift, STREAMED, KIND, ONE_SIDED, ROW_PLACES, COLUMN_PLACES
         )
-        w = c
-        of_bias = dbias
-        if is_whole(x_first, y_first, y_count, OWNED, STREAMED, DIAGONAL):
-            w, of_bias = weights(
-                c, factor, x_key, x_own, x_bias, y_key, y_own, y_bias, x_first, y_first, y_count, bounded,
-                x_q, x_c, x_q_equal, x_c_equal, x_linear, y_q, y_c, y_q_equal, y_c_equal, y_linear,
-                OWNED, STREAMED, KEYS, OWN, BIAS, DIAGONAL, KIND, ONE_SIDED, SIMILARITY, True,
-            )  # fmt: skip
-        else:
-            w, of_bias = weights(
-                c, factor, x_key, x_own, x_bias, y_key, y_own, y_bias, x_first, y_first, y_count, bounded,
-                x_q, x_c, x_q_equal, x_c_equal, x_linear, y_q, y_c, y_q_equal, y_c_equal, y_linear,
-                OWNED, STREAMED, KEYS, OWN, BIAS, DIAGONAL, KIND, ONE_SIDED, SIMILARITY, False,
-            )  # fmt: skip
-        dbias += of_bias
+        t = c * factor
+        equal = equal_keys(x_key, y_key, OWNED, STREAMED, a_key_ptr is not None)
+        if bias_ptr is not None:
+            t += x_bias[:, None] + y_bias[None, :]
+        w = weights(t, equal, x_q, x_c, x_q_equal, x_c_equal, y_q, y_c, y_q_equal, y_c_equal, bounded, KIND, ONE_SIDED)
+        # what is no pair is cleared in the weights, be they infinite: t and the comparison of keys need not live as long
+        if bias_ptr is not None:
+            w = tl.where(pair_mask(x_first, y_first, y_count, OWNED, STREAMED, DIAGONAL), w, 0.0)
+            if own_ptr is not None:
+                w = tl.where(x_own[:, None] != y_own[None, :], w, 0.0)
+            dbias += tl.sum(w, 1)
+        if SIMILARITY:
+            w += tl.where(equal, x_linear[:, None] + y_linear[None, :], 0.0)
+        if own_ptr is not None:
+            w = tl.where(x_own[:, None] != y_own[None, :], w, 0.0)
+        if is_whole(x_first, y_first, y_count, OWNED, STREAMED, DIAGONAL) == 0:
+            w = tl.where(pair_mask(x_first, y_first, y_count, OWNED, STREAMED, DIAGONAL), w, 0.0)
         if dscale_ptr is not None:
             dscale += tl.sum(w * c, 1)
         if UNIT == FACTORS:

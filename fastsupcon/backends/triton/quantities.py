@@ -17,7 +17,8 @@ import triton.language as tl
 
 from .rows import store_quantity
 from .tiles import (
-    DIFFERENT, LN_2, LOG2_E, SPLIT, cosines, finite, is_whole, load_inverse, load_sides, load_rows, log_sum, pairs, program_of, scale_of, sides,
+    DIFFERENT, LN_2, LOG2_E, SPLIT, cosines, equal_keys, finite, is_whole, load_inverse, load_rows, load_sides, log_sum,
+    pair_mask, program_of, scale_of, sides,
 )  # fmt: skip
 
 
@@ -70,9 +71,18 @@ def add_tile(
     OWNED: tl.constexpr, STREAMED: tl.constexpr, KEYS: tl.constexpr, OWN: tl.constexpr, BIAS: tl.constexpr, DIAGONAL: tl.constexpr,
     KIND: tl.constexpr, SIMILARITY: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    t, equal = pairs(
-        c, factor, x_key, x_own, x_bias, y_key, y_own, y_bias, x_first, y_first, y_count, OWNED, STREAMED, KEYS, OWN, BIAS, DIAGONAL, WHOLE
-    )
+    t = c * factor
+    equal = equal_keys(x_key, y_key, OWNED, STREAMED, KEYS)
+    if BIAS:
+        t += x_bias[:, None] + y_bias[None, :]
+    if OWN:
+        other = x_own[:, None] != y_own[None, :]
+        t = tl.where(other, t, float("-inf"))
+        equal = equal & other
+    if not WHOLE:
+        pair = pair_mask(x_first, y_first, y_count, OWNED, STREAMED, DIAGONAL)
+        t = tl.where(pair, t, float("-inf"))
+        equal = equal & pair
     if SIMILARITY:
         similarity += tl.sum(tl.where(equal, c, 0.0), 1)
         one = (c.to(tl.int32, bitcast=True) | 1) & 1  # in the layout of c: else Triton compares the keys once more, in another

@@ -158,31 +158,22 @@ def is_whole(x_first, y_first, m, OWNED: tl.constexpr, STREAMED: tl.constexpr, D
 
 
 @triton.jit
-def pairs(
-    c, factor, x_key, x_own, x_bias, y_key, y_own, y_bias, x_first, y_first, m,
-    OWNED: tl.constexpr, STREAMED: tl.constexpr, KEYS: tl.constexpr, OWN: tl.constexpr, BIAS: tl.constexpr,
-    DIAGONAL: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
-    """t_ij, -inf where (i, j) is no pair, and whether (i, j) is a pair of equal keys."""
-    t = c * factor
-    equal = tl.full([OWNED, STREAMED], 0, tl.int1)
+def pair_mask(x_first, y_first, m, OWNED: tl.constexpr, STREAMED: tl.constexpr, DIAGONAL: tl.constexpr):
+    """Where (i, j) is a pair, but for own columns."""
+    j = y_first + tl.arange(0, STREAMED)[None, :]
+    last = tl.full([OWNED], 0, tl.int32) + m
+    pair = j < last[:, None]
+    if DIAGONAL:
+        pair = pair & (j != (x_first + tl.arange(0, OWNED))[:, None])
+    return pair
+
+
+@triton.jit
+def equal_keys(x_key, y_key, OWNED: tl.constexpr, STREAMED: tl.constexpr, KEYS: tl.constexpr):
     if KEYS:
-        equal = x_key[:, None] == y_key[None, :]
-    if BIAS:
-        t += x_bias[:, None] + y_bias[None, :]
-    if OWN:
-        other = x_own[:, None] != y_own[None, :]
-        t = tl.where(other, t, float("-inf"))
-        equal = equal & other
-    if not WHOLE:
-        j = y_first + tl.arange(0, STREAMED)[None, :]
-        last = tl.full([OWNED], 0, tl.int32) + m
-        pair = j < last[:, None]
-        if DIAGONAL:
-            pair = pair & (j != (x_first + tl.arange(0, OWNED))[:, None])
-        t = tl.where(pair, t, float("-inf"))
-        equal = equal & pair
-    return t, equal
+        return x_key[:, None] == y_key[None, :]
+    else:
+        return tl.full([OWNED, STREAMED], 0, tl.int1)
 
 
 @triton.jit
