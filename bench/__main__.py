@@ -29,21 +29,29 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastsupcon.backends._extension import module as extension
 
 from . import report
-from .contenders import CONTENDERS, PRESETS, Case, absent
+from .contenders import CONTENDERS, LOSSES, PRESETS, ROWS, Case, absent
 from .measure import PRODUCT, REFERENCE, Ended, Worker
+from .report import AFTER, BOTH
 
 ROUNDS = 9  # turns of each contender in each mode
 SLOW, SLOW_ROUNDS = 1.0, 3  # seconds a step; from there on fewer turns
+SMALL = (256, 512, 1024, 2048)  # what people train with: N x 128,
+CLASSES = (10, 100, 1000)  # PSC with N = 1,024,
+WIDE = ((256, 384), (256, 768), (1024, 384), (1024, 768), (2048, 768), (4096, 768))  # and what encoders without a head give
 
 
 def cpu_cases() -> list[Case]:
     all_cores = os.cpu_count() or 1
-    shapes = [(256, 128), (512, 128), (1024, 128), (4096, 128), (4096, 512), (8192, 128), (16384, 128)]
-    cases = [Case("scl", *shape) for shape in shapes]
-    cases += [Case("scl", 131072, 128, threads=all_cores, only=("cpu",))]
-    cases += [Case("scl", rows, 128, threads=all_cores) for rows in (1024, 4096, 8192)]
+    cases = [Case("scl", rows, 128) for rows in SMALL] + [Case("psc", 1024, 128, prototypes) for prototypes in CLASSES]
+    cases += [Case("self", *shape) for shape in WIDE] + [Case("cross", *shape, shape[0]) for shape in WIDE]
+    cases += [Case("psc all", 1024, 128, 1000), Case("psc all", 2048, 128, 2048)]  # the second is one direction of CLIP
+    cases += [Case("scl", rows, 128) for rows in (4096, 8192)] + [Case("psc", 1024, 128, 100_000)]
+    if all_cores > 1:
+        cases += [replace(case, threads=all_cores) for case in cases]
+    cases += [Case("scl", 4096, 512), Case("scl", 16384, 128), Case("scl", 131072, 128, threads=all_cores, only=("cpu",))]
     cases += [Case("scl", rows, 128, dtype="bfloat16") for rows in (1024, 4096, 8192)]
-    return cases + [Case("psc", 1024, 128, prototypes, threads=t) for t in (1, all_cores) for prototypes in (10, 1000, 100_000)]
+    timed = {case.loss for case in cases}
+    return cases + [Case(loss, 1536, 128, 300 if "psc" in loss else 0) for loss in LOSSES if loss not in timed]
 
 
 def gpu_cases() -> list[Case]:
@@ -51,19 +59,24 @@ def gpu_cases() -> list[Case]:
         return Case(*shape, device="cuda", **options)
 
     # what matters most comes first: where device time is short, a run cut off keeps whole cases
-    bf16 = [case("scl", *shape, dtype="bfloat16") for shape in ((65536, 128), (8192, 128), (65536, 512), (65536, 768), (1024, 128))]
+    large = [case("scl", *shape, dtype="bfloat16") for shape in ((65536, 128), (8192, 128), (65536, 512), (65536, 768))]
+    small = [case("scl", rows, 128, dtype="bfloat16") for rows in reversed(SMALL)]
+    small += [case("psc", 1024, 128, prototypes, dtype="bfloat16") for prototypes in CLASSES]
     million = [case("scl", 1_048_576, 128, dtype="bfloat16", only=("cuda", "triton"))]
     fp32 = [case("scl", rows, 128) for rows in (65536, 8192, 1024)]
-    psc = [case("psc", 8192, 128, prototypes, dtype="bfloat16") for prototypes in (10, 1000, 100_000, 1_000_000)]
-    return bf16 + million + fp32 + psc + [case("scl", rows, 128, dtype="bfloat16") for rows in (16384, 2048, 256)]
+    psc = [case(loss, 8192, 128, 100_000, dtype="bfloat16") for loss in ("psc", "psc all")]
+    psc += [case("psc", 8192, 128, prototypes, dtype="bfloat16") for prototypes in (10, 1000, 1_000_000)]
+    wide = [case(*shape, dtype="bfloat16") for rows in (1024, 4096) for shape in (("self", rows, 768), ("cross", rows, 768, rows))]
+    return large + small + million + fp32 + psc + wide + [case("scl", 16384, 128, dtype="bfloat16")]
 
 
 def quick_cases(device: str) -> list[Case]:
-    """Two small ones on a CPU, those that matter most on a GPU."""
+    """Small ones on a CPU, those that matter most on a GPU."""
     if device == "cpu":
-        return [Case("scl", 1024, 128), Case("psc", 512, 128, 1000)]
+        cases = [Case("scl", 256, 128), Case("psc", 1024, 128, 10), Case("scl", 1024, 128, threads=os.cpu_count() or 1)]
+        return [replace(case, only=("naive", "torch.compile", "chunked", "cpu")) for case in cases]
     options = {"dtype": "bfloat16", "device": "cuda", "only": ("naive", "chunked", "triton", "cuda")}
-    cases = [Case("scl", *shape, **options) for shape in ((65536, 128), (8192, 128), (65536, 512))]
+    cases = [Case("scl", *shape, **options) for shape in ((65536, 128), (8192, 128), (1024, 128), (65536, 512))]
     cases += [Case("psc", 8192, 128, 100_000, **options)]
     return [*cases, replace(cases[0], only=())]  # again, with those that compile at length: a run cut off keeps the first
 
@@ -73,7 +86,7 @@ def main(
     *,
     quick: bool = False,
     rows: tuple[int, ...] = (),
-    loss: tuple[Literal["scl", "psc"], ...] = (),
+    loss: tuple[str, ...] = (),
     dtype: tuple[Literal["float32", "bfloat16", "float16"], ...] = (),
     threads: tuple[int, ...] = (),
     contenders: tuple[str, ...] = (),
@@ -83,16 +96,17 @@ def main(
 
     Args:
         preset: the cases of a CPU or of a GPU; auto: the GPU's where there is one.
-        quick: two small cases on a CPU, in about a minute; the four that matter most on a GPU, in about three.
+        quick: three small cases on a CPU, in about a minute; the five that matter most on a GPU, in about three.
         rows: only the cases of these N.
-        loss: only the cases of these losses.
+        loss: only the cases of these losses (rows of tests/table.py) and operators (self, cross).
         dtype: only the cases of these dtypes.
         threads: only the cases of these numbers of threads.
         contenders: only these; default: all of the preset.
         out: the JSON file, added to where it exists; the table and plots are written beside it. Default: runs/bench/<preset>.json.
     """
-    if unknown := set(contenders) - set(CONTENDERS):
-        raise SystemExit(f"--contenders must be among {', '.join(CONTENDERS)}; got {', '.join(sorted(unknown))}")
+    for option, names, known in (("loss", loss, ROWS), ("contenders", contenders, CONTENDERS)):
+        if unknown := set(names) - set(known):
+            raise SystemExit(f"--{option} must be among {', '.join(known)}; got {', '.join(sorted(unknown))}")
     if preset == "auto":
         preset = "gpu" if torch.cuda.is_available() else "cpu"
     if preset == "gpu" and not torch.cuda.is_available():
@@ -118,10 +132,18 @@ def run(cases: list[Case], names: tuple[str, ...], out: Path, rounds: int) -> No
             raise SystemExit(f"{out} holds figures of another {key}, {results['machine'][key]} and not {here[key]}: name another file")
     results["machine"] = here
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with tempfile.TemporaryDirectory() as scratch, Progress(*columns, console=Console(stderr=True)) as progress:
+    console = Console(stderr=True)
+    bars = Progress(*columns, console=console, disable=not console.is_terminal)
+    with tempfile.TemporaryDirectory() as scratch, bars as progress:
         bar = progress.add_task("", total=len(cases) * (len(names) + rounds))
+
+        def step(text: str, done: int = 1) -> None:
+            if not console.is_terminal and text != progress.tasks[bar].description:  # what shows no bar shows a line
+                print(f"{datetime.datetime.now():%H:%M:%S} {text}", file=sys.stderr, flush=True)
+            progress.update(bar, description=text, advance=done)
+
         for case in cases:
-            result = run_case(case, names, rounds, Path(scratch), lambda text, done=1: progress.update(bar, description=text, advance=done))
+            result = run_case(case, names, rounds, Path(scratch), step)
             kept = [other for other in results["cases"] if other["case"] != result["case"]]
             results["cases"] = sorted([*kept, result], key=lambda entry: [str(value).rjust(9) for value in entry["case"].values()])
             report.write_whole(out, json.dumps(results, indent=1, ensure_ascii=False).encode())
@@ -150,14 +172,14 @@ def run_case(case: Case, names: tuple[str, ...], rounds: int, scratch: Path, ste
                 results[name] = answer
             if answer is None or "absent" in answer:
                 workers.pop(name).stop()
-        seconds = take_turns(case, workers, results, rounds, lambda: step(title))
+        seconds = take_turns(case, workers, results, rounds, lambda: step(f"{title}: {rounds} rounds"))
     finally:
         for worker in workers.values():
             worker.stop()
     for name, modes in seconds.items():
         results[name]["seconds"] = {mode: spread(samples) for mode, samples in modes.items() if samples}
     described = {key: value for key, value in asdict(case).items() if key != "only"}
-    floor = {mode: case.flops(mode) for mode in ("forward", "forward+backward")}
+    floor = {mode: case.flops(mode) for mode in ("forward", BOTH)}
     return {
         "case": described,
         **provenance(),
@@ -176,7 +198,7 @@ def product(found: dict) -> dict:
 
 def take_turns(case: Case, workers: dict[str, Worker], results: dict, rounds: int, step: Callable[[], None]) -> dict[str, dict]:
     """Seconds by contender and mode. Each round gives every contender one turn in every mode, beginning with another one each time."""
-    modes = ("forward", "forward+backward", *(["graph"] if case.device == "cuda" else []))
+    modes = ("forward", BOTH, *(["graph"] if case.device == "cuda" else [AFTER] if case.threads > 1 else []))
     seconds = {name: {mode: [] for mode in (["product"] if name == PRODUCT else modes)} for name in workers}
     for turn in range(rounds if workers else 0):
         step()

@@ -1,7 +1,4 @@
-"""What is measured (a case) and who is measured (the contenders).
-
-Each contender is a loss of the same inputs, which it brings to unit length itself, at a temperature of 0.1.
-"""
+"""What is measured (a case: a row of the tests' table of losses, or an operator, at one size) and who is measured (the contenders)."""
 
 from __future__ import annotations
 
@@ -11,47 +8,84 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastsupcon import functional
 from fastsupcon.backends import BACKENDS
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-import naive
+from tests import naive
+from tests.table import LOSSES, Row, unit
 
 TEMPERATURE = 0.1
-CLASSES = 8  # labels of the SCL cases
+CLASSES = 8  # where there are labels but no prototypes
+
+
+def _self(a: Tensor, *, temperature: float, backend: str) -> Tensor:
+    return functional.self_logsumexp(a, scale=1 / temperature, backend=backend).mean()
+
+
+def _plain_self(a: Tensor, *, temperature: float) -> Tensor:
+    return (a / temperature @ a.T).fill_diagonal_(-torch.inf).logsumexp(1).mean()
+
+
+def _cross(a: Tensor, b: Tensor, *, temperature: float, backend: str) -> Tensor:
+    return functional.cross_logsumexp(a, b, scale=1 / temperature, backend=backend).mean()
+
+
+def _plain_cross(a: Tensor, b: Tensor, *, temperature: float) -> Tensor:
+    return (a / temperature @ b.T).logsumexp(1).mean()
+
+
+OPERATORS = {
+    "self": Row(_self, _plain_self, lambda samples, depth: (unit(samples, depth),), None),
+    "cross": Row(_cross, _plain_cross, lambda samples, depth, columns: (unit(samples, depth), unit(columns, depth)), None),
+}
+ROWS = LOSSES | OPERATORS
 
 
 @dataclass(frozen=True)
 class Case:
     """One problem. ``only`` restricts it to some contenders."""
 
-    loss: str  # "scl" or "psc"
-    rows: int
+    loss: str  # a name in ROWS
+    rows: int  # all views of all samples
     depth: int
-    prototypes: int = 0
+    prototypes: int = 0  # of all classes; of the cross operator the columns
     dtype: str = "float32"
     threads: int = 1
     device: str = "cpu"
     only: tuple[str, ...] = field(default=(), compare=False)
 
-    def inputs(self) -> tuple[Tensor, ...]:
-        """features [N, D], labels [N], and for PSC prototypes [C, D]. The same bits in every process."""
-        generator = torch.Generator().manual_seed(0)
+    @property
+    def options(self) -> dict[str, object]:
+        return ROWS[self.loss].options | {"temperature": TEMPERATURE}
 
-        def leaf(rows: int) -> Tensor:
-            return torch.randn(rows, self.depth, generator=generator).to(self.device, getattr(torch, self.dtype)).requires_grad_()
+    def inputs(self) -> tuple[Tensor | None, ...]:
+        """In the table's shapes, the same bits in every process: rows of normal noise, of unit length where the loss does not see to it."""
+        row, generator = ROWS[self.loss], torch.Generator().manual_seed(0)
+        classes = [self.prototypes // self.options.get("prototypes_per_class", 1)] if self.prototypes else []
+        as_they_are = self.loss in OPERATORS or not self.options.get("normalize", True)
 
-        features, prototypes = leaf(self.rows), [leaf(self.prototypes)] if self.prototypes else []
-        return features, torch.arange(self.rows, device=self.device) % (self.prototypes or CLASSES), *prototypes
+        def filled(x: Tensor | None) -> Tensor | None:
+            if x is None:
+                return None
+            if not x.is_floating_point():
+                return torch.arange(len(x), device=self.device) % (classes or [CLASSES])[0]
+            if x.dtype != torch.float64:  # the weights of a mask
+                return torch.rand(x.shape, generator=generator).to(self.device)
+            noise = torch.randn(x.shape, generator=generator)
+            return (F.normalize(noise, dim=-1) if as_they_are else noise).to(self.device, getattr(torch, self.dtype)).requires_grad_()
+
+        with torch.device("meta"):
+            views = row.inputs(1, self.depth, *classes)[0].numel() // self.depth
+            shapes = row.inputs(self.rows // views, self.depth, *classes)
+        return tuple(map(filled, shapes))
 
     def flops(self, mode: str) -> int:
-        """The least a kernel needs that holds no matrix (a multiply-add is 2): the floor of NOTES.md."""
-        if self.loss == "psc":  # every logit once; and once more, with the two products of its gradients
+        """The least a kernel needs that keeps nothing of the matrix (a multiply-add is 2): the floor of NOTES.md."""
+        if self.prototypes:  # every logit once; and once more, with the two products of its gradients
             return (2 if mode == "forward" else 8) * self.rows * self.prototypes * self.depth
         square = self.rows**2 * self.depth  # symmetric: the forward computes half of the matrix
         backward = 3 if self.device == "cpu" else 4  # half the matrix and two products; on a GPU, free of atomics, all of it and one
@@ -72,13 +106,12 @@ class Contender:
 
 
 def _naive(case: Case) -> Loss:
-    return partial(naive.supcon_loss if case.loss == "scl" else naive.psc_loss, temperature=TEMPERATURE, normalize=True)
+    return partial(ROWS[case.loss].naive, **case.options)
 
 
 def _ours(backend: str) -> Contender:
     def build(case: Case) -> Loss:
-        loss = functional.supcon_loss if case.loss == "scl" else functional.psc_loss
-        return partial(loss, temperature=TEMPERATURE, normalize=True, backend=backend)
+        return partial(ROWS[case.loss].ours, **case.options, backend=backend)
 
     return Contender(build, lambda case: BACKENDS[backend].unusable(torch.device(case.device), getattr(torch, case.dtype), case.depth))
 
@@ -119,8 +152,22 @@ def _flex_attention(case: Case) -> Loss:
     return _from_lse(lse)
 
 
+def _linear_cross_entropy(case: Case) -> Loss:
+    options = torch.nn.LinearCrossEntropyOptions()  # in chunks, as torch chooses them for this device and dtype
+    return lambda z, labels, prototypes: F.linear_cross_entropy(z / TEMPERATURE, prototypes, labels, options=options)
+
+
+def _no_linear_cross_entropy(case: Case) -> str | None:
+    if case.loss != "psc all":
+        return "serves one positive that stays in the denominator"
+    return None if hasattr(torch.nn, "LinearCrossEntropyOptions") else f"torch {torch.__version__} has none; 2.13 does"
+
+
 def _cut_cross_entropy(case: Case) -> Loss:
     from cut_cross_entropy import linear_cross_entropy
+
+    if case.loss == "psc all":
+        return lambda z, labels, prototypes: linear_cross_entropy(z / TEMPERATURE, prototypes, labels, filter_eps=None)
 
     def lse(z: Tensor) -> Tensor:
         itself = (z * z).sum(1).float() / TEMPERATURE
@@ -141,10 +188,10 @@ def _inf_cl(case: Case) -> Loss:
     return loss
 
 
-def _needs(package: str) -> Callable[[Case], str | None]:
+def _needs(package: str, *losses: str) -> Callable[[Case], str | None]:
     def absent(case: Case) -> str | None:
-        if case.loss != "scl":
-            return "serves SCL alone"
+        if case.loss not in losses:
+            return f"serves {' and '.join(losses)} alone"
         return None if importlib.util.find_spec(package) else f"{package} is not installed"
 
     return absent
@@ -159,21 +206,20 @@ CONTENDERS: dict[str, Contender] = {
         matrices=9,
     ),
     "torch.compile": Contender(lambda case: torch.compile(_naive(case), dynamic=False), compiles=True, matrices=3),
-    "pytorch-metric-learning": Contender(_metric_learning, _needs("pytorch_metric_learning"), matrices=13),
-    "FlexAttention": Contender(_flex_attention, _needs("torch"), compiles=True),
-    "cut-cross-entropy": Contender(_cut_cross_entropy, _needs("cut_cross_entropy")),
-    "inf-cl": Contender(_inf_cl, _needs("inf_cl"), another_loss="InfoNCE with one positive, which stays in the sum"),
+    "pytorch-metric-learning": Contender(_metric_learning, _needs("pytorch_metric_learning", "scl"), matrices=13),
+    "F.linear_cross_entropy": Contender(_linear_cross_entropy, _no_linear_cross_entropy),
+    "FlexAttention": Contender(_flex_attention, _needs("torch", "scl"), compiles=True),
+    "cut-cross-entropy": Contender(_cut_cross_entropy, _needs("cut_cross_entropy", "scl", "psc all")),
+    "inf-cl": Contender(_inf_cl, _needs("inf_cl", "scl"), another_loss="InfoNCE with one positive, which stays in the sum"),
     "chunked": _ours("chunked"),
     "cpu": _ours("cpu"),
     "triton": _ours("triton"),
     "cuda": _ours("cuda"),
 }
 PRESETS = {
-    "cpu": ("naive", "naive, warm heap", "torch.compile", "pytorch-metric-learning", "chunked", "cpu"),
-    "gpu": (
-        "naive", "torch.compile", "pytorch-metric-learning", "FlexAttention", "cut-cross-entropy", "inf-cl", "chunked", "triton", "cuda",
-    ),
-}  # fmt: skip
+    "cpu": ("naive", "naive, warm heap", "torch.compile", "pytorch-metric-learning", "F.linear_cross_entropy", "chunked", "cpu"),
+    "gpu": tuple(name for name in CONTENDERS if name not in ("naive, warm heap", "cpu")),
+}
 
 
 def absent(name: str, case: Case) -> str | None:

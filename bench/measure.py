@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -22,8 +23,10 @@ from torch import Tensor
 
 from fastsupcon.backends._extension import SCALARS
 from fastsupcon.backends._extension import module as extension
+from tests import naive
 
-from .contenders import CONTENDERS, TEMPERATURE, Case, Loss, naive
+from .contenders import CONTENDERS, Case, Loss
+from .report import AFTER, BOTH
 
 REFERENCE = "reference"  # computes the loss and its gradients in float64, once a case
 PRODUCT = "product"  # beside the contenders, a product at the highest rate this machine has at this moment
@@ -49,7 +52,7 @@ def serve(case: Case, name: str, reference: Path, pipe: Connection) -> None:
     while (request := pipe.recv()) != "stop":
         try:
             if request != "prepare":
-                answer = timed(steps[request], case.device, cold)
+                answer = timed(steps[request], case.device, cold, parallel_operator if request == AFTER else None)
             elif name == PRODUCT:
                 steps["product"], answer = product(case)
             elif name == REFERENCE:
@@ -80,7 +83,7 @@ def prepare(case: Case, name: str, reference: list[Tensor] | None) -> tuple[dict
     contender = CONTENDERS[name]
     loss = contender.build(case)
     inputs = case.inputs()
-    leaves = [tensor for tensor in inputs if tensor.requires_grad]
+    leaves = differentiable(inputs)
 
     def forward() -> Tensor:
         return loss(*inputs)
@@ -101,7 +104,7 @@ def prepare(case: Case, name: str, reference: list[Tensor] | None) -> tuple[dict
         answer["unchecked"] = "the reference failed"
     else:
         answer |= errors(case, loss, reference)
-    steps = {"forward": forward, "forward+backward": both}
+    steps = {"forward": forward, BOTH: both, AFTER: both}
     if case.device == "cuda":
         kept = answer["extra_bytes"] / torch.cuda.get_device_properties(0).total_memory
         try:
@@ -143,12 +146,15 @@ def captured(step: Callable[[], object]) -> Callable[[], object]:
 # ------------------------------------------------------------------------------------------------------------------------------- time
 
 
-def timed(step: Callable[[], object], device: str, cold: bool = False) -> list[float]:
-    """Seconds of each of the runs in one turn; ``cold``: after one that is not timed."""
+def timed(step: Callable[[], object], device: str, cold: bool = False, before: Callable[[], object] | None = None) -> list[float]:
+    """Seconds of each of the runs in one turn; ``cold``: after one that is not timed. Nor is ``before``, which runs before each."""
     seconds = []
     if cold:
         step()
-    while sum(seconds) < TURN[device]:
+    end_of_turn = time.perf_counter() + TURN[device]
+    while not seconds or time.perf_counter() < end_of_turn:
+        if before:
+            before()
         if device == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize()
@@ -162,6 +168,17 @@ def timed(step: Callable[[], object], device: str, cold: bool = False) -> list[f
             step()
             seconds.append(time.perf_counter() - start)
     return seconds
+
+
+def parallel_operator() -> None:
+    """A product on all of torch's threads, as any layer of a network before a loss: they go on spinning when it has ended."""
+    a, out = _operands()
+    torch.mm(a, a, out=out)
+
+
+@functools.cache
+def _operands() -> tuple[Tensor, Tensor]:
+    return torch.ones(512, 512), torch.empty(512, 512)
 
 
 # ----------------------------------------------------------------------------------------------------------------------------- memory
@@ -197,27 +214,30 @@ def _status(key: str) -> int:
 
 def float64_reference(case: Case) -> list[Tensor]:
     """Loss and gradients in float64 of the inputs as they are after rounding to the case's dtype."""
-    features, labels, *prototypes = (tensor.detach().double() if tensor.is_floating_point() else tensor for tensor in case.inputs())
-    leaves = [tensor.requires_grad_() for tensor in (features, *prototypes)]
-    if case.loss == "psc":
-        return psc_by_blocks(features, labels, *prototypes)
+    inputs = [x.detach().double().requires_grad_(x.requires_grad) if x is not None and x.is_floating_point() else x for x in case.inputs()]
+    if case.loss in ("psc", "psc all"):
+        return psc_by_blocks(case, *inputs)
     if case.rows <= NAIVE_ROWS:
-        loss = naive.supcon_loss(features, labels, temperature=TEMPERATURE, normalize=True)
-    elif case.rows <= CHUNKED_ROWS[case.device]:
-        loss = CONTENDERS["chunked"].build(case)(features, labels)
+        loss = CONTENDERS["naive"].build(case)(*inputs)
+    elif case.rows <= CHUNKED_ROWS[case.device] or case.loss != "scl":
+        loss = CONTENDERS["chunked"].build(case)(*inputs)
     else:  # the first ANCHORS rows against all: as the first views of as many samples, which the labels' period allows
+        features, labels = inputs
         views = features.unflatten(0, (-1, ANCHORS)).transpose(0, 1)
-        options = {"contrast_mode": "one", "reduction": "sum", "normalize": True}
-        loss = naive.supcon_loss(views, labels[:ANCHORS], temperature=TEMPERATURE, **options)
-    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+        loss = naive.supcon_loss(views, labels[:ANCHORS], **case.options, contrast_mode="one", reduction="sum")
+    return [loss.detach(), *torch.autograd.grad(loss, differentiable(inputs))]
 
 
-def psc_by_blocks(features: Tensor, labels: Tensor, prototypes: Tensor) -> list[Tensor]:
+def differentiable(inputs: Sequence[Tensor | None]) -> list[Tensor]:
+    return [x for x in inputs if x is not None and x.requires_grad]
+
+
+def psc_by_blocks(case: Case, features: Tensor, labels: Tensor, prototypes: Tensor) -> list[Tensor]:
     """Loss and gradients as the sum over blocks of rows, each of which is independent of the others."""
     loss, size = torch.zeros((), dtype=torch.float64, device=features.device), max(1, BLOCK // len(prototypes))
     for first in range(0, len(features), size):
         rows = slice(first, first + size)
-        block = naive.psc_loss(features[rows], labels[rows], prototypes, temperature=TEMPERATURE, reduction="sum") / len(features)
+        block = naive.psc_loss(features[rows], labels[rows], prototypes, **case.options, reduction="sum") / len(features)
         block.backward()
         loss += block.detach()
     return [loss, features.grad, prototypes.grad]
@@ -230,7 +250,7 @@ def errors(case: Case, loss: Loss, reference: list[Tensor]) -> dict[str, float]:
         value = loss(*inputs, reduction="none")[:ANCHORS].sum()
     else:
         value = loss(*inputs)
-    found = [value, *torch.autograd.grad(value, [tensor for tensor in inputs if tensor.requires_grad])]
+    found = [value, *torch.autograd.grad(value, differentiable(inputs))]
     value_error, *gradient_errors = (
         float((x.detach().double() - exact).norm() / exact.norm()) for x, exact in zip(found, reference, strict=True)
     )

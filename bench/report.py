@@ -14,6 +14,7 @@ COLOURS = {
     "naive, warm heap": "#e67e22",
     "torch.compile": "#8e44ad",
     "pytorch-metric-learning": "#b7950b",
+    "F.linear_cross_entropy": "#16a085",
     "FlexAttention": "#7f8c8d",
     "cut-cross-entropy": "#5d6d7e",
     "inf-cl": "#aab7b8",
@@ -24,10 +25,12 @@ COLOURS = {
 }
 OURS = ("cuda", "triton", "cpu")  # fastest first: the one the others are compared with
 BOTH = "forward+backward"
+AFTER = "after a parallel operator"  # the same, on more than one thread of a CPU
 
 
 def title(case: dict) -> str:
-    prototypes = f", C = {case['prototypes']:,}" if case["prototypes"] else ""
+    columns = "M" if case["loss"] == "cross" else "C"
+    prototypes = f", {columns} = {case['prototypes']:,}" if case["prototypes"] else ""
     threads = f", {case['threads']} thread{'s' * (case['threads'] > 1)}" if case["device"] == "cpu" else ""
     return f"{case['loss'].upper()} {case['rows']:,} × {case['depth']}{prototypes}, {case['dtype']}{threads}"
 
@@ -92,6 +95,10 @@ def tables(results: dict) -> str:
         if rows:
             header = ["case", "ours", "quartiles, ms", "% of the floor's rate", *peers]
             parts.append(f"## Time, {spoken}: how many times longer the others take\n\n{table(header, rows)}")
+    rows = [[title(e["case"]), *(after(e, name) for name in names)] for e in entries if any(median(e, name, AFTER) for name in names)]
+    if rows:
+        spoken = f"{BOTH} directly {AFTER} of PyTorch"
+        parts.append(f"## Time, {spoken}: ms (times the step alone; ours should be at most 1.2)\n\n{table(['case', *names], rows)}")
     rows = [[title(e["case"]), mebibytes(gradient_bytes(e)), *(mebibytes(extra_bytes(e, name)) for name in names)] for e in entries]
     parts.append(f"## Peak memory over the inputs, {BOTH}: MiB\n\n{table(['case', 'the gradients alone', *names], rows)}")
     rows = [[title(entry["case"]), *(errors(of(entry, name)) for name in names)] for entry in entries]
@@ -126,6 +133,11 @@ def ratio_row(entry: dict, peers: list[str], mode: str) -> list[str]:
 def percent_of_floor(entry: dict, mode: str, seconds: float) -> str:
     floor = floor_seconds(entry, mode)
     return "–" if floor is None else f"{100 * floor / seconds:.0f}"
+
+
+def after(entry: dict, name: str) -> str:
+    seconds, alone = median(entry, name, AFTER), median(entry, name)
+    return f"{milliseconds(seconds)} ({times_longer(seconds, alone)})" if seconds and alone else "–"
 
 
 def times_longer(other: float | None, best: float) -> str:

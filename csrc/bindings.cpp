@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/pairs.h"
+#include "cpu/team.h"
 #include "problem.h"
 #ifdef FASTSUPCON_CUDA
 #include "cuda/bind.h"
@@ -69,14 +70,15 @@ PYBIND11_MODULE(_C, m) {
       .value("mean", Line::Reduction::mean)
       .value("sum", Line::Reduction::sum)
       .value("none", Line::Reduction::none);
-  line.def(py::init([](double all, double different, double equal, double similarity, double log_count, double factor, bool skip_lone,
-                       Line::Reduction reduction) {
-    return Line{all, different, equal, similarity, log_count, factor, skip_lone, reduction};
+  line.def(py::init([](double all, double different, double equal, double similarity, double log_count, double factor, double lone,
+                       bool skip_lone, Line::Reduction reduction) {
+    return Line{all, different, equal, similarity, log_count, factor, lone, skip_lone, reduction};
   }));
 
   auto cpu = m.def_submodule("cpu");
   cpu.def("instruction_sets", &cpu::instruction_sets, "Names of the instruction sets built in that this processor has, best first.");
   cpu.def("instruction_set", &cpu::instruction_set, "The one in use (FASTSUPCON_CPU forces one).");
+  cpu.def("threads", &cpu::team_runtime, "Which threads a call gets in this process.");
   cpu.def("micro_kernel", &cpu::micro_kernel, py::call_guard<py::gil_scoped_release>());
   cpu.def("kept_size", &cpu::kept_size);
   cpu.def(

@@ -55,7 +55,8 @@ struct Outgoing {
 // A loss linear in the quantities of its row, fastsupcon/problem.py's Line.
 struct Line {
   double all, different, equal, similarity, log_count, factor;
-  bool skip_lone;
+  double lone;     // what a row without a pair of equal keys contributes, and is given as its gradient: 0 or NaN
+  bool skip_lone;  // such a row leaves the mean
   enum class Reduction { mean, sum, none } reduction;
 };
 

@@ -36,17 +36,19 @@ def terms(pairs: Pairs, row_names: tuple[str, ...], column_names: tuple[str, ...
     Differentiable in rows, columns, bias and a scale that is a tensor. The names stand in the order of problem.QUANTITIES; columns'
     quantities are for the cross shape.
     """
-    arguments = (*_flat(pairs), row_names, column_names, _keep(pairs, backend), backend)
+    arguments = (*_flat(pairs), row_names, column_names, backend)
     if _traced(pairs):
         return _forward_op(*arguments)[:2]
-    return (_TransformedTerms if _transformed() else _Terms).apply(*arguments)[:2]
+    if _transformed():
+        return _TransformedTerms.apply(*arguments)[:2]
+    return _Terms.apply(*arguments, _keep(pairs, backend))[:2]
 
 
 def loss(pairs: Pairs, line: Line, *, backend: str = "auto") -> Tensor:
     """``line`` over the problem's rows: 0-d, or [N] with reduction="none", in the sum dtype."""
     if _traced(pairs) or _transformed():
         return reference.line(line.names, terms(pairs, line.names, backend=backend)[0], line)
-    return _Loss.apply(*_flat(pairs), line, _keep(pairs, backend), backend)
+    return _Loss.apply(*_flat(pairs), line, backend, _keep(pairs, backend))
 
 
 def _traced(arguments: Iterable[object]) -> bool:
@@ -64,7 +66,10 @@ def _transformed() -> bool:
 
 
 def _keep(pairs: Pairs, backend: str) -> bool:
-    """Whether the forward shall keep exponentials for the backward: where there will be one, and only the C++ kernels do so."""
+    """Whether the forward shall keep exponentials for the backward: where there will be one, and only the C++ kernels do so.
+
+    As an operator it never does: their number would have to be known from symbolic shapes.
+    """
     trained = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in pairs)
     return (
         trained
@@ -97,27 +102,22 @@ def _backend(name: str, rows: Tensor):
 # ---- Operators ------------------------------------------------------------------------------------------------------------------------
 
 
-def _forward(*arguments) -> Terms:
-    *flat, row_names, column_names, keep, backend = arguments
+def _forward(*arguments, keep: bool = False) -> Terms:
+    *flat, row_names, column_names, backend = arguments
     pairs = _contiguous(_pairs(*flat))
     return _backend(backend, pairs.rows).forward(pairs, tuple(row_names), tuple(column_names), keep)
 
 
 def _fake_forward(*arguments) -> Terms:
-    *flat, row_names, column_names, keep, _ = arguments
+    *flat, row_names, column_names, _ = arguments
     pairs = _pairs(*flat)
-    n, m, depth = pairs.shape
+    n, m, _ = pairs.shape
 
     def empty(*shape) -> Tensor:
         return pairs.rows.new_empty(shape, dtype=sum_dtype(pairs.rows.dtype))
 
     norms = (n if pairs.columns is None else n + m) if pairs.unit else 0
-    return Terms(
-        empty(len(row_names), n),
-        empty(len(column_names), m),
-        empty(norms),
-        empty(cpu.kept_size(n, m, depth, pairs.columns is None) if keep else 0),
-    )
+    return Terms(empty(len(row_names), n), empty(len(column_names), m), empty(norms), empty(0))
 
 
 def _backward(*arguments) -> tuple[Tensor, ...]:
@@ -147,7 +147,7 @@ def _define(name: str, schema: str, run, fake):
 
 _forward_op = _define(
     "pairs",
-    f"{_PAIRS}, str[] row_names, str[] column_names, bool keep, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"{_PAIRS}, str[] row_names, str[] column_names, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _fake_forward,
 )
@@ -164,7 +164,7 @@ _backward_op = _define(
 
 
 def _setup_terms(ctx, inputs, output) -> None:
-    *flat, row_names, column_names, _, backend = inputs
+    *flat, row_names, column_names, backend = inputs
     row_terms, column_terms, norms, kept = output
     ctx.mark_non_differentiable(norms, kept)
     ctx.set_materialize_grads(False)
@@ -229,7 +229,8 @@ class _Terms(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        output = tuple(_forward(*arguments))
+        *arguments, keep = arguments
+        output = tuple(_forward(*arguments, keep=keep))
         _setup_terms(ctx, arguments, output)
         return output
 
@@ -239,8 +240,8 @@ class _Terms(torch.autograd.Function):
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
-        *flat, line, keep, backend = arguments
-        terms = _forward(*flat, line.names, (), keep, backend)
+        *flat, line, backend, keep = arguments
+        terms = _forward(*flat, line.names, (), backend, keep=keep)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*flat[:_TENSORS], *terms)
         ctx.options = (*flat[_TENSORS:], line, backend)

@@ -221,5 +221,6 @@ LINES = [
     Line(all=1, similarity=-1, lone="skip", factor=1.43),
     Line(different=1, similarity=-1, reduction="sum"),
     Line(all=1, equal=-1, log_count=1, reduction="none"),
+    Line(different=1, similarity=-1, lone="nan", reduction="none"),
     Line(all=0.5, different=0.25, equal=-0.5, similarity=-2, log_count=3, lone="skip"),
 ]

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-import naive
 import torch
 from torch import Tensor
 
 from fastsupcon import PSCLoss, SupConLoss, functional
+from tests import naive
 
 
 @dataclass(frozen=True)

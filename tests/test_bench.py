@@ -5,35 +5,38 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
 import conftest
-import naive
 import pytest
 import torch
 import torch.nn.functional as F
 
+from tests import naive
+
 for package in ("matplotlib", "rich", "tyro"):
     pytest.importorskip(package, reason=f"{package} (of the [bench] extra) is not installed")
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 from bench import measure, report  # noqa: E402
-from bench.__main__ import run  # noqa: E402
-from bench.contenders import CONTENDERS, TEMPERATURE, Case  # noqa: E402
+from bench.__main__ import cpu_cases, gpu_cases, quick_cases, run  # noqa: E402
+from bench.contenders import CONTENDERS, OPERATORS, ROWS, Case  # noqa: E402
 
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = sorted((ROOT / "bench/results").glob("*.json"))
 TINY = [Case("scl", 64, 128), Case("psc", 40, 128, 12)]
+ONE_POSITIVE = Case("psc all", 40, 128, 12)
 
 
-def test_a_run_is_recorded_and_reported(tmp_path):
+def test_a_run_is_recorded_and_reported(tmp_path, capsys):
     out = tmp_path / "results.json"
-    run(TINY, ("naive", "chunked", "inf-cl"), out, rounds=2)
+    run([TINY[0], dataclasses.replace(TINY[1], threads=2)], ("naive", "chunked", "inf-cl"), out, rounds=2)
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[-1] for line in said if "SCL" in line][1:] == ["reference", "naive", "chunked", "product", "2 rounds"]
     entries = json.loads(out.read_text())["cases"]
     assert [(entry["case"]["loss"], entry["case"]["rows"]) for entry in entries] == [("psc", 40), ("scl", 64)]
     for entry in entries:
@@ -44,8 +47,8 @@ def test_a_run_is_recorded_and_reported(tmp_path):
             found = entry["contenders"][name]
             assert found["value_error"] < 1e-6 and found["gradient_error"] < 2e-6
             assert sys.platform != "linux" or found["extra_bytes"] >= 0
-            for mode in ("forward", "forward+backward"):
-                spread = found["seconds"][mode]
+            assert (report.AFTER in found["seconds"]) == (entry["case"]["threads"] > 1)
+            for spread in found["seconds"].values():
                 assert spread["samples"] >= 2
                 assert 0 < spread["min"] <= spread["q1"] <= spread["median"] <= spread["q3"] <= spread["max"]
     assert entries[1]["floor_flops"] == {"forward": 64 * 64 * 128, "forward+backward": 4 * 64 * 64 * 128}
@@ -56,15 +59,29 @@ def test_a_run_is_recorded_and_reported(tmp_path):
 
     written = report.write(out)
     assert {path.name for path in written} == {"results.json", "results.md", "results-time.png", "results-memory.png"}
-    assert "SCL 64 × 128, float32, 1 thread" in written[1].read_text()
+    table = written[1].read_text()
+    assert "SCL 64 × 128, float32, 1 thread" in table and report.AFTER in table and "inf-cl: serves scl alone" in table
 
 
-def test_a_contender_that_fails_is_a_result(tmp_path):
-    out = tmp_path / "results.json"
-    run([Case("scl", 32, 8, dtype="float16")], ("naive", "cut-cross-entropy"), out, rounds=1)
-    (entry,) = json.loads(out.read_text())["cases"]
-    assert "cut-cross-entropy" in report.tables(json.loads(out.read_text()))
-    assert "absent" in entry["contenders"]["cut-cross-entropy"]
+def test_the_cases_of_the_presets_are_rows_of_the_table():
+    presets = [cpu_cases(), gpu_cases(), quick_cases("cpu"), quick_cases("cuda")]
+    assert all(case.loss in ROWS for cases in presets for case in cases)
+    assert {case.loss for case in cpu_cases()} == set(ROWS)
+
+
+@pytest.mark.parametrize("loss", list(ROWS))
+def test_every_row_of_the_table_is_a_case(loss):
+    """Also of all those that only the preset of a CPU holds."""
+    case = Case(loss, 48, 16, 12 if "psc" in loss else 20 if loss == "cross" else 0)
+    features, *rest = case.inputs()
+    assert features.numel() == case.rows * case.depth
+    assert all(torch.equal(x, y) for x, y in zip(rest, case.inputs()[1:], strict=True) if x is not None)
+    if loss in OPERATORS:
+        torch.testing.assert_close(features.norm(dim=1), torch.ones(case.rows))
+    reference = measure.float64_reference(case)
+    for name in ("naive", "chunked"):
+        errors = measure.errors(case, CONTENDERS[name].build(case), reference)
+        assert errors["value_error"] < 1e-6 and errors["gradient_error"] < 2e-6
 
 
 def test_a_file_of_another_machine_is_not_added_to(tmp_path):
@@ -76,12 +93,18 @@ def test_a_file_of_another_machine_is_not_added_to(tmp_path):
     assert out.read_text() == before
 
 
-@pytest.mark.parametrize("name", ["naive, warm heap", "torch.compile", "pytorch-metric-learning", "chunked", "cut-cross-entropy"])
-def test_a_contender_computes_the_loss(name, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        *((name, TINY[0]) for name in ("naive, warm heap", "torch.compile", "pytorch-metric-learning", "chunked", "cut-cross-entropy")),
+        *((name, ONE_POSITIVE) for name in ("F.linear_cross_entropy", "chunked", "cut-cross-entropy")),
+    ],
+    ids=lambda of: of if isinstance(of, str) else of.loss,
+)
+def test_a_contender_computes_the_loss(name, case, monkeypatch):
     """On the same inputs, in this process; a kernel that wants a GPU is stood in for by its definition in plain PyTorch."""
-    case = TINY[0]
     peer = types.ModuleType("cut_cross_entropy")
-    peer.linear_cross_entropy = lambda e, c, targets, reduction, filter_eps: F.cross_entropy(e @ c.T, targets, reduction=reduction)
+    peer.linear_cross_entropy = lambda e, c, targets, filter_eps, reduction="mean": F.cross_entropy(e @ c.T, targets, reduction=reduction)
     if name == "cut-cross-entropy":
         monkeypatch.setitem(sys.modules, "cut_cross_entropy", peer)
     elif reason := CONTENDERS[name].absent(case):
@@ -110,9 +133,9 @@ def test_the_sampled_reference_is_that_of_its_anchors(name, monkeypatch):
     assert errors["value_error"] < 1e-6 and errors["gradient_error"] < 2e-6
 
 
-def test_the_reports_command(tmp_path):
-    out = tmp_path / "results.json"
-    run(TINY[:1], ("chunked",), out, rounds=1)
+@pytest.mark.parametrize("results", RESULTS, ids=lambda path: path.stem)
+def test_the_reports_command_reads_earlier_results(results, tmp_path):
+    out = Path(shutil.copy(results, tmp_path / "results.json"))
     written = subprocess.run([sys.executable, "-m", "bench.report", str(out)], cwd=ROOT, capture_output=True, text=True)
     assert written.returncode == 0, written.stderr
     assert len(written.stdout.split()) == 4 and (tmp_path / "results-time.png").read_bytes().startswith(b"\x89PNG")
@@ -123,7 +146,7 @@ def test_pscs_reference_by_blocks_is_the_direct_one(rows, monkeypatch):
     monkeypatch.setattr(measure, "BLOCK", 12 * rows + 7)
     case = Case("psc", 41, 16, 12)
     features, labels, prototypes = (x.detach().double().requires_grad_() if x.is_floating_point() else x for x in case.inputs())
-    loss = naive.psc_loss(features, labels, prototypes, temperature=TEMPERATURE)
+    loss = naive.psc_loss(features, labels, prototypes, **case.options)
     direct = loss.detach(), *torch.autograd.grad(loss, (features, prototypes))
     for blocks, exact in zip(measure.float64_reference(case), direct, strict=True):
         assert (blocks - exact).norm() <= 1e-14 * exact.norm()
@@ -184,14 +207,34 @@ def test_a_worker_that_fails_costs_its_own_figures_alone(tmp_path, monkeypatch, 
         assert reason in table
 
 
+class Clock:
+    """Stands in for the module time: it stands still but for what a step asks of it."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_what_runs_before_a_step_is_not_timed(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(measure, "time", clock)
+    seconds = measure.timed(lambda: clock.sleep(0.01), "cpu", before=lambda: clock.sleep(0.05))
+    assert seconds == pytest.approx([0.01, 0.01])
+
+
 def test_a_step_whose_memory_went_back_is_warmed_before_it_is_timed(monkeypatch):
     emptied = []
     monkeypatch.setattr("torch.cuda.empty_cache", lambda: emptied.append(True))
     for reserved, back in ((measure.KEPT, False), (measure.KEPT + 1, True)):
         monkeypatch.setattr("torch.cuda.memory_reserved", lambda reserved=reserved: reserved)
         assert measure.released("cuda") == back == bool(emptied)
-    runs = []
-    assert len(measure.timed(lambda: runs.append(time.sleep(0.06)), "cpu", cold=True)) == len(runs) - 1 == 2
+    clock, runs = Clock(), []
+    monkeypatch.setattr(measure, "time", clock)
+    assert len(measure.timed(lambda: runs.append(clock.sleep(0.06)), "cpu", cold=True)) == len(runs) - 1 == 2
 
 
 @pytest.mark.parametrize("shards", [1, 5, 40])
@@ -206,9 +249,8 @@ def test_shards_part_the_tests(shards):
 
 
 def test_a_report_without_matplotlib_is_the_table(tmp_path, monkeypatch, capsys):
-    out = tmp_path / "results.json"
-    run(TINY[1:], ("chunked",), out, rounds=1)
+    out = Path(shutil.copy(RESULTS[0], tmp_path / "results.json"))
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert [path.name for path in report.write(out)] == ["results.json", "results.md"]
-    assert "PSC 40 × 128" in (tmp_path / "results.md").read_text()
+    assert "PSC 1,024 × 128" in (tmp_path / "results.md").read_text()
     assert "no plots" in capsys.readouterr().err

@@ -27,7 +27,7 @@ void line_of(const Line& line, std::int64_t rows, const Quantities<const void*>&
     if (values.equal) x += line.equal * of(values.equal)[i];
     if (values.similarity) x += line.similarity * (of(values.similarity)[i] / std::max(count[i], Sum(1)));
     x *= line.factor;
-    if (!(count[i] > 0) && !std::isnan(x)) x = 0;
+    if (!(count[i] > 0) && !std::isnan(x)) x = line.lone;
     if (line.reduction == Line::Reduction::none) loss[i] = Sum(x);
     total += x;
   }
@@ -40,7 +40,7 @@ void line_backward_of(const Line& line, std::int64_t rows, const Quantities<cons
   const Sum* const count = static_cast<const Sum*>(values.count);
   const double factor = line.factor / divisor(line, rows, count);
   for (std::int64_t i = 0; i < rows; ++i) {
-    const double g = count[i] > 0 ? factor * grad[line.reduction == Line::Reduction::none ? i : 0] : 0;
+    const double g = count[i] > 0 ? factor * grad[line.reduction == Line::Reduction::none ? i : 0] : line.lone;
     if (grads.all) of(grads.all)[i] = Sum(g * line.all);
     if (grads.different) of(grads.different)[i] = Sum(g * line.different);
     if (grads.equal) of(grads.equal)[i] = Sum(g * line.equal);

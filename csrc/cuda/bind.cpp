@@ -1,41 +1,44 @@
-#include <pybind11/pybind11.h>
+#include "bind.h"
 
-#include "lse.h"
+#include <pybind11/stl.h>
+
+#include "pairs.h"
 
 namespace py = pybind11;
-using namespace pybind11::literals;
 
 namespace fastsupcon::cuda {
 
 namespace {
-template <class T>
-T* pointer(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
+
+using Address = std::uintptr_t;
+
+void* pointer(Address address) { return reinterpret_cast<void*>(address); }
+
+Quantities<const void*> constant(const Quantities<void*>& q) { return {q.all, q.different, q.equal, q.similarity, q.count}; }
+
 }  // namespace
 
+// Arguments are by position: names would cost a microsecond a call.
 void bind(py::module_ m) {
-  m.doc() = "Kernels for NVIDIA GPUs. Each call returns the bytes of scratch memory it needs; given less, it has launched nothing.";
-  m.def("unusable", &unusable, "device"_a, "Why no kernel can run on this device, or an empty text. Makes it the runtime's current one.");
-  m.def(
-      "forward",
-      [](const LseProblem& problem, bool self, bool allow_tf32, std::uintptr_t lse, std::uintptr_t scratch, std::size_t scratch_bytes,
-         int device, std::uintptr_t stream) {
-        return forward(problem, self, allow_tf32, pointer<float>(lse), {pointer<void>(scratch), scratch_bytes},
-                       {device, pointer<void>(stream)});
-      },
-      py::call_guard<py::gil_scoped_release>(), "problem"_a, "self_shape"_a, "allow_tf32"_a, "lse"_a, "scratch"_a, "scratch_bytes"_a,
-      "device"_a, "stream"_a);
-  m.def(
-      "backward",
-      [](const LseProblem& problem, bool self, bool allow_tf32, std::uintptr_t lse, std::uintptr_t grad, std::uintptr_t da,
-         std::uintptr_t db, std::uintptr_t dbias, std::uintptr_t scratch, std::size_t scratch_bytes, int device, std::uintptr_t stream) {
-        return backward(problem, self, allow_tf32, pointer<const float>(lse), pointer<const float>(grad), pointer<void>(da),
-                        pointer<void>(db), pointer<float>(dbias), {pointer<void>(scratch), scratch_bytes},
-                        {device, pointer<void>(stream)});
-      },
-      py::call_guard<py::gil_scoped_release>(), "problem"_a, "self_shape"_a, "allow_tf32"_a, "lse"_a, "grad"_a, "da"_a, "db"_a, "dbias"_a,
-      "scratch"_a, "scratch_bytes"_a, "device"_a, "stream"_a);
+  m.doc() = "Kernels for NVIDIA GPUs. A forward or backward is planned, then run with `bytes` of scratch memory on a device and its stream.";
+  m.def("unusable", &unusable, "Why no kernel can run on this device, or an empty text. Makes it the runtime's current one.");
+  py::class_<Plan>(m, "Plan")
+      .def_readonly("bytes", &Plan::bytes)
+      .def(
+          "run",
+          [](const Plan& plan, Address scratch, int device, Address stream) { run(plan, pointer(scratch), {device, pointer(stream)}); },
+          py::call_guard<py::gil_scoped_release>());
+  m.def("forward", [](const Problem& problem, const Quantities<void*>& rows, const Quantities<void*>& columns, Address norms,
+                      bool allow_tf32, int device) { return forward(problem, rows, columns, pointer(norms), allow_tf32, device); });
+  m.def("backward", [](const Problem& problem, const Incoming& rows, const Incoming& columns, Address norms, const Outgoing& out,
+                       bool allow_tf32, int device) { return backward(problem, rows, columns, pointer(norms), out, allow_tf32, device); });
+  m.def("line", [](const Line& of, std::int64_t rows, const Quantities<void*>& values, Address loss, int device, Address stream) {
+    line(of, rows, constant(values), pointer(loss), {device, pointer(stream)});
+  });
+  m.def("line_backward", [](const Line& of, std::int64_t rows, const Quantities<void*>& values, Address grad,
+                            const Quantities<void*>& grads, int device, Address stream) {
+    line_backward(of, rows, constant(values), pointer(grad), grads, {device, pointer(stream)});
+  });
 }
 
 }  // namespace fastsupcon::cuda

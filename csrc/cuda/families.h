@@ -1,4 +1,4 @@
-// The two kernel families, each as one function per direction; instantiated per product in mma_*.cu and wgmma_*.cu.
+// The families of tile kernels, and how each cuts work into blocks. Instantiated per product in mma_*.cu and wgmma_*.cu.
 #pragma once
 
 #include <hardware/launch.h>
@@ -7,26 +7,31 @@
 
 namespace fastsupcon::cuda {
 
-// How a family cuts work into blocks.
 struct Tiling {
-  int rows, columns;       // of x that a block owns, and of y in a tile
+  int rows, columns;  // of x that a block owns, and of y in a tile
   int blocks_per_multiprocessor;
-  int out_chunks;          // blocks that share the columns of the result
+  int out_chunks;     // blocks that share the columns of the result
+};
+
+struct Family {
+  const char* name;
+  bool (*serves)(const Work& work, const Device& device);
+  Tiling (*tiling)(std::int64_t depth, bool backward);
+  void (*launch)(const Work& work, bool backward, const Where& where);
 };
 
 std::string shape_of(const Work& work);  // for error texts
 
-template <Product PRODUCT>
-Tiling mma_tiling(const Work& work, bool backward);
-template <Product PRODUCT>
-void mma_launch(const Work& work, bool backward, int splits, const Where& where);
+inline Grid tile_grid(const Work& work, const Tiling& tiling) {
+  Grid grid{0, 1, tiling.out_chunks};
+  for (int i = 0; i < work.count; ++i) grid.x += work.passes[i].row_blocks * work.passes[i].splits;
+  return grid;
+}
 
-// sm_90a: half rows that TMA can fetch, up to a depth of 1024. false where it does not serve.
+// For sm_80 and newer: everything. For sm_90: half rows that TMA can fetch, of a depth up to 256.
 template <Product PRODUCT>
-bool wgmma_serves(const Work& work, bool backward, const Device& device);
+Family mma_family();
 template <Product PRODUCT>
-Tiling wgmma_tiling(const Work& work, bool backward);
-template <Product PRODUCT>
-void wgmma_launch(const Work& work, bool backward, int splits, const Where& where);
+Family wgmma_family();
 
 }  // namespace fastsupcon::cuda

@@ -1,7 +1,7 @@
 // The kernels for sm_80 and every newer GPU: mma.sync fed by ldmatrix from panels that cp.async fills. Any depth, any alignment.
 //
-// A block owns ROWS = 4 warps · M_TILES · 16 rows x and visits tiles of 64 rows y; each warp forms the logits of its own rows with the whole
-// tile, so nothing but the panels is shared and one barrier per step is enough. Depth in panels of 128 bytes:
+// A block owns ROWS = 4 warps · M_TILES · 16 rows x and visits tiles of 64 or 32 rows y; each warp forms the logits of its own rows with the
+// whole tile, so nothing but panels and records is shared and one barrier per step is enough. Depth in panels of 128 bytes:
 //   PANELS 1, 2, 4: x stays in shared memory, tiles of y are double-buffered.
 //   PANELS 0: any number of panels. Panels of x and y come through a ring of four stages; the backward's grid.z says which four panels of
 //             the result a block sums (registers hold no more), and the logits are recomputed for each.
@@ -9,12 +9,11 @@
 
 #include <type_traits>
 
-#include "pairs.cuh"
+#include "tile.cuh"
 
 namespace fastsupcon::cuda {
 
 constexpr int kMmaThreads = 128;
-constexpr int kMmaColumns = 64;   // of a tile
 constexpr int kRing = 4;          // stages of the ring, PANELS = 0
 constexpr int kOutPanels = 4;     // of the result that one block sums, PANELS = 0
 
@@ -25,19 +24,21 @@ constexpr int kUnroll = PRODUCT == Product::f32 ? 1 : 16;
 
 template <Product PRODUCT, int PANELS, bool BACKWARD>
 struct MmaShape {
-  // Registers decide, 255 of a thread: a backward of 32 rows × 128 columns (128 accumulators, 64 logits) spilled 264 bytes.
-  static constexpr int m_tiles = kElementBytes<PRODUCT> == 2 && (PANELS == 1 || (PANELS == 2 && !BACKWARD)) ? 2 : 1;
+  // Registers decide, 255 of a thread: a backward of 32 rows × 64 columns (64 accumulators, 64 logits) spilled 3 KiB.
+  static constexpr int m_tiles = kElementBytes<PRODUCT> == 2 && (PANELS == 1 || PANELS == 2) && !BACKWARD ? 2 : 1;
   static constexpr int rows = 4 * 16 * m_tiles;
+  // Of a tile. With 64, two tiles of four panels and the backward's records pass 99 KiB; with 48, 104 bytes were spilled.
+  static constexpr int columns = PANELS == 4 && BACKWARD ? 32 : 64;
   static constexpr int out_panels = PANELS ? PANELS : kOutPanels;
   static constexpr int panel_columns = kPanelBytes / kElementBytes<PRODUCT>;
   static constexpr int stages = PANELS ? 2 : kRing;
   static constexpr int x_bytes = rows * kPanelBytes * (PANELS ? PANELS : kRing);
-  static constexpr int y_bytes = kMmaColumns * kPanelBytes * (PANELS ? 2 * PANELS : kRing);
-  static constexpr int terms_at = x_bytes + y_bytes;
-  static constexpr int keys_at = terms_at + 2 * kMmaColumns * static_cast<int>(sizeof(Terms));
-  static constexpr int row_terms_at = keys_at + 2 * kMmaColumns * static_cast<int>(sizeof(std::int64_t));
-  static constexpr int row_keys_at = row_terms_at + rows * static_cast<int>(sizeof(Terms));
-  static constexpr int shared_bytes = row_keys_at + rows * static_cast<int>(sizeof(std::int64_t));
+  static constexpr int y_panel_bytes = columns * kPanelBytes;
+  static constexpr int y_bytes = y_panel_bytes * (PANELS ? 2 * PANELS : kRing);
+  static constexpr int kinds = BACKWARD ? 3 : 1;  // of records
+  static constexpr int x_records_at = x_bytes + y_bytes, y_records_bytes = kinds * columns * kRecordBytes;
+  static constexpr int y_records_at = x_records_at + kinds * rows * kRecordBytes;
+  static constexpr int shared_bytes = y_records_at + 2 * y_records_bytes;
   static_assert(shared_bytes <= kSmallestBlockSharedBytes, "the smallest GPU of this generation gives a block 99 KiB");
 };
 
@@ -62,6 +63,7 @@ FASTSUPCON_DEVICE void gather_16_bytes(ptx::Address to, const Side& side, std::i
 template <Product PRODUCT, int ROWS>
 FASTSUPCON_DEVICE void load_panel(ptx::Address panel, const Work& work, const Side& side, std::int64_t first_row, int panel_index) {
   constexpr int bytes = kElementBytes<PRODUCT>;
+  static_assert(ROWS * kChunks % kMmaThreads == 0);
   const std::int64_t row_bytes = work.depth * bytes;
 #pragma unroll kUnroll<PRODUCT>
   for (int i = 0; i < ROWS * kChunks / kMmaThreads; ++i) {
@@ -141,9 +143,9 @@ FASTSUPCON_DEVICE void multiply_add(float (&d)[4], const Operand<PRODUCT, 4> (&a
 }
 
 // s += x yᵀ over one panel of the depth, in steps of 32 bytes.
-template <Product PRODUCT, int M_TILES>
-FASTSUPCON_DEVICE void add_logits_of_panel(float (&s)[M_TILES][kMmaColumns / 8][4], ptx::Address x_panel, ptx::Address y_panel,
-                                           int first_row, int lane) {
+template <Product PRODUCT, int M_TILES, int GROUPS>
+FASTSUPCON_DEVICE void add_logits_of_panel(float (&s)[M_TILES][GROUPS][4], ptx::Address x_panel, ptx::Address y_panel, int first_row,
+                                           int lane) {
   constexpr int steps = kSteps<PRODUCT>;
   const MatrixRow x_at = fragment_rows(lane), y_at = fragment_columns(lane);
 #pragma unroll
@@ -159,7 +161,7 @@ FASTSUPCON_DEVICE void add_logits_of_panel(float (&s)[M_TILES][kMmaColumns / 8][
       }
     }
 #pragma unroll
-    for (int j = 0; j < kMmaColumns / 8; j += 2) {
+    for (int j = 0; j < GROUPS; j += 2) {
       Operand<PRODUCT, 4> y[steps];
 #pragma unroll
       for (int i = 0; i < steps; ++i) {
@@ -176,21 +178,19 @@ FASTSUPCON_DEVICE void add_logits_of_panel(float (&s)[M_TILES][kMmaColumns / 8][
   }
 }
 
-constexpr int kYPanelBytes = kMmaColumns * kPanelBytes;
-
 // out += w y over COUNT panels of the result's columns, which lie one after the other in shared memory. Half: panel by panel.
-template <Product PRODUCT, int COUNT, int M_TILES>
-FASTSUPCON_DEVICE void add_weighted_panels(float (*out)[M_TILES][8][4], const std::uint32_t (&w)[M_TILES][kMmaColumns / 16][4],
-                                           ptx::Address y_panels, int lane) {
+template <Product PRODUCT, int COUNT, int M_TILES, int STEPS>
+FASTSUPCON_DEVICE void add_weighted_panels(float (*out)[M_TILES][8][4], const std::uint32_t (&w)[M_TILES][STEPS][4], ptx::Address y_panels,
+                                           int lane) {
   const MatrixRow y_at = fragment_transposed(lane);
 #pragma unroll
   for (int p = 0; p < COUNT; ++p) {
 #pragma unroll
-    for (int k = 0; k < kMmaColumns / 16; ++k) {
+    for (int k = 0; k < STEPS; ++k) {
 #pragma unroll
       for (int n = 0; n < 8; n += 2) {
         std::uint32_t raw[4];
-        ptx::load_matrices_transposed(raw, y_panels + p * kYPanelBytes + panel_offset(16 * k + y_at.row, n + y_at.chunk));
+        ptx::load_matrices_transposed(raw, y_panels + p * 16 * STEPS * kPanelBytes + panel_offset(16 * k + y_at.row, n + y_at.chunk));
         const Operand<PRODUCT, 4> y[1] = {operand<PRODUCT>(raw)};
 #pragma unroll
         for (int m = 0; m < M_TILES; ++m) {
@@ -206,13 +206,12 @@ FASTSUPCON_DEVICE void add_weighted_panels(float (*out)[M_TILES][8][4], const st
 // The same for 32-bit elements. ldmatrix cannot transpose those, so y comes by words. The sum over a tile's rows may take any order: with
 // k = t standing for row 2t and k = t + 4 for row 2t + 1, the accumulators of the first product are the A fragment as they are.
 // Step by step through all panels: panel by panel the compiler would keep both halves of all of w for the next one, 32 registers.
-template <Product PRODUCT, int COUNT>
-FASTSUPCON_DEVICE void add_weighted_panels(float (*out)[1][4][4], const float (&w)[1][kMmaColumns / 8][4], ptx::Address y_panels,
-                                           int lane) {
+template <Product PRODUCT, int COUNT, int GROUPS>
+FASTSUPCON_DEVICE void add_weighted_panels(float (*out)[1][4][4], const float (&w)[1][GROUPS][4], ptx::Address y_panels, int lane) {
   constexpr int steps = kSteps<PRODUCT>;
   const int row = 2 * (lane % 4), column = lane / 4;
 #pragma unroll
-  for (int k = 0; k < kMmaColumns / 8; k += steps) {
+  for (int k = 0; k < GROUPS; k += steps) {
     Operand<PRODUCT, 4> weights[steps];
 #pragma unroll
     for (int i = 0; i < steps; ++i) {
@@ -227,7 +226,7 @@ FASTSUPCON_DEVICE void add_weighted_panels(float (*out)[1][4][4], const float (&
         Operand<PRODUCT, 2> y[steps];
 #pragma unroll
         for (int i = 0; i < steps; ++i) {
-          const ptx::Address panel = y_panels + p * kYPanelBytes + 4 * (column % 4);
+          const ptx::Address panel = y_panels + p * 8 * GROUPS * kPanelBytes + 4 * (column % 4);
           const int first = 8 * (k + i) + row;
           y[i] = operand<PRODUCT, 2>({ptx::load_word(panel + panel_offset(first, chunk)),
                                       ptx::load_word(panel + panel_offset(first + 1, chunk))});
@@ -240,74 +239,60 @@ FASTSUPCON_DEVICE void add_weighted_panels(float (*out)[1][4][4], const float (&
 
 // ---- Kernels --------------------------------------------------------------------------------------------------------------------
 
-// What both kernels share: the tiles of one block, their panels in shared memory, and the terms of their columns.
+// What both kernels share: the tiles of one block, their panels and records in shared memory.
 template <Product PRODUCT, int PANELS, bool BACKWARD>
 struct MmaBlock {
   using Shape = MmaShape<PRODUCT, PANELS, BACKWARD>;
-  static constexpr int bytes = kElementBytes<PRODUCT>;
 
   const Work& work;
-  std::int64_t first_row;
-  int tile, last_tile;
-  int panels;      // of the depth
-  float per_unit;  // of incoming gradients
+  BlockWork block;
+  const Pass& pass;
+  int tile;
+  int panels;  // of the depth
+  bool bounded;
+  float scale;  // of logits, in their unit
   unsigned char* shared = ptx::shared_memory();
   ptx::Address x_at = ptx::address(shared), y_at = x_at + Shape::x_bytes;
 
   FASTSUPCON_DEVICE explicit MmaBlock(const Work& work)
       : work(work),
-        first_row(ptx::block_x() * Shape::rows),
-        tile(static_cast<int>(ptx::block_y() * work.tiles_per_split)),
-        last_tile(tile + static_cast<int>(work.tiles_per_split)),
-        panels(static_cast<int>(ceil_div(work.depth * bytes, kPanelBytes))),
-        per_unit(1.0f / gradient_unit(work)) {
-    const int tiles = static_cast<int>(ceil_div(work.y.count, kMmaColumns));
-    if (last_tile > tiles) last_tile = tiles;
-  }
+        block(block_work(work, Shape::rows, Shape::columns)),
+        pass(work.passes[block.pass]),
+        tile(block.first_tile),
+        panels(static_cast<int>(ceil_div(work.depth * kElementBytes<PRODUCT>, kPanelBytes))),
+        bounded(is_bounded(work.scale)),
+        scale(scale_of(work.scale) * logit_unit(bounded)) {}
 
   FASTSUPCON_DEVICE ptx::Address x_panel(int place) const { return x_at + place * Shape::rows * kPanelBytes; }
-  FASTSUPCON_DEVICE ptx::Address y_panel(int place) const { return y_at + place * kYPanelBytes; }
+  FASTSUPCON_DEVICE ptx::Address y_panel(int place) const { return y_at + place * Shape::y_panel_bytes; }
 
   FASTSUPCON_DEVICE void load_x(int place, int panel) const {
-    load_panel<PRODUCT, Shape::rows>(x_panel(place), work, work.x, first_row, panel);
+    load_panel<PRODUCT, Shape::rows>(x_panel(place), work, pass.x, block.first_row, panel);
   }
   FASTSUPCON_DEVICE void load_y(int place, int of_tile, int panel) const {
-    load_panel<PRODUCT, kMmaColumns>(y_panel(place), work, work.y, std::int64_t{of_tile} * kMmaColumns, panel);
+    load_panel<PRODUCT, Shape::columns>(y_panel(place), work, pass.y, std::int64_t{of_tile} * Shape::columns, panel);
   }
 
-  // What the block's own rows bring. In shared memory, as the backward has no registers left for it.
-  FASTSUPCON_DEVICE void store_row_terms() const {
-    static_assert(Shape::rows <= kMmaThreads);
-    if (ptx::thread() >= Shape::rows) return;
-    reinterpret_cast<Terms*>(shared + Shape::row_terms_at)[ptx::thread()] = terms_of(work, work.x, first_row + ptx::thread(), per_unit);
-    reinterpret_cast<std::int64_t*>(shared + Shape::row_keys_at)[ptx::thread()] = row_key_of(work, first_row + ptx::thread());
+  FASTSUPCON_DEVICE void load_records(int at, const Side& side, std::int64_t first, int count) const {
+    const int places = count * record_kinds(BACKWARD, bounded);
+#pragma unroll 1
+    for (int place = ptx::thread(); place < places; place += kMmaThreads) {
+      const std::int64_t row = first + place % count;
+      const bool valid = row < side.record_rows;
+      const char* from = side.records + (place / count * side.record_rows + (valid ? row : 0)) * kRecordBytes;
+      ptx::copy_async_16_bytes(x_at + at + place * kRecordBytes, from, valid);
+    }
   }
-  FASTSUPCON_DEVICE Terms row_terms(int row) const { return reinterpret_cast<const Terms*>(shared + Shape::row_terms_at)[row]; }
-  FASTSUPCON_DEVICE std::int64_t row_key(int row) const {
-    return reinterpret_cast<const std::int64_t*>(shared + Shape::row_keys_at)[row];
+  FASTSUPCON_DEVICE void load_x_records() const { load_records(Shape::x_records_at, pass.x, block.first_row, Shape::rows); }
+  FASTSUPCON_DEVICE void load_y_records(int of_tile) const {  // two tiles' places
+    load_records(Shape::y_records_at + of_tile % 2 * Shape::y_records_bytes, pass.y, std::int64_t{of_tile} * Shape::columns, Shape::columns);
   }
-
-  // The terms of a tile's columns: thread c holds column c's from the fetch (before the tile that precedes it) to the store (after it).
-  FASTSUPCON_DEVICE void fetch_terms(int of_tile, Terms& terms, std::int64_t& key) const {
-    if (ptx::thread() >= kMmaColumns || of_tile >= last_tile) return;
-    const std::int64_t column = std::int64_t{of_tile} * kMmaColumns + ptx::thread();
-    terms = terms_of(work, work.y, column, per_unit);
-    key = key_of(work.y, column);
+  FASTSUPCON_DEVICE Records rows() const { return {shared + Shape::x_records_at, Shape::rows, block.first_row}; }
+  FASTSUPCON_DEVICE Records columns() const {
+    return {shared + Shape::y_records_at + tile % 2 * Shape::y_records_bytes, Shape::columns, std::int64_t{tile} * Shape::columns};
   }
-  FASTSUPCON_DEVICE void store_terms(int of_tile, const Terms& terms, std::int64_t key) const {
-    if (ptx::thread() >= kMmaColumns || of_tile >= last_tile) return;
-    const int place = of_tile % 2 * kMmaColumns + ptx::thread();
-    reinterpret_cast<Terms*>(shared + Shape::terms_at)[place] = terms;
-    reinterpret_cast<std::int64_t*>(shared + Shape::keys_at)[place] = key;
-  }
-  FASTSUPCON_DEVICE ColumnTerms column_terms() const {
-    const int place = tile % 2 * kMmaColumns;
-    return {reinterpret_cast<const Terms*>(shared + Shape::terms_at) + place,
-            reinterpret_cast<const std::int64_t*>(shared + Shape::keys_at) + place, std::int64_t{tile} * kMmaColumns};
-  }
-
   FASTSUPCON_DEVICE bool needs_mask() const {
-    return cuda::needs_mask(work, first_row, Shape::rows, std::int64_t{tile} * kMmaColumns, kMmaColumns);
+    return cuda::needs_mask(work, pass, block.first_row, Shape::rows, std::int64_t{tile} * Shape::columns, Shape::columns);
   }
 
   // The ring (PANELS = 0) runs over steps: for each tile its logits' panels of x and y, then, backward, the result's panels of y.
@@ -316,7 +301,8 @@ struct MmaBlock {
   int ring_panel = 0, ring_place = 0;
 
   FASTSUPCON_DEVICE void ring_load() {
-    if (ring_tile < last_tile) {
+    if (ring_tile < block.last_tile) {
+      if (ring_panel == 0) load_y_records(ring_tile);  // at most three steps ahead, so into the place of the tile before this one
       if (ring_panel < panels) {
         load_x(ring_place, ring_panel);
         load_y(ring_place, ring_tile, ring_panel);
@@ -339,9 +325,10 @@ struct MmaBlock {
   }
 
   FASTSUPCON_DEVICE void load_tile(int of_tile) const {
-    if (of_tile >= last_tile) return;
+    if (of_tile >= block.last_tile) return;
 #pragma unroll kUnroll<PRODUCT>
     for (int p = 0; p < PANELS; ++p) load_y(of_tile % 2 * PANELS + p, of_tile, p);
+    load_y_records(of_tile);
     ptx::copy_async_commit();
   }
   FASTSUPCON_DEVICE int tile_place() const { return tile % 2 * PANELS; }
@@ -350,11 +337,7 @@ struct MmaBlock {
   // where y comes through the ring, one by one.
   template <class OnLogits, class OnPanels>
   FASTSUPCON_DEVICE void for_each_tile(OnLogits on_logits, OnPanels on_panels) {
-    Terms terms{};
-    std::int64_t key = 0;
-    store_row_terms();
-    fetch_terms(tile, terms, key);
-    store_terms(tile, terms, key);
+    load_x_records();
     if constexpr (PANELS) {
 #pragma unroll
       for (int p = 0; p < PANELS; ++p) load_x(p, p);
@@ -364,17 +347,15 @@ struct MmaBlock {
       for (int i = 0; i < kRing - 1; ++i) ring_load();
     }
     const int warp_row = ptx::warp() * 16 * Shape::m_tiles, lane = ptx::lane();
-    for (; tile < last_tile; ++tile) {
-      float s[Shape::m_tiles][kMmaColumns / 8][4] = {};
+    for (; tile < block.last_tile; ++tile) {
+      float s[Shape::m_tiles][Shape::columns / 8][4] = {};
       if constexpr (PANELS) {
         ptx::copy_async_wait<0>();
         ptx::sync_block();
         load_tile(tile + 1);
-        fetch_terms(tile + 1, terms, key);
 #pragma unroll kUnroll<PRODUCT>
         for (int p = 0; p < PANELS; ++p) add_logits_of_panel<PRODUCT>(s, x_panel(p), y_panel(tile_place() + p), warp_row, lane);
       } else {
-        fetch_terms(tile + 1, terms, key);
         for (int p = 0; p < panels; ++p) {
           const int place = ring_next();
           add_logits_of_panel<PRODUCT>(s, x_panel(place), y_panel(place), warp_row, lane);
@@ -387,7 +368,6 @@ struct MmaBlock {
 #pragma unroll
         for (int p = 0; p < Shape::out_panels; ++p) on_panels(std::integral_constant<int, 1>{}, p, y_panel(ring_next()));
       }
-      store_terms(tile + 1, terms, key);
     }
   }
 };
@@ -399,34 +379,41 @@ __global__ void __launch_bounds__(kMmaThreads) mma_forward(const __grid_constant
   Block block(work);
   const int lane = ptx::lane();
   const int first = ptx::warp() * 16 * Shape::m_tiles + accumulator_row(lane, 0);  // of this lane's rows, in the block
-  LogSum sums[Shape::m_tiles][2];
+  RowSums sums[Shape::m_tiles][2];
 #pragma unroll
   for (int m = 0; m < Shape::m_tiles; ++m) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      if (!work.online) sums[m][r].maximum = 0.0f;
-    }
+    for (int r = 0; r < 2; ++r) start(sums[m][r], block.bounded);
   }
+  const auto excluded = [&](bool masked, int row) {
+    return masked ? excluded_pairs<Shape::columns>(work, block.pass, block.block.first_row + row, block.columns().first, lane) : 0;
+  };
   block.for_each_tile(
       [&](auto& s) {
-        const ColumnTerms columns = block.column_terms();
-        const bool masked = block.needs_mask();
+        const Records columns = block.columns();
+        const bool is_masked = block.needs_mask();
+        with_form(!block.bounded, is_masked, [&](auto running, auto masked) {
 #pragma unroll
-        for (int m = 0; m < Shape::m_tiles; ++m) {
-          const int row = first + 16 * m;
-          if (masked) mask<kMmaColumns>(s[m], {block.row_key(row), block.row_key(row + 8)}, columns, work.y.count, lane);
-          if (work.online) add_logits<true, kMmaColumns>(sums[m], s[m], columns, work.y.bias != nullptr, work.scale_log2, lane);
-          else add_logits<false, kMmaColumns>(sums[m], s[m], columns, false, work.scale_log2, lane);
-        }
+          for (int m = 0; m < Shape::m_tiles; ++m) {
+            const int row = first + 16 * m;
+            const Logit rows[2] = {block.rows().logit(row), block.rows().logit(row + 8)};
+            add_tile<running, masked, Shape::columns>(sums[m], s[m], rows, block.scale, columns, excluded(is_masked, row), lane);
+          }
+        });
       },
       [](auto, int, ptx::Address) {});
 #pragma unroll
   for (int m = 0; m < Shape::m_tiles; ++m) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      merge_lanes(sums[m][r]);
-      if (lane % 4 == 0) store_logsum(work, sums[m][r], block.first_row + first + 16 * m + 8 * r);
+      store_sums(block.pass, block.block, sums[m][r], block.block.first_row + first + 16 * m + 8 * r, block.bounded, lane);
     }
+  }
+  static_assert(Shape::rows <= kMmaThreads);
+  ptx::sync_block();
+  const int thread = ptx::thread();
+  if (is_last_split(block.pass, block.block, thread, [] { ptx::sync_block(); }) && thread < Shape::rows) {
+    combine_splits(block.pass, block.block.first_row + thread);
   }
 }
 
@@ -436,33 +423,37 @@ __global__ void __launch_bounds__(kMmaThreads) mma_backward(const __grid_constan
   using Shape = typename Block::Shape;
   constexpr bool half = kElementBytes<PRODUCT> == 2;
   Block block(work);
+  const Pass& pass = block.pass;
   const int lane = ptx::lane();
   const int first = ptx::warp() * 16 * Shape::m_tiles + accumulator_row(lane, 0);
-  float weight_sums[Shape::m_tiles][2] = {};
+  const float unit = weight_unit<PRODUCT>(pass), per_unit = 1.0f / unit;
+  const bool summed = pass.weight_sums || pass.products;
+  PairSums sums[Shape::m_tiles][2];
   float out[Shape::out_panels][Shape::m_tiles][Shape::panel_columns / 8][4] = {};
-  std::uint32_t packed[Shape::m_tiles][kMmaColumns / 16][4];
-  float weights[Shape::m_tiles][kMmaColumns / 8][4];
+  std::uint32_t packed[Shape::m_tiles][Shape::columns / 16][4];
+  float weights[Shape::m_tiles][Shape::columns / 8][4];
+  const auto excluded = [&](bool masked, int row) {
+    return masked ? excluded_pairs<Shape::columns>(work, block.pass, block.block.first_row + row, block.columns().first, lane) : 0;
+  };
   block.for_each_tile(
       [&](auto& s) {
-        const ColumnTerms columns = block.column_terms();
-        const bool masked = block.needs_mask();
+        const Records columns = block.columns();
+        const bool is_masked = block.needs_mask();
+        with_form(!block.bounded, is_masked, [&](auto running, auto masked) {
+#pragma unroll
+          for (int m = 0; m < Shape::m_tiles; ++m) {
+            const int row = first + 16 * m;
+            weigh_tile<running, masked, Shape::columns>(sums[m], s[m], block.rows(), row, block.scale, unit, summed, columns,
+                                                               excluded(is_masked, row), lane);
+          }
+        });
 #pragma unroll
         for (int m = 0; m < Shape::m_tiles; ++m) {
-          const int row = first + 16 * m;
-          if (masked) mask<kMmaColumns>(s[m], {block.row_key(row), block.row_key(row + 8)}, columns, work.y.count, lane);
-          weigh<kMmaColumns>(work.form, s[m], {block.row_terms(row), block.row_terms(row + 8)}, columns, work.scale_log2, lane);
-          if (work.weight_sums) {
-#pragma unroll
-            for (int j = 0; j < kMmaColumns / 8; ++j) {
-#pragma unroll
-              for (int e = 0; e < 4; ++e) weight_sums[m][e / 2] += s[m][j][e];
-            }
-          }
           if constexpr (half) {
-            pack_weights<PRODUCT, kMmaColumns>(packed[m], s[m]);
+            pack_weights<PRODUCT, Shape::columns>(packed[m], s[m]);
           } else {
 #pragma unroll
-            for (int j = 0; j < kMmaColumns / 8; ++j) {
+            for (int j = 0; j < Shape::columns / 8; ++j) {
 #pragma unroll
               for (int e = 0; e < 4; ++e) weights[m][j][e] = s[m][j][e];
             }
@@ -478,29 +469,22 @@ __global__ void __launch_bounds__(kMmaThreads) mma_backward(const __grid_constan
           add_weighted_panels<PRODUCT, COUNT>(out + first, weights, y_panels, lane);
         }
       });
-  const std::int64_t first_panel = PANELS ? 0 : ptx::block_z() * kOutPanels;
+  const int first_panel = PANELS ? 0 : ptx::block_z() * kOutPanels;
 #pragma unroll
   for (int m = 0; m < Shape::m_tiles; ++m) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const std::int64_t row = block.first_row + first + 16 * m + 8 * r;
-      if (work.weight_sums) {
-#pragma unroll
-        for (int lanes = 1; lanes < 4; lanes *= 2) weight_sums[m][r] += ptx::shuffle_xor(weight_sums[m][r], lanes);
+      const std::int64_t row = block.block.first_row + first + 16 * m + 8 * r;
+      if (summed && first_panel == 0) {
+        store_pair_sums(pass, block.block, sums[m][r], block.rows().logit(first + 16 * m + 8 * r).factor, row, lane);
       }
-      if (row >= work.x.count) continue;
-      const float factor = gradient_factor(work, row);
-      if (work.weight_sums && lane % 4 == 0 && ptx::block_z() == 0) {
-        work.weight_sums[ptx::block_y() * work.x.count + row] = weight_sums[m][r] * factor;
-      }
-      if (!work.out) continue;
+      if (row >= pass.x.count) continue;
 #pragma unroll
       for (int p = 0; p < Shape::out_panels; ++p) {
 #pragma unroll
         for (int n = 0; n < Shape::panel_columns / 8; ++n) {
-          const std::int64_t column = (first_panel + p) * Shape::panel_columns + 8 * n + accumulator_column(lane, 0);
-          const float scale = factor * work.scale;
-          store_pair<PRODUCT>(work, row, column, out[p][m][n][2 * r] * scale, out[p][m][n][2 * r + 1] * scale);
+          const std::int64_t column = std::int64_t{first_panel + p} * Shape::panel_columns + 8 * n + accumulator_column(lane, 0);
+          store_pair(work, pass, block.block.split, row, column, out[p][m][n][2 * r] * per_unit, out[p][m][n][2 * r + 1] * per_unit);
         }
       }
     }

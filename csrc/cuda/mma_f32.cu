@@ -1,5 +1,5 @@
 #include "mma_launch.cuh"
 
 namespace fastsupcon::cuda {
-FASTSUPCON_MMA_INSTANTIATE(Product::f32)
+template Family mma_family<Product::f32>();
 }

@@ -1,49 +1,88 @@
-// The small kernels beside the large ones: max|g|, and the sums over splits in their fixed order.
+// Kernels of one block that reduce over all rows in a fixed order, and a loss that is linear in the rows' quantities.
 #pragma once
 
-#include "pairs.cuh"
+#include "rows.cuh"
 
 namespace fastsupcon::cuda {
 
-constexpr int kReduceThreads = 256;
-constexpr int kLargestThreads = 1024;
+constexpr int kBlockThreads = 1024;
 
-// One block: at 65,536 rows it reads 256 KiB. NaN wins over every number.
-__global__ void __launch_bounds__(kLargestThreads) largest_magnitude(const float* values, std::int64_t count, float* largest) {
-  const auto larger = [](float a, float b) { return b <= a ? a : (a != a ? a : b); };
-  float mine = 0.0f;
-  for (std::int64_t i = ptx::thread(); i < count; i += kLargestThreads) mine = larger(mine, fabsf(values[i]));
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) mine = larger(mine, ptx::shuffle_xor(mine, mask));
+// Of all threads; each of them gets it.
+FASTSUPCON_DEVICE float block_sum(float value) {
   float* of_warps = reinterpret_cast<float*>(ptx::shared_memory());
   const int warp = ptx::warp();  // a shuffle: of all lanes, so not under a condition
-  if (ptx::lane() == 0) of_warps[warp] = mine;
+  value = warp_sum(value);
+  ptx::sync_block();  // those of an earlier sum have been read
+  if (ptx::lane() == 0) of_warps[warp] = value;
   ptx::sync_block();
-  if (ptx::thread() >= 32) return;
-  mine = of_warps[ptx::thread()];
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) mine = larger(mine, ptx::shuffle_xor(mine, mask));
-  if (ptx::thread() == 0) *largest = mine;
+  return warp_sum(of_warps[ptx::lane()]);
+}
+constexpr int kBlockSumBytes = kBlockThreads / 32 * static_cast<int>(sizeof(float));
+
+// out = factor Σ values.
+__global__ void __launch_bounds__(kBlockThreads) sum_rows(const float* values, std::int64_t count, float factor, float* out) {
+  float sum = 0.0f;
+  for (std::int64_t i = ptx::thread(); i < count; i += kBlockThreads) sum += values[i];
+  sum = block_sum(sum);
+  if (ptx::thread() == 0) *out = factor * sum;
 }
 
-__global__ void __launch_bounds__(kReduceThreads) combine_logsums(const float* partial, int splits, std::int64_t rows, float* lse) {
-  const std::int64_t row = ptx::block_x() * kReduceThreads + ptx::thread();
-  if (row >= rows) return;
-  LogSum total;
-  for (int split = 0; split < splits; ++split) {
-    const float* of_split = partial + 2 * (split * rows + row);
-    merge(total, {of_split[0], of_split[1]});
+struct LineWork {
+  float all, different, equal, similarity, log_count, factor, lone;
+  bool skip_lone;
+  Line::Reduction reduction;
+  std::int64_t rows;
+  Quantities<const float*> values;
+  float* loss;                // forward: [1], [rows] without reduction
+  const float* grad;          // backward: the same
+  Quantities<float*> grads;
+};
+
+FASTSUPCON_DEVICE float line_of(const LineWork& line, std::int64_t row) {
+  const auto& q = line.values;
+  const float pairs = q.count[row], count = fmaxf(pairs, 1.0f);
+  float loss = line.log_count * log(count);
+  if (q.all) loss += line.all * q.all[row];
+  if (q.different) loss += line.different * q.different[row];
+  if (q.equal) loss += line.equal * q.equal[row];
+  if (q.similarity) loss += line.similarity * (q.similarity[row] / count);
+  loss *= line.factor;
+  return pairs > 0.0f || loss != loss ? loss : line.lone;
+}
+
+FASTSUPCON_DEVICE float line_divisor(const LineWork& line) {  // by all threads of a block
+  if (line.reduction != Line::Reduction::mean) return 1.0f;
+  if (!line.skip_lone) return static_cast<float>(line.rows);
+  float paired = 0.0f;
+  for (std::int64_t row = ptx::thread(); row < line.rows; row += kBlockThreads) paired += line.values.count[row] > 0.0f ? 1.0f : 0.0f;
+  return fmaxf(block_sum(paired), 1.0f);
+}
+
+// Many blocks without reduction, else one.
+__global__ void __launch_bounds__(kBlockThreads) line_forward(const __grid_constant__ LineWork line) {
+  if (line.reduction == Line::Reduction::none) {
+    const std::int64_t row = ptx::block_x() * kBlockThreads + ptx::thread();
+    if (row < line.rows) line.loss[row] = line_of(line, row);
+    return;
   }
-  lse[row] = log_of(total);
+  float sum = 0.0f;
+  for (std::int64_t row = ptx::thread(); row < line.rows; row += kBlockThreads) sum += line_of(line, row);
+  sum = block_sum(sum) / line_divisor(line);
+  if (ptx::thread() == 0) *line.loss = sum;
 }
 
-template <Product PRODUCT>
-__global__ void __launch_bounds__(kReduceThreads) combine_sums(const float* partial, int splits, std::int64_t count, void* out) {
-  const std::int64_t index = ptx::block_x() * kReduceThreads + ptx::thread();
-  if (index >= count) return;
-  float total = 0.0f;
-  for (int split = 0; split < splits; ++split) total += partial[split * count + index];
-  store_element<PRODUCT>(out, index, total);
+__global__ void __launch_bounds__(kBlockThreads) line_gradients(const __grid_constant__ LineWork line) {
+  const float divisor = line_divisor(line);
+  const std::int64_t row = ptx::block_x() * kBlockThreads + ptx::thread();
+  if (row >= line.rows) return;
+  const float pairs = line.values.count[row];
+  const float grad = pairs > 0.0f ? line.grad[line.reduction == Line::Reduction::none ? row : 0] * line.factor / divisor : line.lone;
+  const auto& out = line.grads;
+  if (out.all) out.all[row] = grad * line.all;
+  if (out.different) out.different[row] = grad * line.different;
+  if (out.equal) out.equal[row] = grad * line.equal;
+  if (out.similarity) out.similarity[row] = grad * line.similarity / fmaxf(pairs, 1.0f);
+  if (out.count) out.count[row] = 0.0f;
 }
 
 }  // namespace fastsupcon::cuda

@@ -11,7 +11,7 @@ message(STATUS "fastsupcon: CUDA kernels are built with ${CMAKE_CUDA_COMPILER}")
 
 add_library(fastsupcon_cuda STATIC
   csrc/cuda/bind.cpp
-  csrc/cuda/lse.cu
+  csrc/cuda/plan.cu
   csrc/cuda/mma_f16.cu
   csrc/cuda/mma_bf16.cu
   csrc/cuda/mma_tf32.cu

@@ -1,5 +1,5 @@
 #include "wgmma_launch.cuh"
 
 namespace fastsupcon::cuda {
-FASTSUPCON_WGMMA_INSTANTIATE(Product::bf16)
+template Family wgmma_family<Product::bf16>();
 }

@@ -1,5 +1,5 @@
 #include "wgmma_launch.cuh"
 
 namespace fastsupcon::cuda {
-FASTSUPCON_WGMMA_INSTANTIATE(Product::f16)
+template Family wgmma_family<Product::f16>();
 }

@@ -1,58 +1,87 @@
-// What a kernel is asked to do, for the forward and the backward of both shapes.
+// What a tile kernel is asked to do, for the forward and the backward of all shapes.
 //
-// Every kernel owns rows x and streams over rows y; the logits of a pair are s = x·y·scale (+ bias), in units of log 2 inside.
-//   forward           lse_x = log Σ_y exp(s)
-//   backward          out_x = factor · Σ_y W(x, y) y, and for the bias Σ_y W(x, y), with W by Form:
-//     rows of cross     x = a, y = b:  W = exp(s − lse_x),                              times g_x
-//     columns of cross  x = b, y = a:  W = g_y exp(s − lse_y)
-//     self              x = y = z:     W = g_x exp(s − lse_x) + g_y exp(s − lse_y);  unit rows: exp(s) (g_x e^{−lse_x} + g_y e^{−lse_y})
+// A pass owns rows x and streams over rows y. What a row brings to its pairs is made once, by a small kernel (rows.cuh), as records of
+// 16 bytes, which the tile kernels fetch as they fetch the rows. For the pair of x_i and y_j
 //
-// Range. 16-bit floats hold W as an operand of the second product. Half: W is at most 2 once g is divided by max|g|, and is shifted up by
-// 2^14, so that probabilities down to 2^−29 keep full precision; the factor shifts back. bfloat16 and single need neither.
+//   v = x_i·y_j · factor_i · factor_j · scale      t = v + bias_i + bias_j
+//
+// with factor 1 / |x| where rows are brought to unit length, else 1; only the columns of a problem have a bias.
+//   forward   of each x: log Σ exp(t) over the pairs of different keys and over those of equal ones, Σ v over the latter, and their number
+//   backward  out_i = Σ_j w factor_j y_j, and for the bias Σ_j (w without its linear terms), with
+//             w = weight_i exp(t + shift_i) + weight_j exp(t + shift_j) + [equal keys] (linear_i + linear_j)
+//             whose weight and shift are those of pairs of equal, or of different keys
+// A problem's columns as x take the same pass with the two sides swapped, in the same launch. In the self shape x and y are the same rows
+// with the same records, so that w_ij + w_ji comes of one pass.
+//
+// Bounded: every |t| is known to be so small that exp(t) can be summed as it is. Then weights are weight · exp(shift): one exp for each pair.
 #pragma once
 
 #include <cstdint>
 
+#include "../problem.h"
+
 namespace fastsupcon::cuda {
 
 enum class Product { f16, bf16, tf32, f32 };  // how elements are multiplied; f32 is three tf32 products of halves: single precision
-enum class Exclusion { none, diagonal, keys };
-enum class Form { one, two, sum };
+enum class Exclusion { none, diagonal, own };  // no pair: none; x and y of equal index; what `own` names
 
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
+struct alignas(16) Logit {
+  float factor, bias;
+  std::uint32_t key_low, key_high;
+};
+struct alignas(16) Weight {
+  float different, equal, linear, unused;
+};
+struct alignas(16) Shift {  // for sums that are not bounded
+  float different, equal, unused[2];
+};
+constexpr int kRecordBytes = 16;
+constexpr int kRecordRows = 256;  // records are there for a multiple of so many rows, zero past the last
+
 struct Side {
   const void* rows;          // [count, depth]
   std::int64_t count;
-  const float* lse;          // [count] or null
-  const float* grad;         // [count] or null: 1
-  const float* bias;         // [count] or null: 0
-  const std::int64_t* keys;  // [count] or null: the row's own index. A pair of equal keys is excluded
+  const char* records;       // Logit [record_rows], then, backward, Weight [record_rows] and Shift [record_rows]
+  std::int64_t record_rows;  // count, rounded up to kRecordRows
+  const std::int64_t* own;   // [count], the index of the other side that is no pair; null: the row's own index
+  const float* largest;      // f16, backward: for each kRecordRows rows the largest |weight| + |linear| and the largest factor
 };
 
-struct Work {
+struct Scale {
+  double value;
+  const float* address;  // on the device; or null
+  bool may_bound;        // unit rows, no bias, and more than one pair for a row
+};
+
+// A block of a launch is given by its place in the list: of the first pass, then of the second; in each, split by split.
+struct Pass {
   Side x, y;
-  std::int64_t depth;
-  bool aligned;              // rows start at multiples of 16 bytes
-  Exclusion exclusion;
-  float scale_log2;          // scale · log2 e
+  std::int64_t row_blocks;       // blocks that share out x
+  int splits;                    // blocks that share out y
   std::int64_t tiles_per_split;  // tiles of y that one block visits
 
-  // Forward. `online` looks for the row maximum; else |s| is known to be small enough for none.
-  bool online;
-  float* lse;                // [x], or null: partial maximum and sum of each split instead
-  float* partial;            // [splits, x, 2]
+  // Forward: sums of each split, put together by the last of them that is done.
+  float* partial;                // [splits, x, kPartials]
+  int* done;                     // [row_blocks], 0 at first
+  Quantities<float*> quantities; // [x] each, or null
 
   // Backward
-  Form form;
-  float shift;               // log2 of what W is multiplied by
-  const float* largest;      // max|g| on the device, or null: g is used as it is
-  const float* out_grad;     // [x]: out is multiplied by it; or null
-  float scale;
-  void* out;                 // [x, depth] of the rows' type; or [splits, x, depth] float
-  float* weight_sums;        // [splits, x] or null
-  bool out_is_partial;
+  float* out;                    // [splits, x, depth]
+  float* weight_sums;            // [splits, x] Σ_j of w without its linear terms, for the bias; or null
+  float* products;               // [splits, x] Σ_j w x̂·ŷ, for the scale; or null
+};
+constexpr int kPartials = 6;     // maximum and sum over different keys, over equal keys; similarity, count
+
+struct Work {
+  Pass passes[2];
+  int count;                     // of passes
+  std::int64_t depth;
+  bool aligned;                  // rows start at multiples of 16 bytes
+  Exclusion exclusion;
+  Scale scale;
 };
 
 }  // namespace fastsupcon::cuda

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 import warnings
 
 import torch
@@ -61,4 +62,4 @@ def incoming(side: Side):
 def line(line: Line):
     """Not for a line whose factor is a tensor."""
     reduction = getattr(module.Line.Reduction, line.reduction)
-    return module.Line(*line[:6], line.lone == "skip", reduction)
+    return module.Line(*line[:6], math.nan if line.lone == "nan" else 0.0, line.lone == "skip", reduction)

@@ -10,8 +10,10 @@ import functools
 import torch
 from torch import Tensor
 
+from ..problem import Gradients, Line, Pairs, Side, Terms
 from ._dtypes import tf32_allowed
-from ._extension import make_problem
+from ._extension import address, incoming, problem, quantities
+from ._extension import line as make_line
 from ._extension import missing as extension_missing
 from ._extension import module as _C
 
@@ -43,43 +45,52 @@ def _driver_unusable(index: int) -> str | None:
     return f"the GPU's driver cannot run kernels of the nvcc that built them: {reason}" if reason else None
 
 
-def _run(function, like: Tensor, problem, self_shape: bool, *addresses: int) -> None:
-    """Calls ``function`` on ``like``'s device and current stream, with the scratch memory that it asks for."""
+def _where(like: Tensor) -> tuple[int, int]:
+    """The device of a tensor, and its current stream's handle."""
+    return like.device.index, torch.cuda.current_stream(like.device).cuda_stream
+
+
+def _run(plan, like: Tensor) -> None:
     with torch.cuda.device_of(like):
-        stream = torch.cuda.current_stream(like.device).cuda_stream
-        call = (problem, self_shape, tf32_allowed(), *addresses)
-        needed = function(*call, 0, 0, like.device.index, stream)
-        if needed:
-            scratch = torch.empty(needed, dtype=torch.uint8, device=like.device)
-            function(*call, scratch.data_ptr(), needed, like.device.index, stream)
+        scratch = torch.empty(plan.bytes, dtype=torch.uint8, device=like.device)
+        plan.run(scratch.data_ptr(), *_where(like))
 
 
-def _forward(problem, a: Tensor, self_shape: bool) -> Tensor:
-    lse = a.new_empty(len(a), dtype=torch.float32)
-    _run(_C.cuda.forward, a, problem, self_shape, lse.data_ptr())
-    return lse
+def forward(pairs: Pairs, row_names: tuple[str, ...], column_names: tuple[str, ...], keep: bool) -> Terms:
+    n, m, _ = pairs.shape
+
+    def empty(*shape: int) -> Tensor:
+        return pairs.rows.new_empty(shape, dtype=torch.float32)
+
+    norms = empty((n if pairs.columns is None else n + m) if pairs.unit else 0)
+    terms = Terms(empty(len(row_names), n), empty(len(column_names), m), norms, empty(0))
+    of_rows, of_columns = quantities(row_names, terms.rows), quantities(column_names, terms.columns)
+    device, _ = _where(norms)
+    _run(_C.cuda.forward(problem(pairs), of_rows, of_columns, norms.data_ptr(), tf32_allowed(), device), norms)
+    return terms
 
 
-def self_forward(z: Tensor, scale: float, unit_rows: bool) -> Tensor:
-    return _forward(make_problem(z, z, scale=scale, unit_rows=unit_rows), z, True)
+def backward(pairs: Pairs, rows: Side, columns: Side, norms: Tensor, kept: Tensor, needs: tuple[bool, bool, bool, bool]) -> Gradients:
+    wanted = (pairs.rows, pairs.columns, pairs.bias, pairs.scale)
+    out = Gradients(*(torch.empty_like(x) if need else None for x, need in zip(wanted, needs, strict=True)))
+    addresses = _C.Outgoing(*(address(x) for x in out))
+    device, _ = _where(norms)
+    plan = _C.cuda.backward(problem(pairs), incoming(rows), incoming(columns), norms.data_ptr(), addresses, tf32_allowed(), device)
+    _run(plan, norms)
+    return out
 
 
-def self_backward(z: Tensor, lse: Tensor, grad: Tensor, scale: float, unit_rows: bool) -> Tensor:
-    dz = torch.empty_like(z)
-    problem = make_problem(z, z, scale=scale, unit_rows=unit_rows)
-    _run(_C.cuda.backward, z, problem, True, lse.data_ptr(), grad.data_ptr(), dz.data_ptr(), 0, 0)
-    return dz
+def line(names: tuple[str, ...], values: Tensor, line: Line) -> Tensor:
+    rows = values.shape[1]
+    loss = values.new_empty(rows if line.reduction == "none" else ())
+    with torch.cuda.device_of(values):
+        _C.cuda.line(make_line(line), rows, quantities(names, values), loss.data_ptr(), *_where(values))
+    return loss
 
 
-def cross_forward(a, b, bias, skip, row_labels, column_labels, scale) -> Tensor:
-    return _forward(make_problem(a, b, bias, skip, row_labels, column_labels, scale), a, False)
-
-
-def cross_backward(a, b, bias, skip, row_labels, column_labels, lse, grad, scale, needs):
-    da = torch.empty_like(a) if needs[0] else None
-    db = torch.empty_like(b) if needs[1] else None
-    dbias = torch.empty_like(bias) if needs[2] else None
-    outputs = (0 if out is None else out.data_ptr() for out in (da, db, dbias))
-    problem = make_problem(a, b, bias, skip, row_labels, column_labels, scale)
-    _run(_C.cuda.backward, a, problem, False, lse.data_ptr(), grad.data_ptr(), *outputs)
-    return da, db, dbias
+def line_backward(names: tuple[str, ...], values: Tensor, grad: Tensor, line: Line) -> Tensor:
+    grads, grad = torch.empty_like(values), grad.contiguous()
+    of_values, of_grads = quantities(names, values), quantities(names, grads)
+    with torch.cuda.device_of(values):
+        _C.cuda.line_backward(make_line(line), values.shape[1], of_values, grad.data_ptr(), of_grads, *_where(values))
+    return grads

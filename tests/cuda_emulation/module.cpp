@@ -4,8 +4,8 @@
 
 #include <hardware/launch.h>
 
+#include "bind.h"
 #include "layout.h"
-#include "lse.h"
 
 PYBIND11_MODULE(emulated, m) {
   using namespace fastsupcon::cuda;

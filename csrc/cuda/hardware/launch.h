@@ -23,6 +23,7 @@ struct Grid {
 
 inline void check(cudaError_t status, const std::string& what) {
   if (status != cudaSuccess) {
+    cudaGetLastError();  // else the next launch would report it
     throw std::runtime_error("fastsupcon CUDA: " + what + ": " + cudaGetErrorName(status) + ", " + cudaGetErrorString(status));
   }
 }

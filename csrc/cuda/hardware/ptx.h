@@ -17,9 +17,7 @@ FASTSUPCON_DEVICE int thread() { return threadIdx.x; }
 FASTSUPCON_DEVICE int lane() { return threadIdx.x % 32; }
 FASTSUPCON_DEVICE int warp() { return __shfl_sync(0xffffffff, threadIdx.x / 32, 0); }  // the shuffle tells the compiler it is uniform
 FASTSUPCON_DEVICE std::int64_t block_x() { return blockIdx.x; }
-FASTSUPCON_DEVICE int block_y() { return blockIdx.y; }
 FASTSUPCON_DEVICE int block_z() { return blockIdx.z; }
-FASTSUPCON_DEVICE int blocks_y() { return gridDim.y; }
 
 // ---- Shared memory --------------------------------------------------------------------------------------------------------------
 
@@ -50,9 +48,13 @@ FASTSUPCON_DEVICE void sync_named(int barrier, int threads) { asm volatile("bar.
 FASTSUPCON_DEVICE void arrive_named(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
-FASTSUPCON_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffff, value, mask); }
-FASTSUPCON_DEVICE void atomic_add(unsigned long long* sum, unsigned long long value) { atomicAdd(sum, value); }
-FASTSUPCON_DEVICE void atomic_or(unsigned long long* bits, unsigned long long value) { atomicOr(bits, value); }
+template <class T>  // float or double
+FASTSUPCON_DEVICE T shuffle_xor(T value, int mask) {
+  return __shfl_xor_sync(0xffffffff, value, mask);
+}
+FASTSUPCON_DEVICE int atomic_add(int* sum, int value) { return atomicAdd(sum, value); }  // what was there before
+FASTSUPCON_DEVICE void fence_device() { __threadfence(); }
+FASTSUPCON_DEVICE float load_fresh(const float* from) { return __ldcg(from); }  // past L1, which may hold what was there before
 
 // ---- Arithmetic -----------------------------------------------------------------------------------------------------------------
 
@@ -69,6 +71,12 @@ FASTSUPCON_DEVICE std::uint32_t round_to_tf32(float x) {
 }
 FASTSUPCON_DEVICE std::uint32_t bits(float x) { return __float_as_uint(x); }
 FASTSUPCON_DEVICE float from_bits(std::uint32_t x) { return __uint_as_float(x); }
+FASTSUPCON_DEVICE float from_f16(std::uint16_t x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+  return y;
+}
+FASTSUPCON_DEVICE float from_bf16(std::uint16_t x) { return from_bits(static_cast<std::uint32_t>(x) << 16); }
 FASTSUPCON_DEVICE std::uint32_t pack_f16(float low, float high) {
   std::uint32_t pair;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
@@ -152,6 +160,13 @@ FASTSUPCON_DEVICE void barrier_wait(Address barrier, int parity) {  // returns o
 FASTSUPCON_DEVICE void copy_box_async(Address to, const TensorMap& map, int column, int row, Address barrier) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
                "l"(reinterpret_cast<std::uint64_t>(&map)), "r"(column), "r"(row), "r"(barrier)
+               : "memory");
+}
+
+// Copies `bytes`, a multiple of 16 as both addresses are, and counts them on the barrier.
+FASTSUPCON_DEVICE void copy_bulk_async(Address to, const void* from, int bytes, Address barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier)
                : "memory");
 }
 

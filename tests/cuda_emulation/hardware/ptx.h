@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <utility>
 
 #include "../emulator.h"
 
@@ -22,9 +23,7 @@ namespace em = emulation;
 inline int thread() { return em::thread; }
 inline int lane() { return em::thread % 32; }
 inline std::int64_t block_x() { return em::block->block.x; }
-inline int block_y() { return static_cast<int>(em::block->block.y); }
 inline int block_z() { return static_cast<int>(em::block->block.z); }
-inline int blocks_y() { return static_cast<int>(em::block->grid.y); }
 
 // ---- Shared memory
 
@@ -85,12 +84,16 @@ inline void sync_named(int barrier, int threads) {
   arrive_named(barrier, threads);
   em::wait_until([&] { return named.generation != generation; });
 }
-inline float shuffle_xor(float value, int mask) {
+inline int atomic_add(int* sum, int value) { return std::exchange(*sum, *sum + value); }
+inline void fence_device() {}
+inline float load_fresh(const float* from) { return *from; }
+template <class T>
+T shuffle_xor(T value, int mask) {
   static const char kind = 0;
   struct {
-    float value;
+    T value;
     int mask;
-    float result;
+    T result;
   } mine{value, mask, 0};
   using Mine = decltype(mine);
   with_warp(&kind, mine, [](auto& all) {
@@ -292,6 +295,18 @@ inline void copy_box_async(Address to, const TensorMap& map, int column, int row
         std::memcpy(at(swizzled(to + static_cast<Address>(r * 128 + c * 2))), &element, 2);
       }
     }
+    auto& of = transaction(barrier);
+    of.bytes -= bytes;
+    barrier_settle(of);
+    ++em::progress;
+  });
+}
+
+inline void copy_bulk_async(Address to, const void* from, int bytes, Address barrier) {
+  if (to % 16 || reinterpret_cast<std::uintptr_t>(from) % 16 || bytes % 16) em::fail("a bulk copy must be of whole 16 bytes");
+  std::memset(at(to), 0xff, static_cast<std::size_t>(bytes));
+  em::block->in_flight.push_back([=] {
+    std::memcpy(at(to), from, static_cast<std::size_t>(bytes));
     auto& of = transaction(barrier);
     of.bytes -= bytes;
     barrier_settle(of);

@@ -37,7 +37,7 @@ def tile(kernel: str, family: str, dtype: torch.dtype, depth: int) -> Tile:
     gradient = kernel in ("gradient", "symmetric gradient")
     half = kernel == "gradient" and d >= 256
     if family == "interpreter":
-        return Tile(32, 16, min(d, 64), 1, 1)  # small, so that few rows make many tiles
+        return Tile(128, 64, min(d, 256), 1, 1)  # its time goes by the number of operations, not by their size
     stages = 1 if family == "amd" else 2  # 64 KiB of shared memory on gfx942
     if dtype == torch.float32:  # three TF32 products a step: operands split in registers
         return Tile(64, 32, d if d <= 64 and gradient else min(d, 32), 8, stages)

@@ -1,0 +1,353 @@
+// From a problem to launches: which sides and passes it has, which family serves it, how the work is shared out, what scratch memory it takes.
+#include "pairs.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <iterator>
+#include <limits>
+
+#include "families.h"
+#include "reduce.cuh"
+
+namespace fastsupcon::cuda {
+
+std::string shape_of(const Work& work) {
+  const Pass& pass = work.passes[0];
+  return std::to_string(pass.x.count) + " × " + std::to_string(pass.y.count) + " rows of depth " + std::to_string(work.depth);
+}
+
+namespace {
+
+// use(std::integral_constant<Product, P>{})
+template <class Use>
+auto with_product(Product product, Use use) {
+  switch (product) {
+    case Product::f16: return use(std::integral_constant<Product, Product::f16>{});
+    case Product::bf16: return use(std::integral_constant<Product, Product::bf16>{});
+    case Product::tf32: return use(std::integral_constant<Product, Product::tf32>{});
+    default: return use(std::integral_constant<Product, Product::f32>{});
+  }
+}
+
+Product product_of(const Problem& problem, bool allow_tf32) {
+  switch (problem.scalar) {
+    case Scalar::f16: return Product::f16;
+    case Scalar::bf16: return Product::bf16;
+    case Scalar::f32: return allow_tf32 ? Product::tf32 : Product::f32;
+    default: throw std::runtime_error("fastsupcon CUDA: float64 rows are not served");
+  }
+}
+
+std::size_t reserve(Plan& plan, std::size_t bytes) {  // where they begin
+  const std::size_t at = plan.bytes;
+  plan.bytes += (bytes + 255) / 256 * 256;
+  return at;
+}
+
+template <class T>
+Quantities<T*> typed(const Quantities<void*>& q) {
+  return {static_cast<T*>(q.all), static_cast<T*>(q.different), static_cast<T*>(q.equal), static_cast<T*>(q.similarity),
+          static_cast<T*>(q.count)};
+}
+Quantities<const float*> typed(const Quantities<const void*>& q) {
+  return {static_cast<const float*>(q.all), static_cast<const float*>(q.different), static_cast<const float*>(q.equal),
+          static_cast<const float*>(q.similarity), static_cast<const float*>(q.count)};
+}
+template <class Pointer>
+bool any(const Quantities<Pointer>& q) {
+  return q.all || q.different || q.equal || q.similarity || q.count;
+}
+
+// A problem as its sides: the rows, and the columns where they are others. A bias is the columns' alone, so that with one the self shape has
+// two sides too, of the same rows.
+struct Sides {
+  Product product;
+  bool self;
+  int count;
+  Side sides[2];
+  RowsWork rows{};  // of the small kernels
+  Work work{};      // of the tile kernels, without passes
+  std::size_t records_at[2] = {};
+  int owners[2] = {};  // the sides that own the passes
+
+  Sides(const Problem& problem, float* norms, bool allow_tf32) : product(product_of(problem, allow_tf32)), self(problem.b == nullptr) {
+    count = self && !problem.bias ? 1 : 2;
+    const auto padded = [](std::int64_t rows) { return ceil_div(rows, kRecordRows) * kRecordRows; };
+    const void* b = self ? problem.a : problem.b;
+    sides[0] = {problem.a, problem.rows, nullptr, padded(problem.rows), problem.own_column, nullptr};
+    sides[1] = {b, problem.columns, nullptr, padded(problem.columns), nullptr, nullptr};
+    work.depth = rows.depth = problem.depth;
+    work.exclusion = self ? Exclusion::diagonal : problem.own_column ? Exclusion::own : Exclusion::none;
+    const std::int64_t row_bytes = problem.depth * (problem.scalar == Scalar::f32 ? 4 : 2);
+    const auto starts = reinterpret_cast<std::uintptr_t>(problem.a) | reinterpret_cast<std::uintptr_t>(b);
+    work.aligned = row_bytes % 16 == 0 && starts % 16 == 0;
+    // Running maxima make a pair that is alone come out as exactly its similarity.
+    const bool pairs_alone = std::min(problem.rows, problem.columns) <= (work.exclusion == Exclusion::none ? 1 : 2);
+    work.scale = rows.scale = {problem.scale, static_cast<const float*>(problem.scale_address), problem.unit && !problem.bias && !pairs_alone};
+    float* norms_of[2] = {norms, norms && !self ? norms + problem.rows : norms};
+    const std::int64_t* keys_of[2] = {problem.row_keys, self ? problem.row_keys : problem.column_keys};
+    rows.count = count;
+    for (int i = 0; i < count; ++i) {
+      rows.sides[i] = {sides[i].rows, sides[i].count, sides[i].record_rows, i ? static_cast<const float*>(problem.bias) : nullptr,
+                       keys_of[i], problem.unit ? norms_of[i] : nullptr, nullptr, {}, {}, nullptr};
+    }
+  }
+
+  void reserve_records(Plan& plan, int kinds) {
+    for (int i = 0; i < count; ++i) records_at[i] = reserve(plan, static_cast<std::size_t>(kinds * sides[i].record_rows * kRecordBytes));
+  }
+
+  // Adds the pass whose owner x is side `owner`; y is the other side, or the same where there is but one.
+  Pass& add_pass(int owner) {
+    owners[work.count] = owner;
+    Pass& pass = work.passes[work.count++];
+    pass.x = sides[owner];
+    pass.y = sides[count - 1 - owner];
+    return pass;
+  }
+
+  // The work with its records in scratch memory.
+  Work tile_work(char* scratch) const {
+    Work placed = work;
+    for (int i = 0; i < work.count; ++i) {
+      placed.passes[i].x.records = scratch + records_at[owners[i]];
+      placed.passes[i].y.records = scratch + records_at[count - 1 - owners[i]];
+    }
+    return placed;
+  }
+  RowsWork rows_work(char* scratch) const {
+    RowsWork placed = rows;
+    for (int i = 0; i < count; ++i) placed.sides[i].records = scratch + records_at[i];
+    return placed;
+  }
+  std::int64_t blocks(int rows_of_block) const {  // of the kernels of rows.cuh
+    std::int64_t total = 0;
+    for (int i = 0; i < count; ++i) total += ceil_div(sides[i].record_rows, rows_of_block);
+    return total;
+  }
+};
+
+// The families of a product, fastest first.
+template <Product PRODUCT>
+const std::vector<Family>& families_of() {
+  if constexpr (PRODUCT == Product::f16 || PRODUCT == Product::bf16) {
+    static const std::vector<Family> families{wgmma_family<PRODUCT>(), mma_family<PRODUCT>()};
+    return families;
+  } else {
+    static const std::vector<Family> families{mma_family<PRODUCT>()};
+    return families;
+  }
+}
+
+// The first of the families that serves; FASTSUPCON_CUDA names one.
+template <Product PRODUCT>
+const Family& family_of(const Work& work, const Device& device) {
+  const char* wanted = std::getenv("FASTSUPCON_CUDA");
+  for (const Family& family : families_of<PRODUCT>()) {
+    if (family.serves(work, device) && (!wanted || wanted == std::string(family.name))) return family;
+  }
+  throw std::runtime_error("fastsupcon CUDA: FASTSUPCON_CUDA=" + std::string(wanted) + " serves no such rows on this device");
+}
+
+// Shares the tiles of y out so that the launch takes the fewest tile times: its waves of blocks, each as long as a block's tiles and what a
+// block costs beside them, about two tiles. Not more than 64 splits, whose sums another kernel adds up one after the other.
+void share_out(Work& work, const Tiling& tiling, const Device& device) {
+  constexpr std::int64_t overhead = 2, most_splits = 64;
+  const std::int64_t slots = std::int64_t{device.multiprocessors} * tiling.blocks_per_multiprocessor;
+  std::int64_t tiles[2] = {}, longest = 1, best = 1;
+  for (int i = 0; i < work.count; ++i) {
+    work.passes[i].row_blocks = ceil_div(work.passes[i].x.count, tiling.rows);
+    tiles[i] = ceil_div(work.passes[i].y.count, tiling.columns);
+    longest = std::max(longest, tiles[i]);
+  }
+  std::int64_t least = std::numeric_limits<std::int64_t>::max();
+  for (std::int64_t splits = 1; splits <= std::min(longest, most_splits); ++splits) {
+    const std::int64_t each = ceil_div(longest, splits);
+    std::int64_t blocks = 0;
+    for (int i = 0; i < work.count; ++i) blocks += work.passes[i].row_blocks * ceil_div(tiles[i], each) * tiling.out_chunks;
+    const std::int64_t cost = ceil_div(blocks, std::max<std::int64_t>(slots, 1)) * (std::min(each, longest) + overhead);
+    if (cost < least) {
+      least = cost;
+      best = each;
+    }
+  }
+  for (int i = 0; i < work.count; ++i) {
+    work.passes[i].tiles_per_split = best;
+    work.passes[i].splits = static_cast<int>(ceil_div(tiles[i], best));
+  }
+}
+
+}  // namespace
+
+Plan forward(const Problem& problem, const Quantities<void*>& rows, const Quantities<void*>& columns, void* norms, bool allow_tf32,
+             int device) {
+  Plan plan;
+  Sides sides(problem, static_cast<float*>(norms), allow_tf32);
+  sides.reserve_records(plan, 1);
+  if (any(rows)) sides.add_pass(0).quantities = typed<float>(rows);
+  if (any(columns)) sides.add_pass(1).quantities = typed<float>(columns);
+  with_product(sides.product, [&](auto product) {
+    constexpr Product PRODUCT = decltype(product)::value;
+    const Device info = device_info(device);
+    const Family& family = family_of<PRODUCT>(sides.work, info);
+    Work& work = sides.work;
+    share_out(work, family.tiling(work.depth, false), info);
+    std::size_t partial_at[2] = {}, done_at[2] = {};
+    const std::size_t first_done = plan.bytes;
+    for (int i = 0; i < work.count; ++i) done_at[i] = reserve(plan, sizeof(int) * static_cast<std::size_t>(work.passes[i].row_blocks));
+    const std::int64_t done_count = static_cast<std::int64_t>((plan.bytes - first_done) / sizeof(int));
+    for (int i = 0; i < work.count; ++i) {
+      const Pass& pass = work.passes[i];
+      partial_at[i] = reserve(plan, sizeof(float) * static_cast<std::size_t>(kPartials * pass.splits * pass.x.count));
+    }
+    plan.launches.push_back([=](char* scratch, const Where& where) {
+      RowsWork of = sides.rows_work(scratch);
+      of.done = reinterpret_cast<int*>(scratch + first_done);
+      of.done_count = done_count;
+      launch("prepare_forward", [&] { return shape_of(sides.work); }, prepare_forward<PRODUCT>, {sides.blocks(kRowsWarps)}, kRowsThreads, 0,
+             where, of);
+    });
+    if (work.count == 0) return;
+    plan.launches.push_back([=, &family](char* scratch, const Where& where) {
+      Work of = sides.tile_work(scratch);
+      for (int i = 0; i < of.count; ++i) {
+        of.passes[i].partial = reinterpret_cast<float*>(scratch + partial_at[i]);
+        of.passes[i].done = reinterpret_cast<int*>(scratch + done_at[i]);
+      }
+      family.launch(of, false, where);
+    });
+  });
+  return plan;
+}
+
+Plan backward(const Problem& problem, const Incoming& rows, const Incoming& columns, const void* norms, const Outgoing& out, bool allow_tf32,
+              int device) {
+  Plan plan;
+  Sides sides(problem, static_cast<float*>(const_cast<void*>(norms)), allow_tf32);
+  const bool both_ways = sides.self && sides.count == 2;  // the self shape with a bias: its rows' gradients come of both passes
+  sides.rows.sides[0].values = typed(rows.values);
+  sides.rows.sides[0].grads = typed(rows.grads);
+  sides.rows.sides[1].values = typed(columns.values);
+  sides.rows.sides[1].grads = typed(columns.grads);
+  sides.reserve_records(plan, 3);
+  if (out.rows || out.scale) sides.add_pass(0);
+  if (out.columns || out.bias || (both_ways && out.rows)) sides.add_pass(1);
+  if (sides.work.count == 0) return plan;
+  with_product(sides.product, [&](auto product) {
+    constexpr Product PRODUCT = decltype(product)::value;
+    const Device info = device_info(device);
+    const Family& family = family_of<PRODUCT>(sides.work, info);
+    Work& work = sides.work;
+    share_out(work, family.tiling(work.depth, true), info);
+    std::size_t largest_at[2] = {}, weight_sums_at = 0, products_at = 0;
+    if (PRODUCT == Product::f16) {
+      for (int i = 0; i < sides.count; ++i) {
+        largest_at[i] = reserve(plan, 2 * sizeof(float) * static_cast<std::size_t>(sides.sides[i].record_rows / kRecordRows));
+      }
+    }
+    // The passes' sums one after the other, so that those of one side are added up as the splits of one.
+    std::int64_t sums_of[2] = {}, sums = 0;
+    for (int i = 0; i < work.count; ++i) {
+      const Pass& pass = work.passes[i];
+      sums_of[i] = sums;
+      sums += pass.splits * pass.x.count * work.depth;
+      const std::size_t of_rows = sizeof(float) * static_cast<std::size_t>(pass.splits * pass.x.count);
+      if (out.bias && sides.owners[i] == 1) weight_sums_at = reserve(plan, of_rows);
+      if (out.scale && sides.owners[i] == 0) products_at = reserve(plan, of_rows);
+    }
+    const std::size_t sums_at = reserve(plan, sizeof(float) * static_cast<std::size_t>(sums));
+    const auto shape = [=] { return shape_of(sides.work); };
+
+    plan.launches.push_back([=](char* scratch, const Where& where) {
+      RowsWork of = sides.rows_work(scratch);
+      for (int i = 0; PRODUCT == Product::f16 && i < of.count; ++i) of.sides[i].largest = reinterpret_cast<float*>(scratch + largest_at[i]);
+      launch("prepare_backward", shape, prepare_backward, {sides.blocks(kRowsThreads)}, kRowsThreads, kPrepareBytes, where, of);
+    });
+    plan.launches.push_back([=, &family](char* scratch, const Where& where) {
+      Work of = sides.tile_work(scratch);
+      for (int i = 0; i < of.count; ++i) {
+        Pass& pass = of.passes[i];
+        pass.out = reinterpret_cast<float*>(scratch + sums_at) + sums_of[i];
+        if (out.bias && sides.owners[i] == 1) pass.weight_sums = reinterpret_cast<float*>(scratch + weight_sums_at);
+        if (out.scale && sides.owners[i] == 0) pass.products = reinterpret_cast<float*>(scratch + products_at);
+        pass.x.largest = reinterpret_cast<const float*>(scratch + largest_at[sides.owners[i]]);
+        pass.y.largest = reinterpret_cast<const float*>(scratch + largest_at[sides.count - 1 - sides.owners[i]]);
+      }
+      family.launch(of, true, where);
+    });
+    plan.launches.push_back([=](char* scratch, const Where& where) {
+      FinishWork of{};
+      of.depth = sides.work.depth;
+      of.scale = sides.work.scale;
+      for (int i = 0; i < sides.work.count; ++i) {
+        const Pass& pass = sides.work.passes[i];
+        const int owner = sides.owners[i];
+        Finish& finish = of.sides[of.count && both_ways ? 0 : of.count++];
+        if (!finish.sums) {
+          finish.rows = pass.x.rows;
+          finish.count = pass.x.count;
+          finish.record_rows = pass.x.record_rows;
+          finish.norms = sides.rows.sides[owner].norms;
+          finish.sums = reinterpret_cast<float*>(scratch + sums_at) + sums_of[i];
+          finish.out = owner && !both_ways ? out.columns : out.rows;
+        }
+        finish.splits += pass.splits;
+        if (out.bias && owner == 1) {
+          finish.weight_sums = reinterpret_cast<const float*>(scratch + weight_sums_at);
+          finish.weight_splits = pass.splits;
+          finish.bias = static_cast<float*>(out.bias);
+        }
+      }
+      std::int64_t blocks = 0;
+      for (int i = 0; i < of.count; ++i) blocks += ceil_div(of.sides[i].record_rows, kRowsWarps);
+      launch("finish_gradients", shape, finish_gradients<PRODUCT>, {blocks}, kRowsThreads, 0, where, of);
+    });
+    if (!out.scale) return;
+    plan.launches.push_back([=](char* scratch, const Where& where) {
+      const Pass& pass = sides.work.passes[0];
+      const float factor = sides.self && !both_ways ? 0.5f : 1.0f;  // w_ij + w_ji: both rows of a pair have its product
+      launch("sum_rows", shape, sum_rows, {1}, kBlockThreads, kBlockSumBytes, where, reinterpret_cast<const float*>(scratch + products_at),
+             pass.splits * pass.x.count, factor, static_cast<float*>(out.scale));
+    });
+  });
+  return plan;
+}
+
+void run(const Plan& plan, void* scratch, const Where& where) {
+  enter(where);
+  for (const auto& launch : plan.launches) launch(static_cast<char*>(scratch), where);
+}
+
+namespace {
+
+LineWork line_work(const Line& line, std::int64_t rows, const Quantities<const void*>& values) {
+  const auto f = [](double value) { return static_cast<float>(value); };
+  return {f(line.all),    f(line.different), f(line.equal),  f(line.similarity), f(line.log_count), f(line.factor), f(line.lone), line.skip_lone,
+          line.reduction, rows,              typed(values), nullptr,            nullptr,           {}};
+}
+
+}  // namespace
+
+void line(const Line& line, std::int64_t rows, const Quantities<const void*>& values, void* loss, const Where& where) {
+  LineWork work = line_work(line, rows, values);
+  work.loss = static_cast<float*>(loss);
+  const std::int64_t blocks = line.reduction == Line::Reduction::none ? ceil_div(rows, kBlockThreads) : 1;
+  enter(where);
+  launch("line_forward", [=] { return std::to_string(rows) + " rows"; }, line_forward, {blocks}, kBlockThreads, kBlockSumBytes, where, work);
+}
+
+void line_backward(const Line& line, std::int64_t rows, const Quantities<const void*>& values, const void* grad,
+                   const Quantities<void*>& grads, const Where& where) {
+  LineWork work = line_work(line, rows, values);
+  work.grad = static_cast<const float*>(grad);
+  work.grads = typed<float>(grads);
+  enter(where);
+  launch("line_gradients", [=] { return std::to_string(rows) + " rows"; }, line_gradients, {ceil_div(rows, kBlockThreads)}, kBlockThreads,
+         kBlockSumBytes, where, work);
+}
+
+// All kernels are built by one nvcc for the same generations, so any of them will do.
+std::string unusable(int device) { return why_not(sum_rows, device); }
+
+}  // namespace fastsupcon::cuda

@@ -1,0 +1,222 @@
+// The small kernels before and after the tiles: the records of rows, and gradients from the sums of splits. One or two problem sides a launch.
+#pragma once
+
+#include "tile.cuh"
+
+namespace fastsupcon::cuda {
+
+constexpr int kRowsThreads = 256;
+constexpr int kRowsWarps = kRowsThreads / 32;
+static_assert(kRowsThreads == kRecordRows);
+
+template <Product PRODUCT>
+FASTSUPCON_DEVICE float load_element(const void* rows, std::int64_t index) {
+  if constexpr (PRODUCT == Product::f16) return ptx::from_f16(static_cast<const std::uint16_t*>(rows)[index]);
+  else if constexpr (PRODUCT == Product::bf16) return ptx::from_bf16(static_cast<const std::uint16_t*>(rows)[index]);
+  else return static_cast<const float*>(rows)[index];
+}
+template <Product PRODUCT>
+FASTSUPCON_DEVICE void store_element(void* rows, std::int64_t index, float value) {
+  if constexpr (PRODUCT == Product::f16) {
+    static_cast<std::uint16_t*>(rows)[index] = static_cast<std::uint16_t>(ptx::pack_f16(value, 0.0f));
+  } else if constexpr (PRODUCT == Product::bf16) {
+    static_cast<std::uint16_t*>(rows)[index] = static_cast<std::uint16_t>(ptx::pack_bf16(value, 0.0f));
+  } else {
+    static_cast<float*>(rows)[index] = value;
+  }
+}
+
+FASTSUPCON_DEVICE float warp_sum(float value) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) value += ptx::shuffle_xor(value, mask);
+  return value;
+}
+FASTSUPCON_DEVICE float warp_largest(float value) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) value = fmaxf(value, ptx::shuffle_xor(value, mask));
+  return value;
+}
+
+// Of one side of a problem: what its records are made from.
+struct Rows {
+  const void* rows;
+  std::int64_t count, record_rows;
+  const float* bias;         // or null
+  const std::int64_t* keys;  // or null
+  float* norms;              // [count] inverse lengths; null: rows are not brought to unit length
+  char* records;
+  Quantities<const float*> values, grads;  // backward
+  float* largest;            // backward, f16: see Side
+};
+struct RowsWork {
+  Rows sides[2];
+  int count;
+  std::int64_t depth;
+  Scale scale;
+  int* done;  // forward: set to 0
+  std::int64_t done_count;
+};
+
+// The side that a block works on, and its place among that side's blocks of `rows` rows.
+struct SideBlock {
+  int side;
+  std::int64_t first_row;
+};
+template <class Sides>
+FASTSUPCON_DEVICE SideBlock side_block(const Sides& sides, int rows) {
+  const std::int64_t of_first = ceil_div(sides[0].record_rows, rows), block = ptx::block_x();
+  return block < of_first ? SideBlock{0, block * rows} : SideBlock{1, (block - of_first) * rows};
+}
+
+// Without keys every row has one of its own: then all pairs are of different keys.
+FASTSUPCON_DEVICE Logit make_logit(const Rows& side, int which, std::int64_t row, float factor) {
+  const auto key = static_cast<std::uint64_t>(side.keys ? side.keys[row] : which ? -1 - row : row);
+  return {factor, side.bias ? side.bias[row] : 0.0f, static_cast<std::uint32_t>(key), static_cast<std::uint32_t>(key >> 32)};
+}
+
+// 1 / |x|, and 1 for a row of zeros, or of numbers below the normal range. In double, where squares stay in range, and as a factor of a logit
+// near 1000 it must be right to the last bit. By one warp.
+template <Product PRODUCT>
+FASTSUPCON_DEVICE float inverse_norm(const Rows& side, std::int64_t row, std::int64_t depth) {
+  double sum = 0.0;
+  for (std::int64_t d = ptx::lane(); d < depth; d += 32) {
+    const double x = load_element<PRODUCT>(side.rows, row * depth + d);
+    sum += x * x;
+  }
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) sum += ptx::shuffle_xor(sum, mask);
+  constexpr double tiny = 1.17549435e-38;
+  return sum < tiny * tiny ? 1.0f : static_cast<float>(1.0 / std::sqrt(sum));
+}
+
+// A warp makes the records of its rows one after the other.
+template <Product PRODUCT>
+__global__ void __launch_bounds__(kRowsThreads) prepare_forward(const __grid_constant__ RowsWork work) {
+  const SideBlock at = side_block(work.sides, kRowsWarps);
+  const Rows& side = work.sides[at.side];
+  const std::int64_t row = at.first_row + ptx::warp();
+  const bool first_lane = ptx::lane() == 0;
+  Logit logit{};
+  if (row < side.count) {
+    const float factor = side.norms ? inverse_norm<PRODUCT>(side, row, work.depth) : 1.0f;
+    logit = make_logit(side, at.side, row, factor);
+    if (side.norms && first_lane) side.norms[row] = factor;
+  }
+  if (first_lane) reinterpret_cast<Logit*>(side.records)[row] = logit;
+  const std::int64_t place = ptx::block_x() * kRowsThreads + ptx::thread();
+  if (place < work.done_count) work.done[place] = 0;
+}
+
+// weight · exp(shift + t) is the gradient that a pair of one kind takes from the log-sums that it is in: over that kind alone, and over all.
+struct PairWeight {
+  float weight = 0.0f, shift = -kInfinity;
+};
+FASTSUPCON_DEVICE PairWeight pair_weight(const float* values, const float* grads, const float* all_values, const float* all_grads,
+                                         std::int64_t row) {
+  PairWeight found;
+  const auto is_over_pairs = [&](const float* of) { return of && of[row] != -kInfinity; };  // else it passes no gradient
+  if (is_over_pairs(values)) found = {grads[row], -values[row]};
+  if (is_over_pairs(all_values)) {
+    if (found.shift == -kInfinity) found = {all_grads[row], -all_values[row]};
+    else found.weight += all_grads[row] * exp(-found.shift - all_values[row]);
+  }
+  return found;
+}
+
+constexpr int kPrepareBytes = 2 * kRowsWarps * static_cast<int>(sizeof(float));  // of shared memory
+
+// One thread for each row.
+__global__ void __launch_bounds__(kRowsThreads) prepare_backward(const __grid_constant__ RowsWork work) {
+  const SideBlock at = side_block(work.sides, kRowsThreads);
+  const Rows& side = work.sides[at.side];
+  const std::int64_t row = at.first_row + ptx::thread();
+  Logit logit{};
+  Weight weight{};
+  Shift shift{};
+  float magnitude = 0.0f;
+  if (row < side.count) {
+    const auto& values = side.values;
+    const auto& grads = side.grads;
+    logit = make_logit(side, at.side, row, side.norms ? side.norms[row] : 1.0f);
+    PairWeight different = pair_weight(values.different, grads.different, values.all, grads.all, row);
+    PairWeight equal = pair_weight(values.equal, grads.equal, values.all, grads.all, row);
+    const float linear = grads.similarity ? grads.similarity[row] : 0.0f;
+    magnitude = fmaxf(fabsf(different.weight), fabsf(equal.weight)) + fabsf(linear);
+    if (is_bounded(work.scale)) {
+      different.weight *= exp(different.shift);
+      equal.weight *= exp(equal.shift);
+    }
+    weight = {different.weight, equal.weight, linear, 0.0f};
+    shift = {different.shift, equal.shift, {0.0f, 0.0f}};
+  }
+  char* records = side.records + row * kRecordBytes;
+  *reinterpret_cast<Logit*>(records) = logit;
+  *reinterpret_cast<Weight*>(records + side.record_rows * kRecordBytes) = weight;
+  *reinterpret_cast<Shift*>(records + 2 * side.record_rows * kRecordBytes) = shift;
+  if (!side.largest) return;
+  float* of_warps = reinterpret_cast<float*>(ptx::shared_memory());
+  const int warp = ptx::warp();
+  magnitude = warp_largest(magnitude);
+  const float factor = warp_largest(logit.factor);
+  if (ptx::lane() == 0) {
+    of_warps[warp] = magnitude;
+    of_warps[kRowsWarps + warp] = factor;
+  }
+  ptx::sync_block();
+  if (ptx::thread() >= 2) return;
+  float largest = 0.0f;
+  for (int i = 0; i < kRowsWarps; ++i) largest = fmaxf(largest, of_warps[ptx::thread() * kRowsWarps + i]);
+  side.largest[2 * (at.first_row / kRecordRows) + ptx::thread()] = largest;
+}
+
+// From the sums of splits, ∂â up to the scale, to the gradients of one side.
+struct Finish {
+  const void* rows;
+  std::int64_t count, record_rows;
+  const float* norms;        // or null
+  float* sums;               // [splits, count, depth]; null: only the bias is wanted. The first split is used up
+  int splits;
+  void* out;                 // [count, depth], or null
+  const float* weight_sums;  // [weight_splits, count], or null
+  int weight_splits;
+  float* bias;               // [count], or null
+};
+struct FinishWork {
+  Finish sides[2];
+  int count;
+  std::int64_t depth;
+  Scale scale;
+};
+
+// ∂x = scale (∂â − â (â·∂â)) / |x|, â·∂â once the splits are added up. A warp for each row.
+template <Product PRODUCT>
+__global__ void __launch_bounds__(kRowsThreads) finish_gradients(const __grid_constant__ FinishWork work) {
+  const SideBlock at = side_block(work.sides, kRowsWarps);
+  const Finish& side = work.sides[at.side];
+  const std::int64_t row = at.first_row + ptx::warp(), depth = work.depth;
+  const int lane = ptx::lane();
+  if (row >= side.count) return;
+  if (side.bias && lane == 0) {
+    float sum = 0.0f;
+    for (int split = 0; split < side.weight_splits; ++split) sum += side.weight_sums[split * side.count + row];
+    side.bias[row] = sum;
+  }
+  if (!side.out) return;
+  const float factor = side.norms ? side.norms[row] : 1.0f;
+  float* sums = side.sums + row * depth;
+  float product = 0.0f;
+  for (std::int64_t d = lane; d < depth; d += 32) {
+    float sum = sums[d];
+    for (int split = 1; split < side.splits; ++split) sum += sums[split * side.count * depth + d];
+    sums[d] = sum;
+    product += sum * (load_element<PRODUCT>(side.rows, row * depth + d) * factor);
+  }
+  product = warp_sum(product);
+  const float scale = scale_of(work.scale) * factor;
+  for (std::int64_t d = lane; d < depth; d += 32) {
+    const float along = side.norms ? product * (load_element<PRODUCT>(side.rows, row * depth + d) * factor) : 0.0f;
+    store_element<PRODUCT>(side.out, row * depth + d, scale * (sums[d] - along));
+  }
+}
+
+}  // namespace fastsupcon::cuda

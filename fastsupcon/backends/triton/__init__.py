@@ -1,0 +1,327 @@
+"""The Triton kernels on NVIDIA, AMD and Intel GPUs: which of them serve a call, on which grids. The kernels are in the files beside this one.
+
+    forward         inverse_norms_kernel where unit; forward_kernel; join_kernel where a side's stream has splits
+    line            line_kernel
+    line_backward   line_backward_kernel
+    backward        gradient_kernel; finish_kernel where there are parts to sum
+
+So a step is 4 to 7 launches, and no operator of torch's launches beside them. Nothing here waits for the device or looks at values in it, and every
+sum has a fixed order. Triton is imported by the first call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import math
+import os
+import shutil
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...problem import LOG_SUMS, QUANTITIES, Gradients, Line, Pairs, Side, Terms
+from .._dtypes import is_bounded, tf32_allowed
+from .table import family, gradient_width, padded, tile
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_MAX_DEPTH = 1024
+_FEW = 64  # terms in a sum, whose roundings to half precision do not average out
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _interpreter_unusable() -> str | None:
+    """Triton 3.6 makes a loop's bound an int from an array of one element, which NumPy 2.4 refuses."""
+    import numpy
+    import triton
+
+    def release(version: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in version.split(".")[:2])
+
+    if release(triton.__version__) < (3, 7) and release(numpy.__version__) >= (2, 4):
+        return f"the interpreter of Triton {triton.__version__} needs NumPy < 2.4, this is {numpy.__version__}"
+    return None
+
+
+def unusable(device: torch.device, dtype: torch.dtype, depth: int) -> str | None:
+    if not _installed():
+        return "Triton is not installed"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "runs on cpu tensors only in Triton's interpreter (TRITON_INTERPRET=1 before Python starts; slow, for tests)"
+    if device.type == "cpu" and (reason := _interpreter_unusable()) is not None:
+        return reason
+    if device.type not in ("cuda", "xpu", "cpu"):
+        return f"runs on cuda (NVIDIA, AMD) and xpu tensors, not {device.type}"
+    if device.type != "cpu" and not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler (CC, gcc or clang) to build its launchers"
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return "needs a GPU of compute capability 8.0 or newer"
+    if dtype not in _DTYPES:
+        return f"dtype {dtype} is none of {_DTYPES}"
+    return None if depth <= _MAX_DEPTH else f"rows of dimension {depth} are longer than {_MAX_DEPTH}"
+
+
+class _Gpu(NamedTuple):
+    family: str  # of _triton_table
+    units: int  # multiprocessors
+    precision: dict[bool, str]  # of fp32 products, by whether they may use TF32
+
+
+@functools.cache
+def _gpu(device: torch.device) -> _Gpu:
+    if device.type == "cpu":
+        return _Gpu("interpreter", 4, dict.fromkeys((False, True), "interpreter"))
+    from triton.runtime import driver
+
+    target = driver.active.get_current_target()
+    units = driver.active.utils.get_device_properties(device.index)["multiprocessor_count"] if device.type == "cuda" else 64
+    kind = family(target.backend, target.arch)
+    # three TF32 products of the operands' upper and lower halves are as accurate as fp32, and several times faster than fp32's own units
+    full, tf32 = ("ieee", "ieee") if target.backend != "cuda" else ("tf32x3", "tf32")
+    return _Gpu(kind, units, {False: full, True: tf32})
+
+
+def _precision(gpu: _Gpu, dtype: torch.dtype) -> str:
+    """Of products; half types have only one, "ieee"."""
+    return gpu.precision[tf32_allowed()] if dtype == torch.float32 or gpu.family == "interpreter" else "ieee"
+
+
+def _on(device: torch.device):
+    """Triton launches on the current device."""
+    if device.type == "cpu" or device.index == torch.get_device_module(device).current_device():
+        return contextlib.nullcontext()
+    return torch.get_device_module(device).device(device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _tiles_per_split(owners: int, tiles: int, slots: int) -> int:
+    """Of the stream's tiles, those one program visits, such that ``owners`` tiles of rows fill the GPU's ``slots`` programs at a time.
+
+    Costs counted in tiles: the longest program times the waves of programs, and one for each split that has to be summed.
+    """
+    most = max(1, min(tiles, 2 * slots // owners))
+    splits = min(range(1, most + 1), key=lambda count: -(-owners * count // slots) * -(-tiles // count) + count)
+    return -(-tiles // splits)
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _places(names: tuple[str, ...]) -> int:
+    """Where each quantity stands among the names, for the kernels: four bits each, 15 for none, and above them how many there are."""
+    return sum((names.index(name) if name in names else 15) << 4 * k for k, name in enumerate(QUANTITIES)) | len(names) << 20
+
+
+def _kind(names: set[str]):
+    from .tiles import ALL, DIFFERENT, SPLIT
+
+    log_sums = names & set(LOG_SUMS)
+    return (ALL if log_sums <= {"all"} else DIFFERENT if log_sums == {"different"} else SPLIT).value
+
+
+def _unit(pairs: Pairs):
+    from .tiles import AS_THEY_ARE, FACTORS, SCALED
+
+    return AS_THEY_ARE if not pairs.unit else SCALED if pairs.rows.dtype == torch.float32 else FACTORS
+
+
+def _problem(pairs: Pairs, norms: Tensor, gpu: _Gpu) -> dict:
+    """The arguments that forward_kernel and gradient_kernel share. A self shape with a bias is a cross shape of the rows with themselves."""
+    n, m, depth = pairs.shape
+    cross = pairs.columns is not None
+    biased_self = not cross and pairs.bias is not None
+    learned = isinstance(pairs.scale, Tensor)
+    alone = n <= 2 if not cross else m <= (1 if pairs.own_column is None else 2)  # at most one pair a row: all is its similarity, to the bit
+    bounded = pairs.unit and pairs.bias is None and not alone and (learned or is_bounded(abs(pairs.scale)))
+    inverse = norms if pairs.unit else None
+    return {
+        "a_ptr": pairs.rows,
+        "b_ptr": pairs.columns if cross else pairs.rows if biased_self else None,
+        "a_inverse_ptr": inverse,
+        "b_inverse_ptr": inverse if inverse is None or not cross else norms[n:],
+        "bias_ptr": pairs.bias,
+        "a_key_ptr": pairs.row_keys,
+        "b_key_ptr": pairs.column_keys if cross else pairs.row_keys if biased_self else None,
+        "own_ptr": pairs.own_column,
+        "scale_ptr": pairs.scale if learned else None,
+        "scale": 0.0 if learned else float(pairs.scale),
+        "n": n,
+        "m": m,
+        "D": depth,
+        "UNIT": _unit(pairs),
+        "DIAGONAL": not cross,
+        "BOUNDED": bounded,
+        "PRECISION": _precision(gpu, pairs.rows.dtype),
+    }
+
+
+class _Grid(NamedTuple):
+    """How one launch is shared: for each side (rows, columns) its tiles of owned rows, the splits of its stream, and the tiles in each."""
+
+    owners: tuple[int, int]
+    splits: tuple[int, int]
+    tiles: tuple[int, int]
+
+    @property
+    def programs(self) -> int:
+        return sum(owners * splits for owners, splits in zip(self.owners, self.splits, strict=True))
+
+    @property
+    def arguments(self) -> dict:
+        return {
+            "row_owners": self.owners[0], "column_owners": self.owners[1], "row_programs": self.owners[0] * self.splits[0],
+            "row_tiles": self.tiles[0], "column_tiles": self.tiles[1],
+        }  # fmt: skip
+
+
+def _grid(gpu: _Gpu, t, n: int, m: int, sides: tuple[bool, bool], chunks: int = 1) -> _Grid:
+    """For the sides that are asked for; a side that is not has no owners."""
+    owners, splits, tiles = [], [], []
+    for asked, own, other in zip(sides, (n, m), (m, n), strict=True):
+        count, stream = _cdiv(own, t.owned), _cdiv(other, t.streamed)
+        tiles.append(_tiles_per_split(count * chunks, stream, 2 * gpu.units))
+        owners.append(count if asked else 0)
+        splits.append(_cdiv(stream, tiles[-1]) if asked else 0)
+    return _Grid(tuple(owners), tuple(splits), tuple(tiles))
+
+
+def _inverse_norms(pairs: Pairs) -> Tensor:
+    from .rows import inverse_norms_kernel
+
+    n, m, depth = pairs.shape
+    m = 0 if pairs.columns is None else m
+    inverse = pairs.rows.new_empty(n + m, dtype=torch.float32)
+    rows = max(1, 4096 // padded(depth))
+    programs = _cdiv(n, rows)
+    inverse_norms_kernel[(programs + _cdiv(m, rows),)](
+        pairs.rows, pairs.columns, inverse, n, m, programs, D=depth, DEPTH=padded(depth), ROWS=rows, num_warps=4
+    )
+    return inverse
+
+
+def forward(pairs: Pairs, row_names: tuple[str, ...], column_names: tuple[str, ...], keep: bool) -> Terms:
+    from .quantities import forward_kernel, join_kernel
+    from .tiles import SPLIT
+
+    n, m, depth = pairs.shape
+    names = {*row_names, *column_names}
+
+    def empty(*shape: int) -> Tensor:
+        return pairs.rows.new_empty(shape, dtype=torch.float32)
+
+    rows, columns = empty(len(row_names), n), empty(len(column_names), m)
+    with _on(pairs.rows.device):
+        gpu = _gpu(pairs.rows.device)
+        norms = _inverse_norms(pairs) if pairs.unit else empty(0)
+        t = tile("forward", gpu.family, pairs.rows.dtype, depth)
+        grid = _grid(gpu, t, n, m, (bool(row_names), bool(column_names)))
+        kind = _kind(names if pairs.row_keys is not None else set())
+        linear = pairs.row_keys is not None and not names.isdisjoint(("similarity", "count"))
+        parts = ("different", *(("equal",) if kind == SPLIT.value else ()), *(("similarity", "count") if linear else ()))
+        split = max(grid.splits) > 1
+        places = {"KIND": kind, "ROW_PLACES": _places(row_names), "COLUMN_PLACES": _places(column_names)}
+        places["PARTS"] = _places(parts) if split else 0
+        out = [empty(s, len(parts), k) for s, k in zip(grid.splits, (n, m), strict=True)] if split else (rows, columns)
+        forward_kernel[(grid.programs,)](
+            **_problem(pairs, norms, gpu), **grid.arguments, **places, rows_ptr=out[0], columns_ptr=out[1], SIMILARITY=linear,
+            OWNED=t.owned, STREAMED=t.streamed, DEPTH=t.depth, num_warps=t.warps, num_stages=t.stages,
+        )  # fmt: skip
+        if split:
+            programs = [_cdiv(k, 32) if s else 0 for s, k in zip(grid.splits, (n, m), strict=True)]
+            join_kernel[(sum(programs),)](
+                *out, rows, columns, n, m, *grid.splits, programs[0], **places, ROWS=32, SPLITS=padded(max(grid.splits)), num_warps=4
+            )
+    return Terms(rows, columns, norms, empty(0))
+
+
+def backward(pairs: Pairs, rows: Side, columns: Side, norms: Tensor, kept: Tensor, needs: tuple[bool, bool, bool, bool]) -> Gradients:
+    from .gradients import BOTH_SIDES, OF_COLUMNS, OF_ROWS, finish_kernel, gradient_kernel
+
+    n, m, depth = pairs.shape
+    symmetric = pairs.columns is None and pairs.bias is None
+    biased_self = pairs.columns is None and not symmetric
+    # in the biased self shape a row's gradient comes from both of its places
+    sides = (needs[0] or needs[3], not symmetric and (needs[1] or needs[2] or (biased_self and needs[0])))
+    names = {*rows.names, *columns.names}
+    has = [not set(LOG_SUMS).isdisjoint(side.names) for side in (rows, columns)]
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return pairs.rows.new_empty(shape, dtype=dtype)
+
+    with _on(pairs.rows.device):
+        gpu = _gpu(pairs.rows.device)
+        t = tile("symmetric gradient" if symmetric else "gradient", gpu.family, pairs.rows.dtype, depth)
+        width = gradient_width(pairs.rows.dtype, depth, t)
+        chunks = _cdiv(depth, width)
+        grid = _grid(gpu, t, n, m, sides, chunks)
+        split = max(grid.splits) > 1 or chunks > 1 or all(sides) and biased_self
+        problem = _problem(pairs, norms, gpu)
+        places = {"ROW_PLACES": _places(rows.names), "COLUMN_PLACES": _places(rows.names if symmetric else columns.names)}
+        da = empty(n, depth, dtype=pairs.rows.dtype) if sides[0] or biased_self else None
+        db = empty(m, depth, dtype=pairs.rows.dtype) if sides[1] and not biased_self else None
+        dbias = empty(m) if needs[2] else None
+        dscale = empty() if needs[3] else None
+        row_splits, column_splits = grid.splits
+        da_parts, db_parts, dbias_parts = da, db, dbias
+        if split:
+            parts = empty(row_splits * n * depth + column_splits * m * depth)
+            da_parts, db_parts = parts, parts[row_splits * n * depth :]
+            dbias_parts = empty(column_splits, m) if needs[2] else None
+        dscale_parts = empty(row_splits, n) if needs[3] else None
+        gradient_kernel[(grid.programs, chunks)](
+            **problem, **grid.arguments, **places, row_values_ptr=rows.values, row_grads_ptr=rows.grads,
+            column_values_ptr=None if symmetric else columns.values, column_grads_ptr=None if symmetric else columns.grads,
+            da_ptr=db_parts if da is None else da_parts, db_ptr=None if symmetric else da_parts if db_parts is None else db_parts, dbias_ptr=dbias_parts, dscale_ptr=dscale_parts,
+            KIND=_kind(names), SIMILARITY=pairs.row_keys is not None and "similarity" in names,
+            ONE_SIDED=BOTH_SIDES if symmetric or has[0] == has[1] else OF_ROWS if has[0] else OF_COLUMNS, PARTS=split,
+            RESIDUAL=pairs.rows.dtype != torch.float32 and min(n, m) <= _FEW,
+            OWNED=t.owned, STREAMED=t.streamed, DEPTH=t.depth, WIDTH=width, num_warps=t.warps, num_stages=t.stages,
+        )  # fmt: skip
+        if split or needs[3]:
+            block = max(1, 4096 // padded(depth))
+            if biased_self:  # one sum of both
+                row_splits, db_parts = row_splits + column_splits, None
+            row_programs = _cdiv(n, block) if split and da is not None else 0
+            column_programs = _cdiv(m, block) if split and db is not None else 0
+            finish_kernel[(row_programs + column_programs + needs[3],)](
+                problem["a_ptr"], pairs.columns, problem["a_inverse_ptr"], problem["b_inverse_ptr"], da_parts, db_parts, dbias_parts, dscale_parts,
+                da, db, dbias, dscale, n, m, row_splits, column_splits, row_programs, row_programs + column_programs,
+                0 if dscale_parts is None else dscale_parts.numel(), 0.5 if symmetric else 1.0,
+                D=depth, ROWS=block, WIDTH=padded(depth), UNIT=problem["UNIT"], PRECISION=problem["PRECISION"], num_warps=4,
+            )  # fmt: skip
+    return Gradients(da if needs[0] else None, db if needs[1] else None, dbias, dscale)
+
+
+def _line(names: tuple[str, ...], line: Line) -> dict:
+    return {
+        "all": float(line.all), "different": float(line.different), "equal": float(line.equal), "similarity": float(line.similarity),
+        "factor": float(line.factor), "lone": math.nan if line.lone == "nan" else 0.0, "PLACES": _places(names), "REDUCTION": line.reduction, "SKIP": line.lone == "skip",
+    }  # fmt: skip
+
+
+def line(names: tuple[str, ...], values: Tensor, line: Line) -> Tensor:
+    from .rows import line_kernel
+
+    n = values.shape[1]
+    loss = values.new_empty(n if line.reduction == "none" else ())
+    with _on(values.device):
+        programs = _cdiv(n, 1024) if line.reduction == "none" else 1
+        line_kernel[(programs,)](values, loss, n, log_count=float(line.log_count), **_line(names, line), BLOCK=1024, num_warps=4)
+    return loss
+
+
+def line_backward(names: tuple[str, ...], values: Tensor, grad: Tensor, line: Line) -> Tensor:
+    from .rows import line_backward_kernel
+
+    n = values.shape[1]
+    grads = torch.empty_like(values)
+    with _on(values.device):
+        line_backward_kernel[(_cdiv(n, 1024),)](values, grad, grads, n, **_line(names, line), BLOCK=1024, num_warps=4)
+    return grads

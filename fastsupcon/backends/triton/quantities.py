@@ -1,0 +1,162 @@
+"""Forward: the quantities of rows, and of columns, each pair of the rectangle computed once for each side that asks.
+
+    program  a tile of rows (or of columns), and a split of the other side's tiles
+    reads    the owned rows once, every other row once per tile of owned ones
+    writes   the quantities [names, n], or where a side has splits their parts [splits, PARTS, n], which :func:`join_kernel` joins
+    flops    2 N M D a side
+
+In exp(t) "bounded" (tiles.py) the sums need no shift. Otherwise the row's running maximum is subtracted, and the sum so far rescaled whenever
+that grows; the pairs of equal keys have a maximum of their own, for they may all be small. Log-sums of different and of equal keys are summed
+apart, and all = log(exp different + exp equal): a difference would cancel.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .rows import store_quantity
+from .tiles import (
+    DIFFERENT, LN_2, LOG2_E, SPLIT, cosines, finite, load_inverse, load_sides, load_rows, log_sum, pairs, program_of, scale_of, sides,
+)  # fmt: skip
+
+
+@triton.jit
+def store_quantities(ptr, row, n, first, second, similarity, count, KIND: tl.constexpr, PLACES: tl.constexpr):
+    """first: the log-sum of all pairs, or of those of different keys where KIND is not ALL; second: of those of equal keys."""
+    whole = first
+    if KIND == SPLIT:
+        shift = finite(tl.maximum(first, second))
+        whole = shift + tl.log2(tl.exp2((first - shift) * LOG2_E) + tl.exp2((second - shift) * LOG2_E)) * LN_2
+    store_quantity(ptr, row, n, whole, 0, PLACES)
+    store_quantity(ptr, row, n, first, 1, PLACES)
+    store_quantity(ptr, row, n, second, 2, PLACES)
+    store_quantity(ptr, row, n, similarity, 3, PLACES)
+    store_quantity(ptr, row, n, count, 4, PLACES)
+
+
+@triton.jit
+def add_exponentials(t, equal, first_peak, first, second_peak, second, bounded, KIND: tl.constexpr):
+    """One more tile of sum_j exp(t_ij) = first * exp(first_peak), and of the pairs of equal keys in second; bounded t are in base 2, the peaks 0.
+
+    tl.max may ignore NaN; the sums do not.
+    """
+    e = t
+    if bounded:
+        e = tl.exp2(t)
+    else:
+        new = tl.maximum(first_peak, tl.max(tl.where(equal, float("-inf"), t) if KIND == SPLIT else t, 1))
+        first *= tl.exp2((first_peak - finite(new)) * LOG2_E)
+        first_peak = new
+        shift = finite(new)[:, None]
+        if KIND == SPLIT:
+            new = tl.maximum(second_peak, tl.max(tl.where(equal, t, float("-inf")), 1))
+            second *= tl.exp2((second_peak - finite(new)) * LOG2_E)
+            second_peak = new
+            shift = tl.where(equal, finite(new)[:, None], shift)
+        e = tl.exp2((t - shift) * LOG2_E)
+    if KIND == SPLIT:
+        first += tl.sum(tl.where(equal, 0.0, e), 1)
+        second += tl.sum(tl.where(equal, e, 0.0), 1)
+    else:
+        first += tl.sum(e, 1)
+    return first_peak, first, second_peak, second
+
+
+@triton.jit(do_not_specialize=["n", "m", "row_owners", "column_owners", "row_programs", "row_tiles", "column_tiles"])
+def forward_kernel(
+    a_ptr, b_ptr, a_inverse_ptr, b_inverse_ptr, bias_ptr, a_key_ptr, b_key_ptr, own_ptr, scale_ptr, rows_ptr, columns_ptr,
+    n, m, scale, row_owners, column_owners, row_programs, row_tiles, column_tiles,
+    D: tl.constexpr, OWNED: tl.constexpr, STREAMED: tl.constexpr, DEPTH: tl.constexpr, UNIT: tl.constexpr, DIAGONAL: tl.constexpr,
+    BOUNDED: tl.constexpr, PRECISION: tl.constexpr, KIND: tl.constexpr, SIMILARITY: tl.constexpr,
+    ROW_PLACES: tl.constexpr, COLUMN_PLACES: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    swap, x_first, split, tiles, x_count, y_count = program_of(n, m, row_owners, column_owners, row_programs, row_tiles, column_tiles, OWNED)
+    x_ptr, y_ptr = sides(a_ptr, b_ptr, swap)
+    x_inverse_ptr, y_inverse_ptr = sides(a_inverse_ptr, b_inverse_ptr, swap)
+    x_key_ptr, y_key_ptr = sides(a_key_ptr, b_key_ptr, swap)
+    scale, bounded = scale_of(scale_ptr, scale, BOUNDED)
+    x_inverse = load_inverse(x_inverse_ptr, x_first, x_count, OWNED, UNIT)
+    x = load_rows(x_ptr, x_inverse, x_first, x_count, 0, D, OWNED, DEPTH, UNIT) if D <= DEPTH else 0
+    x_key, x_own, x_bias = load_sides(x_key_ptr, own_ptr, bias_ptr, x_first, x_count, swap, OWNED)
+    factor = scale * tl.where(bounded, LOG2_E, 1.0)
+    first_peak = tl.zeros([OWNED], tl.float32) + tl.where(bounded, 0.0, float("-inf"))
+    second_peak = first_peak
+    first = tl.zeros([OWNED], tl.float32)
+    second = tl.zeros([OWNED], tl.float32)
+    similarity = tl.zeros([OWNED], tl.float32)
+    count = tl.zeros([OWNED], tl.int32)
+    first_tile = split * tiles
+    for u in range(tl.minimum(tiles, tl.cdiv(y_count, STREAMED) - first_tile)):
+        y_first = (first_tile + u) * STREAMED
+        y_inverse = load_inverse(y_inverse_ptr, y_first, y_count, STREAMED, UNIT)
+        y = load_rows(y_ptr, y_inverse, y_first, y_count, 0, D, STREAMED, DEPTH, UNIT) if D <= DEPTH else x
+        y_key, y_own, y_bias = load_sides(y_key_ptr, own_ptr, bias_ptr, y_first, y_count, swap == 0, STREAMED)
+        c = cosines(x, y, x_inverse, y_inverse, x_ptr, y_ptr, x_first, y_first, x_count, y_count, D, OWNED, STREAMED, DEPTH, UNIT, PRECISION)
+        t, equal = pairs(
+            c, factor, x_key, x_own, x_bias, y_key, y_own, y_bias, x_first, y_first, y_count,
+            OWNED, STREAMED, DIAGONAL, a_key_ptr is not None, own_ptr is not None, bias_ptr is not None,
+        )  # fmt: skip
+        if SIMILARITY:
+            similarity += tl.sum(tl.where(equal, c, 0.0), 1)
+            one = (c.to(tl.int32, bitcast=True) | 1) & 1  # in the layout of c: else Triton compares the keys once more, in another
+            count += tl.sum(tl.where(equal, one, 0), 1)
+        if KIND == DIFFERENT:
+            t = tl.where(equal, float("-inf"), t)
+        first_peak, first, second_peak, second = add_exponentials(t, equal, first_peak, first, second_peak, second, bounded, KIND)
+    first = log_sum(first_peak, first)
+    second = log_sum(second_peak, second)
+    similarity *= scale
+    count = count.to(tl.float32)
+    row = x_first + tl.arange(0, OWNED)
+    if PARTS == 0:
+        if swap:
+            store_quantities(columns_ptr, row, m, first, second, similarity, count, KIND, COLUMN_PLACES)
+        else:
+            store_quantities(rows_ptr, row, n, first, second, similarity, count, KIND, ROW_PLACES)
+    else:
+        # parts are named as the quantities "different", "equal", "similarity" and "count", and there are (PARTS >> 20) of them
+        ptr = tl.where(swap, columns_ptr, rows_ptr) + split.to(tl.int64) * (PARTS >> 20) * x_count
+        store_quantities(ptr, row, x_count, first, second, similarity, count, KIND, PARTS)
+
+
+@triton.jit(do_not_specialize=["n", "m", "row_splits", "column_splits", "row_programs"])
+def join_kernel(
+    row_parts_ptr, column_parts_ptr, rows_ptr, columns_ptr, n, m, row_splits, column_splits, row_programs,
+    KIND: tl.constexpr, ROW_PLACES: tl.constexpr, COLUMN_PLACES: tl.constexpr, PARTS: tl.constexpr,
+    ROWS: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """The quantities of the rows, and of the columns, from the parts [splits, PARTS, n] of their splits."""
+    program = tl.program_id(0)
+    swap = program >= row_programs
+    count_of = tl.where(swap, m, n)
+    splits = tl.where(swap, column_splits, row_splits)
+    row = tl.where(swap, program - row_programs, program) * ROWS + tl.arange(0, ROWS)
+    ptr = tl.where(swap, column_parts_ptr, row_parts_ptr)
+    first = join_log_sums(ptr, row, count_of, splits, 1, PARTS, ROWS, SPLITS)
+    second = join_log_sums(ptr, row, count_of, splits, 2, PARTS, ROWS, SPLITS)
+    similarity = tl.sum(load_parts(ptr, row, count_of, splits, 0.0, 3, PARTS, ROWS, SPLITS), 0)
+    count = tl.sum(load_parts(ptr, row, count_of, splits, 0.0, 4, PARTS, ROWS, SPLITS), 0)
+    if swap:
+        store_quantities(columns_ptr, row, m, first, second, similarity, count, KIND, COLUMN_PLACES)
+    else:
+        store_quantities(rows_ptr, row, n, first, second, similarity, count, KIND, ROW_PLACES)
+
+
+@triton.jit
+def load_parts(ptr, row, n, splits, other, PART: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr):
+    """One part of all splits [SPLITS, ROWS]; ``other`` where there is none."""
+    PLACE: tl.constexpr = (PARTS >> (4 * PART)) & 15
+    split = tl.arange(0, SPLITS)[:, None]
+    if PLACE == 15:
+        return tl.zeros([SPLITS, ROWS], tl.float32) + other
+    else:
+        pointers = ptr + (split.to(tl.int64) * (PARTS >> 20) + PLACE) * n + row[None, :]
+        return tl.load(pointers, mask=(split < splits) & (row[None, :] < n), other=other)
+
+
+@triton.jit
+def join_log_sums(ptr, row, n, splits, PART: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr):
+    parts = load_parts(ptr, row, n, splits, float("-inf"), PART, PARTS, ROWS, SPLITS)
+    peak = tl.max(parts, 0)
+    return log_sum(peak, tl.sum(tl.exp2((parts - finite(peak)[None, :]) * LOG2_E), 0))
