@@ -3,14 +3,16 @@
 Values and gradients themselves are test_contract.py's, the losses on top test_losses.py's.
 """
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import DEVICE, serves
+from conftest import serves
 from contract import ALL, PSC, SCL, Case, problem
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -19,7 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 
 from fastsupcon import operators
-from fastsupcon.backends import cpu, sum_dtype
+from fastsupcon.backends import cpu
 from fastsupcon.problem import Line, Pairs
 
 SELF = Case(9, d=5, keys="few", rows=SCL)
@@ -35,11 +37,9 @@ def wanted(pairs: Pairs) -> dict[str, Tensor]:
     return {name: getattr(pairs, name) for name in DIFFERENTIABLE if isinstance(getattr(pairs, name), Tensor)}
 
 
-def leaves(case: Case, device: torch.device = DEVICE, dtype: torch.dtype = torch.float32) -> tuple[Pairs, tuple[Tensor, ...]]:
-    pairs = problem(case, torch.device("cpu"))
-    to = {name: x.to(device, dtype).requires_grad_() for name, x in wanted(pairs).items()}
-    fixed = {name: x.to(device) for name, x in pairs._asdict().items() if isinstance(x, Tensor) and name not in to}
-    return pairs._replace(**to, **fixed), tuple(to.values())
+def leaves(case: Case, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Pairs, tuple[Tensor, ...]]:
+    pairs = problem(replace(case, dtype=dtype), device)
+    return pairs, tuple(x.requires_grad_() for x in wanted(pairs).values())
 
 
 def replaced(pairs: Pairs, tensors) -> Pairs:
@@ -86,22 +86,15 @@ def plain(pairs: Pairs, case: Case) -> Tensor:
 def test_opcheck_of_the_forward(backend, device, case, dtype):
     if not serves(backend, dtype, case.d):
         pytest.skip(f"{backend} does not serve {dtype}")
-    pairs, _ = leaves(case, device)
-    pairs = pairs._replace(
-        **{
-            name: getattr(pairs, name).detach().to(dtype).requires_grad_()
-            for name in ("rows", "columns")
-            if wanted(pairs).get(name) is not None
-        }
-    )
-    opcheck(torch.ops.fastsupcon.pairs.default, (*operators._flat(pairs), case.rows, case.columns, False, backend), atol=1e-5, rtol=1e-5)
+    pairs, _ = leaves(case, device, dtype)
+    opcheck(torch.ops.fastsupcon.pairs.default, (*operators._flat(pairs), case.rows, case.columns, backend), atol=1e-5, rtol=1e-5)
 
 
 @CASES
 def test_opcheck_of_the_backward(backend, device, case):
     pairs = problem(case, device)
     flat = operators._flat(pairs)
-    terms = torch.ops.fastsupcon.pairs(*flat, case.rows, case.columns, False, backend)
+    terms = torch.ops.fastsupcon.pairs(*flat, case.rows, case.columns, backend)
     rows, columns, norms, kept = terms
     possible = [name in wanted(pairs) for name in DIFFERENTIABLE]
     for needs in [possible, *([k == only for k in range(4)] for only in range(4) if possible[only])]:
@@ -112,29 +105,21 @@ def test_opcheck_of_the_backward(backend, device, case):
 # --- autograd --------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scale", [2.0, 200.0], ids=["bounded", "running"])
-@pytest.mark.parametrize(
-    "case", [Case(6, d=3, keys="few"), Case(4, 5, d=3, keys="few", bias=True, own=True, rows=ALL, columns=ALL)], ids=str
-)
-@pytest.mark.parametrize("unit", [True, False])
-def test_gradcheck(backend, device, case, scale, unit):
+@pytest.mark.parametrize("scale", [2.0, 60.0], ids=["bounded", "running"])
+@pytest.mark.parametrize("case", [Case(6, d=3), Case(6, d=3, unit=False), replace(CROSS, n=4, m=5, d=3)], ids=str)
+def test_gradcheck(backend, device, case, scale):
     """First and second derivatives in float64, in rows, columns, bias and a learned scale."""
     if not serves(backend, torch.float64, case.d):
         pytest.skip(f"{backend} does not serve float64")
+    case = replace(case, keys="few", learned=True, scale=scale)
     pairs, tensors = leaves(case, device, torch.float64)
-    shrunk = 1.0 if unit else (2.0 / scale) ** 0.5  # the logits are large, and their differences are not: a step of gradcheck stays small
-    learned = torch.tensor(scale if not unit else 2.0, device=device, dtype=torch.float64, requires_grad=True)
-    far = 200.0 if scale > 100 and unit else 0.0  # a bias that is not bounded
 
-    def function(learned, *tensors):
-        given = replaced(pairs, (x if x.ndim != 2 else x * shrunk for x in tensors))._replace(scale=learned, unit=unit)
-        if far and given.bias is not None:
-            given = given._replace(bias=given.bias + far)
-        rows, columns = operators.terms(given, case.rows, case.columns, backend=backend)
-        return tuple(x[i] for x in (rows, columns) for i in range(len(x)) if x[i].isfinite().all())
+    def quantities(*tensors):
+        values = operators.terms(replaced(pairs, tensors), case.rows, case.columns, backend=backend)
+        return tuple(torch.where(x.isinf(), 0, x) for x in values if len(x))
 
-    assert torch.autograd.gradcheck(function, (learned, *tensors))
-    assert torch.autograd.gradgradcheck(function, (learned, *tensors))
+    assert torch.autograd.gradcheck(quantities, tensors)
+    assert torch.autograd.gradgradcheck(quantities, tensors)
 
 
 @CASES
@@ -257,16 +242,14 @@ def test_any_strides(backend, device, case):
     for first, second, third in zip(want, got, torch.autograd.grad(total(turned, case, backend), tensors), strict=True):
         assert torch.equal(first, second) and torch.equal(first, third)
     each = operators.terms(pairs, case.rows, backend=backend)[0][0]
-    grads = [
-        torch.autograd.grad(each, tensors[0], g, retain_graph=True)[0] for g in (torch.ones(()).to(each).expand(9), torch.ones_like(each))
-    ]
-    assert torch.equal(*grads)
+    expanded, whole = torch.ones((), device=device).expand(9), torch.ones(9, device=device)
+    assert torch.equal(*(torch.autograd.grad(each, pairs.rows, grad, retain_graph=True)[0] for grad in (expanded, whole)))
 
 
 # --- compilers and tracers -------------------------------------------------------------------------------------------------------------
 
 
-def step_of(case: Case, pairs: Pairs, backend: str):
+def step_of(case: Case, pairs: Pairs, backend: str = "auto"):
     def step(*tensors):
         value = total(replaced(pairs, tensors), case, backend)
         return value, *torch.autograd.grad(value, tensors)
@@ -281,25 +264,25 @@ def agree(got, want) -> None:
 
 @CASES
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)])
-def test_compile_fullgraph(backend, device, case, compiler):
+def test_compile_fullgraph(device, case, compiler):
     torch._dynamo.reset()
     pairs, tensors = leaves(case, device)
 
     def value(*tensors):
-        return total(replaced(pairs, tensors), case, backend)
+        return total(replaced(pairs, tensors), case)
 
     compiled = torch.compile(value, fullgraph=True, backend=compiler)
     got = compiled(*tensors)
-    agree((got.detach(), *torch.autograd.grad(got, tensors)), (x.detach() for x in step_of(case, pairs, backend)(*tensors)))
+    agree((got.detach(), *torch.autograd.grad(got, tensors)), (x.detach() for x in step_of(case, pairs)(*tensors)))
 
 
 @pytest.mark.parametrize("shape", ["self", "cross"])
-def test_compile_once_for_all_sizes(backend, device, shape):
+def test_compile_once_for_all_sizes(device, shape):
     torch._dynamo.reset()
     counter, counts = CompileCounterWithBackend("aot_eager"), []
 
     def loss(rows, columns, row_keys, column_keys):
-        return operators.loss(Pairs(rows, columns, 3.0, True, None, row_keys, column_keys), LINES["scl"], backend=backend)
+        return operators.loss(Pairs(rows, columns, 3.0, True, None, row_keys, column_keys), LINES["scl"])
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=counter)
     for n in (6, 9, 33, 70):
@@ -313,20 +296,19 @@ def test_compile_once_for_all_sizes(backend, device, shape):
 
 
 class Network(torch.nn.Module):
-    def __init__(self, backend: str) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.layer = torch.nn.Linear(6, 8)
         self.scale = torch.nn.Parameter(torch.tensor(4.0))
-        self.backend = backend
 
     def forward(self, x: Tensor, keys: Tensor) -> Tensor:
-        return operators.loss(Pairs(self.layer(x), None, self.scale, True, None, keys), LINES["scl"], backend=self.backend)
+        return operators.loss(Pairs(self.layer(x), None, self.scale, True, None, keys), LINES["scl"])
 
 
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("dynamic", [True, False])
-def test_an_exported_network_trains(backend, device, strict, dynamic):
-    network = Network(backend).to(device)
+def test_an_exported_network_trains(device, strict, dynamic):
+    network = Network().to(device)
     x, keys = torch.randn(12, 6, device=device), torch.arange(12, device=device) % 3
     shapes = {"x": {0: torch.export.Dim("n", min=3)}, "keys": {0: torch.export.Dim("n", min=3)}} if dynamic else None
     exported = torch.export.export(network, (x, keys), strict=strict, dynamic_shapes=shapes).module()
@@ -339,9 +321,9 @@ def test_an_exported_network_trains(backend, device, strict, dynamic):
 
 
 @CASES
-def test_make_fx_records_a_step(backend, device, case):
+def test_make_fx_records_a_step(device, case):
     pairs, tensors = leaves(case, device)
-    step = step_of(case, pairs, backend)
+    step = step_of(case, pairs)
     traced = make_fx(step)(*tensors)
     targets = {node.target for node in traced.graph.nodes}
     assert {torch.ops.fastsupcon.pairs.default, torch.ops.fastsupcon.pairs_backward.default} <= targets
@@ -357,17 +339,16 @@ def test_shapes_without_numbers(device, case):
     mode = FakeTensorMode()
     fakes = Pairs(*(mode.from_tensor(x) if isinstance(x, Tensor) else x for x in pairs))
     metas = Pairs(*(x.to("meta") if isinstance(x, Tensor) else x for x in pairs))
-    for given, context in ((fakes, mode), (metas, torch.no_grad() if False else torch.enable_grad())):
+    for given, context in ((fakes, mode), (metas, contextlib.nullcontext())):
         with context:
             inputs = tuple(x.detach().requires_grad_() for x in wanted(given).values())
             got = operators.terms(replaced(given, inputs), case.rows, case.columns)
             assert [(x.shape, x.dtype) for x in got] == [(x.shape, x.dtype) for x in (rows, columns)]
             gradients = torch.autograd.grad(sum(x.sum() for x in got), inputs)
-            assert [(x.shape, x.dtype, x.device.type) for x in gradients] == [
-                (x.shape, x.dtype, y.device.type) for x, y in zip(tensors, inputs, strict=True)
-            ]
-            loss = operators.loss(replaced(given, inputs), Line(all=1, similarity=-1))
-            assert loss.shape == () and loss.dtype == sum_dtype(pairs.rows.dtype)
+            for gradient, leaf, like in zip(gradients, tensors, inputs, strict=True):
+                assert (gradient.shape, gradient.dtype, gradient.device) == (leaf.shape, leaf.dtype, like.device)
+            loss = operators.loss(replaced(given, inputs), LINES["scl"])
+            assert (loss.shape, loss.dtype) == ((), torch.float32)
 
 
 @pytest.mark.parametrize("argument", ["rows", "columns", "row_keys", "column_keys", "own_column", "bias"])
@@ -375,7 +356,7 @@ def test_fake_tensors_among_real_ones_are_refused(device, argument):
     """An error by PyTorch, which mixes them in no operator; never an address of nothing."""
     pairs, _ = leaves(CROSS, device)
     mixed = pairs._replace(**{argument: FakeTensorMode().from_tensor(getattr(pairs, argument))})
-    with pytest.raises((AssertionError, RuntimeError, TypeError, NotImplementedError), match="[Ff]ake"):
+    with pytest.raises((AssertionError, RuntimeError, TypeError, NotImplementedError), match=r"[Ff]ake"):
         operators.terms(mixed, ALL)
 
 
@@ -425,45 +406,35 @@ def test_func_grad(backend, device, case):
 
 @pytest.mark.parametrize("line", LINES)
 def test_func_grad_of_a_loss_and_of_its_gradient(backend, device, line):
-    pairs, (rows,) = leaves(Case(9, d=5, keys="few"), device)
-    double = rows.detach().double() if serves(backend, torch.float64, 5) else rows.detach()
+    pairs, (rows,) = leaves(replace(SELF, n=12), device)
 
-    def loss(rows):
-        return operators.loss(pairs._replace(rows=rows), LINES[line], backend=backend)
+    def loss(rows, reduction="sum"):
+        return operators.loss(pairs._replace(rows=rows), LINES[line]._replace(reduction=reduction), backend=backend)
 
-    leaf = double.clone().requires_grad_()
-    (want,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
-    torch.testing.assert_close(torch.func.grad(loss)(double), want)
-    (second,) = torch.autograd.grad(want.square().sum(), leaf)
-    got = torch.func.grad(lambda rows: torch.func.grad(loss)(rows).square().sum())(double)
-    torch.testing.assert_close(got, second)
-    each = torch.func.jacrev(
-        lambda rows: operators.loss(pairs._replace(rows=rows), LINES[line]._replace(reduction="none"), backend=backend)
-    )
-    if LINES[line].reduction == "sum":
-        torch.testing.assert_close(each(double).sum(0), want)
+    plain = rows.detach()
+    (want,) = torch.autograd.grad(loss(rows), rows, create_graph=True)
+    (second,) = torch.autograd.grad(want.square().sum(), rows)
+    agree((torch.func.grad(loss)(plain),), (want,))
+    agree((torch.func.grad(lambda rows: torch.func.grad(loss)(rows).square().sum())(plain),), (second,))
+    agree((torch.func.jacrev(lambda rows: loss(rows, "none"))(plain).sum(0),), (want,))
 
 
 def test_what_cannot_be_batched_says_so(backend, device):
     pairs, (rows,) = leaves(SELF, device)
 
-    def loss(rows, line=LINES["scl"]):
-        return operators.loss(pairs._replace(rows=rows), line, backend=backend)
+    def loss(rows, reduction="mean"):
+        return operators.loss(pairs._replace(rows=rows), LINES["scl"]._replace(reduction=reduction), backend=backend)
 
-    def each(rows):
-        return loss(rows, LINES["scl"]._replace(reduction="none"))
-
-    plain = rows.detach()
-    reason = pytest.raises(NotImplementedError, match="fastsupcon.*loop")
+    plain, directions = rows.detach(), torch.eye(9, device=device)
+    reason = pytest.raises(NotImplementedError, match=r"fastsupcon.*loop")
     with reason:
         torch.func.vmap(loss)(torch.stack([plain, plain]))
     with reason:
         torch.func.vmap(torch.func.grad(loss))(torch.stack([plain, plain]))
     with reason:
-        torch.autograd.grad(each(rows), rows, torch.eye(9, device=device), is_grads_batched=True)
+        torch.autograd.grad(loss(rows, "none"), rows, directions, is_grads_batched=True)
     with reason:
-        values = operators.terms(pairs, SCL, backend=backend)[0]
-        torch.autograd.grad(values[0], rows, torch.eye(9, device=device), is_grads_batched=True)
+        torch.autograd.grad(operators.terms(pairs, SCL, backend=backend)[0][0], rows, directions, is_grads_batched=True)
 
 
 def test_forward_mode_is_refused(backend, device):
