@@ -36,22 +36,10 @@ SCALARS = (
 def problem(pairs: Pairs):
     """Addresses and sizes of the tensors, which the caller keeps alive while a kernel runs."""
     rows, columns, scale, unit, bias, row_keys, column_keys, own_column = pairs
-    n, depth = rows.shape
     learned = isinstance(scale, Tensor)
+    addresses = [0 if x is None else x.data_ptr() for x in (rows, columns, bias, row_keys, column_keys, own_column)]
     return module.Problem(
-        SCALARS[rows.dtype],
-        n,
-        n if columns is None else columns.shape[0],
-        depth,
-        rows.data_ptr(),
-        address(columns),
-        address(bias),
-        address(row_keys),
-        address(column_keys),
-        address(own_column),
-        0.0 if learned else scale,
-        scale.data_ptr() if learned else 0,
-        unit,
+        SCALARS[rows.dtype], *pairs.shape, *addresses, 0.0 if learned else scale, scale.data_ptr() if learned else 0, unit
     )
 
 
@@ -59,14 +47,14 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-@functools.cache
-def _bits(names: tuple[str, ...]) -> int:
-    return sum(1 << QUANTITIES.index(name) for name in names)
-
-
 def quantities(names: tuple[str, ...], values: Tensor):
-    """Where each of the quantities stands in ``values`` [len(names), N]; names stand in the order of QUANTITIES."""
-    return module.Quantities(values.data_ptr(), values.shape[1] * values.itemsize, _bits(names))
+    """Where each of the quantities stands in ``values`` [len(names), N]."""
+    return module.Quantities(values.data_ptr(), values.shape[1] * values.element_size(), _mask(names))
+
+
+@functools.cache
+def _mask(names: tuple[str, ...]) -> int:
+    return sum(1 << QUANTITIES.index(name) for name in names)
 
 
 def incoming(side: Side):

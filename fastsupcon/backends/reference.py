@@ -131,4 +131,4 @@ def line_backward(names: tuple[str, ...], values: Tensor, grad: Tensor, line: Li
 
 
 def _divisor(paired: Tensor, line: Line) -> Tensor | int:
-    return paired.sum().clamp_min(1) if line.lone == "skip" else len(paired)
+    return paired.sum().clamp_min(1) if line.lone == "skip" else paired.shape[0]  # not len(), which torch.export would take for a constant
