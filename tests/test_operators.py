@@ -98,8 +98,8 @@ def test_opcheck_of_the_backward(backend, device, case):
     rows, columns, norms, kept = terms
     possible = [name in wanted(pairs) for name in DIFFERENTIABLE]
     for needs in [possible, *([k == only for k in range(4)] for only in range(4) if possible[only])]:
-        sides = (rows, torch.ones_like(rows), columns, torch.ones_like(columns))
-        opcheck(torch.ops.fastsupcon.pairs_backward.default, (*flat, case.rows, case.columns, *sides, norms, kept, needs, backend))
+        sides = (case.rows, rows, torch.ones_like(rows), case.columns, columns, torch.ones_like(columns))
+        opcheck(torch.ops.fastsupcon.pairs_backward.default, (*flat, *sides, norms, kept, needs, backend))
 
 
 # --- autograd --------------------------------------------------------------------------------------------------------------------------
