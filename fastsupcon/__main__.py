@@ -27,7 +27,7 @@ def _built() -> str:
         return missing
     cuda = "with CUDA kernels" if hasattr(extension, "cuda") else "without CUDA kernels (no nvcc was found at build time)"
     sets = ", ".join(extension.cpu.instruction_sets())
-    return f"extension {cuda}; CPU instruction sets usable here: {sets}; in use: {extension.cpu.instruction_set()}"
+    return f"extension {cuda}; CPU instruction sets usable here: {sets}; in use: {extension.cpu.instruction_set()}; its threads: {extension.cpu.threads()}"
 
 
 def main() -> None:
