@@ -137,7 +137,9 @@ def _problem(pairs: Pairs, norms: Tensor, gpu: _Gpu) -> dict:
     cross = pairs.columns is not None
     biased_self = not cross and pairs.bias is not None
     learned = isinstance(pairs.scale, Tensor)
-    alone = n <= 2 if not cross else m <= (1 if pairs.own_column is None else 2)  # at most one pair a row: all is its similarity, to the bit
+    alone = (
+        n <= 2 if not cross else m <= (1 if pairs.own_column is None else 2)
+    )  # at most one pair a row: all is its similarity, to the bit
     bounded = pairs.unit and pairs.bias is None and not alone and (learned or fixed_shift_is_safe(abs(pairs.scale)))
     inverse = norms if pairs.unit else None
     return {
@@ -242,6 +244,7 @@ def forward(pairs: Pairs, row_names: tuple[str, ...], column_names: tuple[str, .
 
 def backward(pairs: Pairs, rows: Side, columns: Side, norms: Tensor, kept: Tensor, needs: tuple[bool, bool, bool, bool]) -> Gradients:
     from .gradients import BOTH_SIDES, OF_COLUMNS, OF_ROWS, finish_kernel, gradient_kernel
+    from .tiles import SPLIT
 
     n, m, depth = pairs.shape
     symmetric = pairs.columns is None and pairs.bias is None
@@ -256,7 +259,9 @@ def backward(pairs: Pairs, rows: Side, columns: Side, norms: Tensor, kept: Tenso
 
     with _on(pairs.rows.device):
         gpu = _gpu(pairs.rows.device)
-        t = tile("symmetric gradient" if symmetric else "gradient", gpu.family, pairs.rows.dtype, depth)
+        kind = _kind(names)
+        light = not needs[3] and pairs.bias is None and pairs.own_column is None and kind != SPLIT.value
+        t = tile("gradient" if light else "heavy gradient", gpu.family, pairs.rows.dtype, depth)
         width = gradient_width(pairs.rows.dtype, depth, t)
         chunks = _cdiv(depth, width)
         grid = _grid(gpu, t, n, m, sides, chunks)
@@ -278,7 +283,7 @@ def backward(pairs: Pairs, rows: Side, columns: Side, norms: Tensor, kept: Tenso
             **problem, **grid.arguments, **places, row_values_ptr=rows.values, row_grads_ptr=rows.grads,
             column_values_ptr=None if symmetric else columns.values, column_grads_ptr=None if symmetric else columns.grads,
             da_ptr=db_parts if da is None else da_parts, db_ptr=None if symmetric else da_parts if db_parts is None else db_parts, dbias_ptr=dbias_parts, dscale_ptr=dscale_parts,
-            KIND=_kind(names), SIMILARITY=pairs.row_keys is not None and "similarity" in names,
+            KIND=kind, SIMILARITY=pairs.row_keys is not None and "similarity" in names,
             ONE_SIDED=BOTH_SIDES if symmetric or has[0] == has[1] else OF_ROWS if has[0] else OF_COLUMNS, PARTS=split,
             RESIDUAL=pairs.rows.dtype != torch.float32 and min(n, m) <= _FEW,
             OWNED=t.owned, STREAMED=t.streamed, DEPTH=t.depth, WIDTH=width, num_warps=t.warps, num_stages=t.stages,

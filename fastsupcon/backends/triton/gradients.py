@@ -61,10 +61,10 @@ def load_weights(
     Such that c exp(t - q) is the weight of a pair; or c exp(t), where exp(t) is bounded. c and the gradient are lifted. A log-sum of -inf is over
     no pair and passes nothing: c = 0 and q = +inf; q = 0 on the side that has no log-sums, where the other's is added to it.
     """
+    no_pair = float("-inf")
     nothing = float("inf")
     if ONE_SIDED != BOTH_SIDES:
         nothing = tl.where(of_columns == (ONE_SIDED == OF_ROWS), 0.0, float("inf"))
-    no_pair = float("-inf")
     if KIND == SPLIT:
         whole = load_incoming(values_ptr, no_pair, first, count, of_columns, ROWS, 0, ROW_PLACES, COLUMN_PLACES)
         different = load_incoming(values_ptr, no_pair, first, count, of_columns, ROWS, 1, ROW_PLACES, COLUMN_PLACES)
@@ -80,14 +80,19 @@ def load_weights(
         q_equal = tl.where(q_equal == no_pair, nothing, q_equal)
         if bounded:
             c_equal *= tl.exp2(-q_equal * LOG2_E)
+        q = tl.where(q == no_pair, nothing, q)
+        if bounded:
+            c *= tl.exp2(-q * LOG2_E)
     else:
-        q = load_incoming(values_ptr, no_pair, first, count, of_columns, ROWS, KIND, ROW_PLACES, COLUMN_PLACES)
-        c = tl.where(q == no_pair, 0.0, load_incoming(grads_ptr, 0.0, first, count, of_columns, ROWS, KIND, ROW_PLACES, COLUMN_PLACES))
+        q = load_incoming(values_ptr, 0.0, first, count, of_columns, ROWS, KIND, ROW_PLACES, COLUMN_PLACES)
+        c = load_incoming(grads_ptr, 0.0, first, count, of_columns, ROWS, KIND, ROW_PLACES, COLUMN_PLACES)
+        if bounded:
+            c = tl.where(q == no_pair, 0.0, c * tl.exp2(-q * LOG2_E))
+        else:
+            c = tl.where(q == no_pair, 0.0, c)
+            q = tl.where(q == no_pair, float("inf"), q)
         q_equal = q
         c_equal = c
-    q = tl.where(q == no_pair, nothing, q)
-    if bounded:
-        c *= tl.exp2(-q * LOG2_E)
     linear = load_incoming(grads_ptr, 0.0, first, count, of_columns, ROWS, 3, ROW_PLACES, COLUMN_PLACES)
     return q, c * lift, q_equal, c_equal * lift, linear * lift
 
@@ -124,9 +129,7 @@ def through_unit(dx, x, inverse, UNIT: tl.constexpr):
 
 
 @triton.jit
-def weights(
-    t, equal, x_q, x_c, x_q_equal, x_c_equal, y_q, y_c, y_q_equal, y_c_equal, bounded, KIND: tl.constexpr, ONE_SIDED: tl.constexpr
-):
+def weights(t, equal, x_q, x_c, x_q_equal, x_c_equal, y_q, y_c, y_q_equal, y_c_equal, bounded, KIND: tl.constexpr, ONE_SIDED: tl.constexpr):
     """w_ij without the similarities' part, of all (i, j). Where only one side has log-sums, the other's q and c are 0."""
     w = t
     factors = x_c[:, None] + y_c[None, :]
@@ -165,7 +168,9 @@ def gradient_kernel(
     DIAGONAL: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr, KIND: tl.constexpr, SIMILARITY: tl.constexpr,
     ONE_SIDED: tl.constexpr, ROW_PLACES: tl.constexpr, COLUMN_PLACES: tl.constexpr, RESIDUAL: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    swap, x_first, split, tiles, x_count, y_count = program_of(n, m, row_owners, column_owners, row_programs, row_tiles, column_tiles, OWNED)
+    swap, x_first, split, tiles, x_count, y_count = program_of(
+        n, m, row_owners, column_owners, row_programs, row_tiles, column_tiles, OWNED
+    )
     chunk = tl.program_id(1) * WIDTH
     x_ptr, y_ptr = sides(a_ptr, b_ptr, swap)
     x_inverse_ptr, y_inverse_ptr = sides(a_inverse_ptr, b_inverse_ptr, swap)
@@ -204,7 +209,9 @@ def gradient_kernel(
         y_first = (first_tile + u) * STREAMED
         y_inverse = load_inverse(y_inverse_ptr, y_first, y_count, STREAMED, UNIT)
         y = load_rows(y_ptr, y_inverse, y_first, y_count, chunk, D, STREAMED, WIDTH, UNIT)
-        c = cosines(x, y, x_inverse, y_inverse, x_ptr, y_ptr, x_first, y_first, x_count, y_count, D, OWNED, STREAMED, DEPTH, UNIT, PRECISION)
+        c = cosines(
+            x, y, x_inverse, y_inverse, x_ptr, y_ptr, x_first, y_first, x_count, y_count, D, OWNED, STREAMED, DEPTH, UNIT, PRECISION
+        )
         y_key, y_own, y_bias = load_sides(y_key_ptr, own_ptr, bias_ptr, y_first, y_count, swap == 0, STREAMED)
         y_q, y_c, y_q_equal, y_c_equal, y_linear = load_weights(
             y_values_ptr, y_grads_ptr, y_first, y_count, swap == 0, bounded, lift, STREAMED, KIND, ONE_SIDED, ROW_PLACES, COLUMN_PLACES

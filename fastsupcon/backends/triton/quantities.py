@@ -104,7 +104,9 @@ def forward_kernel(
     KEYS: tl.constexpr = a_key_ptr is not None
     OWN: tl.constexpr = own_ptr is not None
     BIAS: tl.constexpr = bias_ptr is not None
-    swap, x_first, split, tiles, x_count, y_count = program_of(n, m, row_owners, column_owners, row_programs, row_tiles, column_tiles, OWNED)
+    swap, x_first, split, tiles, x_count, y_count = program_of(
+        n, m, row_owners, column_owners, row_programs, row_tiles, column_tiles, OWNED
+    )
     x_ptr, y_ptr = sides(a_ptr, b_ptr, swap)
     x_inverse_ptr, y_inverse_ptr = sides(a_inverse_ptr, b_inverse_ptr, swap)
     x_key_ptr, y_key_ptr = sides(a_key_ptr, b_key_ptr, swap)
@@ -125,7 +127,9 @@ def forward_kernel(
         y_inverse = load_inverse(y_inverse_ptr, y_first, y_count, STREAMED, UNIT)
         y = load_rows(y_ptr, y_inverse, y_first, y_count, 0, D, STREAMED, DEPTH, UNIT) if D <= DEPTH else x
         y_key, y_own, y_bias = load_sides(y_key_ptr, own_ptr, bias_ptr, y_first, y_count, swap == 0, STREAMED)
-        c = cosines(x, y, x_inverse, y_inverse, x_ptr, y_ptr, x_first, y_first, x_count, y_count, D, OWNED, STREAMED, DEPTH, UNIT, PRECISION)
+        c = cosines(
+            x, y, x_inverse, y_inverse, x_ptr, y_ptr, x_first, y_first, x_count, y_count, D, OWNED, STREAMED, DEPTH, UNIT, PRECISION
+        )
         if is_whole(x_first, y_first, y_count, OWNED, STREAMED, DIAGONAL):
             first_peak, first, second_peak, second, similarity, count = add_tile(
                 c, factor, x_key, x_own, x_bias, y_key, y_own, y_bias, x_first, y_first, y_count,
