@@ -1,4 +1,4 @@
-"""What the contract (test_contract.py) does not ask of the Triton kernels: how many launches a step is, gradients of any size, long rows, splits.
+"""What the contract (test_contract.py) does not ask of the Triton kernels: how many launches a step is, gradients of any size, splits.
 
 On a GPU, or else in Triton's interpreter (conftest.py). That of Triton 3.6 needs NumPy < 2.4; that of Triton 3.7 and newer takes any.
 """
@@ -50,14 +50,29 @@ def test_rows_longer_than_a_tile(case, dtype):
     check(triton, Case(**{**vars(case), "dtype": dtype}), DEVICE)
 
 
-@pytest.mark.parametrize("case", [Case(70, keys="few"), Case(70, 90, rows=SCL, columns=PSC, keys="few", own=True, learned=True)], ids=str)
-def test_splits_change_nothing(case):
+SPLIT_CASES = [
+    Case(70, keys="few"),
+    Case(70, 90, rows=SCL, columns=PSC, keys="few", own=True, learned=True, bias=True),
+    Case(70, rows=("different", "equal"), keys="few", bias=True),
+]
+
+
+@pytest.mark.parametrize("needs", [None, (True, False, False, False), (False, True, True, False)], ids=["all", "rows", "columns"])
+@pytest.mark.parametrize("case", SPLIT_CASES, ids=str)
+def test_splits_change_nothing(case, needs):
     pairs = problem(case, DEVICE)
-    with mock.patch.object(triton, "_tiles_per_split", lambda owners, tiles, slots: tiles):
-        whole = run(triton, pairs, case)
-    with mock.patch.object(triton, "_tiles_per_split", lambda owners, tiles, slots: 1):
-        split = run(triton, pairs, case)
-    for x, y in zip((*whole[0][:2], *whole[3]), (*split[0][:2], *split[3]), strict=True):
+    if needs == (False, True, True, False) and case.m is None:
+        needs = (False, False, case.bias, False)
+    results = []
+    for per_split in (lambda owners, tiles, slots: tiles, lambda owners, tiles, slots: 1):
+        with mock.patch.object(triton, "_tiles_per_split", per_split):
+            terms, row_grads, column_grads, gradients = run(triton, pairs, case)
+            if needs is not None and any(needs):
+                sides = Side(case.rows, terms.rows, row_grads), Side(case.columns, terms.columns, column_grads)
+                gradients = triton.backward(pairs, *sides, terms.norms, terms.kept, needs)
+        results.append((*terms[:2], *gradients))
+    for x, y in zip(*results, strict=True):
+        assert (x is None) == (y is None)
         if x is not None:
             torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
 

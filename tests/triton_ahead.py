@@ -1,6 +1,6 @@
 """The Triton kernels compiled ahead of time, exactly as the backend launches them, and what the compiler says of each; no GPU needed.
 
-python tests/triton_ahead.py [word ...]     a line for each kernel of each problem, GPU, dtype and D that holds all words ("gfx942 bf16 256")
+python tests/triton_ahead.py [word ...]     a line for each kernel of the forms, GPUs, dtypes and D that hold all words ("gfx942 bf16 256")
 """
 
 from __future__ import annotations

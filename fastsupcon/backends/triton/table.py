@@ -31,8 +31,8 @@ def padded(depth: int) -> int:
 def tile(kernel: str, family: str, dtype: torch.dtype, depth: int) -> Tile:
     """The tile of "forward", "gradient" or "heavy gradient" for rows of this dtype and dimension.
 
-    A gradient holds a key of 64 bits, an inverse norm and two to four numbers more for every column of its tile. What makes it heavy (a learned
-    scale, a bias, own columns, log-sums of equal keys) leaves registers for half as many of them; so does D = 256.
+    A gradient holds a key of 64 bits, an inverse norm and two to four numbers more for every column of its tile. What makes it heavy (a
+    learned scale, a bias, own columns, log-sums of equal keys) leaves registers for half as many of them; so does D = 256.
     """
     d = padded(depth)
     gradient = kernel != "forward"
