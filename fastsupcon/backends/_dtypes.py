@@ -37,9 +37,10 @@ def exact(function: Callable) -> Callable:
 def tf32_allowed() -> bool:
     """Whether fp32 products may use TF32, by whichever of torch's two interfaces it was set.
 
-    torch.get_float32_matmul_precision() raises once the newer one (torch.backends...fp32_precision) was used.
+    torch.get_float32_matmul_precision() raises once the newer one (torch.backends...fp32_precision, from torch 2.9 on) was used.
     """
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+    matmul = torch.backends.cuda.matmul
+    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
 
 
 #: exp(t) of a *bounded* logit, |t| <= this, needs no shift in fp32: it stays within 2^-63 and 2^63, so that neither its sums over 2^60 pairs
