@@ -39,8 +39,14 @@ Problem make_problem(Scalar scalar, std::int64_t rows, std::int64_t columns, std
           unit};
 }
 
-Quantities<void*> make_quantities(Address all, Address different, Address equal, Address similarity, Address count) {
-  return {pointer(all), pointer(different), pointer(equal), pointer(similarity), pointer(count)};
+// Those of the mask's bits, in order, `step` bytes apart.
+Quantities<void*> make_quantities(Address first, std::int64_t step, unsigned mask) {
+  const auto take = [&](unsigned bit) -> void* {
+    if (!(mask >> bit & 1)) return nullptr;
+    first += step;
+    return pointer(first - step);
+  };
+  return {take(0), take(1), take(2), take(3), take(4)};  // braces evaluate from left to right
 }
 
 Quantities<const void*> constant(const Quantities<void*>& q) { return {q.all, q.different, q.equal, q.similarity, q.count}; }

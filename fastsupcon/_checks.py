@@ -47,19 +47,15 @@ def on_device(name: str, value: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name} must be on {device} like the rows, got {value.device}")
 
 
-def within(name: str, value: Tensor, low: int, high: int, *, asserted: bool = True) -> None:
-    """low <= value < high.
-
-    On a GPU and under torch.compile reading the values would wait: a breach is ``asserted`` by the device, or left to the loss, which it
-    makes NaN.
-    """
+def within(name: str, value: Tensor, low: int, high: int) -> None:
+    """low <= value < high. On a GPU and under torch.compile a breach is asserted by the device: reading the values would wait."""
     message = f"{name} must lie in [{low}, {high})"
     wide = value.long()  # a uint8 cannot be compared with -1 or 256: the bound would be wrapped; a uint16 has no aminmax
     if value.device.type == "cpu" and not torch.compiler.is_compiling():
         least, greatest = (int(bound) for bound in wide.aminmax())
         if least < low or greatest >= high:
             raise ValueError(f"{message}, got values from {least} to {greatest}")
-    elif asserted:
+    else:
         torch._assert_async(((wide >= low) & (wide < high)).all(), message)
 
 

@@ -26,7 +26,6 @@ _PAIRS = (
     "Tensor rows, Tensor? columns, Tensor? bias, Tensor? scale_tensor, Tensor? row_keys, Tensor? column_keys, Tensor? own_column, "
     "float scale, bool unit"
 )
-_TENSORS = 7  # how many of them are tensors
 _DIFFERENTIABLE = 4  # rows, columns, bias, scale_tensor
 
 
@@ -36,33 +35,26 @@ def terms(pairs: Pairs, row_names: tuple[str, ...], column_names: tuple[str, ...
     Differentiable in rows, columns, bias and a scale that is a tensor. The names stand in the order of problem.QUANTITIES; columns'
     quantities are for the cross shape.
     """
-    arguments = (*_flat(pairs), row_names, column_names, backend)
-    if _traced(pairs):
-        return _forward_op(*arguments)[:2]
-    if _transformed():
-        return _TransformedTerms.apply(*arguments)[:2]
-    return _Terms.apply(*arguments, _keep(pairs, backend))[:2]
+    if traced(pairs):
+        return _forward_op(*_flat(pairs), row_names, column_names, backend)[:2]
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return _TransformedTerms.apply(*_flat(pairs), row_names, column_names, backend)[:2]
+    return _Terms.apply(*_differentiable(pairs), pairs, row_names, column_names, backend, _keep(pairs, backend))[:2]
 
 
 def loss(pairs: Pairs, line: Line, *, backend: str = "auto") -> Tensor:
     """``line`` over the problem's rows: 0-d, or [N] with reduction="none", in the sum dtype."""
-    if _traced(pairs) or _transformed():
-        return reference.line(line.names, terms(pairs, line.names, backend=backend)[0], line)
-    return _Loss.apply(*_flat(pairs), line, backend, _keep(pairs, backend))
+    names = line.names
+    if traced(pairs) or torch._C._functorch.peek_interpreter_stack() is not None:
+        return reference.line(names, terms(pairs, names, backend=backend)[0], line)
+    return _Loss.apply(*_differentiable(pairs), pairs, names, line, backend, _keep(pairs, backend))
 
 
-def _traced(arguments: Iterable[object]) -> bool:
+def traced(arguments: Iterable[object]) -> bool:
     """Whether something looks on that must be shown operators: a compiler, a dispatch mode, a tensor without storage of its own."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or any(isinstance(x, Tensor) and (type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta) for x in arguments)
-    )
-
-
-def _transformed() -> bool:
-    """Whether a transform of torch.func is at work."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    return any(isinstance(x, Tensor) and (type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta) for x in arguments)
 
 
 def _keep(pairs: Pairs, backend: str) -> bool:
@@ -70,28 +62,23 @@ def _keep(pairs: Pairs, backend: str) -> bool:
 
     As an operator it never does: their number would have to be known from symbolic shapes.
     """
-    trained = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in pairs)
-    return (
-        trained
-        and backend in ("auto", "cpu")
-        and pairs.rows.device.type == "cpu"
-        and cpu.kept_size(*pairs.shape, pairs.columns is None) > 0
-    )
+    if backend not in ("auto", "cpu") or not pairs.rows.is_cpu or cpu.kept_size(*pairs.shape, pairs.columns is None) == 0:
+        return False
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in pairs)
+
+
+def _differentiable(pairs: Pairs) -> tuple[Tensor | None, ...]:
+    return pairs.rows, pairs.columns, pairs.bias, pairs.scale if isinstance(pairs.scale, Tensor) else None
 
 
 def _flat(pairs: Pairs) -> tuple:
     """The arguments of _PAIRS."""
-    rows, columns, scale, unit, bias, row_keys, column_keys, own_column = pairs
-    learned = isinstance(scale, Tensor)
-    return rows, columns, bias, scale if learned else None, row_keys, column_keys, own_column, 1.0 if learned else scale, unit
+    scale = 1.0 if isinstance(pairs.scale, Tensor) else pairs.scale
+    return *_differentiable(pairs), pairs.row_keys, pairs.column_keys, pairs.own_column, scale, pairs.unit
 
 
 def _pairs(rows, columns, bias, scale_tensor, row_keys, column_keys, own_column, scale, unit) -> Pairs:
     return Pairs(rows, columns, scale if scale_tensor is None else scale_tensor, unit, bias, row_keys, column_keys, own_column)
-
-
-def _contiguous(pairs: Pairs) -> Pairs:
-    return Pairs(*(x.contiguous() if isinstance(x, Tensor) else x for x in pairs))
 
 
 def _backend(name: str, rows: Tensor):
@@ -99,13 +86,27 @@ def _backend(name: str, rows: Tensor):
     return BACKENDS[select(name, rows.device, rows.dtype, rows.shape[1])]
 
 
+def _contiguous(pairs: Pairs) -> Pairs:
+    return Pairs(*[x.contiguous() if isinstance(x, Tensor) else x for x in pairs])
+
+
+def _forward(pairs: Pairs, row_names: tuple[str, ...], column_names: tuple[str, ...], backend: str, keep: bool) -> Terms:
+    return _backend(backend, pairs.rows).forward(_contiguous(pairs), row_names, column_names, keep)
+
+
+def _backward(pairs: Pairs, rows: Side, columns: Side, norms: Tensor, kept: Tensor, needs: tuple[bool, ...], backend: str) -> Gradients:
+    if not torch._C._has_storage(rows.grads):
+        raise NotImplementedError("fastsupcon's gradients cannot be batched by vmap (is_grads_batched=True): loop over them")
+    rows, columns = (Side(names, values.contiguous(), grads.contiguous()) for names, values, grads in (rows, columns))
+    return _backend(backend, pairs.rows).backward(_contiguous(pairs), rows, columns, norms, kept, needs)
+
+
 # ---- Operators ------------------------------------------------------------------------------------------------------------------------
 
 
-def _forward(*arguments, keep: bool = False) -> Terms:
+def _forward_of_op(*arguments) -> Terms:
     *flat, row_names, column_names, backend = arguments
-    pairs = _contiguous(_pairs(*flat))
-    return _backend(backend, pairs.rows).forward(pairs, tuple(row_names), tuple(column_names), keep)
+    return _forward(_pairs(*flat), tuple(row_names), tuple(column_names), backend, keep=False)
 
 
 def _fake_forward(*arguments) -> Terms:
@@ -120,19 +121,17 @@ def _fake_forward(*arguments) -> Terms:
     return Terms(empty(len(row_names), n), empty(len(column_names), m), empty(norms), empty(0))
 
 
-def _backward(*arguments) -> tuple[Tensor, ...]:
-    *flat, row_names, column_names, row_values, row_grads, column_values, column_grads, norms, kept, needs, backend = arguments
-    pairs = _contiguous(_pairs(*flat))
-    rows = Side(tuple(row_names), row_values.contiguous(), row_grads.contiguous())
-    columns = Side(tuple(column_names), column_values.contiguous(), column_grads.contiguous())
-    gradients = _backend(backend, pairs.rows).backward(pairs, rows, columns, norms, kept, tuple(needs))
-    return tuple(pairs.rows.new_empty(0) if gradient is None else gradient for gradient in gradients)  # an op cannot return None
+def _backward_of_op(*arguments) -> tuple[Tensor, ...]:
+    *flat, row_names, row_values, row_grads, column_names, column_values, column_grads, norms, kept, needs, backend = arguments
+    rows, columns = Side(tuple(row_names), row_values, row_grads), Side(tuple(column_names), column_values, column_grads)
+    gradients = _backward(_pairs(*flat), rows, columns, norms, kept, tuple(needs), backend)
+    return tuple(norms.new_empty(0) if gradient is None else gradient for gradient in gradients)  # an op cannot return None
 
 
 def _fake_backward(*arguments) -> tuple[Tensor, ...]:
     needs = arguments[-2]
     outputs = (
-        torch.empty_like(tensor, memory_format=torch.contiguous_format) if need else arguments[0].new_empty(0)
+        torch.empty_like(tensor, memory_format=torch.contiguous_format) if need else arguments[-3].new_empty(0)
         for tensor, need in zip(arguments[:_DIFFERENTIABLE], needs, strict=True)
     )
     return tuple(outputs)
@@ -148,14 +147,14 @@ def _define(name: str, schema: str, run, fake):
 _forward_op = _define(
     "pairs",
     f"{_PAIRS}, str[] row_names, str[] column_names, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    _forward,
+    _forward_of_op,
     _fake_forward,
 )
 _backward_op = _define(
     "pairs_backward",
-    f"{_PAIRS}, str[] row_names, str[] column_names, Tensor row_values, Tensor row_grads, Tensor column_values, Tensor column_grads, "
+    f"{_PAIRS}, str[] row_names, Tensor row_values, Tensor row_grads, str[] column_names, Tensor column_values, Tensor column_grads, "
     "Tensor norms, Tensor kept, bool[4] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    _backward,
+    _backward_of_op,
     _fake_backward,
 )
 
@@ -163,50 +162,60 @@ _backward_op = _define(
 # ---- Autograd -------------------------------------------------------------------------------------------------------------------------
 
 
+def _gradients(ctx, rows: Side, columns: Side, pairs: Pairs, norms: Tensor, kept: Tensor, backend: str) -> tuple[Tensor | None, ...]:
+    """Of a Function's inputs, the differentiable ones first."""
+    needs = tuple(ctx.needs_input_grad[:_DIFFERENTIABLE])
+    if traced((rows.grads,)):
+        gradients = _backward_op(*_flat(pairs), *rows, *columns, norms, kept, needs, backend)
+        gradients = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
+    else:
+        gradients = _backward(pairs, rows, columns, norms, kept, needs, backend)
+    return _padded(ctx, gradients)
+
+
+def _differentiable_gradients(ctx, pairs: Pairs, row_names, row_grads_of, column_names=(), column_grads=None) -> tuple[Tensor | None, ...]:
+    """The same for create_graph=True, as a differentiable function of pairs and incoming gradients, the rows' from their values."""
+    row_values, column_values, norms, kept = reference.forward(pairs, row_names, column_names, False)
+    rows, columns = Side(row_names, row_values, row_grads_of(row_values)), Side(column_names, column_values, column_grads)
+    columns = columns if column_names else Side((), column_values, column_values)
+    return _padded(ctx, reference.backward(pairs, rows, columns, norms, kept, tuple(ctx.needs_input_grad[:_DIFFERENTIABLE])))
+
+
+def _padded(ctx, gradients: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
+    return *gradients, *[None] * (len(ctx.needs_input_grad) - _DIFFERENTIABLE)
+
+
+def _save(ctx, pairs: Pairs, terms: Terms, *options) -> None:
+    rows, columns, scale, unit, bias, row_keys, column_keys, own_column = pairs
+    learned = isinstance(scale, Tensor)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(rows, columns, bias, scale if learned else None, row_keys, column_keys, own_column, *terms)
+    ctx.options = (1.0 if learned else scale, unit, *options)
+
+
+def _saved(ctx) -> tuple:
+    """pairs, the four of Terms, and the options."""
+    *tensors, row_values, column_values, norms, kept = ctx.saved_tensors
+    scale, unit, *options = ctx.options
+    return _pairs(*tensors, scale, unit), row_values, column_values, norms, kept, *options
+
+
 def _setup_terms(ctx, inputs, output) -> None:
     *flat, row_names, column_names, backend = inputs
-    row_terms, column_terms, norms, kept = output
-    ctx.mark_non_differentiable(norms, kept)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*flat[:_TENSORS], row_terms, column_terms, norms, kept)
-    ctx.options = (*flat[_TENSORS:], tuple(row_names), tuple(column_names), backend)
+    ctx.mark_non_differentiable(*output[2:])
+    _save(ctx, _pairs(*flat), output, tuple(row_names), tuple(column_names), backend)
 
 
 def _terms_backward(ctx, row_grads, column_grads, *_):
     if row_grads is None and column_grads is None:
-        return (None,) * len(ctx.needs_input_grad)
-    *tensors, row_terms, column_terms, norms, kept = ctx.saved_tensors
-    scale, unit, row_names, column_names, backend = ctx.options
-    flat = (*tensors, scale, unit)
-    row_grads = torch.zeros_like(row_terms) if row_grads is None else row_grads
-    column_grads = torch.zeros_like(column_terms) if column_grads is None else column_grads
-    needs = tuple(ctx.needs_input_grad[:_DIFFERENTIABLE])
+        return _padded(ctx, [None] * _DIFFERENTIABLE)
+    pairs, row_values, column_values, norms, kept, row_names, column_names, backend = _saved(ctx)
+    row_grads = torch.zeros_like(row_values) if row_grads is None else row_grads
+    column_grads = torch.zeros_like(column_values) if column_grads is None else column_grads
     if torch.is_grad_enabled():  # create_graph=True
-        gradients = _differentiable_backward(_pairs(*flat), row_names, column_names, lambda values: row_grads, column_grads, needs)
-    else:
-        _refuse_batches(row_grads)
-        sides = (row_names, column_names, row_terms, row_grads, column_terms, column_grads)
-        gradients = _call_backward(flat, sides, norms, kept, needs, backend)
-    return *gradients, *[None] * (len(ctx.needs_input_grad) - _DIFFERENTIABLE)
-
-
-def _refuse_batches(grad: Tensor) -> None:
-    if not torch._C._has_storage(grad):
-        raise NotImplementedError("fastsupcon's gradients cannot be batched by vmap (is_grads_batched=True): loop over them")
-
-
-def _call_backward(flat, sides, norms, kept, needs, backend) -> list[Tensor | None]:
-    arguments = (*flat, *sides, norms, kept, needs, backend)
-    grads = sides[3]
-    gradients = (_backward_op if _traced((grads,)) else _backward)(*arguments)
-    return [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
-
-
-def _differentiable_backward(pairs: Pairs, row_names, column_names, row_grads_of, column_grads, needs) -> Gradients:
-    """The gradient as a differentiable function of pairs and of the incoming gradients; row_grads_of(row terms) gives those of the rows."""
-    row_terms, column_terms, norms, kept = reference.forward(pairs, row_names, column_names, False)
-    rows = Side(row_names, row_terms, row_grads_of(row_terms))
-    return reference.backward(pairs, rows, Side(column_names, column_terms, column_grads), norms, kept, needs)
+        return _differentiable_gradients(ctx, pairs, row_names, lambda values: row_grads, column_names, column_grads)
+    rows, columns = Side(row_names, row_values, row_grads), Side(column_names, column_values, column_grads)
+    return _gradients(ctx, rows, columns, pairs, norms, kept, backend)
 
 
 class _TransformedTerms(torch.autograd.Function):
@@ -214,7 +223,7 @@ class _TransformedTerms(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments):
-        return tuple(_forward(*arguments))
+        return tuple(_forward_of_op(*arguments))
 
     setup_context = staticmethod(_setup_terms)
     backward = staticmethod(_terms_backward)
@@ -228,44 +237,32 @@ class _Terms(torch.autograd.Function):
     """The same with its context set up in the forward: to ask for a setup_context costs 40 microseconds a call."""
 
     @staticmethod
-    def forward(ctx, *arguments):
-        *arguments, keep = arguments
-        output = tuple(_forward(*arguments, keep=keep))
-        _setup_terms(ctx, arguments, output)
-        return output
+    def forward(ctx, rows, columns, bias, scale_tensor, pairs, row_names, column_names, backend, keep):
+        terms = _forward(pairs, row_names, column_names, backend, keep)
+        ctx.mark_non_differentiable(*terms[2:])
+        _save(ctx, pairs, terms, row_names, column_names, backend)
+        return tuple(terms)
 
     backward = staticmethod(_terms_backward)
 
 
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *arguments):
-        *flat, line, backend, keep = arguments
-        terms = _forward(*flat, line.names, (), backend, keep=keep)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*flat[:_TENSORS], *terms)
-        ctx.options = (*flat[_TENSORS:], line, backend)
-        return _backend(backend, flat[0]).line(line.names, terms.rows, line)
+    def forward(ctx, rows, columns, bias, scale_tensor, pairs, names, line, backend, keep):
+        terms = _forward(pairs, names, (), backend, keep)
+        _save(ctx, pairs, terms, names, line, backend)
+        return _backend(backend, rows).line(names, terms.rows, line)
 
     @staticmethod
     def backward(ctx, grad):
         if grad is None:
-            return (None,) * len(ctx.needs_input_grad)
-        *tensors, row_terms, column_terms, norms, kept = ctx.saved_tensors
-        scale, unit, line, backend = ctx.options
-        needs = tuple(ctx.needs_input_grad[:_DIFFERENTIABLE])
+            return _padded(ctx, [None] * _DIFFERENTIABLE)
+        pairs, values, nothing, norms, kept, names, line, backend = _saved(ctx)
         if torch.is_grad_enabled():  # create_graph=True
-
-            def grads_of(values):
-                return reference.line_backward(line.names, values, grad, line)
-
-            gradients = _differentiable_backward(_pairs(*tensors, scale, unit), line.names, (), grads_of, column_terms, needs)
-        else:
-            _refuse_batches(grad)
-            row_grads = _backend(backend, tensors[0]).line_backward(line.names, row_terms, grad, line)
-            sides = (line.names, (), row_terms, row_grads, column_terms, column_terms)
-            gradients = _call_backward((*tensors, scale, unit), sides, norms, kept, needs, backend)
-        return *gradients, *[None] * (len(ctx.needs_input_grad) - _DIFFERENTIABLE)
+            return _differentiable_gradients(ctx, pairs, names, lambda values: reference.line_backward(names, values, grad, line))
+        module = _backend(backend, pairs.rows) if torch._C._has_storage(grad) else reference  # whatever has none is refused later
+        rows = Side(names, values, module.line_backward(names, values, grad, line))
+        return _gradients(ctx, rows, Side((), nothing, nothing), pairs, norms, kept, backend)
 
 
 def _no_second_derivative(ctx, *grads):

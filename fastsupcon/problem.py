@@ -11,6 +11,7 @@ split the pairs into *equal* ones (the row's key is the column's) and *different
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 from torch import Tensor
@@ -92,4 +93,9 @@ class Line(NamedTuple):
     @property
     def names(self) -> tuple[str, ...]:
         """The quantities that it needs: those with a coefficient, and count."""
-        return tuple(name for name in QUANTITIES if name == "count" or getattr(self, name))
+        return _names(self)
+
+
+@functools.cache
+def _names(line: Line) -> tuple[str, ...]:
+    return tuple(name for name in QUANTITIES if name == "count" or getattr(line, name))

@@ -56,7 +56,7 @@ class Launches(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("loss", ["scl", "psc"])
 def test_a_step_launches_one_operator_of_pytorch_the_seed_of_backward(monkeypatch, loss, dtype):
-    monkeypatch.setattr(operators, "_traced", lambda arguments: False)
+    monkeypatch.setattr(operators, "traced", lambda arguments: False)
     monkeypatch.setattr(operators, "_backend", lambda name, rows: Nothing)
     module = SupConLoss(0.1, normalize=True) if loss == "scl" else PSCLoss(10, 128)
     module = module.to(META, dtype)

@@ -217,7 +217,9 @@ extern "C" std::int64_t tasks_done(int threads, int rounds) {
 extern "C" std::int64_t nested(int threads) {
   std::atomic<std::int64_t> done{0};
   Team::run(threads, [&](Team& team, int) {
-    team.each(4, [&](std::int64_t) { Team::run(threads, [&](Team& inner, int) { inner.each(5, [&](std::int64_t) { done.fetch_add(1); }); }); });
+    team.each(4, [&](std::int64_t) {
+      Team::run(threads, [&](Team& inner, int) { inner.each(5, [&](std::int64_t) { done.fetch_add(1); }); });
+    });
   });
   return done.load();
 }

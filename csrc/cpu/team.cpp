@@ -109,8 +109,8 @@ bool is_fork() {
   return std::strtoul(field.c_str(), nullptr, 10) & 0x40;
 }
 
-// A fork has no thread but the one that called it. libgomp does not see that, and would wait for ever for the threads of the parent. So a fork
-// gets threads of its own, be it made after this library was loaded or before.
+// A fork has no thread but the one that called it. libgomp does not see that, and would wait for ever for the threads of the parent. So a
+// fork gets threads of its own, be it made after this library was loaded or before.
 std::atomic<bool> forked{is_fork()};
 [[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
 
@@ -128,8 +128,8 @@ const OpenMP& openmp() { return kNoOpenMP; }
 
 }  // namespace
 
-// Inside a parallel region the runtime gives one thread unless it was told to nest regions, as it gives torch's operators: the other cores have
-// their work already.
+// Inside a parallel region the runtime gives one thread unless it was told to nest regions, as it gives torch's operators: the other cores
+// have their work already.
 void Team::Shared::run_on_torch_threads() {
   struct Region {
     Shared& shared;
@@ -149,8 +149,8 @@ void Team::Shared::run_on_torch_threads() {
     shared.left.fetch_add(1);
     for (Backoff backoff; shared.left.load() < members;) backoff.pause();
   };
-  // All of torch's threads, even if not all take part: at a smaller region libgomp ends the threads that are left over, and starts new ones at
-  // torch's next operator.
+  // All of torch's threads, even if not all take part: at a smaller region libgomp ends the threads that are left over, and starts new ones
+  // at torch's next operator.
   openmp().parallel(body, &region, unsigned(std::max(size, openmp().max_threads())), 0);
 }
 

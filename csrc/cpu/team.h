@@ -1,9 +1,9 @@
 // The threads of one call: those that torch's operators run on where its OpenMP runtime is found in the process, else threads that the call
-// itself starts and joins. After an operator torch's threads poll for its next one for some milliseconds, and would hold the cores that threads
-// of ours need: SCL of 512 rows with two threads took three times as long after a matrix product as alone.
+// itself starts and joins. After an operator torch's threads poll for its next one for some milliseconds, and would hold the cores that
+// threads of ours need: SCL of 512 rows with two threads took three times as long after a matrix product as alone.
 //
-// Nothing here links torch or an OpenMP runtime. Several calling threads at once, a fork at any time and an interpreter that exits are harmless.
-// Which thread does which task is left to chance; that the result does not depend on it is the callers' duty.
+// Nothing here links torch or an OpenMP runtime. Several calling threads at once, a fork at any time and an interpreter that exits are
+// harmless. Which thread does which task is left to chance; that the result does not depend on it is the callers' duty.
 #pragma once
 
 #include <atomic>
@@ -26,15 +26,15 @@ class Backoff {
 // What one member of a team sees of it.
 class Team {
  public:
-  // Runs work(team, member) in `threads` threads, the calling one among them as member 0; with fewer if the system gives no more. What a member
-  // throws is thrown again here, the first of several, when all have ended.
+  // Runs work(team, member) in `threads` threads, the calling one among them as member 0; with fewer if the system gives no more. What a
+  // member throws is thrown again here, the first of several, when all have ended.
   static void run(int threads, const std::function<void(Team&, int member)>& work);
 
   // How many members were asked for.
   int size() const { return shared_.size; }
 
-  // All members call it: task(0), …, task(count − 1) are started in this order, each by one member. Returns when all are done. Nobody waits for a
-  // member that comes late, woken from sleep or kept from its core by another process: it finds its share done.
+  // All members call it: task(0), …, task(count − 1) are started in this order, each by one member. Returns when all are done. Nobody waits
+  // for a member that comes late, woken from sleep or kept from its core by another process: it finds its share done.
   template <class Task>
   void each(std::int64_t count, const Task& task) {
     if (count <= 0) return;

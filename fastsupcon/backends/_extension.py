@@ -37,7 +37,7 @@ def problem(pairs: Pairs):
     """Addresses and sizes of the tensors, which the caller keeps alive while a kernel runs."""
     rows, columns, scale, unit, bias, row_keys, column_keys, own_column = pairs
     learned = isinstance(scale, Tensor)
-    addresses = (address(x) for x in (rows, columns, bias, row_keys, column_keys, own_column))
+    addresses = [0 if x is None else x.data_ptr() for x in (rows, columns, bias, row_keys, column_keys, own_column)]
     return module.Problem(
         SCALARS[rows.dtype], *pairs.shape, *addresses, 0.0 if learned else scale, scale.data_ptr() if learned else 0, unit
     )
@@ -49,9 +49,12 @@ def address(tensor: Tensor | None) -> int:
 
 def quantities(names: tuple[str, ...], values: Tensor):
     """Where each of the quantities stands in ``values`` [len(names), N]."""
-    first, step = values.data_ptr(), values.stride(0) * values.element_size()
-    of = {name: first + k * step for k, name in enumerate(names)}
-    return module.Quantities(*(of.get(name, 0) for name in QUANTITIES))
+    return module.Quantities(values.data_ptr(), values.shape[1] * values.element_size(), _mask(names))
+
+
+@functools.cache
+def _mask(names: tuple[str, ...]) -> int:
+    return sum(1 << QUANTITIES.index(name) for name in names)
 
 
 def incoming(side: Side):

@@ -17,7 +17,8 @@ import triton.language as tl
 
 from .rows import store_quantity
 from .tiles import (
-    DIFFERENT, LN_2, LOG2_E, SPLIT, cosines, finite, load_inverse, load_sides, load_rows, log_sum, pairs, program_of, scale_of, sides,
+    DIFFERENT, LN_2, LOG2_E, SPLIT, cosines, equal_keys, finite, is_whole, load_inverse, load_rows, load_sides, log_sum,
+    pair_mask, program_of, scale_of, sides,
 )  # fmt: skip
 
 
@@ -63,6 +64,35 @@ def add_exponentials(t, equal, first_peak, first, second_peak, second, bounded, 
     return first_peak, first, second_peak, second
 
 
+@triton.jit
+def add_tile(
+    c, factor, x_key, x_own, x_bias, y_key, y_own, y_bias, x_first, y_first, y_count,
+    first_peak, first, second_peak, second, similarity, count, bounded,
+    OWNED: tl.constexpr, STREAMED: tl.constexpr, KEYS: tl.constexpr, OWN: tl.constexpr, BIAS: tl.constexpr, DIAGONAL: tl.constexpr,
+    KIND: tl.constexpr, SIMILARITY: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    t = c * factor
+    equal = equal_keys(x_key, y_key, OWNED, STREAMED, KEYS)
+    if BIAS:
+        t += x_bias[:, None] + y_bias[None, :]
+    if OWN:
+        other = x_own[:, None] != y_own[None, :]
+        t = tl.where(other, t, float("-inf"))
+        equal = equal & other
+    if not WHOLE:
+        pair = pair_mask(x_first, y_first, y_count, OWNED, STREAMED, DIAGONAL)
+        t = tl.where(pair, t, float("-inf"))
+        equal = equal & pair
+    if SIMILARITY:
+        similarity += tl.sum(tl.where(equal, c, 0.0), 1)
+        one = (c.to(tl.int32, bitcast=True) | 1) & 1  # in the layout of c: else Triton compares the keys once more, in another
+        count += tl.sum(tl.where(equal, one, 0), 1)
+    if KIND == DIFFERENT:
+        t = tl.where(equal, float("-inf"), t)
+    first_peak, first, second_peak, second = add_exponentials(t, equal, first_peak, first, second_peak, second, bounded, KIND)
+    return first_peak, first, second_peak, second, similarity, count
+
+
 @triton.jit(do_not_specialize=["n", "m", "row_owners", "column_owners", "row_programs", "row_tiles", "column_tiles"])
 def forward_kernel(
     a_ptr, b_ptr, a_inverse_ptr, b_inverse_ptr, bias_ptr, a_key_ptr, b_key_ptr, own_ptr, scale_ptr, rows_ptr, columns_ptr,
@@ -71,6 +101,9 @@ def forward_kernel(
     BOUNDED: tl.constexpr, PRECISION: tl.constexpr, KIND: tl.constexpr, SIMILARITY: tl.constexpr,
     ROW_PLACES: tl.constexpr, COLUMN_PLACES: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
+    KEYS: tl.constexpr = a_key_ptr is not None
+    OWN: tl.constexpr = own_ptr is not None
+    BIAS: tl.constexpr = bias_ptr is not None
     swap, x_first, split, tiles, x_count, y_count = program_of(n, m, row_owners, column_owners, row_programs, row_tiles, column_tiles, OWNED)
     x_ptr, y_ptr = sides(a_ptr, b_ptr, swap)
     x_inverse_ptr, y_inverse_ptr = sides(a_inverse_ptr, b_inverse_ptr, swap)
@@ -93,17 +126,18 @@ def forward_kernel(
         y = load_rows(y_ptr, y_inverse, y_first, y_count, 0, D, STREAMED, DEPTH, UNIT) if D <= DEPTH else x
         y_key, y_own, y_bias = load_sides(y_key_ptr, own_ptr, bias_ptr, y_first, y_count, swap == 0, STREAMED)
         c = cosines(x, y, x_inverse, y_inverse, x_ptr, y_ptr, x_first, y_first, x_count, y_count, D, OWNED, STREAMED, DEPTH, UNIT, PRECISION)
-        t, equal = pairs(
-            c, factor, x_key, x_own, x_bias, y_key, y_own, y_bias, x_first, y_first, y_count,
-            OWNED, STREAMED, DIAGONAL, a_key_ptr is not None, own_ptr is not None, bias_ptr is not None,
-        )  # fmt: skip
-        if SIMILARITY:
-            similarity += tl.sum(tl.where(equal, c, 0.0), 1)
-            one = (c.to(tl.int32, bitcast=True) | 1) & 1  # in the layout of c: else Triton compares the keys once more, in another
-            count += tl.sum(tl.where(equal, one, 0), 1)
-        if KIND == DIFFERENT:
-            t = tl.where(equal, float("-inf"), t)
-        first_peak, first, second_peak, second = add_exponentials(t, equal, first_peak, first, second_peak, second, bounded, KIND)
+        if is_whole(x_first, y_first, y_count, OWNED, STREAMED, DIAGONAL):
+            first_peak, first, second_peak, second, similarity, count = add_tile(
+                c, factor, x_key, x_own, x_bias, y_key, y_own, y_bias, x_first, y_first, y_count,
+                first_peak, first, second_peak, second, similarity, count, bounded,
+                OWNED, STREAMED, KEYS, OWN, BIAS, DIAGONAL, KIND, SIMILARITY, True,
+            )  # fmt: skip
+        else:
+            first_peak, first, second_peak, second, similarity, count = add_tile(
+                c, factor, x_key, x_own, x_bias, y_key, y_own, y_bias, x_first, y_first, y_count,
+                first_peak, first, second_peak, second, similarity, count, bounded,
+                OWNED, STREAMED, KEYS, OWN, BIAS, DIAGONAL, KIND, SIMILARITY, False,
+            )  # fmt: skip
     first = log_sum(first_peak, first)
     second = log_sum(second_peak, second)
     similarity *= scale

@@ -149,32 +149,31 @@ def cosines(
 
 
 @triton.jit
-def pairs(
-    c, factor, x_key, x_own, x_bias, y_key, y_own, y_bias, x_first, y_first, m,
-    OWNED: tl.constexpr, STREAMED: tl.constexpr, DIAGONAL: tl.constexpr, KEYS: tl.constexpr, OWN: tl.constexpr, BIAS: tl.constexpr,
-):  # fmt: skip
-    """t_ij, -inf where (i, j) is no pair, and whether (i, j) is a pair of equal keys.
+def is_whole(x_first, y_first, m, OWNED: tl.constexpr, STREAMED: tl.constexpr, DIAGONAL: tl.constexpr):
+    """Whether every (i, j) of a tile is a pair, but for own columns: most are, and need not look at indices."""
+    whole = y_first + STREAMED <= m
+    if DIAGONAL:
+        whole = whole & ((y_first >= x_first + OWNED) | (x_first >= y_first + STREAMED))
+    return whole
 
-    Most tiles are whole and hold no pair (i, i): only the others look at every index.
-    """
-    t = c * factor
-    equal = tl.full([OWNED, STREAMED], 0, tl.int1)
+
+@triton.jit
+def pair_mask(x_first, y_first, m, OWNED: tl.constexpr, STREAMED: tl.constexpr, DIAGONAL: tl.constexpr):
+    """Where (i, j) is a pair, but for own columns."""
+    j = y_first + tl.arange(0, STREAMED)[None, :]
+    last = tl.full([OWNED], 0, tl.int32) + m
+    pair = j < last[:, None]
+    if DIAGONAL:
+        pair = pair & (j != (x_first + tl.arange(0, OWNED))[:, None])
+    return pair
+
+
+@triton.jit
+def equal_keys(x_key, y_key, OWNED: tl.constexpr, STREAMED: tl.constexpr, KEYS: tl.constexpr):
     if KEYS:
-        equal = x_key[:, None] == y_key[None, :]
-    if BIAS:
-        t += x_bias[:, None] + y_bias[None, :]
-    if OWN:
-        other = x_own[:, None] != y_own[None, :]
-        t = tl.where(other, t, float("-inf"))
-        equal = equal & other
-    meets_diagonal = DIAGONAL & (y_first < x_first + OWNED) & (x_first < y_first + STREAMED)
-    if meets_diagonal | (y_first + STREAMED > m):
-        i = x_first + tl.arange(0, OWNED)[:, None]
-        j = y_first + tl.arange(0, STREAMED)[None, :]
-        pair = (j < m) & (i != j) if DIAGONAL else (j < m) & (i >= 0)
-        t = tl.where(pair, t, float("-inf"))
-        equal = equal & pair
-    return t, equal
+        return x_key[:, None] == y_key[None, :]
+    else:
+        return tl.full([OWNED, STREAMED], 0, tl.int1)
 
 
 @triton.jit
