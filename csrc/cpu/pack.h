@@ -10,6 +10,19 @@ namespace {
 FASTSUPCON_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
 FASTSUPCON_INLINE double square_root(double x) { return __builtin_sqrt(x); }
 
+// Σ_d over the lanes of f(d, how many elements from d on there are); four sums in flight, for an addition's latency is not one cycle.
+template <class Sum, class F>
+FASTSUPCON_INLINE Sum sum_along(std::int64_t depth, const F& f) {
+  constexpr int W = kLanes<Sum>;
+  Vector<Sum> sums[4] = {};
+  std::int64_t d = 0;
+  for (; d + 4 * W <= depth; d += 4 * W) {
+    unroll<4>([&](auto u) __attribute__((always_inline)) { sums[u] += f(d + u * W, W); });
+  }
+  for (; d < depth; d += W) sums[0] += f(d, depth - d);
+  return sum_of_lanes<Sum>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
 // 1 / |x| of a row whose squares leave the range of Sum, by dividing out its largest entry first. A row of zeros stays as it is; so does one below
 // the normal range. A NaN or an inf makes it NaN.
 template <class Sum, class Source>
@@ -32,14 +45,10 @@ double measure(const void* rows, std::int64_t count, std::int64_t depth, Sum* in
   Sum largest = 0;
   for (std::int64_t i = 0; i < count; ++i) {
     const Source* const x = static_cast<const Source*>(rows) + i * depth;
-    Vector<Sum> even = {}, odd = {};
-    for (std::int64_t d = 0; d < depth; d += 2 * kLanes<Sum>) {
-      const Vector<Sum> first = load_elements(x + d, depth - d);
-      const Vector<Sum> second = load_elements(x + d + kLanes<Sum>, depth - d - kLanes<Sum>);
-      even += first * first;
-      odd += second * second;
-    }
-    const Sum square = sum_of_lanes<Sum>(even + odd);
+    const Sum square = sum_along<Sum>(depth, [&](std::int64_t d, std::int64_t available) __attribute__((always_inline)) {
+      const Vector<Sum> v = load_elements(x + d, available);
+      return v * v;
+    });
     if (square > largest || square != square) largest = square;  // and a NaN, once there, stays
     if (inverse_norms) inverse_norms[i] = square > low && square < high ? 1 / square_root(square) : careful_inverse_norm<Sum>(x, depth);
   }
@@ -70,22 +79,25 @@ FASTSUPCON_INLINE void transpose(Vector<T> (&rows)[kLanes<T>]) {
 template <class Sum, class Source, class Factor>
 FASTSUPCON_INLINE void pack_panels(const Source* rows, std::int64_t count, std::int64_t depth, const Factor& factor, Sum* panels) {
   constexpr int W = kLanes<Sum>;
+  const auto pack_rows = [&](std::int64_t first, std::int64_t existing, Sum* to) __attribute__((always_inline)) {
+    const auto square = [&](std::int64_t k, std::int64_t available) __attribute__((always_inline)) {
+      Vector<Sum> block[W];
+      unroll<W>([&](auto l) __attribute__((always_inline)) {
+        block[l] = l < existing ? load_elements(rows + (first + l) * depth + k, available) * factor(first + l) : Vector<Sum>{};
+      });
+      transpose<Sum>(block);
+      unroll<W>([&](auto l) __attribute__((always_inline)) {
+        if (l < available) store(to + (k + l) * kPanel<Sum>, block[l]);
+      });
+    };
+    std::int64_t k = 0;
+    for (; k + W <= depth; k += W) square(k, W);
+    if (k < depth) square(k, depth - k);
+  };
   for (std::int64_t first = 0; first < count; first += kPanel<Sum>, panels += kPanel<Sum> * depth) {
     for (int v = 0; v < kVectors; ++v) {
-      for (std::int64_t k = 0; k < depth; k += W) {
-        Vector<Sum> block[W];
-        for (int l = 0; l < W; ++l) {
-          const std::int64_t row = first + v * W + l;
-          block[l] = row < count ? load_elements(rows + row * depth + k, depth - k) * factor(row) : Vector<Sum>{};
-        }
-        transpose<Sum>(block);
-        Sum* const to = panels + k * kPanel<Sum> + v * W;
-        if (depth - k >= W) {
-          unroll<W>([&](auto l) __attribute__((always_inline)) { store(to + l * kPanel<Sum>, block[l]); });
-        } else {
-          for (int l = 0; l < depth - k; ++l) store(to + l * kPanel<Sum>, block[l]);
-        }
-      }
+      const std::int64_t row = first + v * W;
+      row + W <= count ? pack_rows(row, W, panels + v * W) : pack_rows(row, count - row, panels + v * W);
     }
   }
 }
@@ -94,13 +106,16 @@ FASTSUPCON_INLINE void pack_panels(const Source* rows, std::int64_t count, std::
 template <class Sum, class Source, class Factor>
 FASTSUPCON_INLINE void pack_elements(const Source* rows, std::int64_t count, std::int64_t depth, const Factor& factor, Sum* elements) {
   each_group<Sum>(depth, [&](auto v, std::int64_t first) __attribute__((always_inline)) {
-    for (std::int64_t i = 0; i < count; ++i) {
-      unroll<v.value>([&](auto u) __attribute__((always_inline)) {
-        const std::int64_t d = first + u * kLanes<Sum>;
-        store(elements, load_elements(rows + i * depth + d, depth - d) * factor(i));
-        elements += kLanes<Sum>;
-      });
-    }
+    const auto pack_rows = [&](std::int64_t available) __attribute__((always_inline)) {
+      for (std::int64_t i = 0; i < count; ++i) {
+        unroll<v.value>([&](auto u) __attribute__((always_inline)) {
+          store(elements, load_elements(rows + i * depth + first + u * kLanes<Sum>, available - u * kLanes<Sum>) * factor(i));
+          elements += kLanes<Sum>;
+        });
+      }
+    };
+    constexpr int width = v.value * kLanes<Sum>;
+    depth - first >= width ? pack_rows(width) : pack_rows(depth - first);
   });
 }
 
@@ -127,21 +142,22 @@ double finish(const void* rows_, std::int64_t count, std::int64_t depth, const S
     const Sum inverse = inverse_norms ? inverse_norms[i] : Sum(1);
     Sum along = 0;
     if (along_wanted || inverse_norms) {
-      Vector<Sum> products = {};
-      for (std::int64_t d = 0; d < depth; d += kLanes<Sum>) {
-        products += load_elements(x + d, depth - d) * inverse * load_elements(sums + d, depth - d);
-      }
-      along = sum_of_lanes<Sum>(products);
+      along = sum_along<Sum>(depth, [&](std::int64_t d, std::int64_t available) __attribute__((always_inline)) {
+        return load_elements(x + d, available) * inverse * load_elements(sums + d, available);
+      });
       total += double(along);
     }
     if (!elements_) continue;
     Source* const elements = static_cast<Source*>(elements_) + i * depth;
     const Sum scaled = factor * inverse;
-    for (std::int64_t d = 0; d < depth; d += kLanes<Sum>) {
-      Vector<Sum> gradient = load_elements(sums + d, depth - d);
-      if (inverse_norms) gradient -= load_elements(x + d, depth - d) * inverse * along;
-      store_elements<Sum>(elements + d, gradient * scaled * last_factor, depth - d);
-    }
+    const auto give = [&](std::int64_t d, std::int64_t available) __attribute__((always_inline)) {
+      Vector<Sum> gradient = load_elements(sums + d, available);
+      if (inverse_norms) gradient -= load_elements(x + d, available) * inverse * along;
+      store_elements<Sum>(elements + d, gradient * scaled * last_factor, available);
+    };
+    std::int64_t d = 0;
+    for (; d + kLanes<Sum> <= depth; d += kLanes<Sum>) give(d, kLanes<Sum>);
+    if (d < depth) give(d, depth - d);
   }
   return total;
 }

@@ -46,9 +46,9 @@ int threads_for(int allowed, double multiply_adds, std::int64_t tasks) {
   return int(std::max(1.0, std::min({double(allowed), multiply_adds / 1e6, double(tasks)})));
 }
 
-// Larger blocks need fewer passes over the gradient; smaller ones give more tiles to share out, and waste less on the diagonal. Whole panels, of any type.
+// Larger blocks need fewer passes over the gradient; smaller ones give more tiles to share out. Whole panels, of any type.
 std::int64_t block_of(std::int64_t rows) {
-  const std::int64_t block = rows <= 384 ? 64 : rows <= 1536 ? 128 : kMaxBlock;
+  const std::int64_t block = rows <= 384 ? 64 : rows <= 1536 ? 96 : 144;
   return round_up(std::min(block, rows), unit_in_use().f32->panel);  // a multiple of f64's
 }
 
@@ -98,8 +98,8 @@ struct Side {
 class Rounds {
  public:
   explicit Rounds(std::int64_t accumulators) : done_(accumulators) {}
-  void wait(const Turn& turn) const {
-    for (Backoff backoff; done_[turn.accumulator].load(std::memory_order_acquire) != turn.round;) backoff.pause();
+  void wait(const Team& team, const Turn& turn) const {
+    team.wait([&] { return done_[turn.accumulator].load(std::memory_order_acquire) == turn.round; });
   }
   void finish(const Turn& turn) { done_[turn.accumulator].store(turn.round + 1, std::memory_order_release); }
 
@@ -436,10 +436,11 @@ class Run {
       std::fill_n(other_.keys.data(), self_ ? first_.padded() : other_.padded(), 1);
       return;
     }
-    const std::int64_t* const column_keys = problem_.column_keys ? problem_.column_keys : problem_.row_keys;
-    KeyNumbers numbers(first_.count + (self_ ? 0 : other_.count));
-    numbers.number(swapped_ ? column_keys : problem_.row_keys, first_.count, first_.keys.data());
-    if (!self_) numbers.number(swapped_ ? problem_.row_keys : column_keys, other_.count, other_.keys.data());
+    const std::int64_t *first = problem_.row_keys, *other = problem_.column_keys ? problem_.column_keys : problem_.row_keys;
+    if (swapped_) std::swap(first, other);
+    KeyNumbers numbers(first, first_.count, other, self_ ? 0 : other_.count);
+    numbers.number(first, first_.count, first_.keys.data());
+    if (!self_) numbers.number(other, other_.count, other_.keys.data());
     keys_ = numbers.size();
   }
 
@@ -493,15 +494,14 @@ class Run {
       team.each(first_.blocks + others, [&](std::int64_t block) {
         block < first_.blocks ? pack(first_, block, measured, largest_squares_[0]) : pack(other_, block - first_.blocks, measured, largest_squares_[1]);
       });
-      if (member == 0) decide();
-      team.each(0, [](std::int64_t) {});
+      team.each(1, [&](std::int64_t) { decide(); });
       prepare(team);
       team.each(schedule_.tasks(), [&](std::int64_t task) {
         for (std::int64_t step = 0; step < schedule_.steps(); ++step) {
           const Visit visit = schedule_.visit(task, step);
           const bool diagonal = self_ && visit.i == visit.j;
-          row_rounds.wait(visit.rows);
-          if (!diagonal) other_rounds.wait(visit.columns);
+          row_rounds.wait(team, visit.rows);
+          if (!diagonal) other_rounds.wait(team, visit.columns);
           if (present(visit)) {
             Tile<Sum> tile = make_tile(visit);
             const bool last = step + 1 == schedule_.steps();  // most likely this thread's next tile
