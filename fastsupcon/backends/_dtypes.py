@@ -43,7 +43,7 @@ def tf32_allowed() -> bool:
     return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
 
 
-#: exp(t) of a *bounded* logit, |t| <= this, needs no shift in fp32: it stays within 2^-63 and 2^63, so that its sums over 2^60 pairs and its
+#: exp(t) of a *bounded* logit, |t| <= this, needs no shift in fp32: it stays within 2^-63 and 2^63, so that sums of it over 2^60 pairs and
 #: products with exp(-log-sum) stay in the normal range. Unit rows at temperature tau have |t| <= 1/tau, so tau >= 0.0234 is bounded.
 MOST_BOUNDED = 63 * math.log(2)
 
