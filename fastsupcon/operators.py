@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .backends import BACKENDS, cpu, reference, select
 from .backends._dtypes import sum_dtype
-from .problem import Gradients, Line, Pairs, Side, Terms
+from .problem import Gradients, Line, Pairs, Side, Terms, names_of
 
 _library = torch.library.Library("fastsupcon", "DEF")
 _PAIRS = (
@@ -44,7 +44,7 @@ def terms(pairs: Pairs, row_names: tuple[str, ...], column_names: tuple[str, ...
 
 def loss(pairs: Pairs, line: Line, *, backend: str = "auto") -> Tensor:
     """``line`` over the problem's rows: 0-d, or [N] with reduction="none", in the sum dtype."""
-    names = line.names
+    names = names_of(line)
     if traced(pairs) or torch._C._functorch.peek_interpreter_stack() is not None:
         return reference.line(names, terms(pairs, names, backend=backend)[0], line)
     return _Loss.apply(*_differentiable(pairs), pairs, names, line, backend, _keep(pairs, backend))

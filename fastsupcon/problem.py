@@ -93,9 +93,10 @@ class Line(NamedTuple):
     @property
     def names(self) -> tuple[str, ...]:
         """The quantities that it needs: those with a coefficient, and count."""
-        return _names(self)
+        return names_of(self)
 
 
 @functools.cache
-def _names(line: Line) -> tuple[str, ...]:
+def names_of(line: Line) -> tuple[str, ...]:
+    """Line.names, for what torch.compile sees: that of torch 2.6 knows no properties of a NamedTuple."""
     return tuple(name for name in QUANTITIES if name == "count" or getattr(line, name))

@@ -43,7 +43,8 @@ def leaves(case: Case, device: torch.device, dtype: torch.dtype = torch.float32)
 
 
 def replaced(pairs: Pairs, tensors) -> Pairs:
-    return pairs._replace(**dict(zip(wanted(pairs), tensors, strict=True)))
+    given = dict(zip(wanted(pairs), tensors, strict=True))
+    return Pairs(*(given.get(name, x) for name, x in zip(Pairs._fields, pairs, strict=True)))  # torch 2.6 cannot compile _replace
 
 
 def total(pairs: Pairs, case: Case, backend: str = "auto") -> Tensor:
@@ -87,7 +88,7 @@ def test_opcheck_of_the_forward(backend, device, case, dtype):
     if not serves(backend, dtype, case.d):
         pytest.skip(f"{backend} does not serve {dtype}")
     pairs, _ = leaves(case, device, dtype)
-    opcheck(torch.ops.fastsupcon.pairs.default, (*operators._flat(pairs), case.rows, case.columns, backend), atol=1e-5, rtol=1e-5)
+    opcheck(torch.ops.fastsupcon.pairs.default, (*operators._flat(pairs), case.rows, case.columns, backend))
 
 
 @CASES

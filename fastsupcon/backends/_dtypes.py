@@ -18,7 +18,7 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 def no_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager:
     """Keeps autocast from rounding what operators of PyTorch make of x."""
     kind = x.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
         return contextlib.nullcontext()
     return torch.autocast(kind, enabled=False)
 
@@ -37,13 +37,14 @@ def exact(function: Callable) -> Callable:
 def tf32_allowed() -> bool:
     """Whether fp32 products may use TF32, by whichever of torch's two interfaces it was set.
 
-    torch.get_float32_matmul_precision() raises once the newer one (torch.backends...fp32_precision) was used.
+    torch.get_float32_matmul_precision() raises once the newer one (torch.backends...fp32_precision, from torch 2.9 on) was used.
     """
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+    matmul = torch.backends.cuda.matmul
+    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
 
 
-#: exp(t) of a *bounded* logit, |t| <= this, needs no shift in fp32: it stays within 2^-63 and 2^63, so that neither its sums over 2^60 pairs
-#: nor its products with exp(-log-sum) leave the normal range. Unit rows at temperature tau have |t| <= 1/tau, so tau >= 0.0234 is bounded.
+#: exp(t) of a *bounded* logit, |t| <= this, needs no shift in fp32: it stays within 2^-63 and 2^63, so that sums of it over 2^60 pairs and
+#: products with exp(-log-sum) stay in the normal range. Unit rows at temperature tau have |t| <= 1/tau, so tau >= 0.0234 is bounded.
 MOST_BOUNDED = 63 * math.log(2)
 
 

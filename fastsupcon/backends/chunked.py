@@ -103,7 +103,7 @@ def _bounded(pairs: Pairs, a: Tensor, b: Tensor) -> bool:
 
 
 def _numbered(pairs: Pairs, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """Keys of rows and columns as small numbers in the sum dtype: PyTorch compares these seven times as fast as int64 into a tile of 0 and 1."""
+    """Keys of rows and columns as small numbers in the sum dtype: PyTorch compares them into a tile seven times as fast as int64."""
     if pairs.row_keys is None:
         return None, None
     keys = pairs.row_keys if pairs.columns is None else torch.cat([pairs.row_keys, pairs.column_keys])
@@ -173,7 +173,7 @@ def _log_sum_weights(tile: _Tile, given: list[dict[str, tuple[Tensor, Tensor]]])
 
 
 def _added(factors: list[Tensor], tile: _Tile) -> Tensor:
-    """Those of the rows [n, 1], of the columns [m], or the sum of both, in the room of the similarities, which the backward does not read."""
+    """Those of the rows [n, 1], of the columns [m], or their sum, in the room of the similarities, which the backward does not read."""
     return factors[0] if len(factors) == 1 else torch.add(*factors, out=tile.similarities)
 
 

@@ -76,10 +76,10 @@ def supcon_loss(
             losses = (z * 0).sum(1, dtype=operators.sum_dtype(z.dtype))
             return reduce(losses, losses > 0, reduction, lone_anchors)
         if mask is None and lone_anchors != "error":
-            line = Line(all=1, similarity=-1, lone=lone_anchors, reduction=reduction)
-            if isinstance(factor, Tensor):
-                return operators.loss(pairs, line, backend=backend) * factor
-            return operators.loss(pairs, line._replace(factor=float(factor)), backend=backend)
+            learned = isinstance(factor, Tensor)
+            line = Line(all=1, similarity=-1, factor=1.0 if learned else float(factor), lone=lone_anchors, reduction=reduction)
+            loss = operators.loss(pairs, line, backend=backend)
+            return loss * factor if learned else loss
 
         if mask is None:
             (everything, similarity, count), _ = operators.terms(pairs, ("all", "similarity", "count"), backend=backend)
