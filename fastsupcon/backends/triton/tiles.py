@@ -22,9 +22,7 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-BOUND = tl.constexpr(
-    42.81
-)  # of |scale|, for unit rows: 2 |t| < 126 ln 2, less 2 %, keeps exp(t) normal in fp32 (_dtypes.is_bounded)
+BOUND = tl.constexpr(42.81)  # of |scale|, for unit rows: that of _dtypes.is_bounded
 
 #: How rows become unit vectors.
 AS_THEY_ARE, FACTORS, SCALED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
