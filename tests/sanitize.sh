@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The extension's CPU half under AddressSanitizer and UndefinedBehaviorSanitizer, and tests/test_cpu.py and test_rows.py on it, in every
+# The extension's CPU half under AddressSanitizer and UndefinedBehaviorSanitizer, and tests/test_cpu.py and the contract on it, in every
 # instruction set this processor has, two at a time. Builds into a temporary directory. Needs GCC and what `pip install .` needs; PYTHON names
 # the interpreter; arguments go to pytest (-k for fewer tests).
 set -euo pipefail
@@ -20,7 +20,7 @@ cmake -S "$root" -B "$work/build" -GNinja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFA
   > "$work/configure.log"
 cmake --build "$work/build" > "$work/build.log" || { tail -40 "$work/build.log"; exit 1; }
 
-cp "$root"/tests/{conftest,test_cpu,test_rows}.py "$work"
+cp "$root"/tests/{conftest,contract,test_contract,test_cpu}.py "$work"
 cd "$work"
 # The interpreter is not instrumented: the runtime is loaded first, with libstdc++ or it finds no exceptions to intercept; and what Python itself
 # leaks at exit is not counted.
@@ -28,4 +28,4 @@ export ASAN_OPTIONS=detect_leaks=0:handle_segv=0 OMP_NUM_THREADS=1 PYTHONPATH=$w
 preload="$(${CXX:-g++} -print-file-name=libasan.so) $(${CXX:-g++} -print-file-name=libstdc++.so)"
 sanitized=(env LD_PRELOAD="$preload" "$python")
 "${sanitized[@]}" -c 'from fastsupcon import _C; print(*_C.cpu.instruction_sets(), sep="\n")' |
-  xargs -P 2 -I{} env FASTSUPCON_CPU={} "${sanitized[@]}" -m pytest -q -p no:cacheprovider --rootdir="$work" test_cpu.py test_rows.py "$@"
+  xargs -P 2 -I{} env FASTSUPCON_CPU={} "${sanitized[@]}" -m pytest -q -p no:cacheprovider --rootdir="$work" test_cpu.py test_contract.py -k cpu "$@"

@@ -1,4 +1,4 @@
-"""The CPU kernels on aarch64 (under qemu) and by Clang. Skips where the tools are missing."""
+"""The CPU kernels without Python: their schedules, on aarch64 (under qemu), by Clang; each header. Skips where the tools are missing."""
 
 import platform
 import shutil
@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLAGS = "-std=c++17 -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall -Wextra -Wno-psabi -Wno-ignored-attributes -pthread"
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
-X86 = {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}  # as in csrc/cpu/sources.cmake
+X86 = {"avx2": AVX2, "avx512": AVX512}  # as in csrc/cpu/sources.cmake
 
 
 def needs(*tools: str) -> None:
@@ -25,9 +25,22 @@ def run(*command: str | Path) -> str:
     return done.stdout
 
 
+def test_schedules(tmp_path):
+    needs("g++")
+    run("g++", *FLAGS.split(), f"-I{ROOT}/csrc", ROOT / "tests/cpu_portable/schedule.cpp", "-o", tmp_path / "check")
+    run(tmp_path / "check")
+
+
+@pytest.mark.parametrize("header", sorted(path.name for path in (ROOT / "csrc/cpu").glob("*.h")))
+def test_a_header_compiles_by_itself(header, tmp_path):
+    needs("g++")
+    (tmp_path / "alone.cpp").write_text(f'#include "cpu/{header}"\n')
+    run("g++", *FLAGS.split(), "-Wno-unused-function", "-fsyntax-only", f"-I{ROOT}/csrc", tmp_path / "alone.cpp")
+
+
 def test_aarch64(tmp_path):
     needs("aarch64-linux-gnu-g++", "qemu-aarch64")
-    units = [ROOT / "csrc/cpu" / f"{name}.cpp" for name in ("lse", "team", "dispatch", "unit_generic")]
+    units = [ROOT / "csrc/cpu" / f"{name}.cpp" for name in ("pairs", "line", "team", "dispatch", "unit_generic")]
     main = ROOT / "tests/cpu_portable/main.cpp"
     run("aarch64-linux-gnu-g++", *FLAGS.split(), "-static", f"-I{ROOT}/csrc", *units, main, "-o", tmp_path / "check")
     assert run("qemu-aarch64", tmp_path / "check").startswith("instruction set: generic")
@@ -36,7 +49,9 @@ def test_aarch64(tmp_path):
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="x86 instruction sets")
 def test_clang(tmp_path):
     needs("clang++")
-    units = {"lse": [], "team": [], "dispatch": ["-DFASTSUPCON_X86"], "unit_generic": []} | {f"unit_{name}": X86[name] for name in X86}
+    units = {"pairs": [], "line": [], "team": [], "dispatch": ["-DFASTSUPCON_X86"], "unit_generic": []} | {
+        f"unit_{name}": X86[name] for name in X86
+    }
     objects = []
     for name, flags in units.items():
         source, target = ROOT / "csrc/cpu" / f"{name}.cpp", tmp_path / f"{name}.o"

@@ -8,9 +8,12 @@
 #include <random>
 #include <vector>
 
-#include "cpu/lse.h"
+#include "cpu/pairs.h"
 
-using fastsupcon::LseProblem;
+using fastsupcon::Incoming;
+using fastsupcon::Outgoing;
+using fastsupcon::Problem;
+using fastsupcon::Quantities;
 using fastsupcon::Scalar;
 using Matrix = std::vector<double>;
 
@@ -98,8 +101,8 @@ void check(const char* name, Scalar scalar, int rows, int columns, int depth, do
     }
   }
 
-  const LseProblem problem{scalar, rows, columns, depth, a.data(), b.data(), self ? nullptr : bias.data(),
-                           self ? nullptr : skip.data(), nullptr, nullptr, scale, self};
+  const Problem problem{scalar, rows, columns, depth, a.data(), self ? nullptr : b.data(), self ? nullptr : bias.data(), nullptr, nullptr,
+                        self ? nullptr : skip.data(), scale, nullptr, false};
   std::vector<Element> ours_da(rows * depth), ours_db(columns * depth);
   char what[64];
   const auto report = [&](const char* part, const Matrix& ours, const Matrix& truth, double allowed) {
@@ -107,12 +110,12 @@ void check(const char* name, Scalar scalar, int rows, int columns, int depth, do
     expect(what, ours, truth, allowed);
   };
   const double rounding = std::max(tolerance, scalar == Scalar::bf16 ? 8e-3 : 0.0);  // of the gradient to the rows' own dtype
-  if (self) {
-    fastsupcon::cpu::self_forward(problem, lse.data(), 2);
-    fastsupcon::cpu::self_backward(problem, lse.data(), grad.data(), ours_da.data(), 2);
-  } else {
-    fastsupcon::cpu::cross_forward(problem, lse.data(), 2);
-    fastsupcon::cpu::cross_backward(problem, lse.data(), grad.data(), ours_da.data(), ours_db.data(), dbias.data(), 2);
+  const Quantities<void*> none{};
+  fastsupcon::cpu::forward(problem, {lse.data(), nullptr, nullptr, nullptr, nullptr}, none, nullptr, nullptr, 2);
+  const Incoming incoming{{lse.data(), nullptr, nullptr, nullptr, nullptr}, {grad.data(), nullptr, nullptr, nullptr, nullptr}};
+  const Outgoing out{ours_da.data(), self ? nullptr : ours_db.data(), self ? nullptr : dbias.data(), nullptr};
+  fastsupcon::cpu::backward(problem, incoming, Incoming{}, nullptr, nullptr, out, 2);
+  if (!self) {
     report("db", wide(ours_db), db, rounding);
     report("dbias", wide(dbias), exact_dbias, tolerance);
   }
