@@ -295,7 +295,6 @@ struct MmaBlock {
   }
 
   // The ring (PANELS = 0) runs over steps: for each tile its logits' panels of x and y, then, backward, the result's panels of y.
-  int ring_step = 0;
   int ring_tile = 0;  // of the step that is loaded next
   int ring_panel = 0, ring_place = 0;
 
@@ -308,19 +307,19 @@ struct MmaBlock {
       } else {
         load_y(ring_place, ring_tile, ptx::block_z() * kOutPanels + ring_panel - panels);
       }
-      ring_place = (ring_place + 1) % kRing;
       if (++ring_panel == panels + (BACKWARD ? kOutPanels : 0)) {
         ring_panel = 0;
         ++ring_tile;
       }
     }
+    ring_place = (ring_place + 1) % kRing;
     ptx::copy_async_commit();  // an empty group keeps the count
   }
   FASTSUPCON_DEVICE int ring_next() {  // waits for the oldest stage, and refills the one that was read before it
     ptx::copy_async_wait<kRing - 2>();
     ptx::sync_block();
     ring_load();
-    return ring_step++ % kRing;
+    return ring_place;  // all but one stage are loaded ahead, so that the next to be loaded is the one to be read
   }
 
   FASTSUPCON_DEVICE void load_tile(int of_tile) const {

@@ -1,0 +1,192 @@
+// Hopper kernels for depths of 257 to 1024, half: what their forward and backward share.
+//
+// Shared memory holds the block's rows x for good, and a ring of panels (64 of the depth) of tiles of y: whole tiles would be too few. A
+// panel's place is given back as soon as its last product has read it. How much fits depends on the depth alone and is decided on the host
+// (DeepLayout), so that one kernel serves all depths that need as many registers.
+#pragma once
+
+#include "wgmma.cuh"
+
+namespace fastsupcon::cuda {
+
+constexpr int kDeepDepth = 1024;  // the largest
+constexpr int kPanelDepth = 64;
+
+struct DeepLayout {
+  int panels;     // of the depth
+  int slice;      // panels of the result that a consumer of the backward owns; 0 in the forward
+  int consumers;  // warpgroups beside the producer
+  int places;     // of the ring
+};
+
+template <bool BACKWARD>
+struct DeepShape {
+  static constexpr int columns = BACKWARD ? 32 : 128;      // of a tile
+  static constexpr int records_places = BACKWARD ? 4 : 1;  // tiles whose records are held
+  static constexpr int most_places = 40;
+  static constexpr int most_threads = 3 * 128;
+  static constexpr int producer_registers = BACKWARD ? 24 : 40, consumer_registers = BACKWARD ? 240 : 232;
+  static_assert(producer_registers + 2 * consumer_registers <= 3 * (65536 / most_threads / 8 * 8),
+                "setmaxnreg hands out what the block was launched with, and waits forever for more");
+  static constexpr int panel_bytes = columns * kPanelBytes;
+  static constexpr int kinds = record_kinds(BACKWARD, true);
+  static constexpr int y_records_bytes = kinds * columns * kRecordBytes;
+  static constexpr int x_records_bytes = BACKWARD ? kinds * 64 * kRecordBytes : 0;  // the forward holds those of a lane's rows in registers
+  // Shared memory: W of two tiles side by side, one panel; records of tiles and of x; barriers; x; the ring.
+  static constexpr int y_records_at = BACKWARD ? 64 * kPanelBytes : 0;
+  static constexpr int x_records_at = y_records_at + records_places * y_records_bytes;
+  static constexpr int barriers_at = x_records_at + x_records_bytes;
+  static constexpr int x_at = (barriers_at + 8 * (1 + 2 * records_places + 2 * most_places) + 1023) / 1024 * 1024;
+
+  __host__ __device__ static constexpr int rows(int consumers) { return BACKWARD ? 64 : 64 * consumers; }
+  __host__ __device__ static constexpr int ring_at(int panels, int consumers) { return x_at + panels * rows(consumers) * kPanelBytes; }
+  static constexpr int fitting_places(int panels, int consumers) {
+    const int fitting = (kBlockSharedBytes - ring_at(panels, consumers)) / panel_bytes;
+    return fitting < most_places ? fitting : most_places;
+  }
+};
+
+// Where a panel lies in the ring, and the parity of the round in which it is there.
+struct Place {
+  int index, parity;
+};
+
+template <Product PRODUCT, bool BACKWARD>
+struct DeepBlock {
+  using Shape = DeepShape<BACKWARD>;
+  static constexpr int columns = Shape::columns;
+
+  const Work& work;
+  const DeepLayout& layout;
+  int rows;
+  BlockWork block;
+  const Pass& pass;
+  float scale = static_cast<float>(work.scale.value) * logit_unit(true);  // of logits, in their unit
+  unsigned char* shared = ptx::shared_memory();
+  ptx::Address weights = ptx::address(shared), barriers = weights + Shape::barriers_at, x_at = weights + Shape::x_at, ring;
+
+  FASTSUPCON_DEVICE DeepBlock(const Work& work, const DeepLayout& layout)
+      : work(work),
+        layout(layout),
+        rows(Shape::rows(layout.consumers)),
+        block(block_work(work, rows, columns)),
+        pass(work.passes[block.pass]),
+        ring(weights + Shape::ring_at(layout.panels, layout.consumers)) {
+    if (ptx::thread() == 0) {
+      const int releases = BACKWARD ? 4 : 4 * layout.consumers;  // by warps: of the one consumer that reads last, or of all
+      ptx::barrier_init(x_full(), 1);
+      for (int place = 0; place < Shape::records_places; ++place) {
+        ptx::barrier_init(records_full(place), 1);
+        ptx::barrier_init(records_empty(place), releases);
+      }
+      for (int place = 0; place < layout.places; ++place) {
+        ptx::barrier_init(full(place), 1);
+        ptx::barrier_init(empty(place), releases);
+      }
+      ptx::barrier_init_done();
+    }
+    ptx::sync_block();
+  }
+
+  FASTSUPCON_DEVICE ptx::Address x_full() const { return barriers; }
+  FASTSUPCON_DEVICE ptx::Address records_full(int place) const { return barriers + 8 * (1 + place); }
+  FASTSUPCON_DEVICE ptx::Address records_empty(int place) const { return barriers + 8 * (1 + Shape::records_places + place); }
+  FASTSUPCON_DEVICE ptx::Address full(int place) const { return barriers + 8 * (1 + 2 * Shape::records_places + place); }
+  FASTSUPCON_DEVICE ptx::Address empty(int place) const { return full(Shape::most_places + place); }
+
+  FASTSUPCON_DEVICE ptx::Address x_panel(int panel) const { return x_at + panel * rows * kPanelBytes; }
+  FASTSUPCON_DEVICE ptx::Address y_panel(Place at) const { return ring + at.index * Shape::panel_bytes; }
+  FASTSUPCON_DEVICE Place after(Place at, int panels) const {  // panels ≤ places
+    const int index = at.index + panels;
+    return index < layout.places ? Place{index, at.parity} : Place{index - layout.places, at.parity ^ 1};
+  }
+
+  // The panel with which a tile's order begins; the others follow cyclically. Backward: the order ends with the slice of the consumer that
+  // does not own the tile, as it holds this slice while it waits for all of the next tile: at depth 1024 the ring could not pass it.
+  FASTSUPCON_DEVICE int first_panel(int tile) const {
+    const int other = 1 - owner(tile);
+    const int end = (ptx::block_z() * 2 + other + 1) * layout.slice;
+    return end < layout.panels ? end : 0;
+  }
+  FASTSUPCON_DEVICE int owner(int tile) const { return (tile - block.first_tile) & 1; }
+  FASTSUPCON_DEVICE int next_panel(int panel) const { return panel + 1 < layout.panels ? panel + 1 : 0; }
+  FASTSUPCON_DEVICE Place place_of(int tile, Place tile_at, int panel) const {
+    const int position = panel - first_panel(tile);
+    return after(tile_at, position < 0 ? position + layout.panels : position);
+  }
+
+  // The records of tile number t of this block use place t % records_places for the (t / records_places)-th time.
+  FASTSUPCON_DEVICE int records_place(int tile) const { return (tile - block.first_tile) % Shape::records_places; }
+  FASTSUPCON_DEVICE int records_parity(int tile) const { return (tile - block.first_tile) / Shape::records_places % 2; }
+  FASTSUPCON_DEVICE Records row_records() const { return {shared + Shape::x_records_at, rows}; }
+
+  // The producer: one thread of its first warp asks for the panels, one of its second for the records. Apart, as the forward wants the next
+  // tile's panels before it gives a tile's records back.
+  FASTSUPCON_DEVICE void produce(const Maps& maps) const {
+    if (ptx::lane() != 0) return;
+    if (ptx::thread() == 0) fetch_panels(maps.x[block.pass], maps.y[block.pass]);
+    if (ptx::thread() == 32) fetch_tiles_records();
+  }
+  FASTSUPCON_DEVICE void fetch_panels(const ptx::TensorMap& x_map, const ptx::TensorMap& y_map) const {
+    ptx::barrier_arrive_expecting(x_full(), layout.panels * rows * kPanelBytes + Shape::x_records_bytes);
+    if (BACKWARD) fetch_records(weights + Shape::x_records_at, pass.x, block.first_row, rows, Shape::kinds, x_full());
+    for (int p = 0; p < layout.panels; ++p) {
+      ptx::copy_box_async(x_panel(p), x_map, kPanelDepth * p, block.first_row, x_full());
+    }
+    Place at{0, 0};
+#pragma unroll 1  // the producer has few registers
+    for (int tile = block.first_tile; tile < block.last_tile; ++tile) {
+      int panel = first_panel(tile);
+#pragma unroll 1
+      for (int p = 0; p < layout.panels; ++p) {
+        ptx::barrier_wait(empty(at.index), at.parity ^ 1);
+        ptx::barrier_arrive_expecting(full(at.index), Shape::panel_bytes);
+        ptx::copy_box_async(y_panel(at), y_map, kPanelDepth * panel, tile * columns, full(at.index));
+        at = after(at, 1);
+        panel = next_panel(panel);
+      }
+    }
+  }
+  FASTSUPCON_DEVICE void fetch_tiles_records() const {
+#pragma unroll 1  // the producer has few registers
+    for (int tile = block.first_tile; tile < block.last_tile; ++tile) {
+      const int place = records_place(tile);
+      ptx::barrier_wait(records_empty(place), records_parity(tile) ^ 1);
+      ptx::barrier_arrive_expecting(records_full(place), Shape::y_records_bytes);
+      fetch_records(weights + Shape::y_records_at + place * Shape::y_records_bytes, pass.y, tile * columns, columns, Shape::kinds,
+                    records_full(place));
+    }
+  }
+
+  FASTSUPCON_DEVICE void wait_for(Place at) const { ptx::barrier_wait(full(at.index), at.parity); }
+  FASTSUPCON_DEVICE void release(Place at) const {
+    if (ptx::lane() == 0) ptx::barrier_arrive(empty(at.index));
+  }
+
+  // use(records) with those of a tile's columns.
+  template <class Use>
+  FASTSUPCON_DEVICE void with_records(int tile, Use use) const {
+    const int place = records_place(tile);
+    ptx::barrier_wait(records_full(place), records_parity(tile));
+    use(Records{shared + Shape::y_records_at + place * Shape::y_records_bytes, columns});
+    ptx::sync_warp();
+    if (ptx::lane() == 0) ptx::barrier_arrive(records_empty(place));
+  }
+  FASTSUPCON_DEVICE bool needs_mask(int tile) const { return cuda::needs_mask(work, pass, block.first_row, rows, tile * columns, columns); }
+  FASTSUPCON_DEVICE std::uint64_t excluded(bool masked, int row, int tile, int lane) const {
+    return masked ? excluded_pairs<columns>(work, pass, block.first_row + row, tile * columns, lane) : 0;
+  }
+
+  // s (+)= x yᵀ over one panel of the depth, of 64 rows from `row` on; under way on return.
+  FASTSUPCON_DEVICE void issue_logits_of_panel(float (&s)[columns / 8][4], int row, int panel, Place at, bool accumulate) const {
+    const ptx::Address x = x_panel(panel) + row * kPanelBytes, y = y_panel(at);
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      ptx::Wgmma<PRODUCT == Product::bf16, columns>::shared(s, depth_major_descriptor(x, step), depth_major_descriptor(y, step),
+                                                            accumulate || step > 0);
+    }
+    ptx::wgmma_commit();
+  }
+};
+
+}  // namespace fastsupcon::cuda

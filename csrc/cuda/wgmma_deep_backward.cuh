@@ -1,0 +1,207 @@
+// The backward for depths of 257 to 1024 on Hopper: 4N²D flops up to 768; above, two blocks share the result's columns and each computes
+// the logits, 6N²D.
+//
+// The result of 64 rows fills the registers of two consumers: each owns a slice of OUT_PANELS · 64 columns. They take turns with the tiles
+// (32 columns, so that the ring holds several): the owner of tile j computes its logits and weights W, publishes W through shared memory,
+// and both multiply it with their own panels of y. In steady state one consumer's exps run under the other's products:
+//   consumer 0   logits 2   W₁y₁   exps 2 → W₂   W₂y₂             logits 4   W₃y₃   exps 4 → W₄ …
+//   consumer 1              logits 3      W₂y₂   exps 3 → W₃   W₃y₃            logits 5   W₄y₄ …
+// One named barrier per consumer says "W of my tile is written, and I have read yours before it": one panel holds both tiles' W.
+#pragma once
+
+#include "wgmma_deep.cuh"
+
+namespace fastsupcon::cuda {
+
+// What a consumer does beside the logits: its slice of the result.
+template <Product PRODUCT, int OUT_PANELS>
+struct DeepSlice {
+  using Block = DeepBlock<PRODUCT, true>;
+  using Product64 = ptx::Wgmma<PRODUCT == Product::bf16, 64>;
+  static constexpr int own_written = 4;              // named barriers own_written + consumer
+  static constexpr int steps = Block::columns / 16;  // of the second product, 16 columns of the tile each
+
+  const Block& block;
+  int consumer;
+
+  FASTSUPCON_DEVICE int first_panel() const { return (ptx::block_z() * 2 + consumer) * OUT_PANELS; }
+  // A slice may reach past the depth: it then multiplies the last panel again, and stores nothing of that.
+  FASTSUPCON_DEVICE Place place_of(int tile, Place tile_at, int p) const {
+    const int panel = first_panel() + p, last = block.layout.panels - 1;
+    return block.place_of(tile, tile_at, panel < last ? panel : last);
+  }
+
+  FASTSUPCON_DEVICE void wait_for(int tile, Place tile_at) const {
+#pragma unroll
+    for (int p = 0; p < OUT_PANELS; ++p) block.wait_for(place_of(tile, tile_at, p));
+  }
+  FASTSUPCON_DEVICE void release(int tile, Place tile_at) const {
+#pragma unroll
+    for (int p = 0; p < OUT_PANELS; ++p) {
+      if (first_panel() + p < block.layout.panels) block.release(place_of(tile, tile_at, p));
+    }
+  }
+
+  // out += W y with W published by the tile's owner, under way on return.
+  FASTSUPCON_DEVICE void issue_published(float (&out)[OUT_PANELS][8][4], int tile, Place tile_at) const {
+    const int first_step = block.owner(tile) * steps;
+#pragma unroll
+    for (int p = 0; p < OUT_PANELS; ++p) {
+      const ptx::Address y = block.y_panel(place_of(tile, tile_at, p));
+#pragma unroll
+      for (int k = 0; k < steps; ++k) {
+        Product64::shared_row_major(out[p], depth_major_descriptor(block.weights, first_step + k), row_major_descriptor(y, k, 0));
+      }
+    }
+    ptx::wgmma_commit();
+  }
+  // The same with W of this consumer's own tile: from registers, which spares shared memory a sixth of its reads, where there are enough.
+  FASTSUPCON_DEVICE void issue_own(float (&out)[OUT_PANELS][8][4], const std::uint32_t (&w)[steps][4], int tile, Place tile_at) const {
+    if constexpr (OUT_PANELS > 4) {
+      ptx::sync_named(own_written + consumer, 128);
+      ptx::wgmma_fence();
+      issue_published(out, tile, tile_at);
+    } else {
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int p = 0; p < OUT_PANELS; ++p) {
+        const ptx::Address y = block.y_panel(place_of(tile, tile_at, p));
+#pragma unroll
+        for (int k = 0; k < steps; ++k) Product64::registers(out[p], w[k], row_major_descriptor(y, k, 0));
+      }
+      ptx::wgmma_commit();
+    }
+  }
+  // Writes the A fragments of this warp's 16 rows into the panel of weights, and makes them visible to wgmma.
+  FASTSUPCON_DEVICE void publish(const std::uint32_t (&w)[steps][4]) const {
+    const int lane = ptx::lane(), row = ptx::warp() % 4 * 16 + accumulator_row(lane, 0);
+#pragma unroll
+    for (int k = 0; k < steps; ++k) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int chunk = 2 * (consumer * steps + k) + i / 2;
+        ptx::store_word(block.weights + panel_offset(row + 8 * (i % 2), chunk) + 2 * accumulator_column(lane, 0), w[k][i]);
+      }
+    }
+    ptx::fence_async_proxy();
+  }
+};
+
+template <Product PRODUCT, int OUT_PANELS>
+__global__ void __launch_bounds__(DeepShape<true>::most_threads, 1)
+    wgmma_deep_backward(const __grid_constant__ Work work, const __grid_constant__ DeepLayout layout,
+                        const __grid_constant__ Maps maps) {
+  using Block = DeepBlock<PRODUCT, true>;
+  using Shape = typename Block::Shape;
+  using Slice = DeepSlice<PRODUCT, OUT_PANELS>;
+  constexpr int columns = Shape::columns;
+  constexpr int published = 1;  // named barriers published + consumer
+  const Block block(work, layout);
+  const int warp = ptx::warp(), consumer = warp / 4 - 1;
+  if (consumer < 0) {
+    ptx::lower_registers<Shape::producer_registers>();
+    block.produce(maps);
+    return;
+  }
+  ptx::raise_registers<Shape::consumer_registers>();
+  const Slice slice{block, consumer};
+  const int lane = ptx::lane();
+  const int first = warp % 4 * 16 + accumulator_row(lane, 0);  // in the block
+  const float unit = weight_unit<PRODUCT>(block.pass), per_unit = 1.0f / unit;
+  float out[OUT_PANELS][8][4] = {};
+#pragma unroll
+  for (int p = 0; p < OUT_PANELS; ++p) ptx::hold(out[p]);
+  float s[columns / 8][4];
+  std::uint32_t packed[Slice::steps][4] = {};
+
+  const auto issue_logits_of_panel = [&](int panel, Place at, bool accumulate) {
+    block.wait_for(at);
+    ptx::wgmma_fence();
+    block.issue_logits_of_panel(s, 0, panel, at, accumulate);
+  };
+  // The first panel stands apart, and the loop waits for all but the last groups: else ptxas serialises (C7515) or adds fences (C7519).
+  const auto issue_logits = [&](int tile, Place at) {
+    int panel = block.first_panel(tile);
+    issue_logits_of_panel(panel, at, false);
+#pragma unroll 1
+    for (int p = 1; p < layout.panels; ++p) {
+      panel = block.next_panel(panel);
+      at = block.after(at, 1);
+      ptx::wgmma_wait<3>();
+      issue_logits_of_panel(panel, at, true);
+    }
+  };
+  // Panels of the depth that belong to no slice of this block: only the logits read them.
+  const auto release_unsliced = [&](int tile, Place at) {
+    const int first_sliced = ptx::block_z() * 2 * OUT_PANELS, last_sliced = first_sliced + 2 * OUT_PANELS;
+#pragma unroll 1
+    for (int panel = 0; panel < layout.panels; ++panel) {
+      if (panel < first_sliced || panel >= last_sliced) block.release(block.place_of(tile, at, panel));
+    }
+  };
+  const auto weigh = [&](int tile) {
+    block.with_records(tile, [&](const Records& records) {
+      PairSums unused[2];
+      weigh_tile<false, false, columns>(unused, s, block.row_records(), first, block.scale, unit, false, records, 0, lane);
+      if (block.needs_mask(tile)) clear_excluded<columns>(s, block.excluded(true, first, tile, lane));
+    });
+    pack_weights<PRODUCT, columns>(packed, s);
+  };
+
+  // Before consumer 0's first tile stands one whose W is zero, so that every tile is treated alike; its y is the end of the first: panels of a
+  // slice, at every depth, so none that release_unsliced gives back under this product.
+  int tile = block.block.first_tile + consumer;
+  Place before{0, 0};  // tile − 1, the other consumer's
+  Place at = consumer == 0 ? before : block.after(before, layout.panels);
+  if (consumer == 1) {
+    slice.publish(packed);
+    ptx::arrive_named(published + consumer, 256);
+  }
+  ptx::barrier_wait(block.x_full(), 0);
+#pragma unroll 1
+  for (; tile < block.block.last_tile; tile += 2) {
+    issue_logits(tile, at);
+    slice.wait_for(tile - 1, before);
+    ptx::sync_named(published + 1 - consumer, 256);
+    ptx::wgmma_fence();
+    slice.issue_published(out, tile - 1, before);
+    ptx::wgmma_wait<1>();
+    ptx::hold(s);
+    release_unsliced(tile, at);
+    weigh(tile);
+    ptx::wgmma_wait<0>();
+    if (tile > block.block.first_tile) slice.release(tile - 1, before);
+    slice.publish(packed);
+    ptx::arrive_named(published + consumer, 256);
+    slice.issue_own(out, packed, tile, at);
+    ptx::wgmma_wait<0>();
+    slice.release(tile, at);
+    before = block.after(at, layout.panels);
+    at = block.after(before, layout.panels);
+  }
+  if (tile == block.block.last_tile) {  // the other consumer's was the last
+    slice.wait_for(tile - 1, before);
+    ptx::sync_named(published + 1 - consumer, 256);
+    ptx::wgmma_fence();
+    slice.issue_published(out, tile - 1, before);
+    ptx::wgmma_wait<0>();
+  }
+#pragma unroll
+  for (int p = 0; p < OUT_PANELS; ++p) ptx::hold(out[p]);
+
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = block.block.first_row + first + 8 * r;
+    if (row >= block.pass.x.count) continue;
+#pragma unroll
+    for (int p = 0; p < OUT_PANELS; ++p) {
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+        const std::int64_t column = (slice.first_panel() + p) * kPanelDepth + 8 * n + accumulator_column(lane, 0);
+        store_pair(work, block.pass, block.block, row, column, out[p][n][2 * r] * per_unit, out[p][n][2 * r + 1] * per_unit);
+      }
+    }
+  }
+}
+
+}  // namespace fastsupcon::cuda
