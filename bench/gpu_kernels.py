@@ -1,4 +1,4 @@
-"""Times the forward and the backward of each fused backend by CUDA graph replay, against this GPU's matrix-product rate.
+"""Times the forward and the backward of SCL's terms on each fused backend by CUDA graph replay, against this GPU's matrix-product rate.
 
 ``python -m bench.gpu_kernels FILE``: the JSON file is written anew after each shape of each backend.
 """
@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 
 from fastsupcon.backends import BACKENDS
+from fastsupcon.problem import Line, Pairs, Side
 
 from .report import write_whole
 
-SHAPES = [(65536, 128), (8192, 128), (2048, 128), (65536, 64), (65536, 256), (65536, 512), (65536, 768)]
+SHAPES = [(65536, 128), (8192, 128), (2048, 128), (512, 128), (65536, 64), (65536, 256), (65536, 512), (65536, 768)]
 LEAST = 1.0  # ms that one replay should take: shorter calls share a graph, so that its launch is none of their time
 
 
@@ -45,14 +46,16 @@ def milliseconds(call: Callable[[], object], calls: int = 1, replays: int = 7) -
 
 def kernels(name: str, count: int, depth: int, rate: float) -> dict:
     """Milliseconds, and percent of the bf16 product's rate in TFLOP/s."""
-    z = torch.nn.functional.normalize(torch.randn(count, depth, device="cuda")).bfloat16()
-    grad = torch.rand(count, device="cuda") / count
-    backend = BACKENDS[name]
+    z = torch.randn(count, depth, device="cuda").bfloat16()
+    pairs = Pairs(z, None, 10.0, True, None, torch.randint(0, 100, (count,), device="cuda"))
+    backend, line = BACKENDS[name], Line(all=1, similarity=-1)
     if reason := backend.unusable(z.device, z.dtype, depth):
         return {"absent": reason}
-    lse = backend.self_forward(z, 10.0, True)
-    forward = milliseconds(lambda: backend.self_forward(z, 10.0, True))
-    backward = milliseconds(lambda: backend.self_backward(z, lse, grad, 10.0, True))
+    terms = backend.forward(pairs, line.names, (), False)
+    grads = backend.line_backward(line.names, terms.rows, torch.ones((), device="cuda"), line)
+    sides = Side(line.names, terms.rows, grads), Side((), terms.columns, terms.columns)
+    forward = milliseconds(lambda: backend.forward(pairs, line.names, (), False))
+    backward = milliseconds(lambda: backend.backward(pairs, *sides, terms.norms, terms.kept, (True, False, False, False)))
     return {
         "forward_ms": forward,
         "backward_ms": backward,

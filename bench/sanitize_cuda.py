@@ -8,31 +8,39 @@ from itertools import product
 import torch
 
 from fastsupcon.backends import BACKENDS
+from fastsupcon.problem import QUANTITIES, Line, Pairs, Side
 
 SHAPES = [(70, 33), (300, 64), (300, 128), (150, 256), (100, 320), (70, 768), (40, 1024)]
-ALL, EACH = [(True, True, True)], [(True, False, False), (False, True, False), (False, False, True)]
+COLUMNS = 77
 
 
 def rows(count: int, depth: int, dtype: torch.dtype, offset: int = 0) -> torch.Tensor:
-    """Unit rows [count, depth] that begin ``offset`` elements into their memory: from 1 on, they are not aligned to 16 bytes."""
+    """Rows [count, depth] that begin ``offset`` elements into their memory: from 1 on, they are not aligned to 16 bytes."""
     z = torch.empty(offset + count * depth, device="cuda", dtype=dtype)[offset:].view(count, depth)
-    return z.copy_(torch.nn.functional.normalize(torch.randn(count, depth, device="cuda")))
+    return z.copy_(torch.randn(count, depth, device="cuda"))
 
 
 def call(name: str, count: int, depth: int, dtype: torch.dtype, offset: int = 0) -> None:
-    """Both shapes, forward and backward: rows of any norm and unit ones; columns excluded by place and by label; each gradient alone."""
-    backend, columns = BACKENDS[name], 77
-    z, b = rows(count, depth, dtype, offset), rows(columns, depth, dtype, offset)
-    grad, bias = torch.rand(count, device="cuda") / count, torch.randn(columns, device="cuda")
-    for unit in (True, False):
-        lse = backend.self_forward(z, 10.0, unit)
-        backend.self_backward(z, lse, grad, 10.0, unit)
-    skip = torch.randint(-1, columns, (count,), device="cuda")
-    labels = [torch.randint(0, 7, (n,), device="cuda") for n in (count, columns)]
-    for excluded, needs in (((skip, None, None), ALL), ((None, *labels), EACH)):
-        lse = backend.cross_forward(z, b, bias, *excluded, 1.0)
-        for need in needs:
-            backend.cross_backward(z, b, bias, *excluded, lse, grad, 1.0, need)
+    """Both shapes, forward and backward: bounded and running sums, with and without keys, a bias, columns of the rows' own."""
+    backend = BACKENDS[name]
+    a, b = rows(count, depth, dtype, offset), rows(COLUMNS, depth, dtype, offset)
+    keys = [torch.randint(0, 7, (n,), device="cuda") for n in (count, COLUMNS)]
+    own = torch.randint(-1, COLUMNS, (count,), device="cuda")
+    bias, learned = torch.randn(COLUMNS, device="cuda"), torch.tensor(3.0, device="cuda")
+    for pairs in (
+        Pairs(a, None, 10.0, True, None, keys[0]),
+        Pairs(a, None, 0.1),
+        Pairs(a, b, 10.0, True, None, *keys),
+        Pairs(a, b, learned, True, bias, *keys, own),
+    ):
+        columns = () if pairs.columns is None else QUANTITIES
+        terms = backend.forward(pairs, QUANTITIES, columns, False)
+        sides = Side(QUANTITIES, terms.rows, torch.rand_like(terms.rows)), Side(columns, terms.columns, torch.rand_like(terms.columns))
+        needs = (True, pairs.columns is not None, pairs.bias is not None, pairs.scale is learned)
+        backend.backward(pairs, *sides, terms.norms, terms.kept, needs)
+    line = Line(all=1, similarity=-1, lone="skip")
+    values = torch.rand(len(line.names), count, device="cuda")
+    backend.line_backward(line.names, values, backend.line(line.names, values, line), line)
 
 
 def main() -> None:

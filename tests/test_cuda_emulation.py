@@ -1,4 +1,4 @@
-"""The CUDA backend without a GPU: its own sources, compiled as plain C++ over the emulator of tests/cuda_emulation, held to the contract."""
+"""The CUDA backend without a GPU, held to the contract: its sources compiled as plain C++ over the emulator of tests/cuda_emulation."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ inline Grid tile_grid(const Work& work, const Tiling& tiling) {
   return grid;
 }
 
-// For sm_80 and newer: everything. For sm_90: half rows of a depth up to 256 whose sums are known to be bounded.
+// For sm_80 and newer: everything. For sm_90: half rows of a depth up to 1024 whose sums are known to be bounded.
 template <Product PRODUCT>
 Family mma_family();
 template <Product PRODUCT>

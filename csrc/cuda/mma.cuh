@@ -1,6 +1,6 @@
 // The kernels for sm_80 and every newer GPU: mma.sync fed by ldmatrix from panels that cp.async fills. Any depth, any alignment.
 //
-// A block owns ROWS = 4 warps · M_TILES · 16 rows x and visits tiles of 64 or 32 rows y; each warp forms the logits of its own rows with the
+// A block owns ROWS = 4 warps · M_TILES · 16 rows x and visits tiles of 32 to 64 rows y; each warp forms the logits of its own rows with the
 // whole tile, so nothing but panels and records is shared and one barrier per step is enough. Depth in panels of 128 bytes:
 //   PANELS 1, 2, 4: x stays in shared memory, tiles of y are double-buffered.
 //   PANELS 0: any number of panels. Panels of x and y come through a ring of four stages; the backward's grid.z says which four panels of
@@ -27,8 +27,9 @@ struct MmaShape {
   // Registers decide, 255 of a thread: a backward of 32 rows × 64 columns (64 accumulators, 64 logits) spilled 3 KiB.
   static constexpr int m_tiles = kElementBytes<PRODUCT> == 2 && (PANELS == 1 || PANELS == 2) && !BACKWARD ? 2 : 1;
   static constexpr int rows = 4 * 16 * m_tiles;
-  // Of a tile. With 64, two tiles of four panels and the backward's records pass 99 KiB; with 48, 104 bytes were spilled.
-  static constexpr int columns = PANELS == 4 && BACKWARD ? 32 : 64;
+  // Of a tile. In the backward 64 would not do: two tiles of four panels and their records pass 99 KiB (with 48, 104 bytes were spilled), and
+  // in the ring 66 bytes were spilled.
+  static constexpr int columns = !BACKWARD ? 64 : PANELS == 4 ? 32 : PANELS == 0 ? 48 : 64;
   static constexpr int out_panels = PANELS ? PANELS : kOutPanels;
   static constexpr int panel_columns = kPanelBytes / kElementBytes<PRODUCT>;
   static constexpr int stages = PANELS ? 2 : kRing;
@@ -294,7 +295,6 @@ struct MmaBlock {
   }
 
   // The ring (PANELS = 0) runs over steps: for each tile its logits' panels of x and y, then, backward, the result's panels of y.
-  int ring_step = 0;
   int ring_tile = 0;  // of the step that is loaded next
   int ring_panel = 0, ring_place = 0;
 
@@ -307,19 +307,19 @@ struct MmaBlock {
       } else {
         load_y(ring_place, ring_tile, ptx::block_z() * kOutPanels + ring_panel - panels);
       }
-      ring_place = (ring_place + 1) % kRing;
       if (++ring_panel == panels + (BACKWARD ? kOutPanels : 0)) {
         ring_panel = 0;
         ++ring_tile;
       }
     }
+    ring_place = (ring_place + 1) % kRing;
     ptx::copy_async_commit();  // an empty group keeps the count
   }
   FASTSUPCON_DEVICE int ring_next() {  // waits for the oldest stage, and refills the one that was read before it
     ptx::copy_async_wait<kRing - 2>();
     ptx::sync_block();
     ring_load();
-    return ring_step++ % kRing;
+    return ring_place;  // all but one stage are loaded ahead, so that the next to be loaded is the one to be read
   }
 
   FASTSUPCON_DEVICE void load_tile(int of_tile) const {

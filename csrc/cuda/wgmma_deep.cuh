@@ -5,7 +5,7 @@
 // (DeepLayout), so that one kernel serves all depths that need as many registers.
 #pragma once
 
-#include "pairs.cuh"
+#include "wgmma.cuh"
 
 namespace fastsupcon::cuda {
 
@@ -21,21 +21,22 @@ struct DeepLayout {
 
 template <bool BACKWARD>
 struct DeepShape {
-  static constexpr int columns = BACKWARD ? 32 : 128;    // of a tile
-  static constexpr int terms_places = BACKWARD ? 4 : 1;  // tiles whose terms are held
-  static constexpr int terms_threads = 96;               // that compute them
+  static constexpr int columns = BACKWARD ? 32 : 128;      // of a tile
+  static constexpr int records_places = BACKWARD ? 4 : 1;  // tiles whose records are held
   static constexpr int most_places = 40;
   static constexpr int most_threads = 3 * 128;
   static constexpr int producer_registers = BACKWARD ? 24 : 40, consumer_registers = BACKWARD ? 240 : 232;
   static_assert(producer_registers + 2 * consumer_registers <= 3 * (65536 / most_threads / 8 * 8),
                 "setmaxnreg hands out what the block was launched with, and waits forever for more");
   static constexpr int panel_bytes = columns * kPanelBytes;
-  // Shared memory: W of two tiles side by side, one panel; terms and keys; sums of W; barriers; x; the ring.
-  static constexpr int terms_at = BACKWARD ? 64 * kPanelBytes : 0;
-  static constexpr int keys_at = terms_at + terms_places * columns * static_cast<int>(sizeof(Terms));
-  static constexpr int sums_at = keys_at + terms_places * columns * static_cast<int>(sizeof(std::int64_t));
-  static constexpr int barriers_at = sums_at + (BACKWARD ? 64 * static_cast<int>(sizeof(float)) : 0);
-  static constexpr int x_at = (barriers_at + 8 * (1 + 2 * terms_places + 2 * most_places) + 1023) / 1024 * 1024;
+  static constexpr int kinds = record_kinds(BACKWARD, true);
+  static constexpr int y_records_bytes = kinds * columns * kRecordBytes;
+  static constexpr int x_records_bytes = BACKWARD ? kinds * 64 * kRecordBytes : 0;  // the forward holds those of a lane's rows in registers
+  // Shared memory: W of two tiles side by side, one panel; records of tiles and of x; barriers; x; the ring.
+  static constexpr int y_records_at = BACKWARD ? 64 * kPanelBytes : 0;
+  static constexpr int x_records_at = y_records_at + records_places * y_records_bytes;
+  static constexpr int barriers_at = x_records_at + x_records_bytes;
+  static constexpr int x_at = (barriers_at + 8 * (1 + 2 * records_places + 2 * most_places) + 1023) / 1024 * 1024;
 
   __host__ __device__ static constexpr int rows(int consumers) { return BACKWARD ? 64 : 64 * consumers; }
   __host__ __device__ static constexpr int ring_at(int panels, int consumers) { return x_at + panels * rows(consumers) * kPanelBytes; }
@@ -58,8 +59,9 @@ struct DeepBlock {
   const Work& work;
   const DeepLayout& layout;
   int rows;
-  std::int64_t first_row;
-  int first_tile, last_tile;
+  BlockWork block;
+  const Pass& pass;
+  float scale = static_cast<float>(work.scale.value) * logit_unit(true);  // of logits, in their unit
   unsigned char* shared = ptx::shared_memory();
   ptx::Address weights = ptx::address(shared), barriers = weights + Shape::barriers_at, x_at = weights + Shape::x_at, ring;
 
@@ -67,18 +69,15 @@ struct DeepBlock {
       : work(work),
         layout(layout),
         rows(Shape::rows(layout.consumers)),
-        first_row(ptx::block_x() * rows),
-        first_tile(static_cast<int>(ptx::block_y() * work.tiles_per_split)),
-        last_tile(first_tile + static_cast<int>(work.tiles_per_split)),
+        block(block_work(work, rows, columns)),
+        pass(work.passes[block.pass]),
         ring(weights + Shape::ring_at(layout.panels, layout.consumers)) {
-    const int tiles = static_cast<int>(ceil_div(work.y.count, columns));
-    if (last_tile > tiles) last_tile = tiles;
     if (ptx::thread() == 0) {
       const int releases = BACKWARD ? 4 : 4 * layout.consumers;  // by warps: of the one consumer that reads last, or of all
       ptx::barrier_init(x_full(), 1);
-      for (int place = 0; place < Shape::terms_places; ++place) {
-        ptx::barrier_init(terms_full(place), Shape::terms_threads);
-        ptx::barrier_init(terms_empty(place), releases);
+      for (int place = 0; place < Shape::records_places; ++place) {
+        ptx::barrier_init(records_full(place), 1);
+        ptx::barrier_init(records_empty(place), releases);
       }
       for (int place = 0; place < layout.places; ++place) {
         ptx::barrier_init(full(place), 1);
@@ -90,9 +89,9 @@ struct DeepBlock {
   }
 
   FASTSUPCON_DEVICE ptx::Address x_full() const { return barriers; }
-  FASTSUPCON_DEVICE ptx::Address terms_full(int place) const { return barriers + 8 * (1 + place); }
-  FASTSUPCON_DEVICE ptx::Address terms_empty(int place) const { return barriers + 8 * (1 + Shape::terms_places + place); }
-  FASTSUPCON_DEVICE ptx::Address full(int place) const { return barriers + 8 * (1 + 2 * Shape::terms_places + place); }
+  FASTSUPCON_DEVICE ptx::Address records_full(int place) const { return barriers + 8 * (1 + place); }
+  FASTSUPCON_DEVICE ptx::Address records_empty(int place) const { return barriers + 8 * (1 + Shape::records_places + place); }
+  FASTSUPCON_DEVICE ptx::Address full(int place) const { return barriers + 8 * (1 + 2 * Shape::records_places + place); }
   FASTSUPCON_DEVICE ptx::Address empty(int place) const { return full(Shape::most_places + place); }
 
   FASTSUPCON_DEVICE ptx::Address x_panel(int panel) const { return x_at + panel * rows * kPanelBytes; }
@@ -109,35 +108,34 @@ struct DeepBlock {
     const int end = (ptx::block_z() * 2 + other + 1) * layout.slice;
     return end < layout.panels ? end : 0;
   }
-  FASTSUPCON_DEVICE int owner(int tile) const { return (tile - first_tile) & 1; }
+  FASTSUPCON_DEVICE int owner(int tile) const { return (tile - block.first_tile) & 1; }
   FASTSUPCON_DEVICE int next_panel(int panel) const { return panel + 1 < layout.panels ? panel + 1 : 0; }
   FASTSUPCON_DEVICE Place place_of(int tile, Place tile_at, int panel) const {
     const int position = panel - first_panel(tile);
     return after(tile_at, position < 0 ? position + layout.panels : position);
   }
 
-  // The terms of tile number t of this block use place t % terms_places for the (t / terms_places)-th time.
-  FASTSUPCON_DEVICE int terms_place(int tile) const { return (tile - first_tile) % Shape::terms_places; }
-  FASTSUPCON_DEVICE int terms_parity(int tile) const { return (tile - first_tile) / Shape::terms_places % 2; }
-  FASTSUPCON_DEVICE Terms* terms(int place) const { return reinterpret_cast<Terms*>(shared + Shape::terms_at) + place * columns; }
-  FASTSUPCON_DEVICE std::int64_t* keys(int place) const {
-    return reinterpret_cast<std::int64_t*>(shared + Shape::keys_at) + place * columns;
-  }
+  // The records of tile number t of this block use place t % records_places for the (t / records_places)-th time.
+  FASTSUPCON_DEVICE int records_place(int tile) const { return (tile - block.first_tile) % Shape::records_places; }
+  FASTSUPCON_DEVICE int records_parity(int tile) const { return (tile - block.first_tile) / Shape::records_places % 2; }
+  FASTSUPCON_DEVICE Records row_records() const { return {shared + Shape::x_records_at, rows}; }
 
-  // The producer: one thread of its first warp asks TMA for the panels, the other warps compute the terms. Apart, as the terms wait for
-  // global memory, and TMA must not.
-  FASTSUPCON_DEVICE void produce(const ptx::TensorMap& x_map, const ptx::TensorMap& y_map) const {
-    if (ptx::warp() > 0) compute_terms(ptx::thread() - 32);
-    else if (ptx::thread() == 0) fetch_panels(x_map, y_map);
+  // The producer: one thread of its first warp asks for the panels, one of its second for the records. Apart, as the forward wants the next
+  // tile's panels before it gives a tile's records back.
+  FASTSUPCON_DEVICE void produce(const Maps& maps) const {
+    if (ptx::lane() != 0) return;
+    if (ptx::thread() == 0) fetch_panels(maps.x[block.pass], maps.y[block.pass]);
+    if (ptx::thread() == 32) fetch_tiles_records();
   }
   FASTSUPCON_DEVICE void fetch_panels(const ptx::TensorMap& x_map, const ptx::TensorMap& y_map) const {
-    ptx::barrier_arrive_expecting(x_full(), layout.panels * rows * kPanelBytes);
+    ptx::barrier_arrive_expecting(x_full(), layout.panels * rows * kPanelBytes + Shape::x_records_bytes);
+    if (BACKWARD) fetch_records(weights + Shape::x_records_at, pass.x, block.first_row, rows, Shape::kinds, x_full());
     for (int p = 0; p < layout.panels; ++p) {
-      ptx::copy_box_async(x_panel(p), x_map, kPanelDepth * p, static_cast<int>(first_row), x_full());
+      ptx::copy_box_async(x_panel(p), x_map, kPanelDepth * p, block.first_row, x_full());
     }
     Place at{0, 0};
 #pragma unroll 1  // the producer has few registers
-    for (int tile = first_tile; tile < last_tile; ++tile) {
+    for (int tile = block.first_tile; tile < block.last_tile; ++tile) {
       int panel = first_panel(tile);
 #pragma unroll 1
       for (int p = 0; p < layout.panels; ++p) {
@@ -149,26 +147,14 @@ struct DeepBlock {
       }
     }
   }
-  FASTSUPCON_DEVICE void compute_terms(int thread) const {
-    const float per_unit = 1.0f / gradient_unit(work);
-    constexpr int turns = (columns + Shape::terms_threads - 1) / Shape::terms_threads;
-    int place = 0, parity = 1;
-#pragma unroll 1
-    for (int tile = first_tile; tile < last_tile; ++tile) {
-      ptx::barrier_wait(terms_empty(place), parity);
+  FASTSUPCON_DEVICE void fetch_tiles_records() const {
 #pragma unroll 1  // the producer has few registers
-      for (int turn = 0; turn < turns; ++turn) {
-        const int c = turn * Shape::terms_threads + thread;
-        if (c >= columns) continue;
-        const std::int64_t column = std::int64_t{tile} * columns + c;
-        terms(place)[c] = terms_of(work, work.y, column, per_unit);
-        keys(place)[c] = key_of(work.y, column);
-      }
-      ptx::barrier_arrive(terms_full(place));
-      if (++place == Shape::terms_places) {
-        place = 0;
-        parity ^= 1;
-      }
+    for (int tile = block.first_tile; tile < block.last_tile; ++tile) {
+      const int place = records_place(tile);
+      ptx::barrier_wait(records_empty(place), records_parity(tile) ^ 1);
+      ptx::barrier_arrive_expecting(records_full(place), Shape::y_records_bytes);
+      fetch_records(weights + Shape::y_records_at + place * Shape::y_records_bytes, pass.y, tile * columns, columns, Shape::kinds,
+                    records_full(place));
     }
   }
 
@@ -177,17 +163,18 @@ struct DeepBlock {
     if (ptx::lane() == 0) ptx::barrier_arrive(empty(at.index));
   }
 
-  // use(terms) with the terms of a tile's columns.
+  // use(records) with those of a tile's columns.
   template <class Use>
-  FASTSUPCON_DEVICE void with_terms(int tile, Use use) const {
-    const int place = terms_place(tile);
-    ptx::barrier_wait(terms_full(place), terms_parity(tile));
-    use(ColumnTerms{terms(place), keys(place), std::int64_t{tile} * columns});
+  FASTSUPCON_DEVICE void with_records(int tile, Use use) const {
+    const int place = records_place(tile);
+    ptx::barrier_wait(records_full(place), records_parity(tile));
+    use(Records{shared + Shape::y_records_at + place * Shape::y_records_bytes, columns});
     ptx::sync_warp();
-    if (ptx::lane() == 0) ptx::barrier_arrive(terms_empty(place));
+    if (ptx::lane() == 0) ptx::barrier_arrive(records_empty(place));
   }
-  FASTSUPCON_DEVICE bool needs_mask(int tile) const {
-    return cuda::needs_mask(work, first_row, rows, std::int64_t{tile} * columns, columns);
+  FASTSUPCON_DEVICE bool needs_mask(int tile) const { return cuda::needs_mask(work, pass, block.first_row, rows, tile * columns, columns); }
+  FASTSUPCON_DEVICE std::uint64_t excluded(bool masked, int row, int tile, int lane) const {
+    return masked ? excluded_pairs<columns>(work, pass, block.first_row + row, tile * columns, lane) : 0;
   }
 
   // s (+)= x yᵀ over one panel of the depth, of 64 rows from `row` on; under way on return.

@@ -87,31 +87,27 @@ struct DeepSlice {
   }
 };
 
-template <Product PRODUCT, int OUT_PANELS, Form FORM>
+template <Product PRODUCT, int OUT_PANELS>
 __global__ void __launch_bounds__(DeepShape<true>::most_threads, 1)
     wgmma_deep_backward(const __grid_constant__ Work work, const __grid_constant__ DeepLayout layout,
-                        const __grid_constant__ ptx::TensorMap x_map, const __grid_constant__ ptx::TensorMap y_map) {
+                        const __grid_constant__ Maps maps) {
   using Block = DeepBlock<PRODUCT, true>;
   using Shape = typename Block::Shape;
   using Slice = DeepSlice<PRODUCT, OUT_PANELS>;
   constexpr int columns = Shape::columns;
-  constexpr int published = 1, together = 3;  // named barriers published + consumer, together
+  constexpr int published = 1;  // named barriers published + consumer
   const Block block(work, layout);
   const int warp = ptx::warp(), consumer = warp / 4 - 1;
   if (consumer < 0) {
     ptx::lower_registers<Shape::producer_registers>();
-    block.produce(x_map, y_map);
+    block.produce(maps);
     return;
   }
   ptx::raise_registers<Shape::consumer_registers>();
   const Slice slice{block, consumer};
   const int lane = ptx::lane();
-  const int row_in_block = warp % 4 * 16 + accumulator_row(lane, 0);
-  const std::int64_t first = block.first_row + row_in_block;
-  const float per_unit = 1.0f / gradient_unit(work);
-  const Terms rows[2] = {terms_of(work, work.x, first, per_unit), terms_of(work, work.x, first + 8, per_unit)};
-  const std::int64_t keys[2] = {row_key_of(work, first), row_key_of(work, first + 8)};
-  float weight_sums[2] = {};
+  const int first = warp % 4 * 16 + accumulator_row(lane, 0);  // in the block
+  const float unit = weight_unit<PRODUCT>(block.pass), per_unit = 1.0f / unit;
   float out[OUT_PANELS][8][4] = {};
 #pragma unroll
   for (int p = 0; p < OUT_PANELS; ++p) ptx::hold(out[p]);
@@ -143,24 +139,18 @@ __global__ void __launch_bounds__(DeepShape<true>::most_threads, 1)
       if (panel < first_sliced || panel >= last_sliced) block.release(block.place_of(tile, at, panel));
     }
   };
-  const auto weigh_tile = [&](int tile) {
-    block.with_terms(tile, [&](const ColumnTerms& terms) {
-      if (block.needs_mask(tile)) mask<columns>(s, keys, terms, work.y.count, lane);
-      weigh<FORM, columns>(s, rows, terms, work.scale_log2, lane);
+  const auto weigh = [&](int tile) {
+    block.with_records(tile, [&](const Records& records) {
+      PairSums unused[2];
+      weigh_tile<false, false, columns>(unused, s, block.row_records(), first, block.scale, unit, false, records, 0, lane);
+      if (block.needs_mask(tile)) clear_excluded<columns>(s, block.excluded(true, first, tile, lane));
     });
-    if constexpr (FORM == Form::one) {
-#pragma unroll
-      for (int j = 0; j < columns / 8; ++j) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) weight_sums[e / 2] += s[j][e];
-      }
-    }
     pack_weights<PRODUCT, columns>(packed, s);
   };
 
   // Before consumer 0's first tile stands one whose W is zero, so that every tile is treated alike; its y is the end of the first: panels of a
   // slice, at every depth, so none that release_unsliced gives back under this product.
-  int tile = block.first_tile + consumer;
+  int tile = block.block.first_tile + consumer;
   Place before{0, 0};  // tile − 1, the other consumer's
   Place at = consumer == 0 ? before : block.after(before, layout.panels);
   if (consumer == 1) {
@@ -169,7 +159,7 @@ __global__ void __launch_bounds__(DeepShape<true>::most_threads, 1)
   }
   ptx::barrier_wait(block.x_full(), 0);
 #pragma unroll 1
-  for (; tile < block.last_tile; tile += 2) {
+  for (; tile < block.block.last_tile; tile += 2) {
     issue_logits(tile, at);
     slice.wait_for(tile - 1, before);
     ptx::sync_named(published + 1 - consumer, 256);
@@ -178,9 +168,9 @@ __global__ void __launch_bounds__(DeepShape<true>::most_threads, 1)
     ptx::wgmma_wait<1>();
     ptx::hold(s);
     release_unsliced(tile, at);
-    weigh_tile(tile);
+    weigh(tile);
     ptx::wgmma_wait<0>();
-    if (tile > block.first_tile) slice.release(tile - 1, before);
+    if (tile > block.block.first_tile) slice.release(tile - 1, before);
     slice.publish(packed);
     ptx::arrive_named(published + consumer, 256);
     slice.issue_own(out, packed, tile, at);
@@ -189,7 +179,7 @@ __global__ void __launch_bounds__(DeepShape<true>::most_threads, 1)
     before = block.after(at, layout.panels);
     at = block.after(before, layout.panels);
   }
-  if (tile == block.last_tile) {  // the other consumer's was the last
+  if (tile == block.block.last_tile) {  // the other consumer's was the last
     slice.wait_for(tile - 1, before);
     ptx::sync_named(published + 1 - consumer, 256);
     ptx::wgmma_fence();
@@ -199,34 +189,16 @@ __global__ void __launch_bounds__(DeepShape<true>::most_threads, 1)
 #pragma unroll
   for (int p = 0; p < OUT_PANELS; ++p) ptx::hold(out[p]);
 
-  if constexpr (FORM == Form::one) {  // each consumer has summed its own tiles' W
-    float* others = reinterpret_cast<float*>(block.shared + Shape::sums_at);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-#pragma unroll
-      for (int lanes = 1; lanes < 4; lanes *= 2) weight_sums[r] += ptx::shuffle_xor(weight_sums[r], lanes);
-      if (consumer == 1 && lane % 4 == 0) others[row_in_block + 8 * r] = weight_sums[r];
-    }
-    ptx::sync_named(together, 256);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) weight_sums[r] += others[row_in_block + 8 * r];
-  }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const std::int64_t row = first + 8 * r;
-    if (row >= work.x.count) continue;
-    const float factor = gradient_factor(work, row);
-    if (work.weight_sums && consumer == 0 && lane % 4 == 0 && ptx::block_z() == 0) {
-      work.weight_sums[ptx::block_y() * work.x.count + row] = weight_sums[r] * factor;
-    }
-    if (!work.out) continue;
-    const float scale = factor * work.scale;
+    const int row = block.block.first_row + first + 8 * r;
+    if (row >= block.pass.x.count) continue;
 #pragma unroll
     for (int p = 0; p < OUT_PANELS; ++p) {
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
         const std::int64_t column = (slice.first_panel() + p) * kPanelDepth + 8 * n + accumulator_column(lane, 0);
-        store_whole_pair<PRODUCT>(work, row, column, out[p][n][2 * r] * scale, out[p][n][2 * r + 1] * scale);
+        store_pair(work, block.pass, block.block, row, column, out[p][n][2 * r] * per_unit, out[p][n][2 * r + 1] * per_unit);
       }
     }
   }

@@ -9,7 +9,7 @@ namespace fastsupcon::cuda {
 template <Product PRODUCT>
 __global__ void __launch_bounds__(DeepShape<false>::most_threads, 1)
     wgmma_deep_forward(const __grid_constant__ Work work, const __grid_constant__ DeepLayout layout,
-                       const __grid_constant__ ptx::TensorMap x_map, const __grid_constant__ ptx::TensorMap y_map) {
+                       const __grid_constant__ Maps maps) {
   using Block = DeepBlock<PRODUCT, false>;
   using Shape = typename Block::Shape;
   constexpr int columns = Shape::columns;
@@ -17,15 +17,17 @@ __global__ void __launch_bounds__(DeepShape<false>::most_threads, 1)
   const int warp = ptx::warp(), consumer = warp / 4 - 1;
   if (consumer < 0) {
     ptx::lower_registers<Shape::producer_registers>();
-    block.produce(x_map, y_map);
+    block.produce(maps);
     return;
   }
   ptx::raise_registers<Shape::consumer_registers>();
   const int lane = ptx::lane();
-  const std::int64_t first = block.first_row + consumer * 64 + warp % 4 * 16 + accumulator_row(lane, 0);
-  const std::int64_t keys[2] = {row_key_of(work, first), row_key_of(work, first + 8)};
-  LogSum sums[2];
-  if (!work.online) sums[0].maximum = sums[1].maximum = 0.0f;
+  const int first = consumer * 64 + warp % 4 * 16 + accumulator_row(lane, 0);  // in the block
+  const auto* const logits = reinterpret_cast<const Logit*>(block.pass.x.records) + block.block.first_row + first;
+  const Logit rows[2] = {logits[0], logits[8]};
+  RowSums sums[2];
+  start(sums[0], true);
+  start(sums[1], true);
   float s[columns / 8][4], next[columns / 8][4];
   Place at{0, 0}, read{0, 0};  // the panel that is issued next, and that is given back next
 
@@ -60,28 +62,30 @@ __global__ void __launch_bounds__(DeepShape<false>::most_threads, 1)
       for (int e = 0; e < 4; ++e) s[j][e] = next[j][e];
     }
   };
-  const auto add_tile = [&](int tile) {
-    block.with_terms(tile, [&](const ColumnTerms& terms) {
-      if (block.needs_mask(tile)) mask<columns>(s, keys, terms, work.y.count, lane);
-      if (work.online) add_logits<true, columns>(sums, s, terms, work.y.bias != nullptr, work.scale_log2, lane);
-      else add_logits<false, columns>(sums, s, terms, false, work.scale_log2, lane);
+  const auto add = [&](int tile) {
+    block.with_records(tile, [&](const Records& records) {
+      const bool is_masked = block.needs_mask(tile);
+      with_mask(is_masked, [&](auto masked) {
+        add_tile<false, masked, columns>(sums, s, rows, block.scale, records, block.excluded(is_masked, first, tile, lane), lane);
+      });
     });
   };
 
   ptx::barrier_wait(block.x_full(), 0);
   issue_first_panels();
   finish();
-  for (int tile = block.first_tile; tile < block.last_tile - 1; ++tile) {
+  for (int tile = block.block.first_tile; tile < block.block.last_tile - 1; ++tile) {
     issue_first_panels();
-    add_tile(tile);
+    add(tile);
     finish();
   }
-  add_tile(block.last_tile - 1);
+  add(block.block.last_tile - 1);
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    merge_lanes(sums[r]);
-    if (lane % 4 == 0) store_logsum(work, sums[r], first + 8 * r);
-  }
+  for (int r = 0; r < 2; ++r) store_sums(block.pass, block.block, sums[r], block.block.first_row + first + 8 * r, true, lane);
+  const int thread = ptx::thread() - 128;
+  const auto sync = [&] { ptx::sync_named(1, 128 * layout.consumers); };
+  sync();
+  if (is_last_split(block.pass, block.block, thread, sync) && thread < block.rows) combine_splits(block.pass, block.block.first_row + thread);
 }
 
 }  // namespace fastsupcon::cuda
