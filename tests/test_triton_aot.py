@@ -1,4 +1,4 @@
-"""Every Triton kernel compiled ahead of time as a step launches it, no GPU needed: no spills, shared memory within bounds, tensor cores in use.
+"""Every Triton kernel compiled ahead of time as a step launches it, no GPU needed: no spills, shared memory that fits, tensor cores in use.
 
 A process that interprets kernels (conftest.py) cannot compile them: there, this file runs in a process of its own. For the readings
 themselves, of any form, GPU, dtype and D, see triton_ahead.py.
