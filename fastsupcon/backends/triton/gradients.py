@@ -1,7 +1,7 @@
 """Backward: each program owns rows x_i, recomputes their logits tile by tile, and sums dx_i = scale * sum_j w_ij y_j.
 
-w is that of problem.py: over the log-sums q that (i, j) is in, g_i exp(t_ij - q_i) + h_j exp(t_ij - q'_j), and [equal keys] (u_i + v_j). The
-symmetric self shape has h = g, q' = q, v = u. One recomputed tile, one second product from the same tile of y, no atomics: 4 N M D flops a side.
+w_ij is, over the log-sums q that (i, j) is in, g_i exp(t_ij - q_i) + h_j exp(t_ij - q'_j), and [equal keys] (u_i + v_j). The symmetric self
+shape has h = g, q' = q, v = u. One recomputed tile, one second product from the same tile of y, no atomics: 4 N M D flops a side.
 
     program  a tile of rows (or of columns), a split of the other side's tiles; second index: a chunk of D
     writes   the gradient itself, or where the stream has splits or D has chunks its parts [splits, n, D], which :func:`finish_kernel` sums;
@@ -9,8 +9,8 @@ symmetric self shape has h = g, q' = q, v = u. One recomputed tile, one second p
 
 A pair is either of different or of equal keys, and all >= different, equal. So g_all exp(t - all) + g_different exp(t - different) is one
 exponential, exp(t - different) (g_different + g_all exp(different - all)), and none of its factors exceeds 1. Where exp(t) is bounded
-(tiles.py) it serves both sides: w = exp(t) (r_i + r_j) with r = c exp(-q). |log exp(t)| and |q| are below 63 ln 2 + log N, so r is in fp32's
-range for every c from 2^-40 to 2^40.
+(tiles.py) it serves both sides: w = exp(t) (r_i + r_j) with r = c exp(-q). |t| and |q| are below 63 ln 2 + log N, so r is in fp32's range
+for every c from 2^-40 to 2^40.
 
 w enters the product in the rows' dtype, y's inverse norms as a factor of it. fp16 could not hold g P (about 1/N^2): there the incoming
 gradients are divided by the largest of them and lifted by 2^15, inverse norms divided by the largest, which leaves w between 2^15 and a
@@ -72,8 +72,8 @@ def load_weights(
 ):  # fmt: skip
     """(q, c) of each row for its pairs of different keys, (q, c) for those of equal keys, and the similarity's gradient.
 
-    Such that c exp(t - q) is the weight of a pair; or c exp(t), where exp(t) is bounded. c and the gradient are lifted. A log-sum of -inf is
-    over no pair and passes nothing: c = 0 and q = +inf; q = 0 on the side that has no log-sums, where the other's is added to it.
+    Such that c exp(t - q) is the weight of a pair; or c exp(t), where exp(t) is bounded. c and the gradient are lifted. A log-sum of -inf
+    is over no pair and passes nothing: c = 0 and q = +inf; q = 0 on the side that has no log-sums, where the other's is added to it.
     """
     no_pair = float("-inf")
     nothing = float("inf")

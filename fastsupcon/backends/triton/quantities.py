@@ -52,7 +52,7 @@ def store_quantities(ptr, row, n, first, second, similarity, count, KIND: tl.con
 
 @triton.jit
 def add_exponentials(t, equal, first_peak, first, second_peak, second, bounded, KIND: tl.constexpr):
-    """One more tile of sum_j exp(t_ij) = first * exp(first_peak), in second that of the pairs of equal keys; bounded: in base 2, the peaks 0.
+    """One more tile of sum_j exp(t_ij) = first * exp(first_peak), in second of the pairs of equal keys; bounded: in base 2, the peaks 0.
 
     tl.max may ignore NaN; the sums do not.
     """

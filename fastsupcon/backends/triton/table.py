@@ -36,18 +36,21 @@ def tile(kernel: str, family: str, dtype: torch.dtype, depth: int) -> Tile:
     """
     d = padded(depth)
     gradient = kernel != "forward"
-    half = kernel == "heavy gradient" or (gradient and d >= 256)
+    heavy = kernel == "heavy gradient"
+    half = heavy or (gradient and d >= 256)
     if family == "interpreter":
-        return Tile(128, 64, min(d, 256), 1, 1)  # its time goes by the number of operations, not by their size
+        return Tile(256, 64, min(d, 256), 1, 1)  # its time goes by the number of operations, not by their size
     stages = 1 if family == "amd" else 2  # 64 KiB of shared memory on gfx942
     if dtype == torch.float32:  # three TF32 products a step: operands split in registers
         return Tile(64, 32, d if d <= 64 and gradient else min(d, 32), 8, stages)
     if family in ("hopper", "blackwell"):  # 128 owned rows ask at most 6.2 TB/s of L2 in the forward; 4 warps spill
-        return Tile(128, 32 if half else 64, d if d <= 256 else 64, 8, 3 if d <= 128 or (half and d == 256) else 2)
+        return Tile(
+            64 if heavy and d >= 256 else 128, 32 if half else 64, d if d <= 256 else 64, 8, 3 if d <= 128 or (half and d == 256) else 2
+        )
     if d > 256:
         return Tile(64, 32, 64, 8, stages) if gradient or family == "amd" else Tile(64, 64, 64, 4, stages)
     if gradient:
-        streamed = 64 if d <= 64 and family != "amd" and not half else 16 if half else 32
+        streamed = 16 if half or (family == "amd" and d > 64) else 64 if d <= 64 and family != "amd" else 32
         return Tile(64 if d == 256 else 128, streamed, d, 8, stages)
     return Tile(64, 64, d, 8 if family == "amd" else 4, stages)
 

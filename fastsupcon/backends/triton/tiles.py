@@ -6,13 +6,14 @@ programs and its columns in the others (``swap``): a quantity of a column is tha
     c_ij = x_i . y_j          t_ij = scale * c_ij + bias,        -inf where (i, j) is no pair
 
 Unit length comes in by the rows' inverse norms: as factors of c for half-precision rows, which stay as they came (FACTORS); fp32 rows are
-multiplied as they are loaded, so that rows of norm 1e-18 keep to the normal range (SCALED). Where exp(t) needs no shift ("bounded") t carries
-log2(e), and the exponential is the hardware's exp2 alone. Elsewhere |t| may be thousands: the shift is subtracted first, in one rounding, and
-log2(e) multiplies the small difference.
+multiplied as they are loaded, so that rows of norm 1e-18 keep to the normal range (SCALED). Where exp(t) needs no shift ("bounded") t
+carries log2(e), and the exponential is the hardware's exp2 alone. Elsewhere |t| may be thousands: the shift is subtracted first, in one
+rounding, and log2(e) multiplies the small difference.
 
 Lengths that the tiles do not divide are padded with zeros inside the tile. Row indices have 32 bits, addresses 64. A pointer that is None
-costs nothing: the kernel is compiled without it. Triton compiles what follows an `if` whose branch returns, even where it cannot be reached,
-so such branches have an `else`. A condition that is the same for all rows goes into a mask's bound: the interpreter spoils a broadcast bool.
+costs nothing: the kernel is compiled without it. Triton compiles what follows an `if` whose branch returns, even where it cannot be
+reached, so such branches have an `else`. A condition that is the same for all rows goes into a mask's bound: the interpreter makes an
+integer of a bool that it broadcasts.
 """
 
 from __future__ import annotations
