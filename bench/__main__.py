@@ -36,13 +36,13 @@ from .report import AFTER, BOTH
 ROUNDS = 9  # turns of each contender in each mode
 SLOW, SLOW_ROUNDS = 1.0, 3  # seconds a step; from there on fewer turns
 SMALL = (256, 512, 1024, 2048)  # what people train with: N x 128,
-CLASSES = (10, 100, 1000)  # PSC with N = 1,024,
+PROTOTYPES = (10, 100, 1000)  # PSC with N = 1,024,
 WIDE = ((256, 384), (256, 768), (1024, 384), (1024, 768), (2048, 768), (4096, 768))  # and what encoders without a head give
 
 
 def cpu_cases() -> list[Case]:
     all_cores = os.cpu_count() or 1
-    cases = [Case("scl", rows, 128) for rows in SMALL] + [Case("psc", 1024, 128, prototypes) for prototypes in CLASSES]
+    cases = [Case("scl", rows, 128) for rows in SMALL] + [Case("psc", 1024, 128, prototypes) for prototypes in PROTOTYPES]
     cases += [Case("self", *shape) for shape in WIDE] + [Case("cross", *shape, shape[0]) for shape in WIDE]
     cases += [Case("psc all", 1024, 128, 1000), Case("psc all", 2048, 128, 2048)]  # the second is one direction of CLIP
     cases += [Case("scl", rows, 128) for rows in (4096, 8192)] + [Case("psc", 1024, 128, 100_000)]
@@ -61,7 +61,7 @@ def gpu_cases() -> list[Case]:
     # what matters most comes first: where device time is short, a run cut off keeps whole cases
     large = [case("scl", *shape, dtype="bfloat16") for shape in ((65536, 128), (8192, 128), (65536, 512), (65536, 768))]
     small = [case("scl", rows, 128, dtype="bfloat16") for rows in reversed(SMALL)]
-    small += [case("psc", 1024, 128, prototypes, dtype="bfloat16") for prototypes in CLASSES]
+    small += [case("psc", 1024, 128, prototypes, dtype="bfloat16") for prototypes in PROTOTYPES]
     million = [case("scl", 1_048_576, 128, dtype="bfloat16", only=("cuda", "triton"))]
     fp32 = [case("scl", rows, 128) for rows in (65536, 8192, 1024)]
     psc = [case(loss, 8192, 128, 100_000, dtype="bfloat16") for loss in ("psc", "psc all")]

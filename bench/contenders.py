@@ -65,22 +65,23 @@ class Case:
     def inputs(self) -> tuple[Tensor | None, ...]:
         """In the table's shapes, the same bits in every process: rows of normal noise, of unit length where the loss does not see to it."""
         row, generator = ROWS[self.loss], torch.Generator().manual_seed(0)
-        classes = [self.prototypes // self.options.get("prototypes_per_class", 1)] if self.prototypes else []
+        classes = self.prototypes // self.options.get("prototypes_per_class", 1)
+        sizes = (self.depth, classes) if classes else (self.depth,)
         as_they_are = self.loss in OPERATORS or not self.options.get("normalize", True)
 
         def filled(x: Tensor | None) -> Tensor | None:
             if x is None:
                 return None
             if not x.is_floating_point():
-                return torch.arange(len(x), device=self.device) % (classes or [CLASSES])[0]
+                return torch.arange(len(x), device=self.device) % (classes or CLASSES)
             if x.dtype != torch.float64:  # the weights of a mask
                 return torch.rand(x.shape, generator=generator).to(self.device)
             noise = torch.randn(x.shape, generator=generator)
             return (F.normalize(noise, dim=-1) if as_they_are else noise).to(self.device, getattr(torch, self.dtype)).requires_grad_()
 
         with torch.device("meta"):
-            views = row.inputs(1, self.depth, *classes)[0].numel() // self.depth
-            shapes = row.inputs(self.rows // views, self.depth, *classes)
+            views = row.inputs(1, *sizes)[0].numel() // self.depth
+            shapes = row.inputs(self.rows // views, *sizes)
         return tuple(map(filled, shapes))
 
     def flops(self, mode: str) -> int:

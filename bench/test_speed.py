@@ -10,7 +10,7 @@ from .contenders import CONTENDERS, Case, absent
 
 @pytest.mark.parametrize("name", ["naive", "chunked", "cpu", "triton", "cuda"])
 @pytest.mark.parametrize("mode", ["forward", "forward+backward"])
-@pytest.mark.parametrize("rows", [512, 1024, 2048, 4096, 8192])
+@pytest.mark.parametrize("rows", [256, 512, 1024, 2048, 4096, 8192])
 def test_scl(benchmark, rows, mode, name):
     case = Case("scl", rows, 128, threads=torch.get_num_threads(), device="cuda" if torch.cuda.is_available() else "cpu")
     if reason := absent(name, case):

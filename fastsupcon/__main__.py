@@ -26,8 +26,8 @@ def _built() -> str:
     if missing:
         return missing
     cuda = "with CUDA kernels" if hasattr(extension, "cuda") else "without CUDA kernels (no nvcc was found at build time)"
-    sets = ", ".join(extension.cpu.instruction_sets())
-    return f"extension {cuda}; CPU instruction sets usable here: {sets}; in use: {extension.cpu.instruction_set()}"
+    sets, used = ", ".join(extension.cpu.instruction_sets()), extension.cpu.instruction_set()
+    return f"extension {cuda}; CPU instruction sets usable here: {sets}; in use: {used}, on {extension.cpu.threads()}"
 
 
 def main() -> None:

@@ -14,6 +14,8 @@ import pytest
 
 from fastsupcon.backends import BACKENDS
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # the processes share the cores; tests of threads set their number themselves
+    torch.set_num_threads(1)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

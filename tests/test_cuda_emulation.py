@@ -1,4 +1,4 @@
-"""The CUDA kernels' numerics without a GPU: their own sources, compiled as plain C++ over the emulator of tests/cuda_emulation."""
+"""The CUDA backend without a GPU: its own sources, compiled as plain C++ over the emulator of tests/cuda_emulation, held to the contract."""
 
 from __future__ import annotations
 
@@ -8,20 +8,23 @@ import shutil
 import subprocess
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from contract import CASES, LINES, PSC, SCL, Case, check, incoming, problem, run
+from cuda_emulation.backend import emulated_backend
 
-from fastsupcon.backends import cuda as backend
-from fastsupcon.backends import reference
-from fastsupcon.backends._dtypes import tf32_allowed
+from fastsupcon.backends import cuda, reference
 from fastsupcon.backends._extension import missing as extension_missing
+from fastsupcon.problem import Line, Pairs, Side
 
 ROOT = Path(__file__).resolve().parents[1]
-UNITS = ["lse.cu", "mma_f16.cu", "mma_bf16.cu", "mma_tf32.cu", "mma_f32.cu", "wgmma_f16.cu", "wgmma_bf16.cu", "bind.cpp"]
+UNITS = ["plan.cu", "mma_f16.cu", "mma_bf16.cu", "mma_tf32.cu", "mma_f32.cu", "wgmma_f16.cu", "wgmma_bf16.cu", "bind.cpp"]
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 MMA, WGMMA = 80, 90  # compute capability, and by it the family of kernels
+HOST = torch.device("cpu")
 
 
 @pytest.fixture(scope="session")
@@ -55,213 +58,251 @@ def emulated(tmp_path_factory):
 
 
 @pytest.fixture
-def kernels(emulated, monkeypatch):
-    """fastsupcon.backends.cuda itself, on cpu tensors."""
+def on(emulated):
+    """on(capability, multiprocessors): the backend on such a device, its log of launches empty."""
 
-    def run(function, like, problem, self_shape, *addresses):
-        call = (problem, self_shape, tf32_allowed(), *addresses)
-        needed = function(*call, 0, 0, 0, 0)
-        if needed:
-            scratch = torch.full((needed,), 0xFF, dtype=torch.uint8)  # NaN where nobody writes
-            assert function(*call, scratch.data_ptr(), needed, 0, 0) == needed
+    def on(capability: int, multiprocessors: int = 4):
+        emulated.set_device(multiprocessors, capability)
+        emulated.launched()
+        return emulated_backend(emulated)
 
-    monkeypatch.setattr(backend, "_C", emulated)
-    monkeypatch.setattr(backend, "_run", run)
-    monkeypatch.setattr(torch, "empty_like", lambda like: torch.full(like.shape, torch.nan, dtype=like.dtype))
-    emulated.launched()
-    return backend
+    return on
 
 
-def rows(count: int, depth: int, dtype: torch.dtype, seed: int, unit: bool = True) -> torch.Tensor:
-    values = torch.randn(count, depth, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return (torch.nn.functional.normalize(values) if unit else values).to(dtype)
+def names(emulated) -> list[str]:
+    return [name for name, _ in emulated.launched()]
 
 
-def assert_as_good_as_plain(got: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> None:
-    """At most twice the error that plain PyTorch makes in the same dtype, plus a few units of that dtype's rounding."""
-    assert got.isfinite().all(), got
-    unit = {F32: 2e-6, F16: 2e-3, BF16: 1.6e-2}[dtype]
-    error, allowed = (got.double() - exact).norm(), 2 * (plain.double() - exact).norm() + unit * exact.norm()
-    assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"
+def contract_cases() -> list[tuple[int, Case]]:
+    """Single precision, and half types on Hopper, where what wgmma does not serve falls to mma.sync; some of those on Ampere too."""
+    tame = [case for case in CASES if 1e-3 < case.length < 1e3]
+    small = [case for case in tame if case.n * (case.m or case.n) * case.d < 250_000]
+    return [
+        *((MMA, case) for case in CASES if case.d < 129),
+        *((WGMMA, replace(case, dtype=F16)) for case in small),
+        *((WGMMA, replace(case, dtype=BF16)) for case in tame),
+        *((MMA, replace(case, dtype=dtype)) for dtype in (F16, BF16) for case in small[7::3]),
+    ]
 
 
-def check_self(kernels, count, depth, dtype, scale=10.0, unit=True, gradient_scale=1.0):
-    z = rows(count, depth, dtype, seed=count + depth, unit=unit)
-    grad = torch.rand(count, generator=torch.Generator().manual_seed(1)) / count * gradient_scale
-    exact_lse = reference.self_forward(z.double(), scale, unit)
-    lse = kernels.self_forward(z, scale, unit)
-    torch.testing.assert_close(lse.double(), exact_lse, rtol=3e-6, atol=3e-6)
-    dz = kernels.self_backward(z, lse, grad, scale, unit)
-    exact = reference.self_backward(z.double(), exact_lse, grad.double(), scale, unit)
-    assert_as_good_as_plain(dz, exact.to(dtype), exact, dtype)
+@pytest.mark.parametrize(("capability", "case"), contract_cases(), ids=str)
+def test_contract(on, capability, case):
+    check(on(capability), case, HOST)
 
 
-def check_cross(kernels, count, columns, depth, dtype, rule, scale=10.0, with_bias=True):
-    a, b = rows(count, depth, dtype, 1), rows(columns, depth, dtype, 2)
-    generator = torch.Generator().manual_seed(3)
-    bias = torch.randn(columns, generator=generator) if with_bias else None
-    skip = torch.randint(-1, columns, (count,), generator=generator) if rule == "skip" else None
-    labels = [torch.randint(0, 7, (n,), generator=generator) if rule == "labels" else None for n in (count, columns)]
-    grad = torch.randn(count, generator=generator) / count
-    exclusions = (skip, *labels)
-    wide = (a.double(), b.double(), None if bias is None else bias.double())
-    exact_lse = reference.cross_forward(*wide, *exclusions, scale)
-    lse = kernels.cross_forward(a, b, bias, *exclusions, scale)
-    torch.testing.assert_close(lse.double(), exact_lse, rtol=3e-6, atol=3e-6)
-    needs = (True, True, with_bias)
-    got = kernels.cross_backward(a, b, bias, *exclusions, lse, grad, scale, needs)
-    exact = reference.cross_backward(*wide, *exclusions, exact_lse, grad.double(), scale, needs)
-    for name, mine, true in zip(("rows", "columns"), got, exact, strict=False):
-        assert mine is not None, name
-        assert_as_good_as_plain(mine, true.to(dtype), true, dtype)
-    if with_bias:  # single precision, whatever the rows: so are plain PyTorch's logits here, which at depth 1000 are 4e-7 off
-        single = (a.float(), b.float(), bias)
-        plain_lse = reference.cross_forward(*single, *exclusions, scale)
-        plain = reference.cross_backward(*single, *exclusions, plain_lse, grad, scale, needs)
-        assert_as_good_as_plain(got[2], plain[2], exact[2], F32)
-
-
-@pytest.mark.parametrize(("count", "depth"), [(1, 3), (2, 1), (63, 64), (65, 100), (130, 128), (70, 129), (65, 256), (66, 320), (300, 64)])
-@pytest.mark.parametrize("dtype", [F32, F16, BF16])
-def test_self_mma(kernels, emulated, count, depth, dtype):
-    emulated.set_device(4, MMA)
-    if count == 1:
-        z = rows(1, depth, dtype, 0)
-        lse = kernels.self_forward(z, 10.0, True)
-        assert lse.item() == -torch.inf
-        assert (kernels.self_backward(z, lse, torch.ones(1), 10.0, True) == 0).all()
-    else:
-        check_self(kernels, count, depth, dtype)
-    assert all(name.startswith(("mma", "combine", "largest")) for name in emulated.launched())
-
-
-@pytest.mark.parametrize("depth", [8, 64, 104, 128, 136, 256])
-@pytest.mark.parametrize("dtype", [F16, BF16])
-def test_self_wgmma(kernels, emulated, depth, dtype):
-    emulated.set_device(2, WGMMA)
-    check_self(kernels, 300, depth, dtype)
-    assert {"wgmma_forward", "wgmma_backward"} <= set(emulated.launched())
-
-
-# Beyond the registers of one consumer: 5 … 16 panels of 64. Tiles of 32 columns: one, even and odd numbers of them, ragged and whole.
-@pytest.mark.parametrize(("count", "depth"), [(3, 264), (70, 512), (130, 320), (64, 520), (97, 768), (200, 640), (90, 776), (33, 1024)])
-@pytest.mark.parametrize("dtype", [F16, BF16])
-@pytest.mark.parametrize("unit", [True, False])
-def test_self_wgmma_deep(kernels, emulated, count, depth, dtype, unit):
-    emulated.set_device(1, WGMMA)
-    check_self(kernels, count, depth, dtype, unit=unit)
-    assert {"wgmma_deep_forward", "wgmma_deep_backward"} == {name for name in emulated.launched() if name.startswith(("wgmma", "mma"))}
-
-
-@pytest.mark.parametrize("count", [2, 65, 129, 700])
-def test_self_wgmma_ragged_and_split(kernels, emulated, count):
-    emulated.set_device(8, WGMMA)
-    check_self(kernels, count, 64, BF16)
-
-
-@pytest.mark.parametrize(("capability", "dtype", "depth"), [(MMA, F32, 40), (MMA, BF16, 64), (WGMMA, F16, 128), (MMA, F16, 320)])
-@pytest.mark.parametrize("rule", ["none", "skip", "labels"])
-def test_cross(kernels, emulated, capability, dtype, depth, rule):
-    emulated.set_device(4, capability)
-    check_cross(kernels, 70, 150, depth, dtype, rule)
-
-
-@pytest.mark.parametrize(("dtype", "depth"), [(BF16, 320), (F16, 768), (F16, 1000), (BF16, 1024)])
-@pytest.mark.parametrize("rule", ["none", "skip", "labels"])
-def test_cross_wgmma_deep(kernels, emulated, dtype, depth, rule):
-    emulated.set_device(1, WGMMA)
-    check_cross(kernels, 70, 150, depth, dtype, rule)
-    assert {"wgmma_deep_forward", "wgmma_deep_backward"} == {name for name in emulated.launched() if name.startswith(("wgmma", "mma"))}
-
-
-def test_wgmma_deep_split(kernels, emulated):
-    """Columns over several blocks, in the backward beside blocks that share the result's columns."""
-    emulated.set_device(16, WGMMA)
-    check_cross(kernels, 20, 1100, 512, BF16, "skip")
-    check_self(kernels, 300, 1024, F16)
-    assert {"combine_sums", "combine_logsums"} <= set(emulated.launched())
-
-
-def test_cross_without_bias_and_split(kernels, emulated):
-    for capability in (MMA, WGMMA):
-        emulated.set_device(16, capability)
-        check_cross(kernels, 20, 1100, 64, BF16, "none", with_bias=False)
+# A panel is 64 half numbers of the depth. At 8, 72 and 104 a box is wider than what is left of the tensor; at 136 and 192 the last of four
+# panels lies wholly outside of it; at 129 rows so do most rows of the last block and tile.
+@pytest.mark.parametrize("depth", [8, 64, 72, 104, 128, 136, 192, 256])
+@pytest.mark.parametrize("m", [None, 70])
+def test_boxes_at_and_outside_the_edges(on, emulated, depth, m):
+    case = Case(129, m, d=depth, dtype=BF16 if m else F16, keys="few", rows=SCL if m is None else PSC, scale=-10.0 if m else 10.0)
+    check(on(WGMMA), case, HOST)
+    assert {"wgmma_forward", "wgmma_backward"} <= set(names(emulated))
 
 
 @pytest.mark.parametrize("capability", [MMA, WGMMA])
-@pytest.mark.parametrize(("scale", "unit"), [(1000.0, True), (1.0, False), (0.1, True), (42.0, True), (30.0, False)])
-def test_any_temperature_and_raw_rows(kernels, emulated, capability, scale, unit):
-    emulated.set_device(4, capability)
-    check_self(kernels, 90, 64, BF16, scale=scale, unit=unit)
+@pytest.mark.parametrize("scale", [-10.0, -1.0, 0.0])
+@pytest.mark.parametrize("m", [None, 41])
+def test_scales_that_are_not_positive(on, capability, scale, m):
+    check(on(capability), Case(70, m, d=64, dtype=BF16, keys="few", scale=scale, own=m is not None), HOST)
+
+
+@pytest.mark.parametrize(("dtype", "depth"), [(F32, 260), (BF16, 320), (F16, 1000)])
+def test_any_depth(on, dtype, depth):
+    """Deeper than what a block's registers hold of the result: several blocks share its columns, and panels come through a ring."""
+    check(on(MMA), Case(70, 41, d=depth, dtype=dtype, keys="few", rows=PSC, columns=("all",), own=True), HOST)
+
+
+@pytest.mark.parametrize("capability", [MMA, WGMMA])
+@pytest.mark.parametrize(
+    "case", [Case(20, 1100, d=64, dtype=BF16, keys="few", rows=SCL, columns=SCL), Case(600, d=40, dtype=F16, keys="few")], ids=str
+)
+def test_splits(on, emulated, capability, case):
+    """Few rows: several blocks share their columns, in the forward the last of them puts the sums together."""
+    check(on(capability, multiprocessors=64), case, HOST)
+    assert any(grid[0] > -(-max(case.n, case.m or 0) // 64) for _, grid in emulated.launched())
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [(MMA, F32), (MMA, F16), (WGMMA, BF16)])
+@pytest.mark.parametrize("loss", ["SCL", "PSC"])
+@pytest.mark.parametrize("learned", [False, True])
+def test_launches_of_a_step(on, emulated, capability, dtype, loss, learned):
+    """At most seven, and one more for the gradient of a learned temperature; however few or many the rows."""
+    backend = on(capability, multiprocessors=132)
+    line = Line(all=1, similarity=-1) if loss == "SCL" else Line(different=1, similarity=-1)
+    case = Case(70, None if loss == "SCL" else 10, d=64, dtype=dtype, keys="few", learned=learned, rows=line.names)
+    pairs = problem(case, HOST)
+    emulated.set_dry(True)
+    for _ in range(2):
+        terms = backend.forward(pairs, line.names, (), False)
+        values = torch.ones_like(terms.rows)
+        backend.line(line.names, values, line)
+        grads = backend.line_backward(line.names, values, torch.ones(()), line)
+        sides = Side(line.names, values, grads), Side((), terms.columns, terms.columns)
+        backend.backward(pairs, *sides, terms.norms, terms.kept, (True, loss == "PSC", False, learned))
+        launches = names(emulated)
+        assert len(launches) == (8 if learned else 7), launches
+    emulated.set_dry(False)
+
+
+def dry_grids(on, emulated, capability: int, n: int, m: int | None, depth: int, dtype) -> list:
+    """The grids of the tile kernels for a problem whose rows are not there: nothing runs."""
+    backend = on(capability, multiprocessors=132)
+    emulated.set_dry(True)
+    rows = torch.empty(1, depth, dtype=dtype).expand(n, depth)
+    columns = None if m is None else torch.empty(1, depth, dtype=dtype).expand(m, depth)
+    backend._run = lambda plan, like: plan.run(0, 0, 0)
+    terms = backend.forward(Pairs(rows, columns, 10.0, True), ("all",), (), False)
+    nothing = Side((), terms.columns, terms.columns)
+    backend.torch.empty_like = lambda like: torch.empty(1)
+    backend.backward(
+        Pairs(rows, columns, 10.0, True),
+        Side(("all",), terms.rows, terms.rows),
+        nothing,
+        terms.norms,
+        terms.kept,
+        (True, m is not None, False, False),
+    )
+    emulated.set_dry(False)
+    return [grid for name, grid in emulated.launched() if name.startswith(("mma", "wgmma"))]
+
+
+@pytest.mark.parametrize("capability", [MMA, WGMMA])
+def test_more_row_blocks_than_a_grid_has_in_y(on, emulated, capability):
+    for x, y, z in dry_grids(on, emulated, capability, 2**24, 10, 64, BF16):
+        assert 65_535 < x < 2**31
+        assert (y, z) == (1, 1)
+
+
+@pytest.mark.parametrize("count", [2048, 8192, 16_897, 20_000, 33_000])
+def test_the_multiprocessors_are_kept_busy(on, emulated, count):
+    """By at least two thirds in every launch, the last wave of blocks included: 132 blocks run at a time."""
+    for x, _, _ in dry_grids(on, emulated, WGMMA, count, None, 128, BF16):
+        assert x / (132 * -(-x // 132)) > 2 / 3, x
+
+
+@pytest.mark.parametrize("line", LINES, ids=str)
+def test_lines(on, line):
+    backend, case = on(MMA), Case(1100, d=8, keys="few", rows=line.names)
+    values = torch.rand(len(line.names), case.n)
+    values[line.names.index("count")] = torch.arange(case.n) % 4  # and lone rows
+    wide = values.double().requires_grad_()
+    want = reference.line(line.names, wide, line)
+    torch.testing.assert_close(backend.line(line.names, values, line).double(), want, rtol=1e-5, atol=1e-5)
+    grad = torch.randn_like(want)
+    (expected,) = torch.autograd.grad(want, wide, grad)
+    got = backend.line_backward(line.names, values, grad.float(), line).double()
+    torch.testing.assert_close(got[:-1], expected[:-1], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("capability", [MMA, WGMMA])
+def test_columns_of_other_processes(on, capability):
+    """A part of the rows against all columns with the whole problem's log-sums and gradients: the whole gradient of those rows."""
+    asked = ("all", "different", "similarity", "count")
+    whole = problem(Case(90, d=24, keys="few", rows=asked, dtype=F16), HOST)
+    backend = on(capability)
+    terms = backend.forward(whole, asked, (), False)
+    grads = incoming(asked, terms.rows)
+    want = backend.backward(
+        whole, Side(asked, terms.rows, grads), Side((), terms.columns, terms.columns), terms.norms, terms.kept, (True, False, False, False)
+    )
+    part = slice(40, 90)
+    mine = Pairs(
+        whole.rows[part].contiguous(),
+        whole.rows,
+        whole.scale,
+        True,
+        None,
+        whole.row_keys[part].contiguous(),
+        whole.row_keys,
+        torch.arange(40, 90),
+    )
+    part_terms = backend.forward(mine, asked, (), False)
+    sides = Side(asked, part_terms.rows, grads[:, part].contiguous()), Side(asked, terms.rows, grads)
+    got = backend.backward(mine, *sides, part_terms.norms, part_terms.kept, (True, False, False, False))
+    torch.testing.assert_close(got.rows.float(), want.rows[part].float(), rtol=2e-3, atol=2e-5)
+    torch.testing.assert_close(part_terms.rows, terms.rows[:, part], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("need", range(4))
+def test_one_gradient_alone(on, need):
+    case = Case(70, 41, rows=("all", "different", "similarity", "count"), columns=("all",), keys="few", own=True, bias=True, learned=True)
+    pairs, backend = problem(case, HOST), on(MMA)
+    terms, row_grads, column_grads, every = run(backend, pairs, case)
+    sides = Side(case.rows, terms.rows, row_grads), Side(case.columns, terms.columns, column_grads)
+    for k, got in enumerate(backend.backward(pairs, *sides, terms.norms, terms.kept, tuple(k == need for k in range(4)))):
+        assert (got is not None) == (k == need)
+        if k == need:
+            torch.testing.assert_close(got, every[k], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("capability", [MMA, WGMMA])
 @pytest.mark.parametrize("gradient_scale", [65536.0, 1e-6])
-def test_half_gradients_of_any_size(kernels, emulated, capability, gradient_scale):
+def test_half_gradients_of_any_size(on, capability, gradient_scale):
     """GradScaler's factor must not overflow the weights in half precision, nor a mean over many rows underflow them."""
-    emulated.set_device(4, capability)
-    z = rows(140, 64, F16, 5)
-    grad = torch.rand(140, generator=torch.Generator().manual_seed(1)) / 140
-    lse = kernels.self_forward(z, 5.0, True)
-    exact = reference.self_backward(z.double(), lse.double(), grad.double() * gradient_scale, 5.0, True)
-    dz = kernels.self_backward(z, lse, grad * gradient_scale, 5.0, True)
-    floor = 6e-8 * dz.numel() ** 0.5  # the smallest half number: what the result itself cannot hold
-    assert (dz.double() - exact).norm() <= 2 * (exact.to(F16).double() - exact).norm() + 1e-3 * exact.norm() + floor
+    backend, pairs = on(capability), problem(Case(140, d=64, dtype=F16, keys="few", scale=5.0), HOST)
+    terms = backend.forward(pairs, SCL, (), False)
+    nothing = Side((), terms.columns, terms.columns)
+    grads = incoming(SCL, terms.rows) * gradient_scale
+    got = backend.backward(pairs, Side(SCL, terms.rows, grads), nothing, terms.norms, terms.kept, (True, False, False, False)).rows
+    wide = pairs._replace(rows=pairs.rows.double())
+    exact = reference.backward(
+        wide, Side(SCL, terms.rows.double(), grads.double()), nothing, terms.norms, terms.kept, (True, False, False, False)
+    ).rows
+    floor = 6e-8 * got.numel() ** 0.5  # the smallest half number: what the result itself cannot hold
+    assert (got.double() - exact).norm() <= 2 * (exact.to(F16).double() - exact).norm() + 1e-3 * exact.norm() + floor
 
 
 @pytest.mark.parametrize("capability", [MMA, WGMMA])
-def test_rows_without_allowed_columns(kernels, emulated, capability):
-    emulated.set_device(4, capability)
-    a, b = rows(70, 64, BF16, 1), rows(80, 64, BF16, 2)
-    row_labels, column_labels = torch.zeros(70, dtype=torch.int64), torch.zeros(80, dtype=torch.int64)
-    row_labels[3] = 1
-    lse = kernels.cross_forward(a, b, None, None, row_labels, column_labels, 10.0)
-    assert (lse == -torch.inf).sum() == 69
-    assert lse[3].isfinite()
-    da, db, _ = kernels.cross_backward(a, b, None, None, row_labels, column_labels, lse, torch.ones(70), 10.0, (True, True, False))
-    assert da.isfinite().all()
-    assert db.isfinite().all()
-    assert da[3].any()
-    da[3] = 0
-    assert not da.any()
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_never_hidden(on, capability, value):
+    pairs = problem(Case(70, d=64, dtype=BF16, keys="few"), HOST)
+    pairs.rows[3, 2] = value
+    assert not on(capability).forward(pairs, ("all",), (), False).rows.isfinite().any()
 
 
-@pytest.mark.parametrize("capability", [MMA, WGMMA])
-@pytest.mark.parametrize("unit", [True, False])
-def test_nan_is_never_hidden(kernels, emulated, capability, unit):
-    emulated.set_device(4, capability)
-    z = rows(70, 64, BF16, 1)
-    z[5, 7] = torch.nan
-    assert kernels.self_forward(z, 10.0, unit).isnan().all()
+def test_one_pair_alone_is_exactly_its_similarity(on):
+    pairs = problem(Case(2, d=7, keys="few"), HOST)._replace(row_keys=torch.zeros(2, dtype=torch.int64))
+    values = on(MMA).forward(pairs, SCL, (), False).rows
+    assert torch.equal(values[0], values[1])
+
+
+def test_the_family_can_be_named(on, emulated, monkeypatch):
+    pairs = problem(Case(70, d=64, dtype=BF16, keys="few"), HOST)
+    for name, capability in (("mma", WGMMA), ("wgmma", WGMMA)):
+        monkeypatch.setenv("FASTSUPCON_CUDA", name)
+        on(capability).forward(pairs, SCL, (), False)
+        assert f"{name}_forward" in names(emulated)
+    with pytest.raises(RuntimeError, match="FASTSUPCON_CUDA=wgmma"):
+        on(MMA).forward(pairs, SCL, (), False)
 
 
 def test_a_driver_that_cannot_load_the_kernels_is_named(emulated, monkeypatch):
     """So that backend="auto" goes on to another, and does not raise in every call."""
-    monkeypatch.setattr(backend, "_C", emulated)
+    monkeypatch.setattr(cuda, "_C", emulated)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
-    backend._driver_unusable.cache_clear()
-    assert backend.unusable(torch.device("cuda", 0), BF16, 64) is None
+    cuda._driver_unusable.cache_clear()
+    assert cuda.unusable(torch.device("cuda", 0), BF16, 64) is None
     emulated.set_driver_fault("the provided PTX was compiled with an unsupported toolchain.")
-    assert backend.unusable(torch.device("cuda", 0), BF16, 64) is None, "asked once per device"
-    backend._driver_unusable.cache_clear()
-    assert "unsupported toolchain" in backend.unusable(torch.device("cuda", 0), BF16, 64)
+    assert cuda.unusable(torch.device("cuda", 0), BF16, 64) is None, "asked once per device"
+    cuda._driver_unusable.cache_clear()
+    assert "unsupported toolchain" in cuda.unusable(torch.device("cuda", 0), BF16, 64)
     emulated.set_driver_fault("")
-    backend._driver_unusable.cache_clear()
+    cuda._driver_unusable.cache_clear()
 
 
-def test_tf32_follows_the_matmul_precision(kernels, emulated):
-    emulated.set_device(4, MMA)
-    z = rows(70, 48, F32, 1)
-    exact = reference.self_forward(z.double(), 10.0, True)
+def test_tf32_follows_the_matmul_precision(on):
+    pairs, backend = problem(Case(70, d=48), HOST), on(MMA)
+    exact = reference.forward(pairs._replace(rows=pairs.rows.double()), ("all",), (), False).rows
     errors = {}
     before = torch.get_float32_matmul_precision()
     for precision in ("highest", "high"):
         torch.set_float32_matmul_precision(precision)
-        errors[precision] = (kernels.self_forward(z, 10.0, True).double() - exact).abs().max().item()
+        errors[precision] = (backend.forward(pairs, ("all",), (), False).rows.double() - exact).abs().max().item()
     torch.set_float32_matmul_precision(before)
-    assert errors["highest"] < 3e-6
+    assert errors["highest"] < 1e-6
     assert 1e-5 < errors["high"] < 3e-3
 
 
@@ -269,26 +310,21 @@ def test_tf32_follows_the_matmul_precision(kernels, emulated):
 # by 2^-25 for each addition on the way, three per step of 8 in single precision.
 
 
-@pytest.mark.parametrize("depth", [256, 512, 1024])
-def test_long_logits_in_single_precision(kernels, emulated, depth):
-    emulated.set_device(4, MMA)
-    a, b = rows(20, depth, F32, 1).abs(), rows(70, depth, F32, 2).abs()
-    exact = reference.cross_forward(a.double(), b.double(), None, None, None, None, 50.0)
-    lse = kernels.cross_forward(a, b, None, None, None, None, 50.0)
-    torch.testing.assert_close(lse.double(), exact, rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize(("streamed", "depth"), [(2100, 40), (2100, 100), (1300, 200)])
-def test_long_gradients_in_single_precision(kernels, emulated, streamed, depth):
-    emulated.set_device(0, MMA)  # the columns are not split
-    a, b = rows(20, depth, F32, 1).abs(), rows(streamed, depth, F32, 2).abs()
-    grad = torch.rand(20, generator=torch.Generator().manual_seed(3))
-    exact_lse = reference.cross_forward(a.double(), b.double(), None, None, None, None, 20.0)
-    for needs in ((True, False, False), (False, True, False)):
-        da, db, _ = kernels.cross_backward(a, b, None, None, None, None, exact_lse.float(), grad, 20.0, needs)
-        wide = (a.double(), b.double(), None, None, None, None, exact_lse, grad.double(), 20.0, needs)
-        exact = next(out for out in reference.cross_backward(*wide) if out is not None)
-        assert_as_good_as_plain(da if needs[0] else db, exact.to(F32), exact, F32)
+@pytest.mark.parametrize(("columns", "depth"), [(70, 1024), (1100, 40), (600, 200)])
+def test_long_sums_in_single_precision(on, columns, depth):
+    """Of logits over the depth, and of gradients over the columns."""
+    generator = torch.Generator().manual_seed(3)
+    a, b = (torch.nn.functional.normalize(torch.rand(count, depth, generator=generator)) for count in (20, columns))
+    pairs, backend = Pairs(a, b, 50.0), on(MMA, 0)
+    wide = Pairs(a.double(), b.double(), 50.0)
+    terms, exact = backend.forward(pairs, ("all",), (), False), reference.forward(wide, ("all",), (), False)
+    torch.testing.assert_close(terms.rows.double(), exact.rows, rtol=1e-6, atol=0)
+    grad = torch.rand(1, 20, generator=generator)
+    needs = (True, False, False, False)
+    nothing = Side((), terms.columns, terms.columns)
+    got = backend.backward(pairs, Side(("all",), exact.rows.float(), grad), nothing, terms.norms, terms.kept, needs)
+    want = reference.backward(wide, Side(("all",), exact.rows, grad.double()), nothing, terms.norms, terms.kept, needs)
+    assert (got.rows.double() - want.rows).norm() <= 2e-6 * want.rows.norm()
 
 
 def test_index_maps(emulated):

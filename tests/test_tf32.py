@@ -21,19 +21,16 @@ SETTINGS = {  # statement on torch, whether TF32 may then be used
 }
 # Each setting in a process of its own, forked: what was set cannot be unset.
 ASK = """
-import contextlib, os, sys, types
+import os, sys
 import torch
-from fastsupcon.backends import cuda, triton
-torch.cuda.device_of = lambda tensor: contextlib.nullcontext()
-torch.cuda.current_stream = lambda device: types.SimpleNamespace(cuda_stream=0)
+from fastsupcon.backends import triton
+from fastsupcon.backends._dtypes import tf32_allowed
 gpu = triton._Gpu("hopper", 132, {False: "tf32x3", True: "tf32"})
 for setting in sys.argv[1:]:
     child = os.fork()
     if child == 0:
         exec(setting)
-        asked = []
-        cuda._run(lambda problem, self_shape, allow_tf32, *rest: asked.append(allow_tf32), torch.zeros(1), None, True)
-        print(asked[0], triton._precision(gpu, torch.float32), triton._precision(gpu, torch.bfloat16), flush=True)
+        print(tf32_allowed(), triton._precision(gpu, torch.float32), triton._precision(gpu, torch.bfloat16), flush=True)
         os._exit(0)
     os.waitpid(child, 0)
 """

@@ -1,6 +1,6 @@
 """The Triton kernels compiled ahead of time, exactly as the backend launches them, and what the compiler says of each; no GPU needed.
 
-python tests/triton_ahead.py [word ...]     a line for each kernel of each problem, GPU, dtype and D that holds all words ("gfx942 bf16 256")
+python tests/triton_ahead.py [word ...]     a line for each kernel of the forms, GPUs, dtypes and D that hold all words ("gfx942 bf16 256")
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if __name__ == "__main__":
 
 from fastsupcon.backends import triton as backend
 from fastsupcon.backends.triton.table import family
-from fastsupcon.problem import Line, Pairs, Side
+from fastsupcon.problem import LOG_SUMS, Line, Pairs, Side
 
 SHARED = {80: 163, 86: 99, 90: 227, 100: 227, 120: 99, "gfx942": 64}  # KiB a block may use
 TENSOR_CORES = {80: "mma.sync", 86: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync", "gfx942": "v_mfma"}
@@ -58,7 +58,7 @@ FORMS = {
     "PSC, 10 classes": Form(1024, 10, PSC),
     "PSC, 1000 classes": Form(1024, 1000, PSC, learned=True),
     "PSC, running": Form(1024, 1000, PSC, scale=100.0),
-    "CLIP": Form(4096, 4096, ("all", "similarity", "count"), ("all", "similarity", "count"), learned=True),
+    "CLIP": Form(4096, 4096, SCL, SCL, learned=True),
     "BCL": Form(2048, 0, ("different", "equal", "similarity", "count"), bias=True),
     "everything": Form(2048, 1024, ("all", "different", "equal", "similarity", "count"), ("all",), True, False, True, True, True),
 }
@@ -78,8 +78,8 @@ class Reading(NamedTuple):
 
 
 @contextlib.contextmanager
-def recorded():
-    """The launches that the backend makes inside, as (kernel, arguments), without making them."""
+def recorded(gpu):
+    """The launches that the backend would make inside on such a GPU, as (kernel, arguments), without making them."""
     launches = []
 
     def launch(kernel, grid):
@@ -88,7 +88,11 @@ def recorded():
 
         return record
 
-    with mock.patch.object(KernelInterface, "__getitem__", launch):
+    with (
+        mock.patch.object(KernelInterface, "__getitem__", launch),
+        mock.patch.object(backend, "_gpu", lambda device: gpu),
+        mock.patch.object(backend, "_on", lambda device: contextlib.nullcontext()),
+    ):
         yield launches
 
 
@@ -102,10 +106,9 @@ def step(form: Form, dtype: torch.dtype, depth: int) -> None:
         empty(m) if form.bias else None, keys(n, form.keys), keys(m, form.keys and form.m), keys(n, form.own),
     )  # fmt: skip
     terms = backend.forward(pairs, form.rows, form.columns, False)
-    line = Line(all=1, similarity=-1)
-    if set(line.names) <= set(form.rows):
-        backend.line(form.rows, terms.rows, line)
-        backend.line_backward(form.rows, terms.rows, empty(), line)
+    line = Line(**{name: 1.0 for name in LOG_SUMS if name in form.rows}, similarity=-1.0)
+    backend.line(line.names, terms.rows, line)
+    backend.line_backward(line.names, terms.rows, empty(), line)
     rows, columns = Side(form.rows, terms.rows, terms.rows), Side(form.columns, terms.columns, terms.columns)
     backend.backward(pairs, rows, columns, terms.norms, terms.kept, (True, bool(form.m), form.bias, form.learned))
 
@@ -115,11 +118,7 @@ def compile_ahead(form: str, arch: int | str, dtype: str, depth: int, kernels: t
     target = GPUTarget("hip", arch, 64) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)
     full, units = ("ieee", 304) if target.backend == "hip" else ("tf32x3", 132)
     gpu = backend._Gpu(family(target.backend, arch), units, {False: full, True: full})
-    with (
-        recorded() as launches,
-        mock.patch.object(backend, "_gpu", lambda device: gpu),
-        mock.patch.object(backend, "_on", lambda device: contextlib.nullcontext()),
-    ):
+    with recorded(gpu) as launches:
         step(FORMS[form], DTYPES[dtype], depth)
     return [compiled(kernel, arguments, target) for kernel, arguments in launches if not kernels or kernel.__name__ in kernels]
 

@@ -114,6 +114,7 @@ void forward_bounded(const Walk<Sum>& walk) {
   constexpr bool kKeyed = kFirst != kAll || kSimilarity;
   const Tile<Sum>& tile = walk.tile;
   auto& row_sums = walk.scratch.row_sums;
+  const Integer<Sum>*const row_keys = tile.rows.keys, *const column_keys = tile.columns.keys;  // or they are loaded after every store
   const BoundedPower<Sum> power(tile.call.scale * kLog2E, tile.call.shift);
   const auto targets = [](const Face<Sum>& face, int k) { return kSimilarity && k == kSums - 1 ? face.similarity : face.total[k]; };
   for (int k = 0; k < kSums; ++k) fill(row_sums[k], tile.rows.count, Vector<Sum>{});
@@ -123,6 +124,7 @@ void forward_bounded(const Walk<Sum>& walk) {
     Vector<Sum> column_sums[kSums][kVectors] = {};
     const std::int64_t count = walk.rows_of(c);
     for (std::int64_t i = 0; i < count; ++i) {
+      const Lanes<Sum> row_key = broadcast<Integer<Sum>>(kKeyed ? row_keys[i] : 0);
       Vector<Sum> sums[kSums];
       unroll<kSums>([&](auto k) __attribute__((always_inline)) { sums[k] = row_sums[k][i]; });
       unroll<kVectors>([&](auto u) __attribute__((always_inline)) {
@@ -138,7 +140,7 @@ void forward_bounded(const Walk<Sum>& walk) {
         if constexpr (!kKeyed) {
           add(Constant<0>{}, e);
         } else {
-          const Lanes<Sum> equal = load(tile.columns.keys + column) == tile.rows.keys[i];
+          const Lanes<Sum> equal = load(column_keys + column) == row_key;
           add(Constant<0>{}, kFirst == kAll ? e : kFirst == kDifferent ? (equal ? Vector<Sum>{} : e) : (equal ? e : Vector<Sum>{}));
           if constexpr (kBoth) add(Constant<1>{}, equal ? e : Vector<Sum>{});
           if constexpr (kSimilarity) add(Constant<kSums - 1>{}, existing<Sum>(rule, i, column, equal ? s : Vector<Sum>{}, Sum(0)));
@@ -284,23 +286,27 @@ void forward(const Tile<Sum>& tile, void* memory) {
 template <class Sum, bool kKeyed, bool kKept>
 void weigh_bounded(const Walk<Sum>& walk) {
   const Tile<Sum>& tile = walk.tile;
-  const Face<Sum>&rows = tile.rows, &columns = tile.columns;
+  const Face<Sum> rows = tile.rows, columns = tile.columns;  // copies: pointers of the originals are loaded again after every store
   const BoundedPower<Sum> power(tile.call.scale * kLog2E, tile.call.shift);
+  Sum* const weights = walk.scratch.weights;
   walk.strips([&](auto rule, std::int64_t c) __attribute__((always_inline)) {
     Sum* const strip = kKept ? walk.strip(c) : walk.scratch.strips;
     if constexpr (!kKept) walk.make_dot_products(c, strip);
     const std::int64_t count = walk.rows_of(c);
     for (std::int64_t i = 0; i < count; ++i) {
+      const Lanes<Sum> row_key = broadcast<Integer<Sum>>(kKeyed ? rows.keys[i] : 0);
+      const Vector<Sum> row_different = broadcast(rows.weight[kDifferent][i]), row_equal = broadcast(rows.weight[kEqual][i]);
+      const Vector<Sum> row_linear = broadcast(rows.linear[i]);
       unroll<kVectors>([&](auto u) __attribute__((always_inline)) {
         const std::int64_t column = c + u * kLanes<Sum>;
         const Vector<Sum> x = load(strip + i * kPanel<Sum> + u * kLanes<Sum>), e = kKept ? x : power(x);
-        Vector<Sum> weight = rows.weight[kDifferent][i] + load(columns.weight[kDifferent] + column), w = e * weight;
+        Vector<Sum> weight = row_different + load(columns.weight[kDifferent] + column), w = e * weight;
         if constexpr (kKeyed) {
-          const Lanes<Sum> equal = load(columns.keys + column) == rows.keys[i];
-          weight = equal ? rows.weight[kEqual][i] + load(columns.weight[kEqual] + column) : weight;
-          w = e * weight + (equal ? rows.linear[i] + load(columns.linear + column) : Vector<Sum>{});
+          const Lanes<Sum> equal = load(columns.keys + column) == row_key;
+          weight = equal ? row_equal + load(columns.weight[kEqual] + column) : weight;
+          w = e * weight + (equal ? row_linear + load(columns.linear + column) : Vector<Sum>{});
         }
-        store(walk.scratch.weights + i * kStride<Sum> + column, existing<Sum>(rule, i, column, w, Sum(0)));
+        store(weights + i * kStride<Sum> + column, existing<Sum>(rule, i, column, w, Sum(0)));
       });
     }
   });

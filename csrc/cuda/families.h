@@ -24,11 +24,11 @@ std::string shape_of(const Work& work);  // for error texts
 
 inline Grid tile_grid(const Work& work, const Tiling& tiling) {
   Grid grid{0, 1, tiling.out_chunks};
-  for (int i = 0; i < work.count; ++i) grid.x += work.passes[i].row_blocks * work.passes[i].splits;
+  for (int i = 0; i < work.count; ++i) grid.x += std::int64_t{work.passes[i].row_blocks} * work.passes[i].splits;
   return grid;
 }
 
-// For sm_80 and newer: everything. For sm_90: half rows that TMA can fetch, of a depth up to 256.
+// For sm_80 and newer: everything. For sm_90: half rows of a depth up to 256 whose sums are known to be bounded.
 template <Product PRODUCT>
 Family mma_family();
 template <Product PRODUCT>

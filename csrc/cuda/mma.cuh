@@ -270,29 +270,27 @@ struct MmaBlock {
     load_panel<PRODUCT, Shape::rows>(x_panel(place), work, pass.x, block.first_row, panel);
   }
   FASTSUPCON_DEVICE void load_y(int place, int of_tile, int panel) const {
-    load_panel<PRODUCT, Shape::columns>(y_panel(place), work, pass.y, std::int64_t{of_tile} * Shape::columns, panel);
+    load_panel<PRODUCT, Shape::columns>(y_panel(place), work, pass.y, of_tile * Shape::columns, panel);
   }
 
-  FASTSUPCON_DEVICE void load_records(int at, const Side& side, std::int64_t first, int count) const {
+  FASTSUPCON_DEVICE void load_records(int at, const Side& side, int first, int count) const {
     const int places = count * record_kinds(BACKWARD, bounded);
 #pragma unroll 1
     for (int place = ptx::thread(); place < places; place += kMmaThreads) {
-      const std::int64_t row = first + place % count;
-      const bool valid = row < side.record_rows;
-      const char* from = side.records + (place / count * side.record_rows + (valid ? row : 0)) * kRecordBytes;
-      ptx::copy_async_16_bytes(x_at + at + place * kRecordBytes, from, valid);
+      const std::int64_t row = std::int64_t{place / count} * side.record_rows + first + place % count;
+      ptx::copy_async_16_bytes(x_at + at + place * kRecordBytes, side.records + row * kRecordBytes, true);
     }
   }
   FASTSUPCON_DEVICE void load_x_records() const { load_records(Shape::x_records_at, pass.x, block.first_row, Shape::rows); }
   FASTSUPCON_DEVICE void load_y_records(int of_tile) const {  // two tiles' places
-    load_records(Shape::y_records_at + of_tile % 2 * Shape::y_records_bytes, pass.y, std::int64_t{of_tile} * Shape::columns, Shape::columns);
+    load_records(Shape::y_records_at + of_tile % 2 * Shape::y_records_bytes, pass.y, of_tile * Shape::columns, Shape::columns);
   }
-  FASTSUPCON_DEVICE Records rows() const { return {shared + Shape::x_records_at, Shape::rows, block.first_row}; }
+  FASTSUPCON_DEVICE Records rows() const { return {shared + Shape::x_records_at, Shape::rows}; }
   FASTSUPCON_DEVICE Records columns() const {
-    return {shared + Shape::y_records_at + tile % 2 * Shape::y_records_bytes, Shape::columns, std::int64_t{tile} * Shape::columns};
+    return {shared + Shape::y_records_at + tile % 2 * Shape::y_records_bytes, Shape::columns};
   }
   FASTSUPCON_DEVICE bool needs_mask() const {
-    return cuda::needs_mask(work, pass, block.first_row, Shape::rows, std::int64_t{tile} * Shape::columns, Shape::columns);
+    return cuda::needs_mask(work, pass, block.first_row, Shape::rows, tile * Shape::columns, Shape::columns);
   }
 
   // The ring (PANELS = 0) runs over steps: for each tile its logits' panels of x and y, then, backward, the result's panels of y.
@@ -386,7 +384,7 @@ __global__ void __launch_bounds__(kMmaThreads) mma_forward(const __grid_constant
     for (int r = 0; r < 2; ++r) start(sums[m][r], block.bounded);
   }
   const auto excluded = [&](bool masked, int row) {
-    return masked ? excluded_pairs<Shape::columns>(work, block.pass, block.block.first_row + row, block.columns().first, lane) : 0;
+    return masked ? excluded_pairs<Shape::columns>(work, block.pass, block.block.first_row + row, block.tile * Shape::columns, lane) : 0;
   };
   block.for_each_tile(
       [&](auto& s) {
@@ -433,7 +431,7 @@ __global__ void __launch_bounds__(kMmaThreads) mma_backward(const __grid_constan
   std::uint32_t packed[Shape::m_tiles][Shape::columns / 16][4];
   float weights[Shape::m_tiles][Shape::columns / 8][4];
   const auto excluded = [&](bool masked, int row) {
-    return masked ? excluded_pairs<Shape::columns>(work, block.pass, block.block.first_row + row, block.columns().first, lane) : 0;
+    return masked ? excluded_pairs<Shape::columns>(work, block.pass, block.block.first_row + row, block.tile * Shape::columns, lane) : 0;
   };
   block.for_each_tile(
       [&](auto& s) {
@@ -474,7 +472,7 @@ __global__ void __launch_bounds__(kMmaThreads) mma_backward(const __grid_constan
   for (int m = 0; m < Shape::m_tiles; ++m) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const std::int64_t row = block.block.first_row + first + 16 * m + 8 * r;
+      const int row = block.block.first_row + first + 16 * m + 8 * r;
       if (summed && first_panel == 0) {
         store_pair_sums(pass, block.block, sums[m][r], block.rows().logit(first + 16 * m + 8 * r).factor, row, lane);
       }
@@ -484,7 +482,7 @@ __global__ void __launch_bounds__(kMmaThreads) mma_backward(const __grid_constan
 #pragma unroll
         for (int n = 0; n < Shape::panel_columns / 8; ++n) {
           const std::int64_t column = std::int64_t{first_panel + p} * Shape::panel_columns + 8 * n + accumulator_column(lane, 0);
-          store_pair(work, pass, block.block.split, row, column, out[p][m][n][2 * r] * per_unit, out[p][m][n][2 * r + 1] * per_unit);
+          store_pair(work, pass, block.block, row, column, out[p][m][n][2 * r] * per_unit, out[p][m][n][2 * r + 1] * per_unit);
         }
       }
     }

@@ -73,10 +73,15 @@ struct Sides {
 
   Sides(const Problem& problem, float* norms, bool allow_tf32) : product(product_of(problem, allow_tf32)), self(problem.b == nullptr) {
     count = self && !problem.bias ? 1 : 2;
-    const auto padded = [](std::int64_t rows) { return ceil_div(rows, kRecordRows) * kRecordRows; };
+    if (std::max(problem.rows, problem.columns) > std::numeric_limits<int>::max() - 2 * kRecordRows) {
+      throw std::runtime_error("fastsupcon CUDA: more than 2^31 rows or columns are not served");
+    }
     const void* b = self ? problem.a : problem.b;
-    sides[0] = {problem.a, problem.rows, nullptr, padded(problem.rows), problem.own_column, nullptr};
-    sides[1] = {b, problem.columns, nullptr, padded(problem.columns), nullptr, nullptr};
+    const auto side = [](const void* rows, std::int64_t count, const std::int64_t* own) {
+      return Side{rows, static_cast<int>(count), static_cast<int>(ceil_div(count, kRecordRows) * kRecordRows), nullptr, own, nullptr};
+    };
+    sides[0] = side(problem.a, problem.rows, problem.own_column);
+    sides[1] = side(b, problem.columns, nullptr);
     work.depth = rows.depth = problem.depth;
     work.exclusion = self ? Exclusion::diagonal : problem.own_column ? Exclusion::own : Exclusion::none;
     const std::int64_t row_bytes = problem.depth * (problem.scalar == Scalar::f32 ? 4 : 2);
@@ -95,7 +100,7 @@ struct Sides {
   }
 
   void reserve_records(Plan& plan, int kinds) {
-    for (int i = 0; i < count; ++i) records_at[i] = reserve(plan, static_cast<std::size_t>(kinds * sides[i].record_rows * kRecordBytes));
+    for (int i = 0; i < count; ++i) records_at[i] = reserve(plan, std::size_t{kRecordBytes} * kinds * sides[i].record_rows);
   }
 
   // Adds the pass whose owner x is side `owner`; y is the other side, or the same where there is but one.
@@ -157,7 +162,7 @@ void share_out(Work& work, const Tiling& tiling, const Device& device) {
   const std::int64_t slots = std::int64_t{device.multiprocessors} * tiling.blocks_per_multiprocessor;
   std::int64_t tiles[2] = {}, longest = 1, best = 1;
   for (int i = 0; i < work.count; ++i) {
-    work.passes[i].row_blocks = ceil_div(work.passes[i].x.count, tiling.rows);
+    work.passes[i].row_blocks = static_cast<int>(ceil_div(work.passes[i].x.count, tiling.rows));
     tiles[i] = ceil_div(work.passes[i].y.count, tiling.columns);
     longest = std::max(longest, tiles[i]);
   }
@@ -173,7 +178,7 @@ void share_out(Work& work, const Tiling& tiling, const Device& device) {
     }
   }
   for (int i = 0; i < work.count; ++i) {
-    work.passes[i].tiles_per_split = best;
+    work.passes[i].tiles_per_split = static_cast<int>(best);
     work.passes[i].splits = static_cast<int>(ceil_div(tiles[i], best));
   }
 }
@@ -199,7 +204,7 @@ Plan forward(const Problem& problem, const Quantities<void*>& rows, const Quanti
     const std::int64_t done_count = static_cast<std::int64_t>((plan.bytes - first_done) / sizeof(int));
     for (int i = 0; i < work.count; ++i) {
       const Pass& pass = work.passes[i];
-      partial_at[i] = reserve(plan, sizeof(float) * static_cast<std::size_t>(kPartials * pass.splits * pass.x.count));
+      partial_at[i] = reserve(plan, sizeof(float) * kPartials * pass.splits * pass.x.count);
     }
     plan.launches.push_back([=](char* scratch, const Where& where) {
       RowsWork of = sides.rows_work(scratch);
@@ -243,7 +248,7 @@ Plan backward(const Problem& problem, const Incoming& rows, const Incoming& colu
     std::size_t largest_at[2] = {}, weight_sums_at = 0, products_at = 0;
     if (PRODUCT == Product::f16) {
       for (int i = 0; i < sides.count; ++i) {
-        largest_at[i] = reserve(plan, 2 * sizeof(float) * static_cast<std::size_t>(sides.sides[i].record_rows / kRecordRows));
+        largest_at[i] = reserve(plan, 2 * sizeof(float) * static_cast<std::size_t>(sides.sides[i].record_rows / kLargestRows));
       }
     }
     // The passes' sums one after the other, so that those of one side are added up as the splits of one.
@@ -251,8 +256,8 @@ Plan backward(const Problem& problem, const Incoming& rows, const Incoming& colu
     for (int i = 0; i < work.count; ++i) {
       const Pass& pass = work.passes[i];
       sums_of[i] = sums;
-      sums += pass.splits * pass.x.count * work.depth;
-      const std::size_t of_rows = sizeof(float) * static_cast<std::size_t>(pass.splits * pass.x.count);
+      sums += std::int64_t{pass.splits} * pass.x.count * work.depth;
+      const std::size_t of_rows = sizeof(float) * pass.splits * pass.x.count;
       if (out.bias && sides.owners[i] == 1) weight_sums_at = reserve(plan, of_rows);
       if (out.scale && sides.owners[i] == 0) products_at = reserve(plan, of_rows);
     }
@@ -308,7 +313,7 @@ Plan backward(const Problem& problem, const Incoming& rows, const Incoming& colu
       const Pass& pass = sides.work.passes[0];
       const float factor = sides.self && !both_ways ? 0.5f : 1.0f;  // w_ij + w_ji: both rows of a pair have its product
       launch("sum_rows", shape, sum_rows, {1}, kBlockThreads, kBlockSumBytes, where, reinterpret_cast<const float*>(scratch + products_at),
-             pass.splits * pass.x.count, factor, static_cast<float*>(out.scale));
+             std::int64_t{pass.splits} * pass.x.count, factor, static_cast<float*>(out.scale));
     });
   });
   return plan;

@@ -7,7 +7,7 @@ namespace fastsupcon::cuda {
 
 constexpr int kRowsThreads = 256;
 constexpr int kRowsWarps = kRowsThreads / 32;
-static_assert(kRowsThreads == kRecordRows);
+static_assert(kRowsThreads == kLargestRows);
 
 template <Product PRODUCT>
 FASTSUPCON_DEVICE float load_element(const void* rows, std::int64_t index) {
@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kRowsThreads) prepare_backward(const __grid_co
   if (ptx::thread() >= 2) return;
   float largest = 0.0f;
   for (int i = 0; i < kRowsWarps; ++i) largest = fmaxf(largest, of_warps[ptx::thread() * kRowsWarps + i]);
-  side.largest[2 * (at.first_row / kRecordRows) + ptx::thread()] = largest;
+  side.largest[2 * (at.first_row / kLargestRows) + ptx::thread()] = largest;
 }
 
 // From the sums of splits, ∂â up to the scale, to the gradients of one side.

@@ -21,35 +21,34 @@ FASTSUPCON_DEVICE float log(float x) { return ptx::log2(x) * kLn2; }
 
 // What this block does: rows of x from `first_row` on with tiles first_tile … last_tile − 1 of y.
 struct BlockWork {
-  int pass;
-  std::int64_t row_block, first_row;
-  int split, first_tile, last_tile;
+  int pass, row_block, first_row, split, first_tile, last_tile;
+
+  FASTSUPCON_DEVICE std::int64_t place(const Pass& of, int row) const { return std::int64_t{split} * of.x.count + row; }  // in [splits, x]
 };
 FASTSUPCON_DEVICE BlockWork block_work(const Work& work, int rows, int columns) {
-  std::int64_t place = ptx::block_x();
-  const std::int64_t of_first = work.passes[0].row_blocks * work.passes[0].splits;
-  const int which = place < of_first ? 0 : 1;
-  if (which) place -= of_first;
-  const Pass& pass = work.passes[which];
+  const auto index = static_cast<int>(ptx::block_x()), of_first = work.passes[0].row_blocks * work.passes[0].splits;
   BlockWork found;
-  found.pass = which;
-  found.split = static_cast<int>(place / pass.row_blocks);
+  found.pass = index < of_first ? 0 : 1;
+  const Pass& pass = work.passes[found.pass];
+  const int place = index - found.pass * of_first;
+  found.split = place / pass.row_blocks;
   found.row_block = place - found.split * pass.row_blocks;
   found.first_row = found.row_block * rows;
-  found.first_tile = static_cast<int>(found.split * pass.tiles_per_split);
-  const int tiles = static_cast<int>(ceil_div(pass.y.count, columns)), last = found.first_tile + static_cast<int>(pass.tiles_per_split);
+  found.first_tile = found.split * pass.tiles_per_split;
+  const int tiles = static_cast<int>(ceil_div(pass.y.count, columns)), last = found.first_tile + pass.tiles_per_split;
   found.last_tile = last < tiles ? last : tiles;
   return found;
 }
 
 // Kinds of records that a kernel reads.
-FASTSUPCON_DEVICE int record_kinds(bool backward, bool bounded) { return !backward ? 1 : bounded ? 2 : 3; }
+__host__ __device__ constexpr int record_kinds(bool backward, bool bounded) { return !backward ? 1 : bounded ? 2 : 3; }
 
 FASTSUPCON_DEVICE float scale_of(const Scale& scale) { return scale.address ? *scale.address : static_cast<float>(scale.value); }
 
 // Whether exp(t) stays a normal number for all |t| ≤ |scale|, and so do the weights: 2 |scale| < 126 ln 2, less a margin of 2 % for rounded
 // rows. NaN is not bounded: running maxima show it.
-FASTSUPCON_DEVICE bool is_bounded(const Scale& scale) { return scale.may_bound && 2 * 1.02f * fabsf(scale_of(scale)) < 126 * kLn2; }
+__host__ __device__ constexpr bool in_bounds(float scale) { return 2 * 1.02f * (scale < 0 ? -scale : scale) < 126 * kLn2; }
+FASTSUPCON_DEVICE bool is_bounded(const Scale& scale) { return scale.may_bound && in_bounds(scale_of(scale)); }
 
 // ---- What rows and columns bring ------------------------------------------------------------------------------------------------
 
@@ -57,7 +56,6 @@ FASTSUPCON_DEVICE bool is_bounded(const Scale& scale) { return scale.may_bound &
 struct Records {
   const unsigned char* at;
   int count;
-  std::int64_t first;  // row of the first
 
   FASTSUPCON_DEVICE Logit logit(int i) const { return reinterpret_cast<const Logit*>(at)[i]; }
   FASTSUPCON_DEVICE Weight weight(int i) const { return reinterpret_cast<const Weight*>(at + count * kRecordBytes)[i]; }
@@ -72,10 +70,10 @@ FASTSUPCON_DEVICE float logit(float product, float row_factor, float column_fact
 }
 
 // By one thread: the records of `count` rows, counted on the barrier. There are records for whole blocks and tiles, as these divide kRecordRows.
-FASTSUPCON_DEVICE void fetch_records(ptx::Address to, const Side& side, std::int64_t first, int count, int kinds, ptx::Address barrier) {
+FASTSUPCON_DEVICE void fetch_records(ptx::Address to, const Side& side, int first, int count, int kinds, ptx::Address barrier) {
 #pragma unroll 1
   for (int kind = 0; kind < kinds; ++kind) {
-    ptx::copy_bulk_async(to + kind * count * kRecordBytes, side.records + (kind * side.record_rows + first) * kRecordBytes, count * kRecordBytes,
+    ptx::copy_bulk_async(to + kind * count * kRecordBytes, side.records + (std::int64_t{kind} * side.record_rows + first) * kRecordBytes, count * kRecordBytes,
                          barrier);
   }
 }
@@ -84,16 +82,16 @@ FASTSUPCON_DEVICE bool equal_keys(const Logit& a, const Logit& b) { return a.key
 
 // Whether a tile of `columns` from `first_column` on holds pairs with `rows` from `first_row` on that are none: on the diagonal, a row's own,
 // or past the last column.
-FASTSUPCON_DEVICE bool needs_mask(const Work& work, const Pass& pass, std::int64_t first_row, int rows, std::int64_t first_column, int columns) {
+FASTSUPCON_DEVICE bool needs_mask(const Work& work, const Pass& pass, int first_row, int rows, int first_column, int columns) {
   return work.exclusion == Exclusion::own || first_column + columns > pass.y.count ||
          (work.exclusion == Exclusion::diagonal && first_column < first_row + rows && first_row < first_column + columns);
 }
 
 // Which pairs of the lane's two rows (`row`, row + 8) with a tile's columns are none: bit 4j + e.
 template <int COLUMNS>
-FASTSUPCON_DEVICE std::uint64_t excluded_pairs(const Work& work, const Pass& pass, std::int64_t row, std::int64_t first_column, int lane) {
-  const auto place = [](const Side& side, std::int64_t at) { return side.own && at < side.count ? side.own[at] : at; };
-  std::int64_t places[2] = {-1, -1};
+FASTSUPCON_DEVICE std::uint64_t excluded_pairs(const Work& work, const Pass& pass, int row, int first_column, int lane) {
+  const auto place = [](const Side& side, int at) { return side.own && at < side.count ? static_cast<int>(side.own[at]) : at; };
+  int places[2] = {-1, -1};
   if (work.exclusion != Exclusion::none) {
     places[0] = place(pass.x, row);
     places[1] = place(pass.x, row + 8);
@@ -103,7 +101,7 @@ FASTSUPCON_DEVICE std::uint64_t excluded_pairs(const Work& work, const Pass& pas
   for (int j = 0; j < COLUMNS / 8; ++j) {
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      const std::int64_t column = first_column + 8 * j + accumulator_column(lane, c), of_column = place(pass.y, column);
+      const int column = first_column + 8 * j + accumulator_column(lane, c), of_column = place(pass.y, column);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         if (column >= pass.y.count || of_column == places[r]) bits |= std::uint64_t{1} << (4 * j + 2 * r + c);
@@ -113,12 +111,19 @@ FASTSUPCON_DEVICE std::uint64_t excluded_pairs(const Work& work, const Pass& pas
   return bits;
 }
 
-// use(RUNNING, MASKED) as constants: the branches are uniform over the block. Running sums are compiled with the mask alone.
+FASTSUPCON_DEVICE bool is_set(std::uint64_t bits, int place) {  // of one word, the place being known: one instruction
+  return (static_cast<std::uint32_t>(bits >> (place / 32 * 32)) & (1u << place % 32)) != 0;
+}
+
+// use(MASKED), use(RUNNING, MASKED) as constants: the branches are uniform over the block. Running sums are compiled with the mask alone.
+template <class Use>
+FASTSUPCON_DEVICE void with_mask(bool masked, Use use) {
+  masked ? use(std::true_type{}) : use(std::false_type{});
+}
 template <class Use>
 FASTSUPCON_DEVICE void with_form(bool running, bool masked, Use use) {
-  const std::true_type yes;
-  const std::false_type no;
-  running ? use(yes, yes) : masked ? use(no, yes) : use(no, no);
+  if (running) use(std::true_type{}, std::true_type{});
+  else with_mask(masked, [&](auto m) { use(std::false_type{}, m); });
 }
 
 // ---- Forward --------------------------------------------------------------------------------------------------------------------
@@ -148,18 +153,19 @@ struct RowSums {
 
 // Adds a tile to the sums of the lane's two rows. s is used up.
 template <bool RUNNING, bool MASKED, int COLUMNS>
-FASTSUPCON_DEVICE void add_tile(RowSums (&sums)[2], float (&s)[COLUMNS / 8][4], const Logit (&rows)[2], float scale,
-                                const Records& columns, std::uint64_t excluded_bits, int lane) {
+FASTSUPCON_DEVICE void add_tile(RowSums (&sums)[2], float (&s)[COLUMNS / 8][4], const Logit (&rows)[2], float scale, const Records& columns,
+                                std::uint64_t excluded_bits, int lane) {
   float different[2] = {sums[0].different.maximum, sums[1].different.maximum}, equal[2] = {sums[0].equal.maximum, sums[1].equal.maximum};
+  std::uint32_t equal_bits[2] = {0, 0};  // as those of excluded pairs
 #pragma unroll
   for (int j = 0; j < COLUMNS / 8; ++j) {
     const int first = 8 * j + accumulator_column(lane, 0);
     const Logit pair[2] = {columns.logit(first), columns.logit(first + 1)};
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const int r = e / 2;
+      const int r = e / 2, place = 4 * j + e;
       const Logit& column = pair[e % 2];
-      const bool excluded = MASKED && (excluded_bits >> (4 * j + e) & 1);
+      const bool excluded = MASKED && is_set(excluded_bits, place);
       const bool is_equal = equal_keys(column, rows[r]);
       float t = logit<RUNNING>(s[j][e], rows[r].factor, column.factor, scale);
       if (is_equal && !excluded) {
@@ -170,8 +176,9 @@ FASTSUPCON_DEVICE void add_tile(RowSums (&sums)[2], float (&s)[COLUMNS / 8][4], 
       if (excluded) t = -kInfinity;
       if (RUNNING) {
         s[j][e] = t;
-        if (is_equal) equal[r] = fmaxf(equal[r], t);
-        else different[r] = fmaxf(different[r], t);
+        if (is_equal) equal_bits[place / 32] |= 1u << place % 32;
+        equal[r] = fmaxf(equal[r], is_equal ? t : -kInfinity);
+        different[r] = fmaxf(different[r], is_equal ? -kInfinity : t);
       } else {
         const float exponential = ptx::exp2(t);
         if (is_equal) sums[r].equal.sum += exponential;
@@ -187,12 +194,10 @@ FASTSUPCON_DEVICE void add_tile(RowSums (&sums)[2], float (&s)[COLUMNS / 8][4], 
     }
 #pragma unroll
     for (int j = 0; j < COLUMNS / 8; ++j) {
-      const int first = 8 * j + accumulator_column(lane, 0);
-      const Logit pair[2] = {columns.logit(first), columns.logit(first + 1)};
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const int r = e / 2;
-        const bool is_equal = equal_keys(pair[e % 2], rows[r]);
+        const int r = e / 2, place = 4 * j + e;
+        const bool is_equal = (equal_bits[place / 32] & (1u << place % 32)) != 0;
         const float exponential = exp(s[j][e] - finite(is_equal ? equal[r] : different[r]));
         if (is_equal) sums[r].equal.sum += exponential;
         else sums[r].different.sum += exponential;
@@ -202,14 +207,14 @@ FASTSUPCON_DEVICE void add_tile(RowSums (&sums)[2], float (&s)[COLUMNS / 8][4], 
 }
 
 // What the logits are in, and so similarities: natural units, or log 2 where exponentials are summed as they are.
-FASTSUPCON_DEVICE float logit_unit(bool bounded) { return bounded ? kLog2e : 1.0f; }
+__host__ __device__ constexpr float logit_unit(bool bounded) { return bounded ? kLog2e : 1.0f; }
 
 FASTSUPCON_DEVICE void start(RowSums& sums, bool bounded) {
   if (bounded) sums.different.maximum = sums.equal.maximum = 0.0f;
 }
 
 // The four lanes that share a row put their sums together, and the first of them writes those of this split.
-FASTSUPCON_DEVICE void store_sums(const Pass& pass, const BlockWork& block, RowSums& sums, std::int64_t row, bool bounded, int lane) {
+FASTSUPCON_DEVICE void store_sums(const Pass& pass, const BlockWork& block, RowSums& sums, int row, bool bounded, int lane) {
 #pragma unroll
   for (int mask = 1; mask < 4; mask *= 2) {
     const auto other = [&](float value) { return ptx::shuffle_xor(value, mask); };
@@ -219,7 +224,7 @@ FASTSUPCON_DEVICE void store_sums(const Pass& pass, const BlockWork& block, RowS
     sums.count += other(sums.count);
   }
   if (lane % 4 != 0 || row >= pass.x.count) return;
-  float* partial = pass.partial + kPartials * (block.split * pass.x.count + row);
+  float* partial = pass.partial + kPartials * block.place(pass, row);
   partial[0] = sums.different.maximum;
   partial[1] = sums.different.sum;
   partial[2] = sums.equal.maximum;
@@ -244,11 +249,11 @@ FASTSUPCON_DEVICE bool is_last_split(const Pass& pass, const BlockWork& block, i
 }
 
 // Each thread one row, once the splits of these rows have written their sums.
-FASTSUPCON_DEVICE void combine_splits(const Pass& pass, std::int64_t row) {
+FASTSUPCON_DEVICE void combine_splits(const Pass& pass, int row) {
   if (row >= pass.x.count) return;
   RowSums total;
   for (int split = 0; split < pass.splits; ++split) {
-    const float* partial = pass.partial + kPartials * (split * pass.x.count + row);
+    const float* partial = pass.partial + kPartials * (std::int64_t{split} * pass.x.count + row);
     total.different = merged(total.different, {ptx::load_fresh(partial), ptx::load_fresh(partial + 1)});
     total.equal = merged(total.equal, {ptx::load_fresh(partial + 2), ptx::load_fresh(partial + 3)});
     total.similarity += ptx::load_fresh(partial + 4);
@@ -266,7 +271,7 @@ FASTSUPCON_DEVICE void combine_splits(const Pass& pass, std::int64_t row) {
 
 // Of one row over its pairs, before any rounding: for the gradients of a bias and of the scale.
 struct PairSums {
-  float weights = 0.0f;   // w without the linear terms
+  float weights = 0.0f;   // w without the linear terms; where there is a bias, nothing is bounded
   float products = 0.0f;  // w x·y factor_j
 };
 
@@ -283,6 +288,8 @@ FASTSUPCON_DEVICE void weigh_tile(PairSums (&sums)[2], float (&s)[COLUMNS / 8][4
   }
 #pragma unroll
   for (int j = 0; j < COLUMNS / 8; ++j) {
+    // ptxas would read the records of more columns at once than it has registers for, and spill some.
+    if (j > 0 && j % 4 == 0) ptx::fence_block();
     const int first = 8 * j + accumulator_column(lane, 0);
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
@@ -292,7 +299,7 @@ FASTSUPCON_DEVICE void weigh_tile(PairSums (&sums)[2], float (&s)[COLUMNS / 8][4
       if (RUNNING) shift = columns.shift(first + c);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const bool excluded = MASKED && (excluded_bits >> (4 * j + 2 * r + c) & 1);
+        const bool excluded = MASKED && is_set(excluded_bits, 4 * j + 2 * r + c);
         const bool is_equal = equal_keys(column, logits[r]);
         const float product = s[j][2 * r + c];
         float t = logit<RUNNING>(product, logits[r].factor, column.factor, scale), w;
@@ -305,12 +312,22 @@ FASTSUPCON_DEVICE void weigh_tile(PairSums (&sums)[2], float (&s)[COLUMNS / 8][4
         } else {
           w = ptx::exp2(t) * (of_row + of_column);
         }
-        if (summed) sums[r].weights += w;
+        if (RUNNING && summed) sums[r].weights += w;
         if (is_equal && !excluded) w += weights[r].linear + weight.linear;
         if (summed) sums[r].products += w * (product * column.factor);
         s[j][2 * r + c] = w * (column.factor * unit);
       }
     }
+  }
+}
+
+// The weights of pairs that are none become 0: where they are finite and nothing but the product sums them, for less code than a mask of logits.
+template <int COLUMNS>
+FASTSUPCON_DEVICE void clear_excluded(float (&w)[COLUMNS / 8][4], std::uint64_t excluded_bits) {
+#pragma unroll
+  for (int j = 0; j < COLUMNS / 8; ++j) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) w[j][e] = is_set(excluded_bits, 4 * j + e) ? 0.0f : w[j][e];
   }
 }
 
@@ -337,7 +354,7 @@ FASTSUPCON_DEVICE float weight_unit(const Pass& pass) {
     float largest[2] = {0.0f, 0.0f}, factor = 0.0f;
     for (int side = 0; side < 2; ++side) {
       const Side& of = side ? pass.y : pass.x;
-      for (std::int64_t i = ptx::lane(); i < of.record_rows / kRecordRows; i += 32) {
+      for (int i = ptx::lane(); i < of.record_rows / kLargestRows; i += 32) {
         largest[side] = fmaxf(largest[side], of.largest[2 * i]);
         if (side) factor = fmaxf(factor, of.largest[2 * i + 1]);
       }
@@ -355,22 +372,22 @@ FASTSUPCON_DEVICE float weight_unit(const Pass& pass) {
 }
 
 // The four lanes that share a row put their sums together, and the first writes what is wanted; no thread may be missing.
-FASTSUPCON_DEVICE void store_pair_sums(const Pass& pass, const BlockWork& block, PairSums sums, float factor, std::int64_t row, int lane) {
+FASTSUPCON_DEVICE void store_pair_sums(const Pass& pass, const BlockWork& block, PairSums sums, float factor, int row, int lane) {
 #pragma unroll
   for (int mask = 1; mask < 4; mask *= 2) {
     sums.weights += ptx::shuffle_xor(sums.weights, mask);
     sums.products += ptx::shuffle_xor(sums.products, mask);
   }
   if (lane % 4 != 0 || row >= pass.x.count) return;
-  const std::int64_t place = block.split * pass.x.count + row;
+  const std::int64_t place = block.place(pass, row);
   if (pass.weight_sums) pass.weight_sums[place] = sums.weights;
   if (pass.products) pass.products[place] = sums.products * factor;
 }
 
 // Two neighbours of the result of this split.
-FASTSUPCON_DEVICE void store_pair(const Work& work, const Pass& pass, int split, std::int64_t row, std::int64_t column, float first, float second) {
+FASTSUPCON_DEVICE void store_pair(const Work& work, const Pass& pass, const BlockWork& block, int row, std::int64_t column, float first, float second) {
   if (column >= work.depth) return;
-  float* out = pass.out + (split * pass.x.count + row) * work.depth + column;
+  float* out = pass.out + block.place(pass, row) * work.depth + column;
   out[0] = first;
   if (column + 1 < work.depth) out[1] = second;
 }

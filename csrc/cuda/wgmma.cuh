@@ -26,11 +26,11 @@ struct WgmmaShape {
   static constexpr int columns = PANELS == 4 ? 64 : 128;
   static constexpr int stages = PANELS == 4 && !BACKWARD ? 2 : 4;
   static constexpr int threads = 128 * (consumers + 1);
-  static constexpr int producer_registers = BACKWARD ? 40 : 32;
-  static constexpr int consumer_registers = BACKWARD ? 232 : 112;
+  static constexpr int producer_registers = BACKWARD ? 24 : 32;
+  static constexpr int consumer_registers = BACKWARD ? 240 : 112;
   static_assert(producer_registers + consumers * consumer_registers <= (consumers + 1) * (65536 / threads / 8 * 8),
                 "setmaxnreg hands out what the block was launched with, and waits forever for more");
-  static constexpr int kinds = BACKWARD ? 3 : 1;  // of records
+  static constexpr int kinds = record_kinds(BACKWARD, true);
   static constexpr int x_panel_bytes = rows * kPanelBytes, y_panel_bytes = columns * kPanelBytes;
   static constexpr int x_bytes = PANELS * x_panel_bytes, y_bytes = PANELS * y_panel_bytes;
   static constexpr int x_records_at = x_bytes + stages * y_bytes;
@@ -49,17 +49,14 @@ struct WgmmaBlock {
   const Work& work;
   BlockWork block;
   const Pass& pass;
-  bool bounded;
-  float scale;  // of logits, in their unit
+  float scale = static_cast<float>(work.scale.value) * logit_unit(true);  // of logits, in their unit
   unsigned char* shared = ptx::shared_memory();
   ptx::Address x_at = ptx::address(shared), y_at = x_at + Shape::x_bytes, barriers = x_at + Shape::barriers_at;
 
   FASTSUPCON_DEVICE explicit WgmmaBlock(const Work& work)
       : work(work),
         block(block_work(work, Shape::rows, tile_columns)),
-        pass(work.passes[block.pass]),
-        bounded(is_bounded(work.scale)),
-        scale(scale_of(work.scale) * logit_unit(bounded)) {
+        pass(work.passes[block.pass]) {
     if (ptx::thread() == 0) {
       ptx::barrier_init(x_full(), 1);
       for (int stage = 0; stage < Shape::stages; ++stage) {
@@ -79,31 +76,29 @@ struct WgmmaBlock {
   FASTSUPCON_DEVICE int stage_of(int tile) const { return (tile - block.first_tile) % Shape::stages; }
   FASTSUPCON_DEVICE int round_of(int tile) const { return (tile - block.first_tile) / Shape::stages; }
 
-  FASTSUPCON_DEVICE Records rows() const { return {shared + Shape::x_records_at, Shape::rows, block.first_row}; }
+  FASTSUPCON_DEVICE Records rows() const { return {shared + Shape::x_records_at, Shape::rows}; }
   FASTSUPCON_DEVICE Records columns(int tile) const {
-    const unsigned char* at = shared + Shape::y_records_at + stage_of(tile) * Shape::y_records_bytes;
-    return {at, tile_columns, std::int64_t{tile} * tile_columns};
+    return {shared + Shape::y_records_at + stage_of(tile) * Shape::y_records_bytes, tile_columns};
   }
 
   // By one thread.
   FASTSUPCON_DEVICE void produce(const Maps& maps) const {
-    const int kinds = record_kinds(BACKWARD, bounded);
-    ptx::barrier_arrive_expecting(x_full(), Shape::x_bytes + kinds * Shape::rows * kRecordBytes);
+    ptx::barrier_arrive_expecting(x_full(), Shape::x_bytes + Shape::kinds * Shape::rows * kRecordBytes);
     for (int p = 0; p < PANELS; ++p) {
-      ptx::copy_box_async(x_at + p * Shape::x_panel_bytes, maps.x[block.pass], 64 * p, static_cast<int>(block.first_row), x_full());
+      ptx::copy_box_async(x_at + p * Shape::x_panel_bytes, maps.x[block.pass], 64 * p, block.first_row, x_full());
     }
-    fetch_records(x_at + Shape::x_records_at, pass.x, block.first_row, Shape::rows, kinds, x_full());
+    fetch_records(x_at + Shape::x_records_at, pass.x, block.first_row, Shape::rows, Shape::kinds, x_full());
 #pragma unroll 1  // the producer has few registers
     for (int tile = block.first_tile; tile < block.last_tile; ++tile) {
       const int stage = stage_of(tile);
       ptx::barrier_wait(empty(stage), (round_of(tile) + 1) % 2);
-      ptx::barrier_arrive_expecting(full(stage), Shape::y_bytes + kinds * tile_columns * kRecordBytes);
+      ptx::barrier_arrive_expecting(full(stage), Shape::y_bytes + Shape::kinds * tile_columns * kRecordBytes);
       for (int p = 0; p < PANELS; ++p) {
         ptx::copy_box_async(y_at + stage * Shape::y_bytes + p * Shape::y_panel_bytes, maps.y[block.pass], 64 * p, tile * tile_columns,
                             full(stage));
       }
-      fetch_records(x_at + Shape::y_records_at + stage * Shape::y_records_bytes, pass.y, std::int64_t{tile} * tile_columns, tile_columns, kinds,
-                    full(stage));
+      fetch_records(x_at + Shape::y_records_at + stage * Shape::y_records_bytes, pass.y, tile * tile_columns, tile_columns,
+                    Shape::kinds, full(stage));
     }
   }
 
@@ -114,10 +109,10 @@ struct WgmmaBlock {
   }
 
   FASTSUPCON_DEVICE bool needs_mask(int tile) const {
-    return cuda::needs_mask(work, pass, block.first_row, Shape::rows, std::int64_t{tile} * tile_columns, tile_columns);
+    return cuda::needs_mask(work, pass, block.first_row, Shape::rows, tile * tile_columns, tile_columns);
   }
   FASTSUPCON_DEVICE std::uint64_t excluded(bool masked, int row, int tile, int lane) const {
-    return masked ? excluded_pairs<tile_columns>(work, pass, block.first_row + row, std::int64_t{tile} * tile_columns, lane) : 0;
+    return masked ? excluded_pairs<tile_columns>(work, pass, block.first_row + row, tile * tile_columns, lane) : 0;
   }
 
   // s = x yᵀ of this consumer's 64 rows, under way on return.
@@ -149,7 +144,7 @@ __global__ void __launch_bounds__(WgmmaShape<PANELS, false>::threads, 1)
     wgmma_forward(const __grid_constant__ Work work, const __grid_constant__ Maps maps) {
   using Block = WgmmaBlock<PRODUCT, PANELS, false>;
   using Shape = typename Block::Shape;
-  constexpr int columns = Shape::columns, consumer_threads = 128 * Shape::consumers;
+  constexpr int columns = Shape::columns;
   constexpr int finished = 1;  // named barrier
   const Block block(work);
   const int warp = ptx::warp(), consumer = warp / 4 - 1;
@@ -162,8 +157,8 @@ __global__ void __launch_bounds__(WgmmaShape<PANELS, false>::threads, 1)
   const int lane = ptx::lane();
   const int first = consumer * 64 + warp % 4 * 16 + accumulator_row(lane, 0);  // in the block
   RowSums sums[2];
-  start(sums[0], block.bounded);
-  start(sums[1], block.bounded);
+  start(sums[0], true);
+  start(sums[1], true);
   float s[columns / 8][4] = {};
   ptx::barrier_wait(block.x_full(), 0);
   for (int tile = block.block.first_tile; tile < block.block.last_tile; ++tile) {
@@ -173,17 +168,17 @@ __global__ void __launch_bounds__(WgmmaShape<PANELS, false>::threads, 1)
     const bool is_masked = block.needs_mask(tile);
     ptx::wgmma_wait<0>();
     ptx::hold(s);
-    with_form(!block.bounded, is_masked, [&](auto running, auto masked) {
+    with_mask(is_masked, [&](auto masked) {
       const Logit rows[2] = {block.rows().logit(first), block.rows().logit(first + 8)};
       const std::uint64_t excluded = block.excluded(is_masked, first, tile, lane);
-      add_tile<running, masked, columns>(sums, s, rows, block.scale, block.columns(tile), excluded, lane);
+      add_tile<false, masked, columns>(sums, s, rows, block.scale, block.columns(tile), excluded, lane);
     });
     block.release(tile);
   }
 #pragma unroll
-  for (int r = 0; r < 2; ++r) store_sums(block.pass, block.block, sums[r], block.block.first_row + first + 8 * r, block.bounded, lane);
+  for (int r = 0; r < 2; ++r) store_sums(block.pass, block.block, sums[r], block.block.first_row + first + 8 * r, true, lane);
   const int thread = ptx::thread() - 128;
-  const auto sync = [] { ptx::sync_named(finished, consumer_threads); };
+  const auto sync = [] { ptx::sync_named(finished, 128 * Shape::consumers); };
   sync();
   if (is_last_split(block.pass, block.block, thread, sync) && thread < Shape::rows) combine_splits(block.pass, block.block.first_row + thread);
 }
@@ -207,17 +202,13 @@ __global__ void __launch_bounds__(WgmmaShape<PANELS, true>::threads, 1)
   const int lane = ptx::lane();
   const int first = consumer * 64 + warp % 4 * 16 + accumulator_row(lane, 0);
   const float unit = weight_unit<PRODUCT>(pass), per_unit = 1.0f / unit;
-  const bool summed = pass.weight_sums || pass.products;
-  PairSums sums[2];
+  PairSums unused[2];
   float out[PANELS * 8][4] = {};
   float s[columns / 8][4];
   std::uint32_t packed[columns / 16][4];
   const auto weigh = [&](int tile) {
-    const bool is_masked = block.needs_mask(tile);
-    with_form(!block.bounded, is_masked, [&](auto running, auto masked) {
-      const std::uint64_t excluded = block.excluded(is_masked, first, tile, lane);
-      weigh_tile<running, masked, columns>(sums, s, block.rows(), first, block.scale, unit, summed, block.columns(tile), excluded, lane);
-    });
+    weigh_tile<false, false, columns>(unused, s, block.rows(), first, block.scale, unit, false, block.columns(tile), 0, lane);
+    if (block.needs_mask(tile)) clear_excluded<columns>(s, block.excluded(true, first, tile, lane));
   };
   // The first tile stands apart: no condition may stand between an issue and its wait, or ptxas serialises the wgmmas (C7514).
   ptx::barrier_wait(block.x_full(), 0);
@@ -250,12 +241,11 @@ __global__ void __launch_bounds__(WgmmaShape<PANELS, true>::threads, 1)
   ptx::hold(out);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const std::int64_t row = block.block.first_row + first + 8 * r;
-    if (summed) store_pair_sums(pass, block.block, sums[r], block.rows().logit(first + 8 * r).factor, row, lane);
+    const int row = block.block.first_row + first + 8 * r;
     if (row >= pass.x.count) continue;
 #pragma unroll
     for (int n = 0; n < PANELS * 8; ++n) {
-      store_pair(work, pass, block.block.split, row, 8 * n + accumulator_column(lane, 0), out[n][2 * r] * per_unit, out[n][2 * r + 1] * per_unit);
+      store_pair(work, pass, block.block, row, 8 * n + accumulator_column(lane, 0), out[n][2 * r] * per_unit, out[n][2 * r + 1] * per_unit);
     }
   }
 }

@@ -39,15 +39,16 @@ struct alignas(16) Shift {  // for sums that are not bounded
   float different, equal, unused[2];
 };
 constexpr int kRecordBytes = 16;
-constexpr int kRecordRows = 256;  // records are there for a multiple of so many rows, zero past the last
+constexpr int kRecordRows = 768;  // records are there for a multiple of so many rows, and of every block's and tile's; zero past the last
+constexpr int kLargestRows = 256;  // that one of `largest` is of
 
 struct Side {
   const void* rows;          // [count, depth]
-  std::int64_t count;
+  int count;                 // fits 31 bits, with room for a block
+  int record_rows;           // count, rounded up to kRecordRows
   const char* records;       // Logit [record_rows], then, backward, Weight [record_rows] and Shift [record_rows]
-  std::int64_t record_rows;  // count, rounded up to kRecordRows
   const std::int64_t* own;   // [count], the index of the other side that is no pair; null: the row's own index
-  const float* largest;      // f16, backward: for each kRecordRows rows the largest |weight| + |linear| and the largest factor
+  const float* largest;      // f16, backward: for each kLargestRows rows the largest |weight| + |linear| and the largest factor
 };
 
 struct Scale {
@@ -59,9 +60,9 @@ struct Scale {
 // A block of a launch is given by its place in the list: of the first pass, then of the second; in each, split by split.
 struct Pass {
   Side x, y;
-  std::int64_t row_blocks;       // blocks that share out x
+  int row_blocks;                // blocks that share out x
   int splits;                    // blocks that share out y
-  std::int64_t tiles_per_split;  // tiles of y that one block visits
+  int tiles_per_split;           // tiles of y that one block visits
 
   // Forward: sums of each split, put together by the last of them that is done.
   float* partial;                // [splits, x, kPartials]

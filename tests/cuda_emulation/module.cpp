@@ -19,5 +19,10 @@ PYBIND11_MODULE(emulated, m) {
     const auto pair = [](MatrixRow at) { return std::pair(at.row, at.chunk); };
     return std::tuple(pair(fragment_rows(lane)), pair(fragment_columns(lane)), pair(fragment_transposed(lane)));
   });
-  m.def("launched", [] { return std::exchange(launched(), {}); });
+  m.def("launched", [] {  // names and grids since the last call
+    std::vector<std::pair<std::string, std::tuple<std::int64_t, std::int64_t, std::int64_t>>> found;
+    for (const auto& launch : std::exchange(launched(), {})) found.push_back({launch.name, {launch.x, launch.y, launch.z}});
+    return found;
+  });
+  m.def("set_dry", [](bool is_dry) { dry() = is_dry; });
 }

@@ -54,6 +54,7 @@ FASTSUPCON_DEVICE T shuffle_xor(T value, int mask) {
 }
 FASTSUPCON_DEVICE int atomic_add(int* sum, int value) { return atomicAdd(sum, value); }  // what was there before
 FASTSUPCON_DEVICE void fence_device() { __threadfence(); }
+FASTSUPCON_DEVICE void fence_block() { asm volatile("fence.acq_rel.cta;" ::: "memory"); }
 FASTSUPCON_DEVICE float load_fresh(const float* from) { return __ldcg(from); }  // past L1, which may hold what was there before
 
 // ---- Arithmetic -----------------------------------------------------------------------------------------------------------------

@@ -1,12 +1,12 @@
-"""The Triton kernels on NVIDIA, AMD and Intel GPUs: which of them serve a call, on which grids. The kernels are in the files beside this one.
+"""The Triton kernels on NVIDIA, AMD and Intel GPUs: which of them serve a call, on which grids. They are in the files beside this one.
 
-    forward         inverse_norms_kernel where unit; forward_kernel; join_kernel where a side's stream has splits
+    forward         inverse_norms_kernel if unit; forward_kernel; join_kernel if a side's stream has splits
     line            line_kernel
     line_backward   line_backward_kernel
-    backward        gradient_kernel; finish_kernel where there are parts to sum
+    backward        gradient_kernel; finish_kernel if there are parts to sum
 
-So a step is 4 to 7 launches, and no operator of torch's launches beside them. Nothing here waits for the device or looks at values in it, and every
-sum has a fixed order. Triton is imported by the first call.
+So a step is four to seven launches, and no operator of torch's launches beside them. Nothing here waits for the device or looks at values in
+it, and every sum has a fixed order. Triton is imported by the first call.
 """
 
 from __future__ import annotations
@@ -126,40 +126,27 @@ def _kind(names: set[str]):
     return (ALL if log_sums <= {"all"} else DIFFERENT if log_sums == {"different"} else SPLIT).value
 
 
-def _unit(pairs: Pairs):
+def _problem(pairs: Pairs, norms: Tensor, gpu: _Gpu) -> dict:
+    """What forward_kernel and gradient_kernel share. A self shape with a bias is a cross shape of the rows with themselves."""
     from .tiles import AS_THEY_ARE, FACTORS, SCALED
 
-    return AS_THEY_ARE if not pairs.unit else SCALED if pairs.rows.dtype == torch.float32 else FACTORS
-
-
-def _problem(pairs: Pairs, norms: Tensor, gpu: _Gpu) -> dict:
-    """The arguments that forward_kernel and gradient_kernel share. A self shape with a bias is a cross shape of the rows with themselves."""
     n, m, depth = pairs.shape
     cross = pairs.columns is not None
     biased_self = not cross and pairs.bias is not None
     learned = isinstance(pairs.scale, Tensor)
-    alone = n <= 2 if not cross else m <= (1 if pairs.own_column is None else 2)  # at most one pair a row: all is its similarity, to the bit
-    bounded = pairs.unit and pairs.bias is None and not alone and (learned or is_bounded(abs(pairs.scale)))
+    # with at most one pair a row, "all" is its similarity to the bit: by running maxima, and t is rounded before the maximum is taken off
+    alone = m <= (1 if cross and pairs.own_column is None else 2)
     inverse = norms if pairs.unit else None
     return {
-        "a_ptr": pairs.rows,
-        "b_ptr": pairs.columns if cross else pairs.rows if biased_self else None,
-        "a_inverse_ptr": inverse,
-        "b_inverse_ptr": inverse if inverse is None or not cross else norms[n:],
-        "bias_ptr": pairs.bias,
-        "a_key_ptr": pairs.row_keys,
-        "b_key_ptr": pairs.column_keys if cross else pairs.row_keys if biased_self else None,
-        "own_ptr": pairs.own_column,
-        "scale_ptr": pairs.scale if learned else None,
-        "scale": 0.0 if learned else float(pairs.scale),
-        "n": n,
-        "m": m,
-        "D": depth,
-        "UNIT": _unit(pairs),
-        "DIAGONAL": not cross,
-        "BOUNDED": bounded,
-        "PRECISION": _precision(gpu, pairs.rows.dtype),
-    }
+        "a_ptr": pairs.rows, "b_ptr": pairs.columns if cross else pairs.rows if biased_self else None,
+        "a_inverse_ptr": inverse, "b_inverse_ptr": norms[n:] if pairs.unit and cross else inverse,
+        "a_key_ptr": pairs.row_keys, "b_key_ptr": pairs.column_keys if cross else pairs.row_keys if biased_self else None,
+        "own_ptr": pairs.own_column, "bias_ptr": pairs.bias,
+        "scale_ptr": pairs.scale if learned else None, "scale": 0.0 if learned else float(pairs.scale), "n": n, "m": m, "D": depth,
+        "UNIT": AS_THEY_ARE if not pairs.unit else SCALED if pairs.rows.dtype == torch.float32 else FACTORS, "DIAGONAL": not cross,
+        "BOUNDED": pairs.unit and pairs.bias is None and not alone and (learned or is_bounded(abs(pairs.scale))),
+        "PRECISION": _precision(gpu, pairs.rows.dtype), "enable_fp_fusion": not alone,
+    }  # fmt: skip
 
 
 class _Grid(NamedTuple):
@@ -192,12 +179,16 @@ def _grid(gpu: _Gpu, t, n: int, m: int, sides: tuple[bool, bool], chunks: int = 
     return _Grid(tuple(owners), tuple(splits), tuple(tiles))
 
 
+def _empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return like.new_empty(shape, dtype=dtype)
+
+
 def _inverse_norms(pairs: Pairs) -> Tensor:
     from .rows import inverse_norms_kernel
 
     n, m, depth = pairs.shape
     m = 0 if pairs.columns is None else m
-    inverse = pairs.rows.new_empty(n + m, dtype=torch.float32)
+    inverse = _empty(pairs.rows, n + m)
     rows = max(1, 4096 // padded(depth))
     programs = _cdiv(n, rows)
     inverse_norms_kernel[(programs + _cdiv(m, rows),)](
@@ -211,24 +202,20 @@ def forward(pairs: Pairs, row_names: tuple[str, ...], column_names: tuple[str, .
     from .tiles import SPLIT
 
     n, m, depth = pairs.shape
-    names = {*row_names, *column_names}
-
-    def empty(*shape: int) -> Tensor:
-        return pairs.rows.new_empty(shape, dtype=torch.float32)
-
-    rows, columns = empty(len(row_names), n), empty(len(column_names), m)
-    with _on(pairs.rows.device):
-        gpu = _gpu(pairs.rows.device)
-        norms = _inverse_norms(pairs) if pairs.unit else empty(0)
-        t = tile("forward", gpu.family, pairs.rows.dtype, depth)
+    a = pairs.rows
+    names = {*row_names, *column_names} if pairs.row_keys is not None else set()  # without keys all pairs are of different keys
+    kind, linear = _kind(names), not names.isdisjoint(("similarity", "count"))
+    rows, columns = _empty(a, len(row_names), n), _empty(a, len(column_names), m)
+    with _on(a.device):
+        gpu = _gpu(a.device)
+        norms = _inverse_norms(pairs) if pairs.unit else _empty(a, 0)
+        t = tile("forward", gpu.family, a.dtype, depth)
         grid = _grid(gpu, t, n, m, (bool(row_names), bool(column_names)))
-        kind = _kind(names if pairs.row_keys is not None else set())
-        linear = pairs.row_keys is not None and not names.isdisjoint(("similarity", "count"))
-        parts = ("different", *(("equal",) if kind == SPLIT.value else ()), *(("similarity", "count") if linear else ()))
         split = max(grid.splits) > 1
+        parts = ("different", *(("equal",) if kind == SPLIT.value else ()), *(("similarity", "count") if linear else ()))
         places = {"KIND": kind, "ROW_PLACES": _places(row_names), "COLUMN_PLACES": _places(column_names)}
         places["PARTS"] = _places(parts) if split else 0
-        out = [empty(s, len(parts), k) for s, k in zip(grid.splits, (n, m), strict=True)] if split else (rows, columns)
+        out = [_empty(a, s, len(parts), k) for s, k in zip(grid.splits, (n, m), strict=True)] if split else (rows, columns)
         forward_kernel[(grid.programs,)](
             **_problem(pairs, norms, gpu), **grid.arguments, **places, rows_ptr=out[0], columns_ptr=out[1], SIMILARITY=linear,
             OWNED=t.owned, STREAMED=t.streamed, DEPTH=t.depth, num_warps=t.warps, num_stages=t.stages,
@@ -238,62 +225,62 @@ def forward(pairs: Pairs, row_names: tuple[str, ...], column_names: tuple[str, .
             join_kernel[(sum(programs),)](
                 *out, rows, columns, n, m, *grid.splits, programs[0], **places, ROWS=32, SPLITS=padded(max(grid.splits)), num_warps=4
             )
-    return Terms(rows, columns, norms, empty(0))
+    return Terms(rows, columns, norms, _empty(a, 0))
 
 
 def backward(pairs: Pairs, rows: Side, columns: Side, norms: Tensor, kept: Tensor, needs: tuple[bool, bool, bool, bool]) -> Gradients:
     from .gradients import BOTH_SIDES, OF_COLUMNS, OF_ROWS, finish_kernel, gradient_kernel
+    from .tiles import SPLIT
 
     n, m, depth = pairs.shape
+    a = pairs.rows
     symmetric = pairs.columns is None and pairs.bias is None
-    biased_self = pairs.columns is None and not symmetric
-    # in the biased self shape a row's gradient comes from both of its places
+    biased_self = pairs.columns is None and not symmetric  # a row's gradient comes from both of its places, as parts of one sum
     sides = (needs[0] or needs[3], not symmetric and (needs[1] or needs[2] or (biased_self and needs[0])))
     names = {*rows.names, *columns.names}
-    has = [not set(LOG_SUMS).isdisjoint(side.names) for side in (rows, columns)]
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return pairs.rows.new_empty(shape, dtype=dtype)
-
-    with _on(pairs.rows.device):
-        gpu = _gpu(pairs.rows.device)
-        t = tile("symmetric gradient" if symmetric else "gradient", gpu.family, pairs.rows.dtype, depth)
-        width = gradient_width(pairs.rows.dtype, depth, t)
+    kind = _kind(names)
+    of_rows, of_columns = (not set(LOG_SUMS).isdisjoint(side.names) for side in (rows, columns))
+    light = not needs[3] and pairs.bias is None and pairs.own_column is None and kind != SPLIT.value
+    with _on(a.device):
+        gpu = _gpu(a.device)
+        t = tile("gradient" if light else "heavy gradient", gpu.family, a.dtype, depth)
+        width = gradient_width(a.dtype, depth, t)
         chunks = _cdiv(depth, width)
         grid = _grid(gpu, t, n, m, sides, chunks)
-        split = max(grid.splits) > 1 or chunks > 1 or all(sides) and biased_self
-        problem = _problem(pairs, norms, gpu)
-        places = {"ROW_PLACES": _places(rows.names), "COLUMN_PLACES": _places(rows.names if symmetric else columns.names)}
-        da = empty(n, depth, dtype=pairs.rows.dtype) if sides[0] or biased_self else None
-        db = empty(m, depth, dtype=pairs.rows.dtype) if sides[1] and not biased_self else None
-        dbias = empty(m) if needs[2] else None
-        dscale = empty() if needs[3] else None
         row_splits, column_splits = grid.splits
-        da_parts, db_parts, dbias_parts = da, db, dbias
+        split = max(grid.splits) > 1 or chunks > 1 or (biased_self and all(sides))
+        da = _empty(a, n, depth, dtype=a.dtype) if sides[0] or biased_self else None
+        db = _empty(a, m, depth, dtype=a.dtype) if sides[1] and not biased_self else None
+        dbias = _empty(a, m) if needs[2] else None
+        dscale = _empty(a) if needs[3] else None
+        # a side that is not asked for has no programs: any pointer serves
+        da_parts, db_parts, dbias_parts = db if da is None else da, da if db is None else db, dbias
         if split:
-            parts = empty(row_splits * n * depth + column_splits * m * depth)
-            da_parts, db_parts = parts, parts[row_splits * n * depth :]
-            dbias_parts = empty(column_splits, m) if needs[2] else None
-        dscale_parts = empty(row_splits, n) if needs[3] else None
+            da_parts = _empty(a, (row_splits * n + column_splits * m) * depth)
+            db_parts = da_parts[row_splits * n * depth :]
+            dbias_parts = _empty(a, column_splits, m) if needs[2] else None
+        dscale_parts = _empty(a, row_splits, n) if needs[3] else None
+        problem = _problem(pairs, norms, gpu)
         gradient_kernel[(grid.programs, chunks)](
-            **problem, **grid.arguments, **places, row_values_ptr=rows.values, row_grads_ptr=rows.grads,
+            **problem, **grid.arguments, row_values_ptr=rows.values, row_grads_ptr=rows.grads,
             column_values_ptr=None if symmetric else columns.values, column_grads_ptr=None if symmetric else columns.grads,
-            da_ptr=db_parts if da is None else da_parts, db_ptr=None if symmetric else da_parts if db_parts is None else db_parts, dbias_ptr=dbias_parts, dscale_ptr=dscale_parts,
-            KIND=_kind(names), SIMILARITY=pairs.row_keys is not None and "similarity" in names,
-            ONE_SIDED=BOTH_SIDES if symmetric or has[0] == has[1] else OF_ROWS if has[0] else OF_COLUMNS, PARTS=split,
-            RESIDUAL=pairs.rows.dtype != torch.float32 and min(n, m) <= _FEW,
+            da_ptr=da_parts, db_ptr=None if symmetric else db_parts, dbias_ptr=dbias_parts, dscale_ptr=dscale_parts,
+            KIND=kind, SIMILARITY=pairs.row_keys is not None and "similarity" in names, PARTS=split,
+            ONE_SIDED=BOTH_SIDES if symmetric or of_rows == of_columns else OF_ROWS if of_rows else OF_COLUMNS,
+            ROW_PLACES=_places(rows.names), COLUMN_PLACES=_places(rows.names if symmetric else columns.names),
+            RESIDUAL=a.dtype != torch.float32 and min(n, m) <= _FEW,
             OWNED=t.owned, STREAMED=t.streamed, DEPTH=t.depth, WIDTH=width, num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
         if split or needs[3]:
             block = max(1, 4096 // padded(depth))
-            if biased_self:  # one sum of both
-                row_splits, db_parts = row_splits + column_splits, None
             row_programs = _cdiv(n, block) if split and da is not None else 0
             column_programs = _cdiv(m, block) if split and db is not None else 0
             finish_kernel[(row_programs + column_programs + needs[3],)](
-                problem["a_ptr"], pairs.columns, problem["a_inverse_ptr"], problem["b_inverse_ptr"], da_parts, db_parts, dbias_parts, dscale_parts,
-                da, db, dbias, dscale, n, m, row_splits, column_splits, row_programs, row_programs + column_programs,
-                0 if dscale_parts is None else dscale_parts.numel(), 0.5 if symmetric else 1.0,
+                a, pairs.columns, problem["a_inverse_ptr"], problem["b_inverse_ptr"],
+                da_parts, None if pairs.columns is None else db_parts, dbias_parts, dscale_parts,
+                db if da is None else da, None if pairs.columns is None else da if db is None else db, dbias, dscale,
+                n, m, row_splits + column_splits * biased_self, column_splits, row_programs, row_programs + column_programs,
+                row_splits * n, 0.5 if symmetric else 1.0,
                 D=depth, ROWS=block, WIDTH=padded(depth), UNIT=problem["UNIT"], PRECISION=problem["PRECISION"], num_warps=4,
             )  # fmt: skip
     return Gradients(da if needs[0] else None, db if needs[1] else None, dbias, dscale)

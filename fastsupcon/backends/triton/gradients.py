@@ -1,22 +1,21 @@
-"""Backward: each program owns rows x_i, recomputes their logits tile by tile, and sums
+"""Backward: each program owns rows x_i, recomputes their logits tile by tile, and sums dx_i = scale * sum_j w_ij y_j.
 
-    dx_i = scale * sum_j w_ij y_j
-
-with w of problem.py: over the log-sums q that (i, j) is in g_i exp(t_ij - q_i) + h_j exp(t_ij - q'_j), and [equal keys] (u_i + v_j). One
-recomputed tile, one second product from the same tile of y, no atomics: 4 N M D flops a side. The symmetric self shape has h = g, q' = q, v = u.
+w is that of problem.py: over the log-sums q that (i, j) is in, g_i exp(t_ij - q_i) + h_j exp(t_ij - q'_j), and [equal keys] (u_i + v_j). The
+symmetric self shape has h = g, q' = q, v = u. One recomputed tile, one second product from the same tile of y, no atomics: 4 N M D flops a side.
 
     program  a tile of rows (or of columns), a split of the other side's tiles; second index: a chunk of D
     writes   the gradient itself, or where the stream has splits or D has chunks its parts [splits, n, D], which :func:`finish_kernel` sums;
              parts of the bias' gradient [splits, m] and, of the scale's, sums over j [splits, n]
 
-A pair is either of different or of equal keys, and all >= different, equal: g_all exp(t - all) + g_different exp(t - different) is one exponential,
-exp(t - different) (g_different + g_all exp(different - all)), and none of its factors exceeds 1. Where exp(t) is bounded (tiles.py) it serves both
-sides: w = exp(t) (r_i + r_j) with r = c exp(-q). |log exp(t)| and |q| are below 63 ln 2 + log N, so r is in fp32's range for every c from 2^-40
-to 2^40.
+A pair is either of different or of equal keys, and all >= different, equal. So g_all exp(t - all) + g_different exp(t - different) is one
+exponential, exp(t - different) (g_different + g_all exp(different - all)), and none of its factors exceeds 1. Where exp(t) is bounded
+(tiles.py) it serves both sides: w = exp(t) (r_i + r_j) with r = c exp(-q). |log exp(t)| and |q| are below 63 ln 2 + log N, so r is in fp32's
+range for every c from 2^-40 to 2^40.
 
-w enters the product in the rows' dtype. fp16 could not hold g P (about 1/N^2): there the incoming gradients are divided by the largest of them and
-lifted by 2^15, which leaves w between 2^15 and a subnormal 2^-24; both come back in the epilogue, in fp32. Inverse norms of y are a factor of w, and in fp16 are
-divided by the largest of them too. Where a sum has few terms (RESIDUAL), their roundings do not average out, and what w lost goes in as well.
+w enters the product in the rows' dtype, y's inverse norms as a factor of it. fp16 could not hold g P (about 1/N^2): there the incoming
+gradients are divided by the largest of them and lifted by 2^15, inverse norms divided by the largest, which leaves w between 2^15 and a
+subnormal 2^-24; all come back in the epilogue, in fp32. Where a sum has few terms (RESIDUAL) their roundings do not average out, and what w
+lost goes in as well.
 """
 
 from __future__ import annotations
@@ -26,9 +25,24 @@ import triton.language as tl
 
 from .rows import load_quantity
 from .tiles import (
-    AS_THEY_ARE, DIFFERENT, FACTORS, LOG2_E, SPLIT,
-    cosines, equal_keys, is_whole, load_inverse, load_rows, load_sides, narrowed, pair_mask, product, program_of, scale_of, sides,
-)  # fmt: skip
+    AS_THEY_ARE,
+    DIFFERENT,
+    FACTORS,
+    LOG2_E,
+    SPLIT,
+    cosines,
+    equal_keys,
+    is_whole,
+    load_inverse,
+    load_rows,
+    load_sides,
+    narrowed,
+    pair_mask,
+    product,
+    program_of,
+    scale_of,
+    sides,
+)
 
 LIFT = tl.constexpr(32768.0)
 
@@ -58,13 +72,13 @@ def load_weights(
 ):  # fmt: skip
     """(q, c) of each row for its pairs of different keys, (q, c) for those of equal keys, and the similarity's gradient.
 
-    Such that c exp(t - q) is the weight of a pair; or c exp(t), where exp(t) is bounded. c and the gradient are lifted. A log-sum of -inf is over
-    no pair and passes nothing: c = 0 and q = +inf; q = 0 on the side that has no log-sums, where the other's is added to it.
+    Such that c exp(t - q) is the weight of a pair; or c exp(t), where exp(t) is bounded. c and the gradient are lifted. A log-sum of -inf is
+    over no pair and passes nothing: c = 0 and q = +inf; q = 0 on the side that has no log-sums, where the other's is added to it.
     """
+    no_pair = float("-inf")
     nothing = float("inf")
     if ONE_SIDED != BOTH_SIDES:
         nothing = tl.where(of_columns == (ONE_SIDED == OF_ROWS), 0.0, float("inf"))
-    no_pair = float("-inf")
     if KIND == SPLIT:
         whole = load_incoming(values_ptr, no_pair, first, count, of_columns, ROWS, 0, ROW_PLACES, COLUMN_PLACES)
         different = load_incoming(values_ptr, no_pair, first, count, of_columns, ROWS, 1, ROW_PLACES, COLUMN_PLACES)
@@ -80,14 +94,19 @@ def load_weights(
         q_equal = tl.where(q_equal == no_pair, nothing, q_equal)
         if bounded:
             c_equal *= tl.exp2(-q_equal * LOG2_E)
+        q = tl.where(q == no_pair, nothing, q)
+        if bounded:
+            c *= tl.exp2(-q * LOG2_E)
     else:
-        q = load_incoming(values_ptr, no_pair, first, count, of_columns, ROWS, KIND, ROW_PLACES, COLUMN_PLACES)
-        c = tl.where(q == no_pair, 0.0, load_incoming(grads_ptr, 0.0, first, count, of_columns, ROWS, KIND, ROW_PLACES, COLUMN_PLACES))
+        q = load_incoming(values_ptr, 0.0, first, count, of_columns, ROWS, KIND, ROW_PLACES, COLUMN_PLACES)
+        c = load_incoming(grads_ptr, 0.0, first, count, of_columns, ROWS, KIND, ROW_PLACES, COLUMN_PLACES)
+        if bounded:
+            c = tl.where(q == no_pair, 0.0, c * tl.exp2(-q * LOG2_E))
+        else:
+            c = tl.where(q == no_pair, 0.0, c)
+            q = tl.where(q == no_pair, float("inf"), q)
         q_equal = q
         c_equal = c
-    q = tl.where(q == no_pair, nothing, q)
-    if bounded:
-        c *= tl.exp2(-q * LOG2_E)
     linear = load_incoming(grads_ptr, 0.0, first, count, of_columns, ROWS, 3, ROW_PLACES, COLUMN_PLACES)
     return q, c * lift, q_equal, c_equal * lift, linear * lift
 
@@ -124,9 +143,7 @@ def through_unit(dx, x, inverse, UNIT: tl.constexpr):
 
 
 @triton.jit
-def weights(
-    t, equal, x_q, x_c, x_q_equal, x_c_equal, y_q, y_c, y_q_equal, y_c_equal, bounded, KIND: tl.constexpr, ONE_SIDED: tl.constexpr
-):
+def weights(t, equal, x_q, x_c, x_q_equal, x_c_equal, y_q, y_c, y_q_equal, y_c_equal, bounded, KIND: tl.constexpr, ONE_SIDED: tl.constexpr):
     """w_ij without the similarities' part, of all (i, j). Where only one side has log-sums, the other's q and c are 0."""
     w = t
     factors = x_c[:, None] + y_c[None, :]
@@ -165,7 +182,9 @@ def gradient_kernel(
     DIAGONAL: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr, KIND: tl.constexpr, SIMILARITY: tl.constexpr,
     ONE_SIDED: tl.constexpr, ROW_PLACES: tl.constexpr, COLUMN_PLACES: tl.constexpr, RESIDUAL: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    swap, x_first, split, tiles, x_count, y_count = program_of(n, m, row_owners, column_owners, row_programs, row_tiles, column_tiles, OWNED)
+    swap, x_first, split, tiles, x_count, y_count = program_of(
+        n, m, row_owners, column_owners, row_programs, row_tiles, column_tiles, OWNED
+    )
     chunk = tl.program_id(1) * WIDTH
     x_ptr, y_ptr = sides(a_ptr, b_ptr, swap)
     x_inverse_ptr, y_inverse_ptr = sides(a_inverse_ptr, b_inverse_ptr, swap)
@@ -204,7 +223,9 @@ def gradient_kernel(
         y_first = (first_tile + u) * STREAMED
         y_inverse = load_inverse(y_inverse_ptr, y_first, y_count, STREAMED, UNIT)
         y = load_rows(y_ptr, y_inverse, y_first, y_count, chunk, D, STREAMED, WIDTH, UNIT)
-        c = cosines(x, y, x_inverse, y_inverse, x_ptr, y_ptr, x_first, y_first, x_count, y_count, D, OWNED, STREAMED, DEPTH, UNIT, PRECISION)
+        c = cosines(
+            x, y, x_inverse, y_inverse, x_ptr, y_ptr, x_first, y_first, x_count, y_count, D, OWNED, STREAMED, DEPTH, UNIT, PRECISION
+        )
         y_key, y_own, y_bias = load_sides(y_key_ptr, own_ptr, bias_ptr, y_first, y_count, swap == 0, STREAMED)
         y_q, y_c, y_q_equal, y_c_equal, y_linear = load_weights(
             y_values_ptr, y_grads_ptr, y_first, y_count, swap == 0, bounded, lift, STREAMED, KIND, ONE_SIDED, ROW_PLACES, COLUMN_PLACES
@@ -284,7 +305,7 @@ def finish_kernel(
         inside = exists[:, None] & (column < D)
         offsets = first.to(tl.int64) * D + (row[:, None] * D + column)
         dx = tl.zeros([ROWS, WIDTH], tl.float32)
-        for split in range(splits):
+        for _ in range(splits):
             dx += tl.load(parts_ptr + offsets, mask=inside, other=0.0)
             parts_ptr += count.to(tl.int64) * D
         inverse = load_inverse(x_inverse_ptr, first, count, ROWS, UNIT)
@@ -294,7 +315,7 @@ def finish_kernel(
         if dbias_parts_ptr is not None:
             total = tl.zeros([ROWS], tl.float32)
             of_columns = row < (count - first if db_parts_ptr is None else tl.where(swap, count - first, 0))
-            for split in range(column_splits):
+            for _ in range(column_splits):
                 total += tl.load(dbias_parts_ptr + first + row, mask=of_columns, other=0.0)
                 dbias_parts_ptr += count
             tl.store(dbias_ptr + first + row, total, mask=of_columns)

@@ -1,13 +1,13 @@
-"""Forward: the quantities of rows, and of columns, each pair of the rectangle computed once for each side that asks.
+"""Forward: the quantities of rows, and of columns; each side that asks computes all pairs once.
 
     program  a tile of rows (or of columns), and a split of the other side's tiles
     reads    the owned rows once, every other row once per tile of owned ones
-    writes   the quantities [names, n], or where a side has splits their parts [splits, PARTS, n], which :func:`join_kernel` joins
+    writes   the quantities [names, n], or where a side has splits their parts [splits, parts, n], which :func:`join_kernel` joins
     flops    2 N M D a side
 
-In exp(t) "bounded" (tiles.py) the sums need no shift. Otherwise the row's running maximum is subtracted, and the sum so far rescaled whenever
-that grows; the pairs of equal keys have a maximum of their own, for they may all be small. Log-sums of different and of equal keys are summed
-apart, and all = log(exp different + exp equal): a difference would cancel.
+Where exp(t) is bounded (tiles.py) the sums need no shift. Otherwise the row's running maximum is subtracted, and the sum so far rescaled
+whenever that grows; the pairs of equal keys have a maximum of their own, for they may all be small. Log-sums of different and of equal keys
+are summed apart, and all = log(exp different + exp equal): a difference would cancel.
 """
 
 from __future__ import annotations
@@ -17,9 +17,23 @@ import triton.language as tl
 
 from .rows import store_quantity
 from .tiles import (
-    DIFFERENT, LN_2, LOG2_E, SPLIT, cosines, equal_keys, finite, is_whole, load_inverse, load_rows, load_sides, log_sum,
-    pair_mask, program_of, scale_of, sides,
-)  # fmt: skip
+    DIFFERENT,
+    LN_2,
+    LOG2_E,
+    SPLIT,
+    cosines,
+    equal_keys,
+    finite,
+    is_whole,
+    load_inverse,
+    load_rows,
+    load_sides,
+    log_sum,
+    pair_mask,
+    program_of,
+    scale_of,
+    sides,
+)
 
 
 @triton.jit
@@ -38,7 +52,7 @@ def store_quantities(ptr, row, n, first, second, similarity, count, KIND: tl.con
 
 @triton.jit
 def add_exponentials(t, equal, first_peak, first, second_peak, second, bounded, KIND: tl.constexpr):
-    """One more tile of sum_j exp(t_ij) = first * exp(first_peak), and of the pairs of equal keys in second; bounded t are in base 2, the peaks 0.
+    """One more tile of sum_j exp(t_ij) = first * exp(first_peak), in second that of the pairs of equal keys; bounded: in base 2, the peaks 0.
 
     tl.max may ignore NaN; the sums do not.
     """
@@ -64,35 +78,6 @@ def add_exponentials(t, equal, first_peak, first, second_peak, second, bounded, 
     return first_peak, first, second_peak, second
 
 
-@triton.jit
-def add_tile(
-    c, factor, x_key, x_own, x_bias, y_key, y_own, y_bias, x_first, y_first, y_count,
-    first_peak, first, second_peak, second, similarity, count, bounded,
-    OWNED: tl.constexpr, STREAMED: tl.constexpr, KEYS: tl.constexpr, OWN: tl.constexpr, BIAS: tl.constexpr, DIAGONAL: tl.constexpr,
-    KIND: tl.constexpr, SIMILARITY: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
-    t = c * factor
-    equal = equal_keys(x_key, y_key, OWNED, STREAMED, KEYS)
-    if BIAS:
-        t += x_bias[:, None] + y_bias[None, :]
-    if OWN:
-        other = x_own[:, None] != y_own[None, :]
-        t = tl.where(other, t, float("-inf"))
-        equal = equal & other
-    if not WHOLE:
-        pair = pair_mask(x_first, y_first, y_count, OWNED, STREAMED, DIAGONAL)
-        t = tl.where(pair, t, float("-inf"))
-        equal = equal & pair
-    if SIMILARITY:
-        similarity += tl.sum(tl.where(equal, c, 0.0), 1)
-        one = (c.to(tl.int32, bitcast=True) | 1) & 1  # in the layout of c: else Triton compares the keys once more, in another
-        count += tl.sum(tl.where(equal, one, 0), 1)
-    if KIND == DIFFERENT:
-        t = tl.where(equal, float("-inf"), t)
-    first_peak, first, second_peak, second = add_exponentials(t, equal, first_peak, first, second_peak, second, bounded, KIND)
-    return first_peak, first, second_peak, second, similarity, count
-
-
 @triton.jit(do_not_specialize=["n", "m", "row_owners", "column_owners", "row_programs", "row_tiles", "column_tiles"])
 def forward_kernel(
     a_ptr, b_ptr, a_inverse_ptr, b_inverse_ptr, bias_ptr, a_key_ptr, b_key_ptr, own_ptr, scale_ptr, rows_ptr, columns_ptr,
@@ -101,10 +86,9 @@ def forward_kernel(
     BOUNDED: tl.constexpr, PRECISION: tl.constexpr, KIND: tl.constexpr, SIMILARITY: tl.constexpr,
     ROW_PLACES: tl.constexpr, COLUMN_PLACES: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    KEYS: tl.constexpr = a_key_ptr is not None
-    OWN: tl.constexpr = own_ptr is not None
-    BIAS: tl.constexpr = bias_ptr is not None
-    swap, x_first, split, tiles, x_count, y_count = program_of(n, m, row_owners, column_owners, row_programs, row_tiles, column_tiles, OWNED)
+    swap, x_first, split, tiles, x_count, y_count = program_of(
+        n, m, row_owners, column_owners, row_programs, row_tiles, column_tiles, OWNED
+    )
     x_ptr, y_ptr = sides(a_ptr, b_ptr, swap)
     x_inverse_ptr, y_inverse_ptr = sides(a_inverse_ptr, b_inverse_ptr, swap)
     x_key_ptr, y_key_ptr = sides(a_key_ptr, b_key_ptr, swap)
@@ -125,19 +109,28 @@ def forward_kernel(
         y_inverse = load_inverse(y_inverse_ptr, y_first, y_count, STREAMED, UNIT)
         y = load_rows(y_ptr, y_inverse, y_first, y_count, 0, D, STREAMED, DEPTH, UNIT) if D <= DEPTH else x
         y_key, y_own, y_bias = load_sides(y_key_ptr, own_ptr, bias_ptr, y_first, y_count, swap == 0, STREAMED)
-        c = cosines(x, y, x_inverse, y_inverse, x_ptr, y_ptr, x_first, y_first, x_count, y_count, D, OWNED, STREAMED, DEPTH, UNIT, PRECISION)
-        if is_whole(x_first, y_first, y_count, OWNED, STREAMED, DIAGONAL):
-            first_peak, first, second_peak, second, similarity, count = add_tile(
-                c, factor, x_key, x_own, x_bias, y_key, y_own, y_bias, x_first, y_first, y_count,
-                first_peak, first, second_peak, second, similarity, count, bounded,
-                OWNED, STREAMED, KEYS, OWN, BIAS, DIAGONAL, KIND, SIMILARITY, True,
-            )  # fmt: skip
-        else:
-            first_peak, first, second_peak, second, similarity, count = add_tile(
-                c, factor, x_key, x_own, x_bias, y_key, y_own, y_bias, x_first, y_first, y_count,
-                first_peak, first, second_peak, second, similarity, count, bounded,
-                OWNED, STREAMED, KEYS, OWN, BIAS, DIAGONAL, KIND, SIMILARITY, False,
-            )  # fmt: skip
+        c = cosines(
+            x, y, x_inverse, y_inverse, x_ptr, y_ptr, x_first, y_first, x_count, y_count, D, OWNED, STREAMED, DEPTH, UNIT, PRECISION
+        )
+        t = c * factor
+        equal = equal_keys(x_key, y_key, OWNED, STREAMED, a_key_ptr is not None)
+        if bias_ptr is not None:
+            t += x_bias[:, None] + y_bias[None, :]
+        if own_ptr is not None:
+            other = x_own[:, None] != y_own[None, :]
+            t = tl.where(other, t, float("-inf"))
+            equal = equal & other
+        if is_whole(x_first, y_first, y_count, OWNED, STREAMED, DIAGONAL) == 0:
+            pair = pair_mask(x_first, y_first, y_count, OWNED, STREAMED, DIAGONAL)
+            t = tl.where(pair, t, float("-inf"))
+            equal = equal & pair
+        if SIMILARITY:
+            similarity += tl.sum(tl.where(equal, c, 0.0), 1)
+            one = (c.to(tl.int32, bitcast=True) | 1) & 1  # in the layout of c: else Triton compares the keys once more, in another
+            count += tl.sum(tl.where(equal, one, 0), 1)
+        if KIND == DIFFERENT:
+            t = tl.where(equal, float("-inf"), t)
+        first_peak, first, second_peak, second = add_exponentials(t, equal, first_peak, first, second_peak, second, bounded, KIND)
     first = log_sum(first_peak, first)
     second = log_sum(second_peak, second)
     similarity *= scale

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .tiles import sides
+
 
 @triton.jit(do_not_specialize=["n", "m", "row_programs"])
 def inverse_norms_kernel(a_ptr, b_ptr, inverse_ptr, n, m, row_programs, D: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr):
@@ -14,10 +16,7 @@ def inverse_norms_kernel(a_ptr, b_ptr, inverse_ptr, n, m, row_programs, D: tl.co
     """
     pid = tl.program_id(0)
     of_columns = pid >= row_programs
-    if b_ptr is None:
-        ptr = a_ptr
-    else:
-        ptr = tl.where(of_columns, b_ptr, a_ptr)
+    ptr, _ = sides(a_ptr, b_ptr, of_columns)
     count = tl.where(of_columns, m, n)
     row = tl.where(of_columns, pid - row_programs, pid) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, DEPTH)[None, :]
@@ -83,11 +82,7 @@ def line_backward_kernel(
     """Gradients of the quantities, 0 for count."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     count = load_quantity(values_ptr, row, n, 4, PLACES)
-    if REDUCTION == "none":
-        grad = tl.load(grad_ptr + row, mask=row < n, other=0.0)
-    else:
-        grad = tl.load(grad_ptr) + tl.zeros([BLOCK], tl.float32)
-    grad *= factor
+    grad = factor * tl.load(grad_ptr + (row if REDUCTION == "none" else row * 0), mask=row < n, other=0.0)
     if REDUCTION == "mean":
         divisor = n
         if SKIP:

@@ -29,13 +29,14 @@ def padded(depth: int) -> int:
 
 
 def tile(kernel: str, family: str, dtype: torch.dtype, depth: int) -> Tile:
-    """The tile of "triangle", "forward", "symmetric gradient" (of one exponential) or "gradient" for rows of this dtype and dimension.
+    """The tile of "forward", "gradient" or "heavy gradient" for rows of this dtype and dimension.
 
-    The latter may hold labels of 64 bits, a bias, lse and weight for every column of its tile: from D = 256 it streams half as many rows.
+    A gradient holds a key of 64 bits, an inverse norm and two to four numbers more for every column of its tile. What makes it heavy (a
+    learned scale, a bias, own columns, log-sums of equal keys) leaves registers for half as many of them; so does D = 256.
     """
     d = padded(depth)
-    gradient = kernel in ("gradient", "symmetric gradient")
-    half = kernel == "gradient" and d >= 256
+    gradient = kernel != "forward"
+    half = kernel == "heavy gradient" or (gradient and d >= 256)
     if family == "interpreter":
         return Tile(128, 64, min(d, 256), 1, 1)  # its time goes by the number of operations, not by their size
     stages = 1 if family == "amd" else 2  # 64 KiB of shared memory on gfx942
@@ -46,7 +47,7 @@ def tile(kernel: str, family: str, dtype: torch.dtype, depth: int) -> Tile:
     if d > 256:
         return Tile(64, 32, 64, 8, stages) if gradient or family == "amd" else Tile(64, 64, 64, 4, stages)
     if gradient:
-        streamed = 64 if d <= 64 and family != "amd" else 16 if half and family == "amd" else 32
+        streamed = 64 if d <= 64 and family != "amd" and not half else 16 if half else 32
         return Tile(64 if d == 256 else 128, streamed, d, 8, stages)
     return Tile(64, 64, d, 8 if family == "amd" else 4, stages)
 

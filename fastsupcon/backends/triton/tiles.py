@@ -1,18 +1,18 @@
 """What the kernels share: how rows are loaded, and how two tiles of rows make a tile of pairs.
 
-Every kernel owns a tile of rows x (i < n) and streams tiles of rows y (j < m) past it. In one launch, x are the problem's rows in some programs
-and its columns in the others (``swap``): a quantity of a column is that of a row with the roles exchanged.
+Every kernel owns a tile of rows x (i < n) and streams tiles of rows y (j < m) past it. In one launch, x are the problem's rows in some
+programs and its columns in the others (``swap``): a quantity of a column is that of a row with the roles exchanged.
 
     c_ij = x_i . y_j          t_ij = scale * c_ij + bias,        -inf where (i, j) is no pair
 
-Unit length comes in by the rows' inverse norms: as factors of c for half-precision rows, which stay as they came (FACTORS); fp32 rows are multiplied
-as they are loaded, so that rows of norm 1e-18 keep to the normal range (SCALED). Where exp(t) needs no shift ("bounded") t carries log2(e), and the
-exponential is the hardware's exp2 alone. Elsewhere |t| may be thousands: the shift is subtracted first, in one rounding, and log2(e) multiplies the
-small difference.
+Unit length comes in by the rows' inverse norms: as factors of c for half-precision rows, which stay as they came (FACTORS); fp32 rows are
+multiplied as they are loaded, so that rows of norm 1e-18 keep to the normal range (SCALED). Where exp(t) needs no shift ("bounded") t carries
+log2(e), and the exponential is the hardware's exp2 alone. Elsewhere |t| may be thousands: the shift is subtracted first, in one rounding, and
+log2(e) multiplies the small difference.
 
-Lengths that the tiles do not divide are padded with zeros inside the tile. Row indices have 32 bits, addresses 64. A pointer that is None costs
-nothing: the kernel is compiled without it. Triton compiles what follows an `if` whose branch returns, even where it cannot be reached, so such
-branches have an `else`.
+Lengths that the tiles do not divide are padded with zeros inside the tile. Row indices have 32 bits, addresses 64. A pointer that is None
+costs nothing: the kernel is compiled without it. Triton compiles what follows an `if` whose branch returns, even where it cannot be reached,
+so such branches have an `else`. A condition that is the same for all rows goes into a mask's bound: the interpreter spoils a broadcast bool.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-BOUND = tl.constexpr(42.81)  # of |scale|, for unit rows: 2 |t| < 126 ln 2, less 2 %, keeps exp(t) normal in fp32 (_dtypes.is_bounded)
+BOUND = tl.constexpr(42.81)  # of |scale|, for unit rows: that of _dtypes.is_bounded
 
 #: How rows become unit vectors.
 AS_THEY_ARE, FACTORS, SCALED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
-#: Which log-sums there are: "all" alone; "different" alone (or with it "all", where there are no keys); with "equal", or "all" beside one of them.
+#: Which log-sums there are: at most "all"; "different" alone; "equal", or "all" beside "different".
 ALL, DIFFERENT, SPLIT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
 def load_rows(ptr, inverse, first, count, column, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, UNIT: tl.constexpr):
-    """rows[first : first + ROWS, column : column + COLUMNS] of rows [count, D], zeros outside; times inverse [ROWS] where UNIT is SCALED."""
+    """rows[first : first + ROWS, column : column + COLUMNS] of rows [count, D], zeros outside; times inverse [ROWS] if UNIT is SCALED."""
     row = tl.arange(0, ROWS)[:, None]
     offset = column + tl.arange(0, COLUMNS)[None, :]
     inside = row < count - first if D % COLUMNS == 0 else (row < count - first) & (offset < D)
@@ -190,7 +190,7 @@ def log_sum(peak, total):
 
 @triton.jit
 def scale_of(scale_ptr, scale, BOUNDED: tl.constexpr):
-    """The scale, and whether exp(t) needs no shift. BOUNDED, a number: the host has looked; a tensor: rows are of unit length, look here."""
+    """The scale, and whether exp(t) needs no shift: of a number the host knows; of a tensor it is seen here, if rows are of unit length."""
     bounded = BOUNDED
     if scale_ptr is not None:
         scale = tl.load(scale_ptr)

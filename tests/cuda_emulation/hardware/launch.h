@@ -24,9 +24,17 @@ inline Device& emulated_device() {
   static Device device{4, 80};
   return device;
 }
-inline std::vector<std::string>& launched() {  // kernels' names, for the tests to see which family ran
-  static std::vector<std::string> names;
-  return names;
+struct Launch {
+  std::string name;
+  std::int64_t x, y, z;  // of the grid
+};
+inline std::vector<Launch>& launched() {  // the log, for the tests to see which kernels ran
+  static std::vector<Launch> log;
+  return log;
+}
+inline bool& dry() {  // launches are logged and not run
+  static bool is_dry = false;
+  return is_dry;
 }
 inline std::string& driver_fault() {  // what loading a kernel says, for the tests to set
   static std::string text;
@@ -48,7 +56,8 @@ void launch(const char* name, const Shape& shape, void (*kernel)(P...), Grid gri
     throw std::runtime_error(std::string(name) + " (" + shape() + "): a kernel's limit of shared memory changes between launches");
   }
   if (shared_bytes > limit) throw std::runtime_error(std::string(name) + " (" + shape() + "): too much shared memory");
-  launched().push_back(name);
+  launched().push_back({name, grid.x, grid.y, grid.z});
+  if (dry()) return;
   try {
     emulation::run_grid({grid.x, grid.y, grid.z}, threads, shared_bytes, [&] { kernel(arguments...); });
   } catch (const std::exception& error) {

@@ -86,6 +86,7 @@ inline void sync_named(int barrier, int threads) {
 }
 inline int atomic_add(int* sum, int value) { return std::exchange(*sum, *sum + value); }
 inline void fence_device() {}
+inline void fence_block() {}
 inline float load_fresh(const float* from) { return *from; }
 template <class T>
 T shuffle_xor(T value, int mask) {

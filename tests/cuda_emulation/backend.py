@@ -1,0 +1,44 @@
+"""The CUDA backend over the emulator, as an object with the functions of fastsupcon.backends.Backend, on cpu tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from types import ModuleType, SimpleNamespace
+
+import torch
+
+from fastsupcon.backends import cuda
+from fastsupcon.backends._extension import module as extension
+
+
+def emulated_backend(emulated: ModuleType) -> ModuleType:
+    """A second fastsupcon.backends.cuda with the kernels of the module ``emulated``. What no kernel writes is NaN."""
+    spec = importlib.util.spec_from_file_location("fastsupcon.backends.cuda_emulated", cuda.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(plan, like) -> None:
+        scratch = torch.full((plan.bytes + 256,), 0xFF, dtype=torch.uint8)
+        start = -(-scratch.data_ptr() // 256) * 256
+        plan.run(start, 0, 0)
+        assert (scratch[start - scratch.data_ptr() + plan.bytes :] == 0xFF).all(), "written past the scratch memory"
+
+    module._C = SimpleNamespace(cuda=emulated.cuda, Outgoing=extension.Outgoing)
+    module._run = run
+    module._where = lambda like: (0, 0)
+    module.torch = _TorchOfTheHost()
+    return module
+
+
+class _TorchOfTheHost:
+    """torch, whose new tensors are full of NaN, and whose current device is the host."""
+
+    cuda = SimpleNamespace(device_of=lambda like: contextlib.nullcontext())
+
+    @staticmethod
+    def empty_like(like: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(like, torch.nan)
+
+    def __getattr__(self, name: str):
+        return getattr(torch, name)
