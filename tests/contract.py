@@ -90,7 +90,8 @@ class Truth:
         a, b = self.rows, self.rows if self.columns is None else self.columns
         if unit:
             a, b = (x / torch.where(x.norm(dim=1, keepdim=True) == 0, 1, x.norm(dim=1, keepdim=True)) for x in (a, b))
-        s = a @ b.T * self.scale.to(a.device)
+        self.dots = a @ b.T
+        s = self.dots * self.scale.to(a.device)
         t = s if self.bias is None else s + self.bias
         pair = torch.ones_like(s, dtype=torch.bool)
         if self.columns is None:
@@ -117,7 +118,7 @@ class Truth:
         if not total.requires_grad:
             return [None if x is None else torch.zeros_like(x) for x in (self.rows, self.columns, self.bias, self.scale)]
         *found, weights = torch.autograd.grad(total, [*leaves, self.similarities], allow_unused=True, materialize_grads=True)
-        self.scale_terms = float((weights * self.similarities.detach() / self.scale.detach()).abs().sum()) if self.scale else 0.0
+        self.scale_terms = float((weights * self.dots.detach()).abs().sum())
         found = iter(found)
         return [None if x is None else next(found) for x in (self.rows, self.columns, self.bias, self.scale)]
 
