@@ -289,7 +289,8 @@ def backward(pairs: Pairs, rows: Side, columns: Side, norms: Tensor, kept: Tenso
 def _line(names: tuple[str, ...], line: Line) -> dict:
     return {
         "all": float(line.all), "different": float(line.different), "equal": float(line.equal), "similarity": float(line.similarity),
-        "factor": float(line.factor), "lone": math.nan if line.lone == "nan" else 0.0, "PLACES": _places(names), "REDUCTION": line.reduction, "SKIP": line.lone == "skip",
+        "factor": float(line.factor), "lone": math.nan if line.lone == "nan" else 0.0, "PLACES": _places(names),
+        "REDUCTION": line.reduction, "SKIP": line.lone == "skip",
     }  # fmt: skip
 
 
