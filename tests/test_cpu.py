@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(cpu.extension_missing is not None, reason=str(cp
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-# Of several blocks, in every instruction set: the self shape, more rows than columns and fewer, with and without what keeps sides from swapping.
+# Of several blocks in every instruction set: the self shape, rows more and fewer than columns, with and without what keeps sides in place.
 BLOCKS = [
     Case(300, d=40, rows=SCL, keys="few"),
     Case(300, d=40, rows=ALL, keys="few", scale=1000.0),

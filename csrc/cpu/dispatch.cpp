@@ -40,7 +40,8 @@ const Unit kUnits[] = {
               __builtin_cpu_supports("avx512vl");
      },
      &avx512_f32, &avx512_f16, &avx512_bf16, &avx512_f64},
-    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }, &avx2_f32, &avx2_f16, &avx2_bf16, &avx2_f64},
+    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); },
+     &avx2_f32, &avx2_f16, &avx2_bf16, &avx2_f64},
 #endif
     {"generic", [] { return true; }, &generic_f32, &generic_f16, &generic_bf16, &generic_f64},
 };
@@ -62,8 +63,8 @@ const Unit& choose() {
     if (unit->name == std::string(forced)) return *unit;
     known += std::string(known.empty() ? "" : ", ") + unit->name;
   }
-  throw std::invalid_argument("FASTSUPCON_CPU=" + std::string(forced) + " is not an instruction set of this processor that was built; there are " +
-                              known);
+  throw std::invalid_argument("FASTSUPCON_CPU=" + std::string(forced) +
+                              " is not an instruction set of this processor that was built; there are " + known);
 }
 
 }  // namespace

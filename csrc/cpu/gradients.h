@@ -11,8 +11,8 @@
 
 namespace fastsupcon::cpu {
 
-// A power of two to divide incoming gradients by, so that g_i 2^(shift − lse_i log2 e) neither overflows nor vanishes: its last factor can reach the
-// largest power there is. 1 while the largest gradient is in [2⁻⁴⁰, 1), as with a mean over the rows.
+// A power of two to divide incoming gradients by, so that g_i 2^(shift − lse_i log2 e) neither overflows nor vanishes: its last factor can
+// reach the largest power there is. 1 while the largest gradient is in [2⁻⁴⁰, 1), as with a mean over the rows.
 inline double common_power(double largest) {
   if (!(largest > 0)) return 1;
   const int exponent = std::ilogb(largest);
@@ -118,8 +118,9 @@ class Gradient {
       for (std::int64_t index = 1; index < copies_; ++index) join(copy(index) + begin);
       for (std::int64_t index = 0; more && index < more->copies_; ++index) join(more->copy(index) + begin);
       void* const elements = output_ ? static_cast<char*>(output_) + first * side_.row_bytes : nullptr;
-      along_[block] = side_.kernels.finish(side_.rows(block), rows, side_.depth, side_.inverse_norms ? side_.inverse_norms + first : nullptr, along,
-                                           sums, Sum(scale * (power / held)), Sum(held), elements);
+      const Sum* const inverse_norms = side_.inverse_norms ? side_.inverse_norms + first : nullptr;
+      along_[block] = side_.kernels.finish(side_.rows(block), rows, side_.depth, inverse_norms, along, sums, Sum(scale * (power / held)),
+                                           Sum(held), elements);
     });
   }
 
@@ -127,7 +128,9 @@ class Gradient {
   double along() const { return std::accumulate(along_.begin(), along_.end(), 0.0); }
 
  private:
-  Sum* copy(std::int64_t index) const { return in_place_ && index == 0 ? static_cast<Sum*>(output_) : buffer_ + (index - in_place_) * size_; }
+  Sum* copy(std::int64_t index) const {
+    return in_place_ && index == 0 ? static_cast<Sum*>(output_) : buffer_ + (index - in_place_) * size_;
+  }
 
   const Side<Sum>& side_;
   const std::int64_t size_, copies_;

@@ -1,7 +1,8 @@
-// What one instruction set offers to the driver (pairs.cpp). Each unit (unit_*.cpp) fills one table per element type from the templates in tiles.h and
-// pack.h. Everything here is plain data, so that no inline function is compiled twice with different instructions.
+// What one instruction set offers to the driver (pairs.cpp). Each unit (unit_*.cpp) fills one table per element type from the templates in
+// tiles.h and pack.h. Everything here is plain data, so that no inline function is compiled twice with different instructions.
 //
-// Rows are cut into blocks of at most kMaxBlock; a tile is a block of rows against a block of columns. "Sum" is float, or double for f64 rows.
+// Rows are cut into blocks of at most kMaxBlock; a tile is a block of rows against a block of columns. "Sum" is float, or double for f64
+// rows.
 #pragma once
 
 #include <cstddef>
@@ -31,7 +32,8 @@ struct Call {
   bool keyed;      // backward: weights differ between different and equal keys
 };
 
-// A block of rows or columns, as a tile sees it: arrays begin with the block, and have room for a whole one. In a diagonal tile both are one.
+// A block of rows or columns, as a tile sees it: arrays begin with the block, and have room for a whole one. In a diagonal tile both are
+// one.
 template <class Sum>
 struct Face {
   std::int64_t first, count;   // of the problem's rows, or columns
@@ -54,8 +56,8 @@ struct Face {
   Sum* bias_gradient;          // columns', added to; or null
 };
 
-// What the next tile reads, fetched into L2 while this one's dot products run: part s during strip s, as many bytes as a block's packed rows have.
-// Where there is less to fetch a part stands several times; what lies past its end, or is never used, is harmless.
+// What the next tile reads, fetched into L2 while this one's dot products run: part s during strip s, as many bytes as a block's packed
+// rows have. Where there is less to fetch a part stands several times; what lies past its end, or is never used, is harmless.
 struct Ahead {
   const void* part[6];
 };
@@ -65,7 +67,7 @@ struct Tile {
   const Call& call;
   Face<Sum> rows, columns;
   bool diagonal;  // self shape: each pair once, and no row with itself
-  Sum* kept;      // [strips of the columns][row_pitch][panel], or null: the forward leaves E (bounded) or â·b̂ there, and the backward finds it
+  Sum* kept;      // [strips of the columns][row_pitch][panel], or null: the forward leaves E (bounded) or â·b̂ there for the backward
   std::int64_t row_pitch;
   Ahead ahead;
 };
@@ -79,8 +81,8 @@ struct Kernels {
   // pack.h
   double (*measure)(const void* rows, std::int64_t count, std::int64_t depth, Sum* inverse_norms);
   void (*pack)(const void* rows, std::int64_t count, std::int64_t depth, const Sum* inverse_norms, Sum* panels, Sum* elements);
-  double (*finish)(const void* rows, std::int64_t count, std::int64_t depth, const Sum* inverse_norms, bool along_wanted, const Sum* sums, Sum factor,
-                   Sum last_factor, void* elements);
+  double (*finish)(const void* rows, std::int64_t count, std::int64_t depth, const Sum* inverse_norms, bool along_wanted, const Sum* sums,
+                   Sum factor, Sum last_factor, void* elements);
 
   // tiles.h
   void (*forward)(const Tile<Sum>&, void* scratch);

@@ -35,7 +35,8 @@ void line_of(const Line& line, std::int64_t rows, const Quantities<const void*>&
 }
 
 template <class Sum>
-void line_backward_of(const Line& line, std::int64_t rows, const Quantities<const void*>& values, const Sum* grad, const Quantities<void*>& grads) {
+void line_backward_of(const Line& line, std::int64_t rows, const Quantities<const void*>& values, const Sum* grad,
+                      const Quantities<void*>& grads) {
   const auto of = [](void* quantity) { return static_cast<Sum*>(quantity); };
   const Sum* const count = static_cast<const Sum*>(values.count);
   const double factor = line.factor / divisor(line, rows, count);

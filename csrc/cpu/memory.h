@@ -1,7 +1,8 @@
 // Memory of one call: one block, uninitialised.
 //
-// glibc's malloc adapts to it: a block it has mapped once is from then on taken from the heap, which is not given back below twice its size. Arrays
-// allocated one by one were given back together, and came anew at every call: 380 page faults of up to 3 µs in a backward of 1024 × 128.
+// glibc's malloc adapts to it: a block it has mapped once is from then on taken from the heap, which is not given back below twice its
+// size. Arrays allocated one by one were given back together, and came anew at every call: 380 page faults of up to 3 µs in a backward of
+// 1024 × 128.
 #pragma once
 
 #include <algorithm>
@@ -24,8 +25,8 @@ class Workspace {
     bytes_ += (size * std::int64_t(sizeof(T)) + 63) / 64 * 64;
   }
 
-  // Throws std::bad_alloc. A freed hole takes the next tensor only if that fits with its header and alignment, and small tensors come in between: with a
-  // little more than it needs, never touched, the block leaves a hole that takes one of its own size all the same.
+  // Throws std::bad_alloc. A freed hole takes the next tensor only if that fits with its header and alignment, and small tensors come in
+  // between: with a little more than it needs, never touched, the block leaves a hole that takes one of its own size all the same.
   void allocate() {
     block_.reset(static_cast<char*>(::operator new(bytes_ + std::min<std::int64_t>(bytes_ / 8, 1 << 18), kAlign)));
     for (const auto& [array, offset] : wanted_) {

@@ -23,8 +23,8 @@ FASTSUPCON_INLINE Sum sum_along(std::int64_t depth, const F& f) {
   return sum_of_lanes<Sum>((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-// 1 / |x| of a row whose squares leave the range of Sum, by dividing out its largest entry first. A row of zeros stays as it is; so does one below
-// the normal range. A NaN or an inf makes it NaN.
+// 1 / |x| of a row whose squares leave the range of Sum, by dividing out its largest entry first. A row of zeros stays as it is; so does
+// one below the normal range. A NaN or an inf makes it NaN.
 template <class Sum, class Source>
 Sum careful_inverse_norm(const Source* x, std::int64_t depth) {
   constexpr Sum smallest_normal = sizeof(Sum) == 4 ? Sum(0x1p-126) : Sum(0x1p-1022);
@@ -134,8 +134,8 @@ void pack(const void* rows_, std::int64_t count, std::int64_t depth, const Sum* 
 // From ∂x̂_i = sums_i the gradient of x_i, (∂x̂_i − x̂_i (x̂_i·∂x̂_i)) / |x_i|, times both factors; without inverse_norms x̂ is x. Returns
 // Σ_i x̂_i·∂x̂_i, or 0 where neither that is asked for nor there are norms. elements may be sums, or null.
 template <class Sum, class Source>
-double finish(const void* rows_, std::int64_t count, std::int64_t depth, const Sum* inverse_norms, bool along_wanted, const Sum* sums, Sum factor,
-              Sum last_factor, void* elements_) {
+double finish(const void* rows_, std::int64_t count, std::int64_t depth, const Sum* inverse_norms, bool along_wanted, const Sum* sums,
+              Sum factor, Sum last_factor, void* elements_) {
   double total = 0;
   for (std::int64_t i = 0; i < count; ++i, sums += depth) {
     const Source* const x = static_cast<const Source*>(rows_) + i * depth;

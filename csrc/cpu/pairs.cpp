@@ -1,5 +1,5 @@
-// The driver: cuts a problem into blocks and tiles, gives each sum its terms in the order of the schedule, and has quantities and gradients made of
-// the sums. The arithmetic of tiles is in tiles.h, their order in schedule.h, the threads in team.h.
+// The driver: cuts a problem into blocks and tiles, gives each sum its terms in the order of the schedule, and has quantities and gradients
+// made of the sums. The arithmetic of tiles is in tiles.h, their order in schedule.h, the threads in team.h.
 #include "pairs.h"
 
 #include <algorithm>
@@ -54,7 +54,7 @@ class Rounds {
 };
 
 // One call: the problem as its tiles see it. Two shapes are not served as they come:
-//   - the exponentials of a self shape with a bias are not symmetric: it is a cross shape whose columns are its rows, each row's own column itself
+//   - the exponentials of a self shape with a bias are not symmetric: it is a cross shape whose columns are its rows, each its own column
 //   - without a bias or own columns, rows and columns are alike, and the fewer of them become the tiles' rows, of which few waste less
 template <class Sum>
 class Run {
@@ -67,7 +67,8 @@ class Run {
         swapped_(problem.b && !problem.bias && !problem.own_column && problem.columns < problem.rows),
         threads_(threads),
         rows_(kernels_, swapped_ ? problem.b : problem.a, swapped_ ? problem.columns : problem.rows, problem.depth, problem.scalar),
-        columns_(kernels_, problem.b && !swapped_ ? problem.b : problem.a, swapped_ ? problem.rows : problem.columns, problem.depth, problem.scalar),
+        columns_(kernels_, problem.b && !swapped_ ? problem.b : problem.a, swapped_ ? problem.rows : problem.columns, problem.depth,
+                 problem.scalar),
         schedule_(self_ ? Schedule::self(rows_.blocks) : Schedule::cross(rows_.blocks, columns_.blocks)),
         kept_(doubled_ ? nullptr : static_cast<Sum*>(const_cast<void*>(kept))),
         largest_squares_(rows_.blocks + columns_.blocks) {
@@ -85,15 +86,16 @@ class Run {
   }
 
   void forward(const Quantities<void*>& of_rows, const Quantities<void*>& of_columns) {
-    const auto asked = [&](void* Quantities<void*>::*quantity) { return of_rows.*quantity || of_columns.*quantity; };
-    const bool all = asked(&Quantities<void*>::all), different = asked(&Quantities<void*>::different), equal = asked(&Quantities<void*>::equal);
+    const bool all = of_rows.all || of_columns.all, different = of_rows.different || of_columns.different;
+    const bool equal = of_rows.equal || of_columns.equal;
     call_.both = all + different + equal > 1;
     call_.first = call_.both || different ? kDifferent : equal ? kEqual : kAll;
-    call_.similarity = asked(&Quantities<void*>::similarity);
+    call_.similarity = of_rows.similarity || of_columns.similarity;
     want_panels();
     Sum* twice;  // a doubled problem's norms, which both sides measure
     workspace_.want(twice, doubled_ && problem_.unit ? problem_.rows : 0);
-    const Sums<Sum> row_sums(workspace_, rows_, schedule_.row_copies()), column_sums(workspace_, columns_, self_ ? 0 : schedule_.column_copies());
+    const Sums<Sum> row_sums(workspace_, rows_, schedule_.row_copies());
+    const Sums<Sum> column_sums(workspace_, columns_, self_ ? 0 : schedule_.column_copies());
     const Sums<Sum>& other_sums = self_ ? row_sums : column_sums;
     const auto tile = [&](const Visit& visit) {
       Tile<Sum> tile = bare_tile(visit);
@@ -108,18 +110,19 @@ class Run {
       column_sums.clear();
       if (twice) columns_.inverse_norms = twice;
     };
+    const Quantities<void*>&to_rows = swapped_ ? of_columns : of_rows, &to_columns = swapped_ ? of_rows : of_columns;
     run(1, true, kernels_.forward, tile, begin, [](Team&) {}, [&](Team& team) {
-      row_sums.finish(team, call_, swapped_ ? of_columns : of_rows);
-      if (!self_) column_sums.finish(team, call_, swapped_ ? of_rows : of_columns);
+      row_sums.finish(team, call_, to_rows);
+      if (!self_) column_sums.finish(team, call_, to_columns);
     });
-    count_pairs(static_cast<Sum*>(swapped_ ? of_columns.count : of_rows.count), static_cast<Sum*>(swapped_ ? of_rows.count : of_columns.count));
+    count_pairs(static_cast<Sum*>(to_rows.count), static_cast<Sum*>(to_columns.count));
   }
 
   void backward(const Incoming& of_rows, const Incoming& of_columns, const Outgoing& out) {
     const auto keyed = [](const Incoming& side) { return side.grads.different || side.grads.equal || side.grads.similarity; };
     call_.keyed = problem_.row_keys && (keyed(of_rows) || keyed(of_columns));
     void *const out_rows = swapped_ ? out.columns : out.rows, *const out_columns = swapped_ ? out.rows : out.columns;
-    const bool along_rows = out.scale && (out_rows || !out_columns), along_columns = out.scale && !along_rows;  // either side gives the scale's
+    const bool along_rows = out.scale && (out_rows || !out_columns), along_columns = out.scale && !along_rows;  // for the scale's, either
     const bool rows_wanted = out_rows || along_rows;
     Gradient<Sum> row_gradient(workspace_, rows_, schedule_.row_copies(), out_rows, rows_wanted);
     Gradient<Sum> column_gradient(workspace_, columns_, schedule_.column_copies(), out_columns, out_columns || (doubled_ && rows_wanted));
@@ -142,9 +145,9 @@ class Run {
       row_gradient.add_to(tile.rows, visit.rows);
       other_gradient.add_to(tile.columns, visit.columns);
       if (out.bias) tile.columns.bias_gradient = bias_sums + visit.columns.accumulator * columns_.block;
-      const auto or_rows = [&](const void* part) { return part ? part : tile.rows.panels; };
-      tile.ahead = {{tile.rows.panels, tile.columns.panels, or_rows(tile.rows.elements), or_rows(tile.columns.elements), or_rows(tile.rows.gradient),
-                     or_rows(tile.columns.gradient)}};
+      const Face<Sum>&i = tile.rows, &j = tile.columns;
+      const auto there = [&](const Sum* part) { return part ? part : i.panels; };
+      tile.ahead = {{i.panels, j.panels, there(i.elements), there(j.elements), there(i.gradient), there(j.gradient)}};
       return tile;
     };
     const auto weigh = [&](Team& team) {
@@ -220,11 +223,11 @@ class Run {
     return tile;
   }
 
-  // Allocates what was asked for and calls begin(); packs the rows, decides on the shift, calls prepare(team); makes all visits; calls finish(team).
-  // tile(visit) makes a tile that has what it reads itself as what to fetch. A tile has `products` products.
+  // Allocates what was asked for and calls begin(); packs the rows, decides on the shift, calls prepare(team); makes all visits; calls
+  // finish(team). tile(visit) makes a tile that has what it reads itself as what to fetch. A tile has `products` products.
   template <class MakeTile, class Begin, class Prepare, class Finish>
-  void run(int products, bool measured, void (*kernel)(const Tile<Sum>&, void*), const MakeTile& make_tile, const Begin& begin, const Prepare& prepare,
-           const Finish& finish) {
+  void run(int products, bool measured, void (*kernel)(const Tile<Sum>&, void*), const MakeTile& make_tile, const Begin& begin,
+           const Prepare& prepare, const Finish& finish) {
     const double multiply_adds = double(products) * rows_.count * columns_.count * problem_.depth / (self_ ? 2 : 1);
     const int threads = threads_for(threads_, multiply_adds, schedule_.tasks());
     const std::int64_t scratch_bytes = ceil_div(kernels_.scratch_bytes, 64) * 64;
@@ -251,8 +254,9 @@ class Run {
           if (!diagonal) other_rounds.wait(team, visit.columns);
           if (present(visit)) {
             Tile<Sum> tile = make_tile(visit);
-            const bool last = step + 1 == schedule_.steps();  // most likely this thread's next tile
-            const Visit next = last ? schedule_.visit(std::min(task + team.size(), schedule_.tasks() - 1), 0) : schedule_.visit(task, step + 1);
+            const bool last = step + 1 == schedule_.steps();
+            const std::int64_t next_task = last ? std::min(task + team.size(), schedule_.tasks() - 1) : task;  // most likely this thread's
+            const Visit next = schedule_.visit(next_task, last ? 0 : step + 1);
             if (present(next)) tile.ahead = make_tile(next).ahead;
             kernel(tile, scratch + member * scratch_bytes);
           }
@@ -264,9 +268,10 @@ class Run {
     });
   }
 
-  // One shift serves all sums where 2^(s log2 e − shift) stays a normal number: where |s_ij| ≤ bound and 2 · bound < 126 ln 2 (f64: 1022 ln 2), less 2 %
-  // for rounding. An unknown bound, NaN or inf, is not safe, and running maxima show what is wrong with the rows. A bias leaves the logits without a
-  // bound. Where a sum may be over one pair it is to be exactly that pair's logit, as the running maximum makes it.
+  // One shift serves all sums where 2^(s log2 e − shift) stays a normal number: where |s_ij| ≤ bound and 2 · bound < 126 ln 2 (f64: 1022 ln
+  // 2), less 2 % for rounding. An unknown bound, NaN or inf, is not safe, and running maxima show what is wrong with the rows. A bias
+  // leaves the logits without a bound. Where a sum may be over one pair it is to be exactly that pair's logit, as the running maximum makes
+  // it.
   void decide() {
     const auto norm = [&](std::int64_t begin, std::int64_t end) {
       double largest = 0;
@@ -274,7 +279,7 @@ class Run {
         const double square = largest_squares_[block];
         largest = square > largest || std::isnan(square) ? square : largest;
       }
-      return std::sqrt(largest + problem_.depth * double(std::numeric_limits<Sum>::min()));  // squares below the normal range may have vanished
+      return std::sqrt(largest + problem_.depth * double(std::numeric_limits<Sum>::min()));  // squares that vanished were below its terms
     };
     const double of_rows = problem_.unit ? 1 : norm(0, rows_.blocks);
     const double of_columns = problem_.unit || self_ ? of_rows : norm(rows_.blocks, rows_.blocks + columns_.blocks);
@@ -288,7 +293,7 @@ class Run {
   const Kernels<Sum>& kernels_;
   const bool self_, doubled_, swapped_;
   const int threads_;
-  Side<Sum> rows_, columns_;  // the tiles'. In the self shape the columns have nothing of their own but keys: 0 in rows and 1 in columns if there are none
+  Side<Sum> rows_, columns_;  // the tiles'. In the self shape the columns have nothing of their own but the numbers of keys
   const Schedule schedule_;
   Sum* const kept_;
   std::vector<double> largest_squares_;  // by block, of rows and then of columns
@@ -306,13 +311,16 @@ std::int64_t kept_size(std::int64_t rows, std::int64_t columns, std::int64_t dep
   return size <= (rows + columns) * depth + (1 << 16) ? size : 0;
 }
 
-void forward(const Problem& problem, const Quantities<void*>& rows, const Quantities<void*>& columns, void* norms, void* kept, int threads) {
+void forward(const Problem& problem, const Quantities<void*>& rows, const Quantities<void*>& columns, void* norms, void* kept,
+             int threads) {
   with_sum(problem.scalar, [&](auto sum) { Run<decltype(sum)>(problem, norms, kept, threads).forward(rows, columns); });
 }
 
-void backward(const Problem& problem, const Incoming& rows, const Incoming& columns, const void* norms, const void* kept, const Outgoing& out,
-              int threads) {
-  with_sum(problem.scalar, [&](auto sum) { Run<decltype(sum)>(problem, const_cast<void*>(norms), kept, threads).backward(rows, columns, out); });
+void backward(const Problem& problem, const Incoming& rows, const Incoming& columns, const void* norms, const void* kept,
+              const Outgoing& out, int threads) {
+  with_sum(problem.scalar, [&](auto sum) {
+    Run<decltype(sum)>(problem, const_cast<void*>(norms), kept, threads).backward(rows, columns, out);
+  });
 }
 
 double micro_kernel(Scalar scalar, std::int64_t times, int threads) {

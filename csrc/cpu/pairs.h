@@ -22,8 +22,8 @@ void forward(const Problem& problem, const Quantities<void*>& rows, const Quanti
 //   w_ij = Σ over the log-sums q that (i, j) is in of (g_i exp(t_ij − q_i) + h_j exp(t_ij − q'_j)) + [equal keys] (u_i + v_j)
 //   ∂â_i = scale Σ_j w_ij b̂_j    ∂b̂_j = scale Σ_i w_ij â_i    ∂bias_j = Σ_i (w_ij without its last term)    ∂scale = Σ_ij w_ij â_i·b̂_j
 // and through the unit length to the rows. Self shape: the gradient of a row from both of its places.
-void backward(const Problem& problem, const Incoming& rows, const Incoming& columns, const void* norms, const void* kept, const Outgoing& out,
-              int threads);
+void backward(const Problem& problem, const Incoming& rows, const Incoming& columns, const void* norms, const void* kept,
+              const Outgoing& out, int threads);
 
 // A loss from the quantities of `rows` rows: one Sum (f32 or f64), or [rows] without reduction. And back, from its gradient.
 void line(const Line& line, Scalar sum, std::int64_t rows, const Quantities<const void*>& values, void* loss);

@@ -1,5 +1,5 @@
-// Register-blocked products (see simd.h). For each step of its sum the micro-kernel broadcasts kRows numbers of one operand, reads kVectors vectors
-// of the other, and adds to kRows × kVectors vectors.
+// Register-blocked products (see simd.h). For each step of its sum the micro-kernel broadcasts kRows numbers of one operand, reads kVectors
+// vectors of the other, and adds to kRows × kVectors vectors.
 #pragma once
 
 #include "kernels.h"
@@ -24,7 +24,9 @@ constexpr int kStride = kMaxBlock + 64 / sizeof(Sum);  // of a row of weights: a
 // sum[r][v] = Σ_k a[r·kRowStep + k·kTermStep] · b[k·kPitch + v·lanes], and fetch() at each step.
 template <class Sum, int V, int kRowStep, int kTermStep, int kPitch, class Fetch>
 FASTSUPCON_INLINE void multiply(const Sum* a, const Sum* b, std::int64_t terms, Vector<Sum> (&sum)[kRows][V], const Fetch& fetch) {
-  unroll<kRows>([&](auto r) __attribute__((always_inline)) { unroll<V>([&](auto v) __attribute__((always_inline)) { sum[r][v] = Vector<Sum>{}; }); });
+  unroll<kRows>([&](auto r) __attribute__((always_inline)) {
+    unroll<V>([&](auto v) __attribute__((always_inline)) { sum[r][v] = Vector<Sum>{}; });
+  });
   for (std::int64_t k = 0; k < terms; ++k) {
     fetch();
     if constexpr (kRowStep == 1) __builtin_prefetch(a + 16 * kTermStep);  // one line of each step is used: more than the hardware foresees
@@ -48,8 +50,8 @@ FASTSUPCON_INLINE void with_vectors(std::int64_t width, const F& f) {
   f(Constant<V>{});
 }
 
-// Calls f(vectors, first element) for the depth cut into groups of at most kVectors vectors, as equal as can be: 16 vectors by threes as 3 3 3 3 2 2,
-// for a last group of one vector is bound by the FMA's latency.
+// Calls f(vectors, first element) for the depth cut into groups of at most kVectors vectors, as equal as can be: 16 vectors by threes as 3
+// 3 3 3 2 2, for a last group of one vector is bound by the FMA's latency.
 template <class Sum, class F>
 FASTSUPCON_INLINE void each_group(std::int64_t depth, const F& f) {
   const std::int64_t vectors = (depth + kLanes<Sum> - 1) / kLanes<Sum>, groups = (vectors + kVectors - 1) / kVectors;
@@ -62,8 +64,8 @@ FASTSUPCON_INLINE void each_group(std::int64_t depth, const F& f) {
 // kTermsInL1 steps of the sum at a time: kPanel columns of them and kRows rows stay in L1.
 constexpr std::int64_t kTermsInL1 = 256;
 
-// strip[i·kPanel + v] = a_i·b_v for `count` rows i and the V vectors of columns of one panel. Writes whole groups of kRows rows. Fetches into L2, at an
-// even pace, as many bytes from `ahead` on as the packed rows have.
+// strip[i·kPanel + v] = a_i·b_v for `count` rows i and the V vectors of columns of one panel. Writes whole groups of kRows rows. Fetches
+// into L2, at an even pace, as many bytes from `ahead` on as the packed rows have.
 template <class Sum, int V>
 void dot_products(const Sum* row_panels, std::int64_t count, const Sum* column_panel, std::int64_t depth, Sum* strip, const void* ahead) {
   for (std::int64_t k = 0; k < depth; k += kTermsInL1) {
@@ -71,11 +73,12 @@ void dot_products(const Sum* row_panels, std::int64_t count, const Sum* column_p
       const Sum* const rows = row_panels + i / kPanel<Sum> * kPanel<Sum> * depth + i % kPanel<Sum>;
       const char* next = static_cast<const char*>(ahead) + (i * depth + k * kRows) * sizeof(Sum);
       Vector<Sum> sum[kRows][V];
-      multiply<Sum, V, 1, kPanel<Sum>, kPanel<Sum>>(rows + k * kPanel<Sum>, column_panel + k * kPanel<Sum>, smaller(kTermsInL1, depth - k), sum,
-                                                    [&]() __attribute__((always_inline)) {
-                                                      __builtin_prefetch(next, 0, 2);
-                                                      next += kRows * sizeof(Sum);
-                                                    });
+      const auto fetch = [&]() __attribute__((always_inline)) {
+        __builtin_prefetch(next, 0, 2);
+        next += kRows * sizeof(Sum);
+      };
+      multiply<Sum, V, 1, kPanel<Sum>, kPanel<Sum>>(rows + k * kPanel<Sum>, column_panel + k * kPanel<Sum>, smaller(kTermsInL1, depth - k),
+                                                    sum, fetch);
       unroll<kRows>([&](auto r) __attribute__((always_inline)) {
         unroll<V>([&](auto v) __attribute__((always_inline)) {
           Sum* const to = strip + (i + r) * kPanel<Sum> + v * kLanes<Sum>;
@@ -89,11 +92,11 @@ void dot_products(const Sum* row_panels, std::int64_t count, const Sum* column_p
 // Where the weights of a tile are not 0: everywhere, or only above the diagonal of the tile.
 enum class Extent { full, triangle };
 
-// out_r (+)= Σ_k w_rk x_k, with w_rk = weights[r·kRowStep + k·kTermStep]. A tile read by rows has kTermStep 1, by columns kRowStep 1. The rows x are
-// those of pack_elements (pack.h), `count` of them. What out [outputs, depth] held is not read where it is `fresh`.
+// out_r (+)= Σ_k w_rk x_k, with w_rk = weights[r·kRowStep + k·kTermStep]. A tile read by rows has kTermStep 1, by columns kRowStep 1. The
+// rows x are those of pack_elements (pack.h), `count` of them. What out [outputs, depth] held is not read where it is `fresh`.
 template <class Sum, int kRowStep, int kTermStep>
-void add_weighted(const Sum* weights, std::int64_t outputs, const Sum* elements, std::int64_t count, std::int64_t depth, Extent extent, bool fresh,
-                  Sum* out) {
+void add_weighted(const Sum* weights, std::int64_t outputs, const Sum* elements, std::int64_t count, std::int64_t depth, Extent extent,
+                  bool fresh, Sum* out) {
   constexpr int W = kLanes<Sum>;
   each_group<Sum>(depth, [&](auto vectors, std::int64_t first) __attribute__((always_inline)) {
     constexpr int V = decltype(vectors)::value;
@@ -128,7 +131,9 @@ void add_weighted(const Sum* weights, std::int64_t outputs, const Sum* elements,
           unroll<V>([&](auto v) __attribute__((always_inline)) { store(&edge[r][v * W], sum[r][v]); });
         });
         for (std::int64_t r = 0; r < smaller<std::int64_t>(kRows, outputs - r0); ++r) {
-          for (std::int64_t d = 0; d < smaller<std::int64_t>(V * W, valid); ++d) to[r * depth + d] = edge[r][d] + (fresh ? Sum(0) : to[r * depth + d]);
+          for (std::int64_t d = 0; d < smaller<std::int64_t>(V * W, valid); ++d) {
+            to[r * depth + d] = edge[r][d] + (fresh ? Sum(0) : to[r * depth + d]);
+          }
         }
       }
     }

@@ -1,5 +1,5 @@
-// Which pairs of blocks are worked on in which order. A sum gets its terms in the order of its rounds, which depends on the numbers of blocks alone:
-// so any number of threads gives the same bits, and no two of them add to one sum at a time.
+// Which pairs of blocks are worked on in which order. A sum gets its terms in the order of its rounds, which depends on the numbers of
+// blocks alone: so any number of threads gives the same bits, and no two of them add to one sum at a time.
 #pragma once
 
 #include <algorithm>
@@ -20,20 +20,20 @@ struct Visit {
   Turn rows, columns;
 };
 
-// Tasks are taken up in order, and each makes its visits in order. A visit waits until its accumulators have had their earlier rounds, which belong
-// to earlier visits of this task or to earlier tasks: the earliest unfinished task never waits for long.
+// Tasks are taken up in order, and each makes its visits in order. A visit waits until its accumulators have had their earlier rounds,
+// which belong to earlier visits of this task or to earlier tasks: the earliest unfinished task never waits for long.
 class Schedule {
  public:
-  // Every pair of blocks i ≤ j once, as in a round-robin tournament: in a round each block meets one other (round 0: itself). Rows and columns share
-  // their accumulators.
+  // Every pair of blocks i ≤ j once, as in a round-robin tournament: in a round each block meets one other (round 0: itself). Rows and
+  // columns share their accumulators.
   static Schedule self(std::int64_t blocks) {
     const std::int64_t players = blocks + blocks % 2;
     return Schedule(true, players, players, players + (players - 1) * (players / 2), 1, 1, 1);
   }
 
-  // A task takes a block of the longer side through all blocks of the shorter one. Tasks are dealt out to groups, each with its own copy of the
-  // shorter side's accumulators; within a group each follows on the heels of the one before. There are groups enough for kAtATime tiles at a time, but
-  // no more than make the copies as large as the longer side.
+  // A task takes a block of the longer side through all blocks of the shorter one. Tasks are dealt out to groups, each with its own copy of
+  // the shorter side's accumulators; within a group each follows on the heels of the one before. There are groups enough for kAtATime tiles
+  // at a time, but no more than make the copies as large as the longer side.
   static Schedule cross(std::int64_t row_blocks, std::int64_t column_blocks) {
     constexpr std::int64_t kAtATime = 16;
     const bool long_rows = row_blocks >= column_blocks;

@@ -1,8 +1,8 @@
 // Vectors of one instruction set: GCC's vector extension, with intrinsics only where it has no word for the instruction.
 //
-// A unit (unit_*.cpp) is compiled with one instruction set's flags, and this and the headers on top of it (elements.h, pack.h, product.h, tiles.h)
-// give their code a namespace of that set's own. No function of the standard library is called in them: an inline one, compiled with a unit's
-// flags, could replace the one that older processors run.
+// A unit (unit_*.cpp) is compiled with one instruction set's flags, and this and the headers on top of it (elements.h, pack.h, product.h,
+// tiles.h) give their code a namespace of that set's own. No function of the standard library is called in them: an inline one, compiled
+// with a unit's flags, could replace the one that older processors run.
 #pragma once
 
 #include <cstddef>

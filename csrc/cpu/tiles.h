@@ -1,7 +1,7 @@
 // The arithmetic of a tile, written once for every instruction set (see simd.h).
 //
-// A tile is worked on in strips of kPanel columns: dot products first, then, while they are in L1, sums of their exponentials (forward) or the weights
-// of the two further products (backward).
+// A tile is worked on in strips of kPanel columns: dot products first, then, while they are in L1, sums of their exponentials (forward) or
+// the weights of the two further products (backward).
 #pragma once
 
 #include "kernels.h"
@@ -107,7 +107,8 @@ struct Walk {
 };
 
 // ---- Forward ------------------------------------------------------------------------------------------------------------------------
-// What goes into each sum, for one shift: total[k] of rows and columns += Σ E over the pairs of sum k, similarity += Σ of those of equal keys.
+// What goes into each sum, for one shift: total[k] of rows and columns += Σ E over the pairs of sum k, similarity += Σ of those of equal
+// keys.
 template <class Sum, Over kFirst, bool kBoth, bool kSimilarity>
 void forward_bounded(const Walk<Sum>& walk) {
   constexpr int kSums = 1 + kBoth + kSimilarity;
@@ -197,7 +198,8 @@ void forward_running(const Walk<Sum>& walk) {
   const Sum scale = Sum(tile.call.scale);
   for (std::int64_t c = 0; c < tile.columns.count; c += kPanel<Sum>) walk.make_dot_products(c, walk.strip(c));
 
-  // f(row, column, place in the strip, place of its columns, which pairs exist, which keys are equal) for every vector; strip_done(c) after each strip
+  // f(row, column, place in the strip, place of its columns, which pairs exist, which keys are equal) for every vector; strip_done(c) after
+  // each strip
   const auto each = [&](const auto& f, const auto& strip_done) __attribute__((always_inline)) {
     walk.strips([&](auto rule, std::int64_t c) __attribute__((always_inline)) {
       const std::int64_t count = walk.rows_of(c);
@@ -257,7 +259,8 @@ void forward_running(const Walk<Sum>& walk) {
 
     fill(scratch.row_sums[0], tile.rows.count, Vector<Sum>{});
     each(
-        [&](std::int64_t i, std::int64_t column, auto u, Vector<Sum> x, Lanes<Sum> exists, Lanes<Sum> equal) __attribute__((always_inline)) {
+        [&](std::int64_t i, std::int64_t column, auto u, Vector<Sum> x, Lanes<Sum> exists, Lanes<Sum> equal)
+            __attribute__((always_inline)) {
           const Vector<Sum> t = masked(x, column, exists, equal);
           scratch.row_sums[0][i] += exp_of<Sum>(t - shift_of<Sum>(broadcast(tile.rows.maximum[k][i])));
           column_sums[u] += exp_of<Sum>(t - shift_of<Sum>(load(tile.columns.maximum[k] + column)));
@@ -362,8 +365,8 @@ void backward(const Tile<Sum>& tile, void* memory) {
   const Face<Sum>&rows = tile.rows, &columns = tile.columns;
   const Extent extent = tile.diagonal ? Extent::triangle : Extent::full;
   if (rows.gradient) {
-    add_weighted<Sum, kStride<Sum>, 1>(walk.scratch.weights, rows.count, columns.elements, columns.count, tile.call.depth, extent, rows.fresh,
-                                       rows.gradient);
+    add_weighted<Sum, kStride<Sum>, 1>(walk.scratch.weights, rows.count, columns.elements, columns.count, tile.call.depth, extent,
+                                       rows.fresh, rows.gradient);
   }
   if (columns.gradient) {
     add_weighted<Sum, 1, kStride<Sum>>(walk.scratch.weights, columns.count, rows.elements, rows.count, tile.call.depth, extent,

@@ -1,7 +1,8 @@
-// The schedules of the CPU kernels, by themselves: every pair of blocks is visited once, and taken one after another no visit ever waits. Exits 1 where
-// that is wrong. Built in test_cpu_portable.py.
+// The schedules of the CPU kernels, by themselves: every pair of blocks is visited once, and taken one after another no visit ever waits.
+// Exits 1 where that is wrong. Built in test_cpu_portable.py.
 #include "cpu/schedule.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <map>
 #include <set>
@@ -26,7 +27,9 @@ void check(const Schedule& schedule, bool self, std::int64_t row_blocks, std::in
   std::map<std::int64_t, std::int64_t> row_rounds, column_rounds;
   std::map<std::int64_t, std::int64_t>& other_rounds = self ? row_rounds : column_rounds;
   bool in_turn = true, once = true, own_blocks = true;
-  const auto take = [&](std::map<std::int64_t, std::int64_t>& rounds, const Turn& turn) { in_turn &= rounds[turn.accumulator]++ == turn.round; };
+  const auto take = [&](std::map<std::int64_t, std::int64_t>& rounds, const Turn& turn) {
+    in_turn &= rounds[turn.accumulator]++ == turn.round;
+  };
   for (std::int64_t task = 0; task < schedule.tasks(); ++task) {
     for (std::int64_t step = 0; step < schedule.steps(); ++step) {
       const Visit visit = schedule.visit(task, step);
@@ -34,16 +37,18 @@ void check(const Schedule& schedule, bool self, std::int64_t row_blocks, std::in
       if (!self || visit.i != visit.j) take(other_rounds, visit.columns);
       if (visit.i >= row_blocks || visit.j >= column_blocks) continue;
       once &= met.emplace(visit.i, visit.j).second && (!self || visit.i <= visit.j);
-      own_blocks &= visit.rows.accumulator % row_blocks == visit.i && visit.rows.accumulator / row_blocks < schedule.row_copies();
-      own_blocks &= visit.columns.accumulator % column_blocks == visit.j && visit.columns.accumulator / column_blocks < schedule.column_copies();
+      const std::int64_t of_row = visit.rows.accumulator, of_column = visit.columns.accumulator;
+      own_blocks &= of_row % row_blocks == visit.i && of_row / row_blocks < schedule.row_copies();
+      own_blocks &= of_column % column_blocks == visit.j && of_column / column_blocks < schedule.column_copies();
     }
   }
   const std::int64_t pairs = self ? row_blocks * (row_blocks + 1) / 2 : row_blocks * column_blocks;
   expect(once && std::int64_t(met.size()) == pairs, "not every pair once", row_blocks, column_blocks);
   expect(in_turn, "a visit before its turn", row_blocks, column_blocks);
   expect(own_blocks, "a sum of another block", row_blocks, column_blocks);
-  expect(schedule.row_copies() * row_blocks <= 2 * row_blocks || schedule.row_copies() * row_blocks <= column_blocks, "too many copies", row_blocks,
-         column_blocks);
+  const std::int64_t most = std::max(row_blocks, column_blocks);
+  expect(schedule.row_copies() * row_blocks <= most && schedule.column_copies() * column_blocks <= most, "copies larger than the longer side",
+         row_blocks, column_blocks);
 }
 
 }  // namespace
