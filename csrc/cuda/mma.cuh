@@ -1,7 +1,7 @@
 // The kernels for sm_80 and every newer GPU: mma.sync fed by ldmatrix from panels that cp.async fills. Any depth, any alignment.
 //
-// A block owns ROWS = 4 warps · M_TILES · 16 rows x and visits tiles of 32 to 64 rows y; each warp forms the logits of its own rows with the
-// whole tile, so nothing but panels and records is shared and one barrier per step is enough. Depth in panels of 128 bytes:
+// A block owns ROWS = 4 warps · M_TILES · 16 rows x and visits tiles of 32 to 64 rows y; each warp forms the logits of its own rows with
+// the whole tile, so nothing but panels and records is shared and one barrier per step is enough. Depth in panels of 128 bytes:
 //   PANELS 1, 2, 4: x stays in shared memory, tiles of y are double-buffered.
 //   PANELS 0: any number of panels. Panels of x and y come through a ring of four stages; the backward's grid.z says which four panels of
 //             the result a block sums (registers hold no more), and the logits are recomputed for each.
@@ -27,9 +27,8 @@ struct MmaShape {
   // Registers decide, 255 of a thread: a backward of 32 rows × 64 columns (64 accumulators, 64 logits) spilled 3 KiB.
   static constexpr int m_tiles = kElementBytes<PRODUCT> == 2 && (PANELS == 1 || PANELS == 2) && !BACKWARD ? 2 : 1;
   static constexpr int rows = 4 * 16 * m_tiles;
-  // Of a tile. In the backward 64 would not do: two tiles of four panels and their records pass 99 KiB (with 48, 104 bytes were spilled), and
-  // in the ring 66 bytes were spilled.
-  static constexpr int columns = !BACKWARD ? 64 : PANELS == 4 ? 32 : PANELS == 0 ? 48 : 64;
+  // Of a tile. In the backward 64 would not do: two tiles of four panels and their records pass 99 KiB (with 48, 104 bytes were spilled).
+  static constexpr int columns = PANELS == 4 && BACKWARD ? 32 : 64;
   static constexpr int out_panels = PANELS ? PANELS : kOutPanels;
   static constexpr int panel_columns = kPanelBytes / kElementBytes<PRODUCT>;
   static constexpr int stages = PANELS ? 2 : kRing;

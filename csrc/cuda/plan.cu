@@ -1,4 +1,4 @@
-// From a problem to launches: which sides and passes it has, which family serves it, how the work is shared out, what scratch memory it takes.
+// From a problem to launches: which sides and passes it has, which family serves it, how work is shared out, the scratch memory.
 #include "pairs.h"
 
 #include <algorithm>
@@ -59,8 +59,8 @@ bool any(const Quantities<Pointer>& q) {
   return q.all || q.different || q.equal || q.similarity || q.count;
 }
 
-// A problem as its sides: the rows, and the columns where they are others. A bias is the columns' alone, so that with one the self shape has
-// two sides too, of the same rows.
+// A problem as its sides: the rows, and the columns where they are others. A bias is the columns' alone, so that with one the self shape
+// has two sides too, of the same rows.
 struct Sides {
   Product product;
   bool self;
@@ -89,7 +89,8 @@ struct Sides {
     work.aligned = row_bytes % 16 == 0 && starts % 16 == 0;
     // Running maxima make a pair that is alone come out as exactly its similarity.
     const bool pairs_alone = std::min(problem.rows, problem.columns) <= (work.exclusion == Exclusion::none ? 1 : 2);
-    work.scale = rows.scale = {problem.scale, static_cast<const float*>(problem.scale_address), problem.unit && !problem.bias && !pairs_alone};
+    const bool may_bound = problem.unit && !problem.bias && !pairs_alone;
+    work.scale = rows.scale = {problem.scale, static_cast<const float*>(problem.scale_address), may_bound};
     float* norms_of[2] = {norms, norms && !self ? norms + problem.rows : norms};
     const std::int64_t* keys_of[2] = {problem.row_keys, self ? problem.row_keys : problem.column_keys};
     rows.count = count;
@@ -226,8 +227,8 @@ Plan forward(const Problem& problem, const Quantities<void*>& rows, const Quanti
   return plan;
 }
 
-Plan backward(const Problem& problem, const Incoming& rows, const Incoming& columns, const void* norms, const Outgoing& out, bool allow_tf32,
-              int device) {
+Plan backward(const Problem& problem, const Incoming& rows, const Incoming& columns, const void* norms, const Outgoing& out,
+              bool allow_tf32, int device) {
   Plan plan;
   Sides sides(problem, static_cast<float*>(const_cast<void*>(norms)), allow_tf32);
   const bool both_ways = sides.self && sides.count == 2;  // the self shape with a bias: its rows' gradients come of both passes
@@ -339,7 +340,8 @@ void line(const Line& line, std::int64_t rows, const Quantities<const void*>& va
   work.loss = static_cast<float*>(loss);
   const std::int64_t blocks = line.reduction == Line::Reduction::none ? ceil_div(rows, kBlockThreads) : 1;
   enter(where);
-  launch("line_forward", [=] { return std::to_string(rows) + " rows"; }, line_forward, {blocks}, kBlockThreads, kBlockSumBytes, where, work);
+  launch("line_forward", [=] { return std::to_string(rows) + " rows"; }, line_forward, {blocks}, kBlockThreads, kBlockSumBytes, where,
+         work);
 }
 
 void line_backward(const Line& line, std::int64_t rows, const Quantities<const void*>& values, const void* grad,

@@ -1,4 +1,4 @@
-// The small kernels before and after the tiles: the records of rows, and gradients from the sums of splits. One or two problem sides a launch.
+// The small kernels before and after the tiles: the records of rows, and gradients from the sums of splits. One or two sides a launch.
 #pragma once
 
 #include "tile.cuh"
@@ -74,8 +74,8 @@ FASTSUPCON_DEVICE Logit make_logit(const Rows& side, int which, std::int64_t row
   return {factor, side.bias ? side.bias[row] : 0.0f, static_cast<std::uint32_t>(key), static_cast<std::uint32_t>(key >> 32)};
 }
 
-// 1 / |x|, and 1 for a row of zeros, or of numbers below the normal range. In double, where squares stay in range, and as a factor of a logit
-// near 1000 it must be right to the last bit. By one warp.
+// 1 / |x|, and 1 for a row of zeros, or of numbers below the normal range. In double, where squares stay in range, and as a factor of a
+// logit near 1000 it must be right to the last bit. By one warp.
 template <Product PRODUCT>
 FASTSUPCON_DEVICE float inverse_norm(const Rows& side, std::int64_t row, std::int64_t depth) {
   double sum = 0.0;
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kRowsThreads) prepare_forward(const __grid_con
   if (place < work.done_count) work.done[place] = 0;
 }
 
-// weight · exp(shift + t) is the gradient that a pair of one kind takes from the log-sums that it is in: over that kind alone, and over all.
+// weight · exp(shift + t) is the gradient that a pair of one kind takes from the log-sums that it is in: over that kind, and over all.
 struct PairWeight {
   float weight = 0.0f, shift = -kInfinity;
 };

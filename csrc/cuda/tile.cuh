@@ -62,26 +62,26 @@ struct Records {
   FASTSUPCON_DEVICE Shift shift(int i) const { return reinterpret_cast<const Shift*>(at + 2 * count * kRecordBytes)[i]; }
 };
 
-// v from x·y. Large logits come out with the same bits for x_i y_j and x_j y_i, so that a row's largest pair has weight exp(0) seen from both
-// of its rows: an ulp of 1000 is 6e-5. Small ones save a multiplication.
+// v from x·y. Large logits come out with the same bits for x_i y_j and x_j y_i, so that a row's largest pair has weight exp(0) seen from
+// both of its rows: an ulp of 1000 is 6e-5. Small ones save a multiplication.
 template <bool RUNNING>
 FASTSUPCON_DEVICE float logit(float product, float row_factor, float column_factor, float scale) {
   return RUNNING ? product * (row_factor * column_factor) * scale : product * column_factor * (row_factor * scale);
 }
 
-// By one thread: the records of `count` rows, counted on the barrier. There are records for whole blocks and tiles, as these divide kRecordRows.
+// By one thread: the records of `count` rows, counted on the barrier. There are some for whole blocks and tiles: these divide kRecordRows.
 FASTSUPCON_DEVICE void fetch_records(ptx::Address to, const Side& side, int first, int count, int kinds, ptx::Address barrier) {
 #pragma unroll 1
   for (int kind = 0; kind < kinds; ++kind) {
-    ptx::copy_bulk_async(to + kind * count * kRecordBytes, side.records + (std::int64_t{kind} * side.record_rows + first) * kRecordBytes, count * kRecordBytes,
-                         barrier);
+    const char* from = side.records + (std::int64_t{kind} * side.record_rows + first) * kRecordBytes;
+    ptx::copy_bulk_async(to + kind * count * kRecordBytes, from, count * kRecordBytes, barrier);
   }
 }
 
 FASTSUPCON_DEVICE bool equal_keys(const Logit& a, const Logit& b) { return a.key_low == b.key_low && a.key_high == b.key_high; }
 
-// Whether a tile of `columns` from `first_column` on holds pairs with `rows` from `first_row` on that are none: on the diagonal, a row's own,
-// or past the last column.
+// Whether a tile of `columns` from `first_column` on holds pairs with `rows` from `first_row` on that are none: on the diagonal, a row's
+// own, or past the last column.
 FASTSUPCON_DEVICE bool needs_mask(const Work& work, const Pass& pass, int first_row, int rows, int first_column, int columns) {
   return work.exclusion == Exclusion::own || first_column + columns > pass.y.count ||
          (work.exclusion == Exclusion::diagonal && first_column < first_row + rows && first_row < first_column + columns);
@@ -135,7 +135,9 @@ struct LogSum {
 
 FASTSUPCON_DEVICE float finite(float maximum) { return fabsf(maximum) == kInfinity ? 0.0f : maximum; }
 
-FASTSUPCON_DEVICE float rescaled(const LogSum& sum, float origin) { return sum.sum == 0.0f ? 0.0f : sum.sum * exp(finite(sum.maximum) - origin); }
+FASTSUPCON_DEVICE float rescaled(const LogSum& of, float origin) {
+  return of.sum == 0.0f ? 0.0f : of.sum * exp(finite(of.maximum) - origin);
+}
 
 FASTSUPCON_DEVICE LogSum merged(const LogSum& a, const LogSum& b) {
   const float maximum = fmaxf(a.maximum, b.maximum), origin = finite(maximum);
@@ -233,8 +235,8 @@ FASTSUPCON_DEVICE void store_sums(const Pass& pass, const BlockWork& block, RowS
   partial[5] = sums.count;
 }
 
-// Whether this block is the last of its rows' splits to be done, known to every thread on return. The sums of other blocks are then there to be
-// read by load_fresh. `sync` joins the threads that ask; all of them have joined since they stored their sums.
+// Whether this block is the last of its rows' splits to be done, known to every thread on return. The sums of other blocks are then there
+// to be read by load_fresh. `sync` joins the threads that ask; all of them have joined since they stored their sums.
 template <class Sync>
 FASTSUPCON_DEVICE bool is_last_split(const Pass& pass, const BlockWork& block, int thread, Sync sync) {
   if (pass.splits == 1) return true;
@@ -321,7 +323,7 @@ FASTSUPCON_DEVICE void weigh_tile(PairSums (&sums)[2], float (&s)[COLUMNS / 8][4
   }
 }
 
-// The weights of pairs that are none become 0: where they are finite and nothing but the product sums them, for less code than a mask of logits.
+// The weights of pairs that are none become 0: where they are finite and nothing but the product sums them, in less code than a mask.
 template <int COLUMNS>
 FASTSUPCON_DEVICE void clear_excluded(float (&w)[COLUMNS / 8][4], std::uint64_t excluded_bits) {
 #pragma unroll
@@ -344,8 +346,8 @@ FASTSUPCON_DEVICE void pack_weights(std::uint32_t (&packed)[COLUMNS / 16][4], co
   }
 }
 
-// Range. 16-bit floats hold w factor as an operand of the second product. Half: |w| ≤ largest weights + linear of either side; a power of two
-// brings that times the largest factor just below 2^15, so that what is 2^-29 of it keeps full precision. bfloat16 and single need none.
+// Range. 16-bit floats hold w factor as an operand of the second product. Half: |w| ≤ largest weights + linear of either side; a power of
+// two brings that times the largest factor just below 2^15, so that what is 2^-29 of it keeps full precision. bfloat16 and single need none.
 template <Product PRODUCT>
 FASTSUPCON_DEVICE float weight_unit(const Pass& pass) {
   if constexpr (PRODUCT != Product::f16) {
@@ -385,7 +387,8 @@ FASTSUPCON_DEVICE void store_pair_sums(const Pass& pass, const BlockWork& block,
 }
 
 // Two neighbours of the result of this split.
-FASTSUPCON_DEVICE void store_pair(const Work& work, const Pass& pass, const BlockWork& block, int row, std::int64_t column, float first, float second) {
+FASTSUPCON_DEVICE void store_pair(const Work& work, const Pass& pass, const BlockWork& block, int row, std::int64_t column, float first,
+                                  float second) {
   if (column >= work.depth) return;
   float* out = pass.out + block.place(pass, row) * work.depth + column;
   out[0] = first;

@@ -2,11 +2,11 @@
 //
 // A block owns 64 rows x per consumer, fetched once. One thread of the producer keeps a ring of tiles of y and of their records filled.
 // Consumers never meet but in the order of their products:
-//   forward   four consumers of one set of accumulators each: while some sum exps, others' products run. (A second set per consumer, the next
-//             tile's product under this tile's exps: ptxas serialises it, C7514, as a wgmma would be in flight across the loop's end.)
-//   backward  the shape of FlashAttention-3's forward with K = V = y: issue the logits of tile j, then the product of tile j − 1's W with its
-//             own y (the same panels, read row-major); while that runs, weigh the logits of tile j. W goes from accumulators to the A operand
-//             in registers. The two consumers take turns in issuing, so that one's exps run under the other's products.
+//   forward   four consumers of one set of accumulators each: while some sum exps, others' products run. (A second set per consumer, the
+//             next tile's product under this tile's exps: ptxas serialises it, C7514, as a wgmma would be in flight across the loop's end.)
+//   backward  the shape of FlashAttention-3's forward with K = V = y: issue the logits of tile j, then the product of tile j − 1's W with
+//             its own y (the same panels, read row-major); while that runs, weigh the logits of tile j. W goes from accumulators to the A
+//             operand in registers. The two consumers take turns in issuing, so that one's exps run under the other's products.
 #pragma once
 
 #include "tile.cuh"
@@ -122,8 +122,9 @@ struct WgmmaBlock {
     for (int p = 0; p < PANELS; ++p) {
 #pragma unroll
       for (int step = 0; step < 4; ++step) {
-        ptx::Wgmma<PRODUCT == Product::bf16, tile_columns>::shared(s, depth_major_descriptor(x + p * Shape::x_panel_bytes, step),
-                                                                   depth_major_descriptor(y + p * Shape::y_panel_bytes, step), p + step > 0);
+        const auto of_x = depth_major_descriptor(x + p * Shape::x_panel_bytes, step);
+        const auto of_y = depth_major_descriptor(y + p * Shape::y_panel_bytes, step);
+        ptx::Wgmma<PRODUCT == Product::bf16, tile_columns>::shared(s, of_x, of_y, p + step > 0);
       }
     }
     ptx::wgmma_commit();
@@ -180,7 +181,9 @@ __global__ void __launch_bounds__(WgmmaShape<PANELS, false>::threads, 1)
   const int thread = ptx::thread() - 128;
   const auto sync = [] { ptx::sync_named(finished, 128 * Shape::consumers); };
   sync();
-  if (is_last_split(block.pass, block.block, thread, sync) && thread < Shape::rows) combine_splits(block.pass, block.block.first_row + thread);
+  if (is_last_split(block.pass, block.block, thread, sync) && thread < Shape::rows) {
+    combine_splits(block.pass, block.block.first_row + thread);
+  }
 }
 
 template <Product PRODUCT, int PANELS>

@@ -85,7 +85,9 @@ __global__ void __launch_bounds__(DeepShape<false>::most_threads, 1)
   const int thread = ptx::thread() - 128;
   const auto sync = [&] { ptx::sync_named(1, 128 * layout.consumers); };
   sync();
-  if (is_last_split(block.pass, block.block, thread, sync) && thread < block.rows) combine_splits(block.pass, block.block.first_row + thread);
+  if (is_last_split(block.pass, block.block, thread, sync) && thread < block.rows) {
+    combine_splits(block.pass, block.block.first_row + thread);
+  }
 }
 
 }  // namespace fastsupcon::cuda

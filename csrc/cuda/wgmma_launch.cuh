@@ -25,7 +25,8 @@ Maps maps_of(const Work& work, const Tiling& tiling) {
 // scale on the device and its gradient. Running sums of a tile of 128 columns spilled 0.3 KiB in the forward and in the backward.
 inline bool wgmma_serves(const Work& work, const Device& device) {
   const Scale& scale = work.scale;
-  return device.capability == 90 && work.aligned && work.depth <= kDeepDepth && scale.may_bound && !scale.address && in_bounds(static_cast<float>(scale.value));
+  const bool bounded = scale.may_bound && !scale.address && in_bounds(static_cast<float>(scale.value));
+  return device.capability == 90 && work.aligned && work.depth <= kDeepDepth && bounded;
 }
 
 template <Product PRODUCT, int PANELS, bool BACKWARD>
@@ -67,7 +68,8 @@ struct DeepVariant {
     const auto shape = [&] { return shape_of(work); };
     const Maps maps = maps_of<PRODUCT>(work, tiling);
     if constexpr (BACKWARD) {
-      cuda::launch("wgmma_deep_backward", shape, wgmma_deep_backward<PRODUCT, OUT_PANELS>, grid, threads, shared_bytes, where, work, layout, maps);
+      cuda::launch("wgmma_deep_backward", shape, wgmma_deep_backward<PRODUCT, OUT_PANELS>, grid, threads, shared_bytes, where, work, layout,
+                   maps);
     } else {
       cuda::launch("wgmma_deep_forward", shape, wgmma_deep_forward<PRODUCT>, grid, threads, shared_bytes, where, work, layout, maps);
     }

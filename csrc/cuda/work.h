@@ -13,7 +13,8 @@
 // A problem's columns as x take the same pass with the two sides swapped, in the same launch. In the self shape x and y are the same rows
 // with the same records, so that w_ij + w_ji comes of one pass.
 //
-// Bounded: every |t| is known to be so small that exp(t) can be summed as it is. Then weights are weight · exp(shift): one exp for each pair.
+// Bounded: every |t| is known to be so small that exp(t) can be summed as it is. Then a record's weight is weight · exp(shift), and a pair
+// takes one exp.
 #pragma once
 
 #include <cstdint>
