@@ -37,11 +37,11 @@ from .tiles import (
     load_rows,
     load_sides,
     narrowed,
+    one_of,
     pair_mask,
     product,
     program_of,
     scale_of,
-    sides,
 )
 
 LIFT = tl.constexpr(32768.0)
@@ -186,11 +186,12 @@ def gradient_kernel(
         n, m, row_owners, column_owners, row_programs, row_tiles, column_tiles, OWNED
     )
     chunk = tl.program_id(1) * WIDTH
-    x_ptr, y_ptr = sides(a_ptr, b_ptr, swap)
-    x_inverse_ptr, y_inverse_ptr = sides(a_inverse_ptr, b_inverse_ptr, swap)
-    x_key_ptr, y_key_ptr = sides(a_key_ptr, b_key_ptr, swap)
-    x_values_ptr, y_values_ptr = sides(row_values_ptr, column_values_ptr, swap)
-    x_grads_ptr, y_grads_ptr = sides(row_grads_ptr, column_grads_ptr, swap)
+    x_ptr = one_of(a_ptr, b_ptr, swap)
+    y_ptr = one_of(a_ptr, b_ptr, swap == 0)
+    x_values_ptr = one_of(row_values_ptr, column_values_ptr, swap)
+    y_values_ptr = one_of(row_values_ptr, column_values_ptr, swap == 0)
+    x_grads_ptr = one_of(row_grads_ptr, column_grads_ptr, swap)
+    y_grads_ptr = one_of(row_grads_ptr, column_grads_ptr, swap == 0)
     scale, bounded = scale_of(scale_ptr, scale, BOUNDED)
     lift = 1.0
     unlift = 1.0
@@ -205,12 +206,12 @@ def gradient_kernel(
         lift = LIFT / largest
         unlift = largest / LIFT
         if UNIT == FACTORS:
-            longest = tl.maximum(largest_inverse(y_inverse_ptr, y_count, 1024), 1e-30)
+            longest = tl.maximum(largest_inverse(one_of(a_inverse_ptr, b_inverse_ptr, swap == 0), y_count, 1024), 1e-30)
             narrow = 1.0 / longest
             unlift *= longest
-    x_inverse = load_inverse(x_inverse_ptr, x_first, x_count, OWNED, UNIT)
+    x_inverse = load_inverse(a_inverse_ptr, b_inverse_ptr, x_first, x_count, swap, OWNED, UNIT)
     x = load_rows(x_ptr, x_inverse, x_first, x_count, 0, D, OWNED, DEPTH, UNIT) if D <= DEPTH else 0
-    x_key, x_own, x_bias = load_sides(x_key_ptr, own_ptr, bias_ptr, x_first, x_count, swap, OWNED)
+    x_key, x_own, x_bias = load_sides(a_key_ptr, b_key_ptr, own_ptr, bias_ptr, x_first, x_count, swap, OWNED)
     factor = scale * tl.where(bounded, LOG2_E, 1.0)
     x_q, x_c, x_q_equal, x_c_equal, x_linear = load_weights(
         x_values_ptr, x_grads_ptr, x_first, x_count, swap, bounded, lift, OWNED, KIND, ONE_SIDED, ROW_PLACES, COLUMN_PLACES
@@ -221,12 +222,12 @@ def gradient_kernel(
     first_tile = split * tiles
     for u in range(tl.minimum(tiles, tl.cdiv(y_count, STREAMED) - first_tile)):
         y_first = (first_tile + u) * STREAMED
-        y_inverse = load_inverse(y_inverse_ptr, y_first, y_count, STREAMED, UNIT)
+        y_inverse = load_inverse(a_inverse_ptr, b_inverse_ptr, y_first, y_count, swap == 0, STREAMED, UNIT)
         y = load_rows(y_ptr, y_inverse, y_first, y_count, chunk, D, STREAMED, WIDTH, UNIT)
         c = cosines(
             x, y, x_inverse, y_inverse, x_ptr, y_ptr, x_first, y_first, x_count, y_count, D, OWNED, STREAMED, DEPTH, UNIT, PRECISION
         )
-        y_key, y_own, y_bias = load_sides(y_key_ptr, own_ptr, bias_ptr, y_first, y_count, swap == 0, STREAMED)
+        y_key, y_own, y_bias = load_sides(a_key_ptr, b_key_ptr, own_ptr, bias_ptr, y_first, y_count, swap == 0, STREAMED)
         y_q, y_c, y_q_equal, y_c_equal, y_linear = load_weights(
             y_values_ptr, y_grads_ptr, y_first, y_count, swap == 0, bounded, lift, STREAMED, KIND, ONE_SIDED, ROW_PLACES, COLUMN_PLACES
         )
@@ -260,9 +261,7 @@ def gradient_kernel(
     exists = row < x_count - x_first
     column = chunk + tl.arange(0, WIDTH)[None, :]
     dx *= scale * unlift
-    dx_ptr = da_ptr
-    if b_ptr is not None:
-        dx_ptr = tl.where(swap, db_ptr, da_ptr)
+    dx_ptr = one_of(da_ptr, db_ptr, swap)
     if PARTS:
         pointers = dx_ptr + (split.to(tl.int64) * x_count + x_first) * D + (row[:, None] * D + column)
         tl.store(pointers, dx, mask=exists[:, None] & (column < D))
@@ -292,10 +291,9 @@ def finish_kernel(
     program = tl.program_id(0)
     if program < row_and_column_programs:
         swap = program >= row_programs
-        x_ptr, _ = sides(a_ptr, b_ptr, swap)
-        x_inverse_ptr, _ = sides(a_inverse_ptr, b_inverse_ptr, swap)
-        parts_ptr, _ = sides(da_parts_ptr, db_parts_ptr, swap)
-        dx_ptr, _ = sides(da_ptr, db_ptr, swap)
+        x_ptr = one_of(a_ptr, b_ptr, swap)
+        parts_ptr = one_of(da_parts_ptr, db_parts_ptr, swap)
+        dx_ptr = one_of(da_ptr, db_ptr, swap)
         count = tl.where(swap, m, n)
         splits = tl.where(swap, column_splits, row_splits)
         first = tl.where(swap, program - row_programs, program) * ROWS
@@ -308,17 +306,17 @@ def finish_kernel(
         for _ in range(splits):
             dx += tl.load(parts_ptr + offsets, mask=inside, other=0.0)
             parts_ptr += count.to(tl.int64) * D
-        inverse = load_inverse(x_inverse_ptr, first, count, ROWS, UNIT)
+        inverse = load_inverse(a_inverse_ptr, b_inverse_ptr, first, count, swap, ROWS, UNIT)
         x = load_rows(x_ptr, inverse, first, count, 0, D, ROWS, WIDTH, AS_THEY_ARE)
         dx = through_unit(dx, x, inverse, UNIT)
         tl.store(dx_ptr + offsets, narrowed(dx, dx_ptr.dtype.element_ty, PRECISION), mask=inside)
         if dbias_parts_ptr is not None:
-            total = tl.zeros([ROWS], tl.float32)
+            of_bias = tl.zeros([ROWS], tl.float32)
             of_columns = row < (count - first if db_parts_ptr is None else tl.where(swap, count - first, 0))
             for _ in range(column_splits):
-                total += tl.load(dbias_parts_ptr + first + row, mask=of_columns, other=0.0)
+                of_bias += tl.load(dbias_parts_ptr + first + row, mask=of_columns, other=0.0)
                 dbias_parts_ptr += count
-            tl.store(dbias_ptr + first + row, total, mask=of_columns)
+            tl.store(dbias_ptr + first + row, of_bias, mask=of_columns)
     elif dscale_parts_ptr is not None:
         total = tl.zeros([1024], tl.float32)
         for first in range(0, scale_numbers, 1024):

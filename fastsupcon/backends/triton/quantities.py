@@ -29,10 +29,10 @@ from .tiles import (
     load_rows,
     load_sides,
     log_sum,
+    one_of,
     pair_mask,
     program_of,
     scale_of,
-    sides,
 )
 
 
@@ -89,13 +89,12 @@ def forward_kernel(
     swap, x_first, split, tiles, x_count, y_count = program_of(
         n, m, row_owners, column_owners, row_programs, row_tiles, column_tiles, OWNED
     )
-    x_ptr, y_ptr = sides(a_ptr, b_ptr, swap)
-    x_inverse_ptr, y_inverse_ptr = sides(a_inverse_ptr, b_inverse_ptr, swap)
-    x_key_ptr, y_key_ptr = sides(a_key_ptr, b_key_ptr, swap)
+    x_ptr = one_of(a_ptr, b_ptr, swap)
+    y_ptr = one_of(a_ptr, b_ptr, swap == 0)
     scale, bounded = scale_of(scale_ptr, scale, BOUNDED)
-    x_inverse = load_inverse(x_inverse_ptr, x_first, x_count, OWNED, UNIT)
+    x_inverse = load_inverse(a_inverse_ptr, b_inverse_ptr, x_first, x_count, swap, OWNED, UNIT)
     x = load_rows(x_ptr, x_inverse, x_first, x_count, 0, D, OWNED, DEPTH, UNIT) if D <= DEPTH else 0
-    x_key, x_own, x_bias = load_sides(x_key_ptr, own_ptr, bias_ptr, x_first, x_count, swap, OWNED)
+    x_key, x_own, x_bias = load_sides(a_key_ptr, b_key_ptr, own_ptr, bias_ptr, x_first, x_count, swap, OWNED)
     factor = scale * tl.where(bounded, LOG2_E, 1.0)
     first_peak = tl.zeros([OWNED], tl.float32) + tl.where(bounded, 0.0, float("-inf"))
     second_peak = first_peak
@@ -106,9 +105,9 @@ def forward_kernel(
     first_tile = split * tiles
     for u in range(tl.minimum(tiles, tl.cdiv(y_count, STREAMED) - first_tile)):
         y_first = (first_tile + u) * STREAMED
-        y_inverse = load_inverse(y_inverse_ptr, y_first, y_count, STREAMED, UNIT)
+        y_inverse = load_inverse(a_inverse_ptr, b_inverse_ptr, y_first, y_count, swap == 0, STREAMED, UNIT)
         y = load_rows(y_ptr, y_inverse, y_first, y_count, 0, D, STREAMED, DEPTH, UNIT) if D <= DEPTH else x
-        y_key, y_own, y_bias = load_sides(y_key_ptr, own_ptr, bias_ptr, y_first, y_count, swap == 0, STREAMED)
+        y_key, y_own, y_bias = load_sides(a_key_ptr, b_key_ptr, own_ptr, bias_ptr, y_first, y_count, swap == 0, STREAMED)
         c = cosines(
             x, y, x_inverse, y_inverse, x_ptr, y_ptr, x_first, y_first, x_count, y_count, D, OWNED, STREAMED, DEPTH, UNIT, PRECISION
         )

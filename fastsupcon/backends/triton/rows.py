@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import sides
+from .tiles import one_of
 
 
 @triton.jit(do_not_specialize=["n", "m", "row_programs"])
@@ -16,7 +16,7 @@ def inverse_norms_kernel(a_ptr, b_ptr, inverse_ptr, n, m, row_programs, D: tl.co
     """
     pid = tl.program_id(0)
     of_columns = pid >= row_programs
-    ptr, _ = sides(a_ptr, b_ptr, of_columns)
+    ptr = one_of(a_ptr, b_ptr, of_columns)
     count = tl.where(of_columns, m, n)
     row = tl.where(of_columns, pid - row_programs, pid) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, DEPTH)[None, :]

@@ -33,6 +33,15 @@ ALL, DIFFERENT, SPLIT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
+def one_of(of_rows, of_columns, swap):
+    """One of two pointers; the first serves both sides where the other is None."""
+    if of_columns is None:
+        return of_rows
+    else:
+        return tl.where(swap, of_columns, of_rows)
+
+
+@triton.jit
 def load_rows(ptr, inverse, first, count, column, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, UNIT: tl.constexpr):
     """rows[first : first + ROWS, column : column + COLUMNS] of rows [count, D], zeros outside; times inverse [ROWS] if UNIT is SCALED."""
     row = tl.arange(0, ROWS)[:, None]
@@ -50,12 +59,12 @@ def load_values(ptr, first, count, ROWS: tl.constexpr):
 
 
 @triton.jit
-def load_inverse(ptr, first, count, ROWS: tl.constexpr, UNIT: tl.constexpr):
+def load_inverse(of_rows_ptr, of_columns_ptr, first, count, of_columns, ROWS: tl.constexpr, UNIT: tl.constexpr):
     """Inverse norms; 1 for rows that stay as they are."""
     if UNIT == AS_THEY_ARE:
         return tl.full([ROWS], 1.0, tl.float32)
     else:
-        return load_values(ptr, first, count, ROWS)
+        return load_values(one_of(of_rows_ptr, of_columns_ptr, of_columns), first, count, ROWS)
 
 
 @triton.jit
@@ -74,9 +83,9 @@ def load_own(ptr, first, count, of_columns, ROWS: tl.constexpr):
 
 
 @triton.jit
-def load_sides(key_ptr, own_ptr, bias_ptr, first, count, of_columns, ROWS: tl.constexpr):
+def load_sides(row_key_ptr, column_key_ptr, own_ptr, bias_ptr, first, count, of_columns, ROWS: tl.constexpr):
     """Keys, own columns and bias of rows, as :func:`pairs` takes them; 0 where there are none."""
-    key = load_values(key_ptr, first, count, ROWS) if key_ptr is not None else 0
+    key = load_values(one_of(row_key_ptr, column_key_ptr, of_columns), first, count, ROWS) if row_key_ptr is not None else 0
     own = load_own(own_ptr, first, count, of_columns, ROWS) if own_ptr is not None else 0
     bias = load_bias(bias_ptr, first, count, of_columns, ROWS) if bias_ptr is not None else 0.0
     return key, own, bias
@@ -94,15 +103,6 @@ def program_of(n, m, row_owners, column_owners, row_programs, row_tiles, column_
     owners = tl.where(swap, column_owners, row_owners)
     tiles = tl.where(swap, column_tiles, row_tiles)
     return swap, program % owners * OWNED, program // owners, tiles, tl.where(swap, m, n), tl.where(swap, n, m)
-
-
-@triton.jit
-def sides(of_rows, of_columns, swap):
-    """(x's, y's) of two pointers; one serves both where the other is None."""
-    if of_columns is None:
-        return of_rows, of_rows
-    else:
-        return tl.where(swap, of_columns, of_rows), tl.where(swap, of_rows, of_columns)
 
 
 @triton.jit
