@@ -2,9 +2,7 @@
 #include "pairs.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstdlib>
-#include <iterator>
 #include <limits>
 
 #include "families.h"
