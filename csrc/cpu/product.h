@@ -61,8 +61,8 @@ FASTSUPCON_INLINE void each_group(std::int64_t depth, const F& f) {
   }
 }
 
-// kTermsInL1 steps of the sum at a time: kPanel columns of them and kRows rows stay in L1.
-constexpr std::int64_t kTermsInL1 = 256;
+// kTermsInL1 steps of the sum at a time: those of kPanel columns and of a panel of rows, 12 KiB each, stay in L1.
+constexpr std::int64_t kTermsInL1 = 128;
 
 // strip[i·kPanel + v] = a_i·b_v for `count` rows i and the V vectors of columns of one panel. Writes whole groups of kRows rows. Fetches
 // into L2, at an even pace, as many bytes from `ahead` on as the packed rows have.
