@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import contextlib
 import importlib.util
+import math
 import shutil
 import subprocess
 import sysconfig
