@@ -37,7 +37,7 @@ class Workspace {
   }
 
  private:
-  static constexpr std::int64_t kLine = 64;  // aligned by hand: what glibc allocates aligned does not go where it lay before (1.9 times the memory)
+  static constexpr std::int64_t kLine = 64;  // aligned by hand: glibc does not put an aligned block where it lay before
   struct Free {
     void operator()(char* p) const { ::operator delete(p); }
   };
