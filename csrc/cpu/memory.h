@@ -28,17 +28,18 @@ class Workspace {
   // Throws std::bad_alloc. A freed hole takes the next tensor only if that fits with its header and alignment, and small tensors come in
   // between: with a little more than it needs, never touched, the block leaves a hole that takes one of its own size all the same.
   void allocate() {
-    block_.reset(static_cast<char*>(::operator new(bytes_ + std::min<std::int64_t>(bytes_ / 8, 1 << 18), kAlign)));
+    block_.reset(static_cast<char*>(::operator new(bytes_ + kLine + std::min<std::int64_t>(bytes_ / 8, 1 << 18))));
+    char* const first = block_.get() + (kLine - reinterpret_cast<std::uintptr_t>(block_.get()) % kLine) % kLine;
     for (const auto& [array, offset] : wanted_) {
-      char* const place = block_.get() + offset;
+      char* const place = first + offset;
       std::memcpy(array, &place, sizeof place);
     }
   }
 
  private:
-  static constexpr std::align_val_t kAlign{64};
+  static constexpr std::int64_t kLine = 64;  // aligned by hand: glibc does not put an aligned block where it lay before
   struct Free {
-    void operator()(char* p) const { ::operator delete(p, kAlign); }
+    void operator()(char* p) const { ::operator delete(p); }
   };
   struct Wanted {
     void* array;  // where the pointer to it goes
