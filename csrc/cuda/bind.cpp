@@ -22,7 +22,7 @@ Quantities<const void*> constant(const Quantities<void*>& q) { return {q.all, q.
 void bind(py::module_ m) {
   m.doc() = "Kernels for NVIDIA GPUs. A forward or backward is planned, then run with `bytes` of scratch memory on a device's stream.";
   m.def("unusable", &unusable, "Why no kernel can run on this device, or an empty text. Makes it the runtime's current one.");
-  py::class_<Plan>(m, "Plan")
+  py::class_<Plan>(m, "Plan", py::module_local())  // the emulated kernels of the tests bind it again
       .def_readonly("bytes", &Plan::bytes)
       .def(
           "run",
