@@ -87,7 +87,7 @@ def _backend(name: str, rows: Tensor):
 
 
 def _contiguous(pairs: Pairs) -> Pairs:
-    return Pairs(*[x.contiguous() if isinstance(x, Tensor) else x for x in pairs])
+    return Pairs(*[x.contiguous().resolve_neg() if isinstance(x, Tensor) else x for x in pairs])
 
 
 def _forward(pairs: Pairs, row_names: tuple[str, ...], column_names: tuple[str, ...], backend: str, keep: bool) -> Terms:

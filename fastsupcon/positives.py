@@ -54,7 +54,7 @@ def mask_positives(z: Tensor, mask: Tensor, unit: bool) -> tuple[Tensor, Tensor]
         own = mask.diagonal()
         weighted = weighted + own[:, None] * other_views.unflatten(1, v.shape[1:])
         weight = weight + (views - 1) * own
-    paired = weight.abs() > 1e-6
+    paired = ~(weight.abs() <= 1e-6)  # a NaN is no weight of nothing
     mean = (v * weighted).sum(2) / torch.where(paired, weight, 1)
     return torch.where(paired, mean, 0).flatten(), paired.repeat(views)
 

@@ -78,7 +78,8 @@ class Line(NamedTuple):
                            + similarity * similarity_i / count_i + log_count * log count_i)
 
     Over rows that have a pair of equal keys; any other ("lone") row contributes 0 and counts in the mean (lone="zero"), leaves the mean
-    (lone="skip"), or is NaN, as is its gradient (lone="nan", where only a wrong key could make it lone). NaN quantities stay NaN.
+    (lone="skip"), or is NaN, as is its gradient (lone="nan", where only a wrong key could make it lone). What is not finite
+    because the input is not stays so.
     """
 
     all: float = 0.0
@@ -96,7 +97,7 @@ class Line(NamedTuple):
         return names_of(self)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)  # not for ever: a temperature that changes changes the factor
 def names_of(line: Line) -> tuple[str, ...]:
     """Line.names, for what torch.compile sees: that of torch 2.6 knows no properties of a NamedTuple."""
     return tuple(name for name in QUANTITIES if name == "count" or getattr(line, name))

@@ -164,3 +164,22 @@ def test_any_shape_and_value(n, d, classes, temperature, norm, seed, name):
     torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-4, atol=1e-6 * largest_logit)
     gradient_scale = max(1e-6, norm / temperature, float(wide.grad.abs().max()))
     torch.testing.assert_close(gradient.double(), wide.grad, rtol=1e-3, atol=1e-6 * gradient_scale * largest_logit)
+
+
+def test_what_is_not_finite_shows_in_lone_anchors_and_masks_too(backend, device):
+    z = torch.rand(5, 4, device=device) + 0.1
+    z[2, 0] = math.inf
+    assert not functional.supcon_loss(z, torch.arange(5, device=device), backend=backend).isfinite()
+    mask = torch.eye(6, device=device).roll(1, 0)
+    mask[0, 1] = math.nan
+    each = functional.supcon_loss(torch.randn(6, 4, device=device), mask=mask, reduction="none", backend=backend)
+    assert each[0].isnan()
+    assert each[1:].isfinite().all()
+
+
+def test_a_single_row_obeys_its_options(device):
+    z, labels = torch.randn(1, 4, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    with pytest.raises(ValueError, match="every anchor must have a positive, got 1 of 1"):
+        functional.supcon_loss(z, labels, lone_anchors="error")
+    with pytest.raises(ValueError, match="backend='nonsense' cannot serve"):
+        functional.supcon_loss(z, labels, backend="nonsense")

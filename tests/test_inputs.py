@@ -32,7 +32,7 @@ SUPCON = [  # arguments, options, error, text
     ((z(0),), {}, ValueError, "features must not be empty, got shape [0, 3]"),
     ((z(4, 0),), {}, ValueError, "features must not be empty, got shape [4, 0]"),
     ((z(), [0, 1, 0, 1]), {}, TypeError, "labels must be a torch.Tensor of an integer dtype, got list"),
-    ((z(), ids() / 4), {}, ValueError, "labels must be whole numbers, got 0.25"),
+    ((z(), ids() / 4), {}, ValueError, "labels must be whole numbers below 2**53, got 0.25"),
     ((z(),), {}, ValueError, "features hold one view of 4 samples, and neither labels nor mask is given: no anchor can have a positive"),
     ((z()[:, None],), {}, ValueError, "features hold one view of 4 samples"),
     ((z(), ids(5)), {}, ValueError, "labels must have shape [4], got [5]"),

@@ -182,6 +182,26 @@ def test_module_defaults_and_prototypes(device):
     assert [name for name, _ in learned.named_parameters()] == ["temperature"]
 
 
+def test_prototypes_made_on_meta_and_filled_later(device):
+    with torch.device("meta"):
+        late = PSCLoss(3, 4, prototypes_per_class=2)
+    late.to_empty(device=device).load_state_dict(PSCLoss(3, 4, prototypes_per_class=2).state_dict())
+    assert late.classes.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_half_temperatures_and_a_default_device(device):
+    """The factor temperature / base_temperature is no half, and the loss no double; a default device is not that of the rows."""
+    z, labels = torch.randn(8, 4, device=device), torch.arange(8, device=device) % 2
+    half = torch.tensor(0.07, dtype=torch.bfloat16, device=device)
+    for temperature in (half, half.double()):
+        loss = functional.supcon_loss(z, labels, temperature=temperature, base_temperature=0.07, normalize=True)
+        want = functional.supcon_loss(z, labels, temperature=float(half), base_temperature=0.07, normalize=True)
+        torch.testing.assert_close(loss, want, rtol=1e-6, atol=1e-6)
+    want = functional.supcon_loss(z, labels)
+    with torch.device("meta"):
+        assert torch.equal(functional.supcon_loss(z, labels), want)
+
+
 # --- inside PyTorch --------------------------------------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,8 @@ double divisor(const Line& line, std::int64_t rows, const Sum* count) {
   return line.skip_lone ? double(std::max<std::int64_t>(1, rows - std::count(count, count + rows, Sum(0)))) : double(rows);
 }
 
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
 template <class Sum>
 void line_of(const Line& line, std::int64_t rows, const Quantities<const void*>& values, Sum* loss) {
   const auto of = [](const void* quantity) { return static_cast<const Sum*>(quantity); };
@@ -27,7 +29,8 @@ void line_of(const Line& line, std::int64_t rows, const Quantities<const void*>&
     if (values.equal) x += line.equal * of(values.equal)[i];
     if (values.similarity) x += line.similarity * (of(values.similarity)[i] / std::max(count[i], Sum(1)));
     x *= line.factor;
-    if (!(count[i] > 0) && !std::isnan(x)) x = line.lone;
+    const bool infinite = (values.all && of(values.all)[i] == kInfinity) || (values.different && of(values.different)[i] == kInfinity);
+    if (!(count[i] > 0) && !std::isnan(x) && !infinite) x = line.lone;
     if (line.reduction == Line::Reduction::none) loss[i] = Sum(x);
     total += x;
   }

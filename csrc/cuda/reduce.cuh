@@ -47,7 +47,8 @@ FASTSUPCON_DEVICE float line_of(const LineWork& line, std::int64_t row) {
   if (q.equal) loss += line.equal * q.equal[row];
   if (q.similarity) loss += line.similarity * (q.similarity[row] / count);
   loss *= line.factor;
-  return pairs > 0.0f || loss != loss ? loss : line.lone;
+  const bool infinite = (q.all && q.all[row] == INFINITY) || (q.different && q.different[row] == INFINITY);
+  return pairs > 0.0f || loss != loss || infinite ? loss : line.lone;
 }
 
 FASTSUPCON_DEVICE float line_divisor(const LineWork& line) {  // by all threads of a block

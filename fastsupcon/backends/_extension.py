@@ -61,7 +61,7 @@ def incoming(side: Side):
     return module.Incoming(quantities(side.names, side.values), quantities(side.names, side.grads))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def line(line: Line):
     """Not for a line whose factor is a tensor."""
     reduction = getattr(module.Line.Reduction, line.reduction)

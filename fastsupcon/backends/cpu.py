@@ -33,7 +33,7 @@ def forward(pairs: Pairs, row_names: tuple[str, ...], column_names: tuple[str, .
     dtype, self_shape = sum_dtype(pairs.rows.dtype), pairs.columns is None
 
     def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dtype)
+        return pairs.rows.new_empty(shape, dtype=dtype)  # torch.empty would follow a default device
 
     norms = empty((n if self_shape else n + m) if pairs.unit else 0)
     kept = empty(kept_size(n, m, depth, self_shape) if keep else 0)

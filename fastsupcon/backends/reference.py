@@ -114,7 +114,10 @@ def line(names: tuple[str, ...], values: Tensor, line: Line) -> Tensor:
     if "similarity" in of:
         losses = losses + line.similarity * (of["similarity"] / count)
     losses = line.factor * (losses + line.log_count * count.log())
-    losses = torch.where(paired, losses, torch.nan if line.lone == "nan" else torch.where(losses.isnan(), losses, 0))
+    shown = paired | losses.isnan()  # an input that is not finite is never hidden
+    for name in ("all", "different"):
+        shown = shown | (of[name] == torch.inf) if name in of else shown
+    losses = torch.where(shown, losses, torch.nan if line.lone == "nan" else 0)
     if line.reduction == "none":
         return losses
     return losses.sum() / (_divisor(paired, line) if line.reduction == "mean" else 1)

@@ -34,11 +34,9 @@ def class_labels(labels: Tensor, samples: int, device: torch.device) -> Tensor:
     return flat.long()
 
 
-def scale_of(temperature: float | Tensor, rows: Tensor) -> float | Tensor:
-    """1 / temperature as the operator takes it: a number, or a 0-d tensor in the sum dtype beside the rows."""
-    if isinstance(temperature, Tensor):
-        return 1 / temperature.to(rows.device, sum_dtype(rows.dtype))
-    return 1 / float(temperature)
+def wide_temperature(temperature: float | Tensor, rows: Tensor) -> float | Tensor:
+    """The temperature as the operator takes its inverse: a number, or a 0-d tensor in the sum dtype beside the rows."""
+    return temperature.to(rows.device, sum_dtype(rows.dtype)) if isinstance(temperature, Tensor) else float(temperature)
 
 
 def reduce(losses: Tensor, paired: Tensor | None, reduction: str, lone_anchors: str = "zero") -> Tensor:

@@ -10,7 +10,7 @@ from ..backends._dtypes import no_autocast
 from ..positives import own_prototypes
 from ..problem import Line, Pairs
 from ..rows import wide_rows
-from ._frame import REDUCTIONS, Loss, class_labels, reduce, scale_of
+from ._frame import REDUCTIONS, Loss, class_labels, reduce, wide_temperature
 
 
 def psc_loss(
@@ -89,7 +89,7 @@ def _psc_loss(
         raise ValueError("prototypes must hold at least 2 classes for denominator='negatives', got 1: there is no negative")
     labels = class_labels(labels, len(features), features.device)
     with no_autocast(features):
-        z, p, scale = features, prototypes.to(features.dtype), scale_of(temperature, features)
+        z, p, scale = features, prototypes.to(features.dtype), 1 / wide_temperature(temperature, features)
         pairs = Pairs(z, p, scale, normalize, row_keys=labels, column_keys=classes)
         log_sum = "different" if denominator == "negatives" else "all"
         if per_class == 1:
@@ -152,14 +152,20 @@ class PSCLoss(Loss):
         self.prototypes = nn.Parameter(wide_rows(torch.randn(self.num_classes * self.prototypes_per_class, int(embedding_dim)), unit=True))
         self.register_buffer("classes", prototype_classes(self.prototypes, self.prototypes_per_class), persistent=False)
 
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.classes = prototype_classes(self.prototypes, self.prototypes_per_class)  # to_empty() leaves a buffer without values
+        return self
+
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         return _psc_loss(features, labels, self.prototypes, self.classes, **self.options)
 
     def logits(self, features: Tensor) -> Tensor:
         """z_i . p_c / tau: [N, D] -> [N, num_classes]; with several prototypes per class the log-sum-exp over them."""
         _checks.rows("features", features, columns=self.prototypes.shape[1])
-        z, p = (wide_rows(x, self.normalize) for x in (features, self.prototypes.to(features.dtype)))
-        return (z @ p.T / self.temperature).unflatten(1, (self.num_classes, -1)).logsumexp(2)
+        with no_autocast(features):
+            z, p = (wide_rows(x, self.normalize) for x in (features, self.prototypes.to(features.dtype)))
+            return (z @ p.T / self.temperature).unflatten(1, (self.num_classes, -1)).logsumexp(2)
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, embedding_dim={self.prototypes.shape[1]}, {super().extra_repr()}"

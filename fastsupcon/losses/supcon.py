@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from .. import _checks, operators
+from ..backends import select, sum_dtype
 from ..backends._dtypes import no_autocast
 from ..positives import mask_positives
 from ..problem import Line, Pairs
-from ._frame import LONE_ANCHORS, REDUCTIONS, Loss, class_labels, reduce, refuse_lone_anchors, rows_of, scale_of
+from ._frame import LONE_ANCHORS, REDUCTIONS, Loss, class_labels, reduce, refuse_lone_anchors, rows_of, wide_temperature
 
 
 def supcon_loss(
@@ -60,8 +61,9 @@ def supcon_loss(
     _check_positives(labels, mask, samples, views, z.device)
     with no_autocast(z):
         anchors = z.shape[0] if contrast_mode == "all" else samples
+        temperature = wide_temperature(temperature, z)
         factor = 1.0 if base_temperature is None else temperature / base_temperature
-        scale = scale_of(temperature, z)
+        scale = 1 / temperature
         keys = None
         if mask is None:
             labels = torch.arange(samples, device=z.device) if labels is None else class_labels(labels, samples, z.device)
@@ -73,7 +75,10 @@ def supcon_loss(
             pairs = Pairs(z[:anchors], z, scale, normalize, None, None if keys is None else keys[:anchors], keys, own_row)
 
         if z.shape[0] == 1:  # nothing to contrast with: the log of an empty sum would be -inf; a zero that still shows a NaN
-            losses = (z * 0).sum(1, dtype=operators.sum_dtype(z.dtype))
+            if lone_anchors == "error":
+                refuse_lone_anchors(torch.zeros(1, dtype=torch.bool, device=z.device))
+            select(backend, z.device, z.dtype, z.shape[1])
+            losses = (z * 0).sum(1, dtype=sum_dtype(z.dtype))
             return reduce(losses, losses > 0, reduction, lone_anchors)
         if mask is None and lone_anchors != "error":
             learned = isinstance(factor, Tensor)

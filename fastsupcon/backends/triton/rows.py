@@ -58,11 +58,13 @@ def line_kernel(
         if log_count != 0:
             loss += log_count * tl.log(some)
         # a quantity that is not asked for is 0 with coefficient 0
-        loss += all * load_quantity(values_ptr, row, n, 0, PLACES)
-        loss += different * load_quantity(values_ptr, row, n, 1, PLACES)
+        all_value, different_value = load_quantity(values_ptr, row, n, 0, PLACES), load_quantity(values_ptr, row, n, 1, PLACES)
+        infinite = tl.maximum(all_value, different_value) + tl.zeros([BLOCK], tl.float32)
+        loss += all * all_value
+        loss += different * different_value
         loss += equal * load_quantity(values_ptr, row, n, 2, PLACES)
         loss *= factor
-        loss = tl.where(row < n, tl.where(paired | (loss != loss), loss, lone), 0.0)
+        loss = tl.where(row < n, tl.where(paired | (loss != loss) | (infinite == float("inf")), loss, lone), 0.0)
         if REDUCTION == "none":
             tl.store(loss_ptr + row, loss, mask=row < n)
         total += loss
