@@ -49,8 +49,8 @@ def psc_loss(
         The loss in float32, for float64 features in float64. Gradients have the dtype of their tensor.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the text names it. On a GPU a label out of
-            range makes the loss NaN: reading it back would wait for the device.
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the text names it. On a GPU and under
+            torch.compile a label out of range makes the loss NaN: reading it back would wait for the device.
     """
     classes = prototype_classes(prototypes, prototypes_per_class)
     return _psc_loss(
