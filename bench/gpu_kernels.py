@@ -1,6 +1,6 @@
 """Times the forward and the backward of SCL's terms on each fused backend by CUDA graph replay, against this GPU's matrix-product rate.
 
-``python -m bench.gpu_kernels FILE``: the JSON file is written anew after each shape of each backend.
+``python -m bench.gpu_kernels FILE [BACKEND ...]``: the JSON file is written anew after each shape of each backend.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -64,20 +64,20 @@ def kernels(name: str, count: int, depth: int, rate: float) -> dict:
     }
 
 
-def main(out: Path) -> None:
+def main(out: Path, names: Sequence[str]) -> None:
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     rate = 2 * 8192**3 / milliseconds(lambda: a @ b)[0] / 1e9  # TFLOP/s
     results = {"device": torch.cuda.get_device_name(), "bf16_product_tflops": rate, "kernels": []}
-    for count, depth in SHAPES:
-        for name in ("cuda", "triton"):
+    for name in names or ("cuda", "triton"):
+        for count, depth in SHAPES:
             try:
                 found = kernels(name, count, depth, rate)
             except Exception as error:  # a kernel that fails is a result
                 found = {"failed": f"{type(error).__name__}: {error}"}
             results["kernels"].append({"backend": name, "rows": count, "depth": depth, **found})
-            print(results["kernels"][-1])
+            print(results["kernels"][-1], flush=True)
             write_whole(out, json.dumps(results, indent=1).encode())
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -173,6 +173,23 @@ def check(backend, case: Case, device: torch.device) -> None:
         assert off <= allowed, f"gradient of {name}: off by {off:.2e}, allowed {allowed:.2e}"
 
 
+def check_some(backend, case: Case, device: torch.device, some: int = 64) -> None:
+    """The same for a self shape too large for its matrix in float64: ``some`` of its rows against all."""
+    pairs = problem(case, device)
+    terms, row_grads, _, gradients = run(backend, pairs, case)
+    picked = torch.arange(some, device=device) * (case.n // some)
+    keys = pairs.row_keys
+    block = Pairs(pairs.rows[picked].double(), pairs.rows.double(), case.scale, case.unit, None, keys[picked], keys, picked)
+    exact, _, norms, kept = reference.forward(block, case.rows, (), False)
+    off = (terms.rows[:, picked].double() - exact).abs().max()
+    assert off <= 1e-5 * (exact.abs().max() + 1), f"values: off by {off:.2e}"
+    # What the picked rows give as columns of all others takes those rows' own log-sums.
+    sides = Side(case.rows, exact, row_grads[:, picked].double()), Side(case.rows, terms.rows.double(), row_grads.double())
+    expected = reference.backward(block, *sides, norms, kept, (True, False, False, False)).rows
+    off, allowed = error(gradients.rows[picked], expected), torch.finfo(case.dtype).eps + 1e-5
+    assert off <= allowed, f"gradient of rows: off by {off:.2e}, allowed {allowed:.2e}"
+
+
 F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
 
 #: fp32 cases, ragged on purpose; :func:`cases` adds the other dtypes.

@@ -1,4 +1,4 @@
-"""A few small calls of every kernel, for compute-sanitizer: ``compute-sanitizer --tool memcheck python bench/sanitize_cuda.py``.
+"""A few small calls of every kernel, for compute-sanitizer: ``compute-sanitizer --tool memcheck python -m bench.gpu_sanitize``.
 
 With PYTORCH_NO_CUDA_MEMORY_CACHING=1: out of a block of torch's cache, the neighbour's memory is no error to see.
 """
