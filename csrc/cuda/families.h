@@ -3,6 +3,8 @@
 
 #include <hardware/launch.h>
 
+#include <vector>
+
 #include "work.h"
 
 namespace fastsupcon::cuda {
@@ -13,11 +15,13 @@ struct Tiling {
   int out_chunks;     // blocks that share the columns of the result
 };
 
+// A family can cut the same work into blocks of more or fewer consumers: groups of warps that own rows of their own.
 struct Family {
   const char* name;
   bool (*serves)(const Work& work, const Device& device);
-  Tiling (*tiling)(std::int64_t depth, bool backward);
-  void (*launch)(const Work& work, bool backward, const Where& where);
+  std::vector<int> (*consumers)(std::int64_t depth, bool backward);  // numbers to choose from
+  Tiling (*tiling)(const Work& work, bool backward, int consumers);
+  void (*launch)(const Work& work, bool backward, int consumers, const Where& where);
 };
 
 std::string shape_of(const Work& work);  // for error texts

@@ -27,7 +27,7 @@ struct MmaShape {
   // Registers decide, 255 of a thread: a backward of 32 rows × 64 columns (64 accumulators, 64 logits) spilled 3 KiB.
   static constexpr int m_tiles = kElementBytes<PRODUCT> == 2 && (PANELS == 1 || PANELS == 2) && !BACKWARD ? 2 : 1;
   static constexpr int rows = 4 * 16 * m_tiles;
-  // Of a tile. In the backward 64 would not do: two tiles of four panels and their records pass 99 KiB (with 48, 104 bytes were spilled).
+  // Of a tile. In the backward 64 would not do: two tiles of four panels and their slots pass 99 KiB (with 48, 104 bytes were spilled).
   static constexpr int columns = PANELS == 4 && BACKWARD ? 32 : 64;
   static constexpr int out_panels = PANELS ? PANELS : kOutPanels;
   static constexpr int panel_columns = kPanelBytes / kElementBytes<PRODUCT>;
@@ -35,10 +35,8 @@ struct MmaShape {
   static constexpr int x_bytes = rows * kPanelBytes * (PANELS ? PANELS : kRing);
   static constexpr int y_panel_bytes = columns * kPanelBytes;
   static constexpr int y_bytes = y_panel_bytes * (PANELS ? 2 * PANELS : kRing);
-  static constexpr int kinds = BACKWARD ? 3 : 1;  // of records
-  static constexpr int x_records_at = x_bytes + y_bytes, y_records_bytes = kinds * columns * kRecordBytes;
-  static constexpr int y_records_at = x_records_at + kinds * rows * kRecordBytes;
-  static constexpr int shared_bytes = y_records_at + 2 * y_records_bytes;
+  static constexpr int slots_at = x_bytes + y_bytes, slots_bytes = slots(BACKWARD, true, true) * columns * kFieldBytes;
+  static constexpr int shared_bytes = slots_at + 2 * slots_bytes;
   static_assert(shared_bytes <= kSmallestBlockSharedBytes, "the smallest GPU of this generation gives a block 99 KiB");
 };
 
@@ -239,7 +237,7 @@ FASTSUPCON_DEVICE void add_weighted_panels(float (*out)[1][4][4], const float (&
 
 // ---- Kernels --------------------------------------------------------------------------------------------------------------------
 
-// What both kernels share: the tiles of one block, their panels and records in shared memory.
+// What both kernels share: the tiles of one block, their panels and slots in shared memory.
 template <Product PRODUCT, int PANELS, bool BACKWARD>
 struct MmaBlock {
   using Shape = MmaShape<PRODUCT, PANELS, BACKWARD>;
@@ -273,24 +271,29 @@ struct MmaBlock {
     load_panel<PRODUCT, Shape::columns>(y_panel(place), work, pass.y, of_tile * Shape::columns, panel);
   }
 
-  FASTSUPCON_DEVICE void load_records(int at, const Side& side, int first, int count) const {
-    const int places = count * record_kinds(BACKWARD, bounded);
+  FASTSUPCON_DEVICE void load_slots(int of_tile) const {  // two tiles' places
+    constexpr int per_slot = Shape::columns * kFieldBytes / 16;
+    const int places = slots(BACKWARD, !bounded, true) * per_slot;
+    const ptx::Address to = x_at + Shape::slots_at + of_tile % 2 * Shape::slots_bytes;
 #pragma unroll 1
     for (int place = ptx::thread(); place < places; place += kMmaThreads) {
-      const std::int64_t row = std::int64_t{place / count} * side.record_rows + first + place % count;
-      ptx::copy_async_16_bytes(x_at + at + place * kRecordBytes, side.records + row * kRecordBytes, true);
+      const int slot = place / per_slot;
+      const std::int64_t first = std::int64_t{field_of(slot, BACKWARD, !bounded)} * pass.y.field_rows + of_tile * Shape::columns;
+      ptx::copy_async_16_bytes(to + place * 16, pass.y.fields + first * kFieldBytes + place % per_slot * 16, true);
     }
   }
-  FASTSUPCON_DEVICE void load_x_records() const { load_records(Shape::x_records_at, pass.x, block.first_row, Shape::rows); }
-  FASTSUPCON_DEVICE void load_y_records(int of_tile) const {  // two tiles' places
-    load_records(Shape::y_records_at + of_tile % 2 * Shape::y_records_bytes, pass.y, of_tile * Shape::columns, Shape::columns);
-  }
-  FASTSUPCON_DEVICE Records rows() const { return {shared + Shape::x_records_at, Shape::rows}; }
-  FASTSUPCON_DEVICE Records columns() const {
-    return {shared + Shape::y_records_at + tile % 2 * Shape::y_records_bytes, Shape::columns};
-  }
-  FASTSUPCON_DEVICE bool needs_mask() const {
-    return cuda::needs_mask(work, pass, block.first_row, Shape::rows, tile * Shape::columns, Shape::columns);
+  FASTSUPCON_DEVICE Columns columns() const { return {shared + Shape::slots_at + tile % 2 * Shape::slots_bytes, Shape::columns}; }
+
+  // use(RUNNING, SPECIAL, the lane's rows, what is special) for this tile and the 16 rows of a warp from the lane's `row` and row + 8 on.
+  template <class Use>
+  FASTSUPCON_DEVICE void with_rows(int row, Use use) const {
+    const int lane = ptx::lane(), first_column = tile * Shape::columns;
+    const Row rows[2] = {load_row<BACKWARD>(pass.x, row), load_row<BACKWARD>(pass.x, row + 8)};  // each time: registers are short
+    const bool ambiguous = ptx::any(is_ambiguous(rows[0]) || is_ambiguous(rows[1]));
+    const bool masked = needs_mask(work, pass, row - accumulator_row(lane, 0), 16, first_column, Shape::columns);
+    const bool is_special = ambiguous || masked;
+    const Special what = is_special ? special_of<Shape::columns>(work, pass, rows, row, first_column, lane) : Special{};
+    with_form(!bounded, is_special, [&](auto running, auto special) { use(running, special, rows, what); });
   }
 
   // The ring (PANELS = 0) runs over steps: for each tile its logits' panels of x and y, then, backward, the result's panels of y.
@@ -299,7 +302,7 @@ struct MmaBlock {
 
   FASTSUPCON_DEVICE void ring_load() {
     if (ring_tile < block.last_tile) {
-      if (ring_panel == 0) load_y_records(ring_tile);  // at most three steps ahead, so into the place of the tile before this one
+      if (ring_panel == 0) load_slots(ring_tile);  // at most three steps ahead, so into the place of the tile before this one
       if (ring_panel < panels) {
         load_x(ring_place, ring_panel);
         load_y(ring_place, ring_tile, ring_panel);
@@ -325,7 +328,7 @@ struct MmaBlock {
     if (of_tile >= block.last_tile) return;
 #pragma unroll kUnroll<PRODUCT>
     for (int p = 0; p < PANELS; ++p) load_y(of_tile % 2 * PANELS + p, of_tile, p);
-    load_y_records(of_tile);
+    load_slots(of_tile);
     ptx::copy_async_commit();
   }
   FASTSUPCON_DEVICE int tile_place() const { return tile % 2 * PANELS; }
@@ -334,7 +337,6 @@ struct MmaBlock {
   // where y comes through the ring, one by one.
   template <class OnLogits, class OnPanels>
   FASTSUPCON_DEVICE void for_each_tile(OnLogits on_logits, OnPanels on_panels) {
-    load_x_records();
     if constexpr (PANELS) {
 #pragma unroll
       for (int p = 0; p < PANELS; ++p) load_x(p, p);
@@ -375,36 +377,27 @@ __global__ void __launch_bounds__(kMmaThreads) mma_forward(const __grid_constant
   using Shape = typename Block::Shape;
   Block block(work);
   const int lane = ptx::lane();
-  const int first = ptx::warp() * 16 * Shape::m_tiles + accumulator_row(lane, 0);  // of this lane's rows, in the block
+  const int first = block.block.first_row + ptx::warp() * 16 * Shape::m_tiles + accumulator_row(lane, 0);  // of this lane's rows
   RowSums sums[Shape::m_tiles][2];
 #pragma unroll
   for (int m = 0; m < Shape::m_tiles; ++m) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) start(sums[m][r], block.bounded);
   }
-  const auto excluded = [&](bool masked, int row) {
-    return masked ? excluded_pairs<Shape::columns>(work, block.pass, block.block.first_row + row, block.tile * Shape::columns, lane) : 0;
-  };
   block.for_each_tile(
       [&](auto& s) {
-        const Records columns = block.columns();
-        const bool is_masked = block.needs_mask();
-        with_form(!block.bounded, is_masked, [&](auto running, auto masked) {
 #pragma unroll
-          for (int m = 0; m < Shape::m_tiles; ++m) {
-            const int row = first + 16 * m;
-            const Logit rows[2] = {block.rows().logit(row), block.rows().logit(row + 8)};
-            add_tile<running, masked, Shape::columns>(sums[m], s[m], rows, block.scale, columns, excluded(is_masked, row), lane);
-          }
-        });
+        for (int m = 0; m < Shape::m_tiles; ++m) {
+          block.with_rows(first + 16 * m, [&](auto running, auto special, const auto& rows, const Special& what) {
+            add_tile<running, special, true, Shape::columns>(sums[m], s[m], rows, block.scale, block.columns(), what, lane);
+          });
+        }
       },
       [](auto, int, ptx::Address) {});
 #pragma unroll
   for (int m = 0; m < Shape::m_tiles; ++m) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      store_sums(block.pass, block.block, sums[m][r], block.block.first_row + first + 16 * m + 8 * r, block.bounded, lane);
-    }
+    for (int r = 0; r < 2; ++r) store_sums(block.pass, block.block, sums[m][r], first + 16 * m + 8 * r, block.bounded, lane);
   }
   static_assert(Shape::rows <= kMmaThreads);
   ptx::sync_block();
@@ -422,28 +415,21 @@ __global__ void __launch_bounds__(kMmaThreads) mma_backward(const __grid_constan
   Block block(work);
   const Pass& pass = block.pass;
   const int lane = ptx::lane();
-  const int first = ptx::warp() * 16 * Shape::m_tiles + accumulator_row(lane, 0);
+  const int first = block.block.first_row + ptx::warp() * 16 * Shape::m_tiles + accumulator_row(lane, 0);
   const float unit = weight_unit<PRODUCT>(pass), per_unit = 1.0f / unit;
   const bool summed = pass.weight_sums || pass.products;
   PairSums sums[Shape::m_tiles][2];
   float out[Shape::out_panels][Shape::m_tiles][Shape::panel_columns / 8][4] = {};
   std::uint32_t packed[Shape::m_tiles][Shape::columns / 16][4];
   float weights[Shape::m_tiles][Shape::columns / 8][4];
-  const auto excluded = [&](bool masked, int row) {
-    return masked ? excluded_pairs<Shape::columns>(work, block.pass, block.block.first_row + row, block.tile * Shape::columns, lane) : 0;
-  };
   block.for_each_tile(
       [&](auto& s) {
-        const Records columns = block.columns();
-        const bool is_masked = block.needs_mask();
-        with_form(!block.bounded, is_masked, [&](auto running, auto masked) {
 #pragma unroll
-          for (int m = 0; m < Shape::m_tiles; ++m) {
-            const int row = first + 16 * m;
-            weigh_tile<running, masked, Shape::columns>(sums[m], s[m], block.rows(), row, block.scale, unit, summed, columns,
-                                                               excluded(is_masked, row), lane);
-          }
-        });
+        for (int m = 0; m < Shape::m_tiles; ++m) {
+          block.with_rows(first + 16 * m, [&](auto running, auto special, const auto& rows, const Special& what) {
+            weigh_tile<running, special, true, Shape::columns>(sums[m], s[m], rows, block.scale, unit, summed, block.columns(), what, lane);
+          });
+        }
 #pragma unroll
         for (int m = 0; m < Shape::m_tiles; ++m) {
           if constexpr (half) {
@@ -471,17 +457,19 @@ __global__ void __launch_bounds__(kMmaThreads) mma_backward(const __grid_constan
   for (int m = 0; m < Shape::m_tiles; ++m) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int row = block.block.first_row + first + 16 * m + 8 * r;
+      const int row = first + 16 * m + 8 * r;
       if (summed && first_panel == 0) {
-        store_pair_sums(pass, block.block, sums[m][r], block.rows().logit(first + 16 * m + 8 * r).factor, row, lane);
+        const float factor = row < pass.x.count ? load_row<true>(pass.x, row).factor : 0.0f;
+        store_pair_sums(pass, block.block, sums[m][r], factor * per_unit, row, lane);
       }
       if (row >= pass.x.count) continue;
+      float* to = pass.out + block.block.place(pass, row) * work.depth;
 #pragma unroll
       for (int p = 0; p < Shape::out_panels; ++p) {
 #pragma unroll
         for (int n = 0; n < Shape::panel_columns / 8; ++n) {
           const std::int64_t column = std::int64_t{first_panel + p} * Shape::panel_columns + 8 * n + accumulator_column(lane, 0);
-          store_pair(work, pass, block.block, row, column, out[p][m][n][2 * r] * per_unit, out[p][m][n][2 * r + 1] * per_unit);
+          store_pair(to, work.depth, column, out[p][m][n][2 * r] * per_unit, out[p][m][n][2 * r + 1] * per_unit);
         }
       }
     }

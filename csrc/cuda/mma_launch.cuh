@@ -42,11 +42,11 @@ auto with_mma_variant(std::int64_t depth, bool backward, Use use) {
 
 template <Product PRODUCT>
 Family mma_family() {
-  return {"mma", [](const Work&, const Device&) { return true; },
-          [](std::int64_t depth, bool backward) {
-            return with_mma_variant<PRODUCT>(depth, backward, [&](auto variant) { return decltype(variant)::tiling(depth); });
+  return {"mma", [](const Work&, const Device&) { return true; }, [](std::int64_t, bool) { return std::vector<int>{1}; },
+          [](const Work& work, bool backward, int) {
+            return with_mma_variant<PRODUCT>(work.depth, backward, [&](auto variant) { return decltype(variant)::tiling(work.depth); });
           },
-          [](const Work& work, bool backward, const Where& where) {
+          [](const Work& work, bool backward, int, const Where& where) {
             with_mma_variant<PRODUCT>(work.depth, backward, [&](auto variant) { decltype(variant)::launch(work, where); });
           }};
 }

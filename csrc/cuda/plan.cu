@@ -66,20 +66,21 @@ struct Sides {
   Side sides[2];
   RowsWork rows{};  // of the small kernels
   Work work{};      // of the tile kernels, without passes
-  std::size_t records_at[2] = {};
+  std::size_t fields_at[2] = {};
   int owners[2] = {};  // the sides that own the passes
 
   Sides(const Problem& problem, float* norms, bool allow_tf32) : product(product_of(problem, allow_tf32)), self(problem.b == nullptr) {
     count = self && !problem.bias ? 1 : 2;
-    if (std::max(problem.rows, problem.columns) > std::numeric_limits<int>::max() - 2 * kRecordRows) {
+    if (std::max(problem.rows, problem.columns) > std::numeric_limits<int>::max() - 2 * kFieldRows) {
       throw std::runtime_error("fastsupcon CUDA: more than 2^31 rows or columns are not served");
     }
     const void* b = self ? problem.a : problem.b;
-    const auto side = [](const void* rows, std::int64_t count, const std::int64_t* own) {
-      return Side{rows, static_cast<int>(count), static_cast<int>(ceil_div(count, kRecordRows) * kRecordRows), nullptr, own, nullptr};
+    const std::int64_t* keys_of[2] = {problem.row_keys, self ? problem.row_keys : problem.column_keys};
+    const auto side = [](const void* rows, std::int64_t count, const std::int64_t* own, const std::int64_t* keys) {
+      return Side{rows, static_cast<int>(count), static_cast<int>(ceil_div(count, kFieldRows) * kFieldRows), nullptr, own, keys, nullptr};
     };
-    sides[0] = side(problem.a, problem.rows, problem.own_column);
-    sides[1] = side(b, problem.columns, nullptr);
+    sides[0] = side(problem.a, problem.rows, problem.own_column, keys_of[0]);
+    sides[1] = side(b, problem.columns, nullptr, keys_of[1]);
     work.depth = rows.depth = problem.depth;
     work.exclusion = self ? Exclusion::diagonal : problem.own_column ? Exclusion::own : Exclusion::none;
     const std::int64_t row_bytes = problem.depth * (problem.scalar == Scalar::f32 ? 4 : 2);
@@ -90,16 +91,16 @@ struct Sides {
     const bool may_bound = problem.unit && !problem.bias && !pairs_alone;
     work.scale = rows.scale = {problem.scale, static_cast<const float*>(problem.scale_address), may_bound};
     float* norms_of[2] = {norms, norms && !self ? norms + problem.rows : norms};
-    const std::int64_t* keys_of[2] = {problem.row_keys, self ? problem.row_keys : problem.column_keys};
     rows.count = count;
+    rows.self = self;
     for (int i = 0; i < count; ++i) {
-      rows.sides[i] = {sides[i].rows, sides[i].count, sides[i].record_rows, i ? static_cast<const float*>(problem.bias) : nullptr,
+      rows.sides[i] = {sides[i].rows, sides[i].count, sides[i].field_rows, i ? static_cast<const float*>(problem.bias) : nullptr,
                        keys_of[i], problem.unit ? norms_of[i] : nullptr, nullptr, {}, {}, nullptr};
     }
   }
 
-  void reserve_records(Plan& plan, int kinds) {
-    for (int i = 0; i < count; ++i) records_at[i] = reserve(plan, std::size_t{kRecordBytes} * kinds * sides[i].record_rows);
+  void reserve_fields(Plan& plan, int fields) {
+    for (int i = 0; i < count; ++i) fields_at[i] = reserve(plan, std::size_t{kFieldBytes} * fields * sides[i].field_rows);
   }
 
   // Adds the pass whose owner x is side `owner`; y is the other side, or the same where there is but one.
@@ -111,23 +112,23 @@ struct Sides {
     return pass;
   }
 
-  // The work with its records in scratch memory.
+  // The work with its fields in scratch memory.
   Work tile_work(char* scratch) const {
     Work placed = work;
     for (int i = 0; i < work.count; ++i) {
-      placed.passes[i].x.records = scratch + records_at[owners[i]];
-      placed.passes[i].y.records = scratch + records_at[count - 1 - owners[i]];
+      placed.passes[i].x.fields = scratch + fields_at[owners[i]];
+      placed.passes[i].y.fields = scratch + fields_at[count - 1 - owners[i]];
     }
     return placed;
   }
   RowsWork rows_work(char* scratch) const {
     RowsWork placed = rows;
-    for (int i = 0; i < count; ++i) placed.sides[i].records = scratch + records_at[i];
+    for (int i = 0; i < count; ++i) placed.sides[i].fields = scratch + fields_at[i];
     return placed;
   }
   std::int64_t blocks(int rows_of_block) const {  // of the kernels of rows.cuh
     std::int64_t total = 0;
-    for (int i = 0; i < count; ++i) total += ceil_div(sides[i].record_rows, rows_of_block);
+    for (int i = 0; i < count; ++i) total += ceil_div(sides[i].field_rows, rows_of_block);
     return total;
   }
 };
@@ -154,32 +155,42 @@ const Family& family_of(const Work& work, const Device& device) {
   throw std::runtime_error("fastsupcon CUDA: FASTSUPCON_CUDA=" + std::string(wanted) + " serves no such rows on this device");
 }
 
-// Shares the tiles of y out so that the launch takes the fewest tile times: its waves of blocks, each as long as a block's tiles and what a
-// block costs beside them, about two tiles. Not more than 64 splits, whose sums another kernel adds up one after the other.
-void share_out(Work& work, const Tiling& tiling, const Device& device) {
+// Shares the tiles of y out, and chooses how many consumers a block has, so that the launch takes the least time: its waves of blocks, each
+// as long as a block's tiles and what a block costs beside them, about two tiles. A tile of one consumer takes 5 units of time, of two 6, of
+// four 12: one's exponentials run under the other's products. Not more than 64 splits, whose sums another kernel adds up one after the other.
+int share_out(Work& work, const Family& family, bool backward, const Device& device) {
   constexpr std::int64_t overhead = 2, most_splits = 64;
-  const std::int64_t slots = std::int64_t{device.multiprocessors} * tiling.blocks_per_multiprocessor;
-  std::int64_t tiles[2] = {}, longest = 1, best = 1;
-  for (int i = 0; i < work.count; ++i) {
-    work.passes[i].row_blocks = static_cast<int>(ceil_div(work.passes[i].x.count, tiling.rows));
-    tiles[i] = ceil_div(work.passes[i].y.count, tiling.columns);
-    longest = std::max(longest, tiles[i]);
-  }
   std::int64_t least = std::numeric_limits<std::int64_t>::max();
-  for (std::int64_t splits = 1; splits <= std::min(longest, most_splits); ++splits) {
-    const std::int64_t each = ceil_div(longest, splits);
-    std::int64_t blocks = 0;
-    for (int i = 0; i < work.count; ++i) blocks += work.passes[i].row_blocks * ceil_div(tiles[i], each) * tiling.out_chunks;
-    const std::int64_t cost = ceil_div(blocks, std::max<std::int64_t>(slots, 1)) * (std::min(each, longest) + overhead);
-    if (cost < least) {
-      least = cost;
-      best = each;
+  int chosen = 0;
+  Work best = work;
+  for (const int consumers : family.consumers(work.depth, backward)) {
+    const Tiling tiling = family.tiling(work, backward, consumers);
+    const std::int64_t slots = std::max(std::int64_t{device.multiprocessors} * tiling.blocks_per_multiprocessor, std::int64_t{1});
+    const std::int64_t tile_time = consumers == 1 ? 5 : 3 * consumers;
+    std::int64_t tiles[2] = {}, longest = 1;
+    for (int i = 0; i < work.count; ++i) {
+      work.passes[i].row_blocks = static_cast<int>(ceil_div(work.passes[i].x.count, tiling.rows));
+      tiles[i] = ceil_div(work.passes[i].y.count, tiling.columns);
+      longest = std::max(longest, tiles[i]);
+    }
+    for (std::int64_t splits = 1; splits <= std::min(longest, most_splits); ++splits) {
+      const std::int64_t each = ceil_div(longest, splits);
+      std::int64_t blocks = 0;
+      for (int i = 0; i < work.count; ++i) {
+        work.passes[i].tiles_per_split = static_cast<int>(each);
+        work.passes[i].splits = static_cast<int>(ceil_div(tiles[i], each));
+        blocks += std::int64_t{work.passes[i].row_blocks} * work.passes[i].splits * tiling.out_chunks;
+      }
+      const std::int64_t cost = ceil_div(blocks, slots) * (each * tile_time + overhead * 6);
+      if (cost < least) {
+        least = cost;
+        chosen = consumers;
+        best = work;
+      }
     }
   }
-  for (int i = 0; i < work.count; ++i) {
-    work.passes[i].tiles_per_split = static_cast<int>(best);
-    work.passes[i].splits = static_cast<int>(ceil_div(tiles[i], best));
-  }
+  work = best;
+  return chosen;
 }
 
 }  // namespace
@@ -188,15 +199,16 @@ Plan forward(const Problem& problem, const Quantities<void*>& rows, const Quanti
              int device) {
   Plan plan;
   Sides sides(problem, static_cast<float*>(norms), allow_tf32);
-  sides.reserve_records(plan, 1);
+  sides.reserve_fields(plan, kForwardFields);
   if (any(rows)) sides.add_pass(0).quantities = typed<float>(rows);
   if (any(columns)) sides.add_pass(1).quantities = typed<float>(columns);
+  sides.work.apart = rows.different || rows.equal || columns.different || columns.equal;
   with_product(sides.product, [&](auto product) {
     constexpr Product PRODUCT = decltype(product)::value;
     const Device info = device_info(device);
     const Family& family = family_of<PRODUCT>(sides.work, info);
     Work& work = sides.work;
-    share_out(work, family.tiling(work.depth, false), info);
+    const int consumers = share_out(work, family, false, info);
     std::size_t partial_at[2] = {}, done_at[2] = {};
     const std::size_t first_done = plan.bytes;
     for (int i = 0; i < work.count; ++i) done_at[i] = reserve(plan, sizeof(int) * static_cast<std::size_t>(work.passes[i].row_blocks));
@@ -219,7 +231,7 @@ Plan forward(const Problem& problem, const Quantities<void*>& rows, const Quanti
         of.passes[i].partial = reinterpret_cast<float*>(scratch + partial_at[i]);
         of.passes[i].done = reinterpret_cast<int*>(scratch + done_at[i]);
       }
-      family.launch(of, false, where);
+      family.launch(of, false, consumers, where);
     });
   });
   return plan;
@@ -234,20 +246,21 @@ Plan backward(const Problem& problem, const Incoming& rows, const Incoming& colu
   sides.rows.sides[0].grads = typed(rows.grads);
   sides.rows.sides[1].values = typed(columns.values);
   sides.rows.sides[1].grads = typed(columns.grads);
-  sides.reserve_records(plan, 3);
+  sides.reserve_fields(plan, kBackwardFields);
   if (out.rows || out.scale) sides.add_pass(0);
   if (out.columns || out.bias || (both_ways && out.rows)) sides.add_pass(1);
   if (sides.work.count == 0) return plan;
+  sides.work.apart = rows.values.different || rows.values.equal || columns.values.different || columns.values.equal;
   with_product(sides.product, [&](auto product) {
     constexpr Product PRODUCT = decltype(product)::value;
     const Device info = device_info(device);
     const Family& family = family_of<PRODUCT>(sides.work, info);
     Work& work = sides.work;
-    share_out(work, family.tiling(work.depth, true), info);
+    const int consumers = share_out(work, family, true, info);
     std::size_t largest_at[2] = {}, weight_sums_at = 0, products_at = 0;
     if (PRODUCT == Product::f16) {
       for (int i = 0; i < sides.count; ++i) {
-        largest_at[i] = reserve(plan, 2 * sizeof(float) * static_cast<std::size_t>(sides.sides[i].record_rows / kLargestRows));
+        largest_at[i] = reserve(plan, 2 * sizeof(float) * static_cast<std::size_t>(sides.sides[i].field_rows / kLargestRows));
       }
     }
     // The passes' sums one after the other, so that those of one side are added up as the splits of one.
@@ -278,7 +291,7 @@ Plan backward(const Problem& problem, const Incoming& rows, const Incoming& colu
         pass.x.largest = reinterpret_cast<const float*>(scratch + largest_at[sides.owners[i]]);
         pass.y.largest = reinterpret_cast<const float*>(scratch + largest_at[sides.count - 1 - sides.owners[i]]);
       }
-      family.launch(of, true, where);
+      family.launch(of, true, consumers, where);
     });
     plan.launches.push_back([=](char* scratch, const Where& where) {
       FinishWork of{};
@@ -291,7 +304,7 @@ Plan backward(const Problem& problem, const Incoming& rows, const Incoming& colu
         if (!finish.sums) {
           finish.rows = pass.x.rows;
           finish.count = pass.x.count;
-          finish.record_rows = pass.x.record_rows;
+          finish.field_rows = pass.x.field_rows;
           finish.norms = sides.rows.sides[owner].norms;
           finish.sums = reinterpret_cast<float*>(scratch + sums_at) + sums_of[i];
           finish.out = owner && !both_ways ? out.columns : out.rows;
@@ -304,7 +317,7 @@ Plan backward(const Problem& problem, const Incoming& rows, const Incoming& colu
         }
       }
       std::int64_t blocks = 0;
-      for (int i = 0; i < of.count; ++i) blocks += ceil_div(of.sides[i].record_rows, kRowsWarps);
+      for (int i = 0; i < of.count; ++i) blocks += ceil_div(of.sides[i].field_rows, kRowsWarps);
       launch("finish_gradients", shape, finish_gradients<PRODUCT>, {blocks}, kRowsThreads, 0, where, of);
     });
     if (!out.scale) return;

@@ -1,4 +1,4 @@
-// The small kernels before and after the tiles: the records of rows, and gradients from the sums of splits. One or two sides a launch.
+// The small kernels before and after the tiles: the fields of rows, and gradients from the sums of splits. One or two sides a launch.
 #pragma once
 
 #include "tile.cuh"
@@ -37,14 +37,14 @@ FASTSUPCON_DEVICE float warp_largest(float value) {
   return value;
 }
 
-// Of one side of a problem: what its records are made from.
+// Of one side of a problem: what its fields are made from.
 struct Rows {
   const void* rows;
-  std::int64_t count, record_rows;
+  std::int64_t count, field_rows;
   const float* bias;         // or null
   const std::int64_t* keys;  // or null
   float* norms;              // [count] inverse lengths; null: rows are not brought to unit length
-  char* records;
+  char* fields;
   Quantities<const float*> values, grads;  // backward
   float* largest;            // backward, f16: see Side
 };
@@ -52,6 +52,7 @@ struct RowsWork {
   Rows sides[2];
   int count;
   std::int64_t depth;
+  bool self;
   Scale scale;
   int* done;  // forward: set to 0
   std::int64_t done_count;
@@ -64,14 +65,28 @@ struct SideBlock {
 };
 template <class Sides>
 FASTSUPCON_DEVICE SideBlock side_block(const Sides& sides, int rows) {
-  const std::int64_t of_first = ceil_div(sides[0].record_rows, rows), block = ptx::block_x();
+  const std::int64_t of_first = ceil_div(sides[0].field_rows, rows), block = ptx::block_x();
   return block < of_first ? SideBlock{0, block * rows} : SideBlock{1, (block - of_first) * rows};
 }
 
-// Without keys every row has one of its own: then all pairs are of different keys.
-FASTSUPCON_DEVICE Logit make_logit(const Rows& side, int which, std::int64_t row, float factor) {
-  const auto key = static_cast<std::uint64_t>(side.keys ? side.keys[row] : which ? -1 - row : row);
-  return {factor, side.bias ? side.bias[row] : 0.0f, static_cast<std::uint32_t>(key), static_cast<std::uint32_t>(key >> 32)};
+// A key of 31 bits with its sign is its own code, below 2^31. Any other's has the highest bit, and may stand for more keys than one: rows with
+// such a code look at the keys too. Without keys no two rows have the same.
+FASTSUPCON_DEVICE std::uint32_t code_of(const RowsWork& work, int side, std::int64_t row) {
+  const std::int64_t* keys = work.sides[side].keys;
+  if (!keys) return static_cast<std::uint32_t>(work.self ? row : side);
+  const std::int64_t key = keys[row], limit = std::int64_t{1} << 30;
+  return (static_cast<std::uint32_t>(key) & 0x7fffffffu) | (key < -limit || key >= limit ? 0x80000000u : 0u);
+}
+
+struct Fields {
+  std::uint32_t* words;
+  std::int64_t rows;
+
+  FASTSUPCON_DEVICE void store(Field field, std::uint32_t word) const { words[std::int64_t{field} * rows] = word; }
+  FASTSUPCON_DEVICE void store(Field field, float number) const { store(field, ptx::bits(number)); }
+};
+FASTSUPCON_DEVICE Fields fields_of(const Rows& side, std::int64_t row) {
+  return {reinterpret_cast<std::uint32_t*>(side.fields) + row / 16 * 16 + field_place(static_cast<int>(row % 16)), side.field_rows};
 }
 
 // 1 / |x|, and 1 for a row of zeros, or of numbers below the normal range. In double, where squares stay in range, and as a factor of a
@@ -89,20 +104,21 @@ FASTSUPCON_DEVICE float inverse_norm(const Rows& side, std::int64_t row, std::in
   return sum < tiny * tiny ? 1.0f : static_cast<float>(1.0 / std::sqrt(sum));
 }
 
-// A warp makes the records of its rows one after the other.
+// A warp for each row.
 template <Product PRODUCT>
 __global__ void __launch_bounds__(kRowsThreads) prepare_forward(const __grid_constant__ RowsWork work) {
   const SideBlock at = side_block(work.sides, kRowsWarps);
   const Rows& side = work.sides[at.side];
   const std::int64_t row = at.first_row + ptx::warp();
-  const bool first_lane = ptx::lane() == 0;
-  Logit logit{};
-  if (row < side.count) {
-    const float factor = side.norms ? inverse_norm<PRODUCT>(side, row, work.depth) : 1.0f;
-    logit = make_logit(side, at.side, row, factor);
-    if (side.norms && first_lane) side.norms[row] = factor;
+  const bool is_row = row < side.count;
+  const float factor = !is_row ? 0.0f : side.norms ? inverse_norm<PRODUCT>(side, row, work.depth) : 1.0f;
+  if (ptx::lane() == 0) {
+    const Fields fields = fields_of(side, row);
+    fields.store(kFactor, factor);
+    fields.store(kCode, is_row ? code_of(work, at.side, row) : 0u);
+    fields.store(kBias, is_row && side.bias ? side.bias[row] : 0.0f);
+    if (is_row && side.norms) side.norms[row] = factor;
   }
-  if (first_lane) reinterpret_cast<Logit*>(side.records)[row] = logit;
   const std::int64_t place = ptx::block_x() * kRowsThreads + ptx::thread();
   if (place < work.done_count) work.done[place] = 0;
 }
@@ -130,34 +146,41 @@ __global__ void __launch_bounds__(kRowsThreads) prepare_backward(const __grid_co
   const SideBlock at = side_block(work.sides, kRowsThreads);
   const Rows& side = work.sides[at.side];
   const std::int64_t row = at.first_row + ptx::thread();
-  Logit logit{};
-  Weight weight{};
-  Shift shift{};
-  float magnitude = 0.0f;
+  float factor = 0.0f, bias = 0.0f, linear = 0.0f, magnitude = 0.0f;
+  std::uint32_t code = 0;
+  PairWeight different, equal;
   if (row < side.count) {
     const auto& values = side.values;
     const auto& grads = side.grads;
-    logit = make_logit(side, at.side, row, side.norms ? side.norms[row] : 1.0f);
-    PairWeight different = pair_weight(values.different, grads.different, values.all, grads.all, row);
-    PairWeight equal = pair_weight(values.equal, grads.equal, values.all, grads.all, row);
-    const float linear = grads.similarity ? grads.similarity[row] : 0.0f;
+    factor = side.norms ? side.norms[row] : 1.0f;
+    code = code_of(work, at.side, row);
+    bias = side.bias ? side.bias[row] : 0.0f;
+    different = pair_weight(values.different, grads.different, values.all, grads.all, row);
+    equal = pair_weight(values.equal, grads.equal, values.all, grads.all, row);
+    linear = grads.similarity ? grads.similarity[row] : 0.0f;
     magnitude = fmaxf(fabsf(different.weight), fabsf(equal.weight)) + fabsf(linear);
     if (is_bounded(work.scale)) {
       different.weight *= exp(different.shift);
       equal.weight *= exp(equal.shift);
     }
-    weight = {different.weight, equal.weight, linear, 0.0f};
-    shift = {different.shift, equal.shift, {0.0f, 0.0f}};
   }
-  char* records = side.records + row * kRecordBytes;
-  *reinterpret_cast<Logit*>(records) = logit;
-  *reinterpret_cast<Weight*>(records + side.record_rows * kRecordBytes) = weight;
-  *reinterpret_cast<Shift*>(records + 2 * side.record_rows * kRecordBytes) = shift;
+  const Fields fields = fields_of(side, row);
+  fields.store(kFactor, factor);
+  fields.store(kCode, code);
+  fields.store(kBias, bias);
+  fields.store(kLinear, linear);
+  fields.store(kDifferent, different.weight);
+  fields.store(kEqual, equal.weight);
+  fields.store(kShiftDifferent, different.shift);
+  fields.store(kShiftEqual, equal.shift);
+  fields.store(kScaledLinear, linear * factor);
+  fields.store(kScaledDifferent, different.weight * factor);
+  fields.store(kScaledEqual, equal.weight * factor);
   if (!side.largest) return;
   float* of_warps = reinterpret_cast<float*>(ptx::shared_memory());
   const int warp = ptx::warp();
   magnitude = warp_largest(magnitude);
-  const float factor = warp_largest(logit.factor);
+  factor = warp_largest(factor);
   if (ptx::lane() == 0) {
     of_warps[warp] = magnitude;
     of_warps[kRowsWarps + warp] = factor;
@@ -172,7 +195,7 @@ __global__ void __launch_bounds__(kRowsThreads) prepare_backward(const __grid_co
 // From the sums of splits, ∂â up to the scale, to the gradients of one side.
 struct Finish {
   const void* rows;
-  std::int64_t count, record_rows;
+  std::int64_t count, field_rows;
   const float* norms;        // or null
   float* sums;               // [splits, count, depth]; null: only the bias is wanted. The first split is used up
   int splits;
@@ -198,6 +221,7 @@ __global__ void __launch_bounds__(kRowsThreads) finish_gradients(const __grid_co
   if (row >= side.count) return;
   if (side.bias && lane == 0) {
     float sum = 0.0f;
+#pragma unroll 4
     for (int split = 0; split < side.weight_splits; ++split) sum += side.weight_sums[split * side.count + row];
     side.bias[row] = sum;
   }
@@ -207,7 +231,8 @@ __global__ void __launch_bounds__(kRowsThreads) finish_gradients(const __grid_co
   float product = 0.0f;
   for (std::int64_t d = lane; d < depth; d += 32) {
     float sum = sums[d];
-    for (int split = 1; split < side.splits; ++split) sum += sums[split * side.count * depth + d];
+#pragma unroll 8
+    for (int split = 1; split < side.splits; ++split) sum += sums[split * side.count * depth + d];  // loads ahead, sums in order
     sums[d] = sum;
     product += sum * (load_element<PRODUCT>(side.rows, row * depth + d) * factor);
   }

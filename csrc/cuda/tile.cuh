@@ -40,9 +40,6 @@ FASTSUPCON_DEVICE BlockWork block_work(const Work& work, int rows, int columns) 
   return found;
 }
 
-// Kinds of records that a kernel reads.
-__host__ __device__ constexpr int record_kinds(bool backward, bool bounded) { return !backward ? 1 : bounded ? 2 : 3; }
-
 FASTSUPCON_DEVICE float scale_of(const Scale& scale) { return scale.address ? *scale.address : static_cast<float>(scale.value); }
 
 // Whether exp(t) stays a normal number for all |t| ≤ |scale|, and so do the weights: 2 |scale| < 126 ln 2, less a margin of 2 % for rounded
@@ -52,15 +49,73 @@ FASTSUPCON_DEVICE bool is_bounded(const Scale& scale) { return scale.may_bound &
 
 // ---- What rows and columns bring ------------------------------------------------------------------------------------------------
 
-// Records of a block's rows or of a tile's columns in shared memory: Logit [count], Weight [count], Shift [count].
-struct Records {
+// What tiles hold of the fields: slots, of the first so many of which a kernel makes use.
+//   forward   factor, code; running: bias
+//   backward  factor, code, linear, different, apart: equal, all times the factor; running: factor, code, … equal as they are, the shifts
+__host__ __device__ constexpr int slots(bool backward, bool running, bool apart) {
+  return !backward ? (running ? 3 : 2) : running ? 8 : apart ? 5 : 4;
+}
+__host__ __device__ constexpr int field_of(int slot, bool backward, bool running) {
+  return slot < 2 || !backward || running ? slot : slot - 2 + kScaledLinear;
+}
+
+// Of the four columns that a lane holds of a group of 16, one word each.
+template <class T>
+struct alignas(16) Four {
+  T of[4];
+};
+
+// Slots of a tile's columns in shared memory.
+struct Columns {
   const unsigned char* at;
   int count;
 
-  FASTSUPCON_DEVICE Logit logit(int i) const { return reinterpret_cast<const Logit*>(at)[i]; }
-  FASTSUPCON_DEVICE Weight weight(int i) const { return reinterpret_cast<const Weight*>(at + count * kRecordBytes)[i]; }
-  FASTSUPCON_DEVICE Shift shift(int i) const { return reinterpret_cast<const Shift*>(at + 2 * count * kRecordBytes)[i]; }
+  // Column 8 (c / 2) + accumulator_column(lane, c % 2) of the group is the c-th.
+  template <class T = float>
+  FASTSUPCON_DEVICE Four<T> four(int slot, int group, int lane) const {
+    return reinterpret_cast<const Four<T>*>(at + slot * count * kFieldBytes)[4 * group + lane % 4];
+  }
 };
+
+// By one thread: the slots of a tile's columns, counted on the barrier. There are fields for whole tiles: these divide kFieldRows.
+FASTSUPCON_DEVICE void fetch_slots(ptx::Address to, const Side& side, int first, int count, int slots, bool backward, bool running,
+                                   ptx::Address barrier) {
+#pragma unroll 1
+  for (int slot = 0; slot < slots; ++slot) {
+    const char* from = side.fields + (std::int64_t{field_of(slot, backward, running)} * side.field_rows + first) * kFieldBytes;
+    ptx::copy_bulk_async(to + slot * count * kFieldBytes, from, count * kFieldBytes, barrier);
+  }
+}
+
+// What one of the lane's two rows brings. What a kernel does not use of it is not loaded.
+struct Row {
+  float factor, bias, linear, different, equal, shift_different, shift_equal;
+  std::uint32_t code;
+};
+template <bool BACKWARD>
+FASTSUPCON_DEVICE Row load_row(const void* fields, int field_rows, int row) {
+  const auto* words = static_cast<const std::uint32_t*>(fields) + field_place(row);
+  const auto word = [&](Field field) { return words[std::int64_t{field} * field_rows]; };
+  const auto number = [&](Field field) { return ptx::from_bits(word(field)); };
+  Row found{};
+  found.factor = number(kFactor);
+  found.code = word(kCode);
+  found.bias = number(kBias);
+  if constexpr (BACKWARD) {
+    found.linear = number(kLinear);
+    found.different = number(kDifferent);
+    found.equal = number(kEqual);
+    found.shift_different = number(kShiftDifferent);
+    found.shift_equal = number(kShiftEqual);
+  }
+  return found;
+}
+template <bool BACKWARD>
+FASTSUPCON_DEVICE Row load_row(const Side& side, int row) {
+  return load_row<BACKWARD>(side.fields, side.field_rows, row);
+}
+// Codes that may stand for more than one key.
+FASTSUPCON_DEVICE bool is_ambiguous(const Row& row) { return row.code >> 31 != 0; }
 
 // v from x·y. Large logits come out with the same bits for x_i y_j and x_j y_i, so that a row's largest pair has weight exp(0) seen from
 // both of its rows: an ulp of 1000 is 6e-5. Small ones save a multiplication.
@@ -69,17 +124,6 @@ FASTSUPCON_DEVICE float logit(float product, float row_factor, float column_fact
   return RUNNING ? product * (row_factor * column_factor) * scale : product * column_factor * (row_factor * scale);
 }
 
-// By one thread: the records of `count` rows, counted on the barrier. There are some for whole blocks and tiles: these divide kRecordRows.
-FASTSUPCON_DEVICE void fetch_records(ptx::Address to, const Side& side, int first, int count, int kinds, ptx::Address barrier) {
-#pragma unroll 1
-  for (int kind = 0; kind < kinds; ++kind) {
-    const char* from = side.records + (std::int64_t{kind} * side.record_rows + first) * kRecordBytes;
-    ptx::copy_bulk_async(to + kind * count * kRecordBytes, from, count * kRecordBytes, barrier);
-  }
-}
-
-FASTSUPCON_DEVICE bool equal_keys(const Logit& a, const Logit& b) { return a.key_low == b.key_low && a.key_high == b.key_high; }
-
 // Whether a tile of `columns` from `first_column` on holds pairs with `rows` from `first_row` on that are none: on the diagonal, a row's
 // own, or past the last column.
 FASTSUPCON_DEVICE bool needs_mask(const Work& work, const Pass& pass, int first_row, int rows, int first_column, int columns) {
@@ -87,43 +131,61 @@ FASTSUPCON_DEVICE bool needs_mask(const Work& work, const Pass& pass, int first_
          (work.exclusion == Exclusion::diagonal && first_column < first_row + rows && first_row < first_column + columns);
 }
 
-// Which pairs of the lane's two rows (`row`, row + 8) with a tile's columns are none: bit 4j + e.
-template <int COLUMNS>
-FASTSUPCON_DEVICE std::uint64_t excluded_pairs(const Work& work, const Pass& pass, int row, int first_column, int lane) {
-  const auto place = [](const Side& side, int at) { return side.own && at < side.count ? static_cast<int>(side.own[at]) : at; };
-  int places[2] = {-1, -1};
-  if (work.exclusion != Exclusion::none) {
-    places[0] = place(pass.x, row);
-    places[1] = place(pass.x, row + 8);
-  }
-  std::uint64_t bits = 0;
-#pragma unroll 1
-  for (int j = 0; j < COLUMNS / 8; ++j) {
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      const int column = first_column + 8 * j + accumulator_column(lane, c), of_column = place(pass.y, column);
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        if (column >= pass.y.count || of_column == places[r]) bits |= std::uint64_t{1} << (4 * j + 2 * r + c);
-      }
-    }
-  }
-  return bits;
-}
+// What a lane needs to know of its two rows in a tile with pairs that are none, or where codes are ambiguous: bit 4j + e is element e of
+// group j of 8 columns.
+struct Special {
+  std::uint64_t excluded = 0;  // is no pair
+  std::uint64_t unequal = 0;   // nor is one of equal keys, though the codes be equal
+};
 
 FASTSUPCON_DEVICE bool is_set(std::uint64_t bits, int place) {  // of one word, the place being known: one instruction
   return (static_cast<std::uint32_t>(bits >> (place / 32 * 32)) & (1u << place % 32)) != 0;
 }
 
-// use(MASKED), use(RUNNING, MASKED) as constants: the branches are uniform over the block. Running sums are compiled with the mask alone.
+// For the lane's rows `row` and row + 8. Offsets are of columns, from the lane's first on.
+template <int COLUMNS>
+FASTSUPCON_DEVICE Special special_of(const Work& work, const Pass& pass, const Row (&rows)[2], int row, int first_column, int lane) {
+  const int first = first_column + accumulator_column(lane, 0), columns = pass.y.count - first;
+  const std::int64_t* const own = work.exclusion == Exclusion::own ? pass.y.own : nullptr;
+  Special found;
+  if (columns < COLUMNS) {  // those past the last
+    const int whole = columns > 0 ? columns / 8 : 0, rest = columns > 0 ? columns % 8 : 0;
+    if (rest < 2) found.excluded = (rest == 1 ? std::uint64_t{0xa} : std::uint64_t{0xf}) << 4 * whole;
+    if (whole < COLUMNS / 8 - 1) found.excluded |= ~std::uint64_t{0} << 4 * (whole + 1);
+  }
+  if (!own && work.exclusion != Exclusion::none) {  // one column of each row
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int at = row + 8 * r;
+      if (at >= pass.x.count) continue;
+      const int offset = (work.exclusion == Exclusion::own ? static_cast<int>(pass.x.own[at]) : at) - first;
+      if (offset >= 0 && offset < COLUMNS && offset % 8 < 2) found.excluded |= std::uint64_t{1} << (offset / 8 * 4 + 2 * r + offset % 8);
+    }
+  }
+  const bool ambiguous = is_ambiguous(rows[0]) || is_ambiguous(rows[1]);
+  if (own || ambiguous) {
+#pragma unroll 1
+    for (int place = 0; place < COLUMNS / 2; ++place) {
+      const int at = row + place / 2 % 2 * 8, column = first + place / 4 * 8 + place % 2;
+      if (at >= pass.x.count || column >= pass.y.count) continue;
+      const auto bit = std::uint64_t{1} << place;
+      if (own && own[column] == at) found.excluded |= bit;
+      if (ambiguous && pass.x.keys[at] != pass.y.keys[column]) found.unequal |= bit;
+    }
+  }
+  found.unequal |= found.excluded;
+  return found;
+}
+
+// use(SPECIAL), use(RUNNING, SPECIAL) as constants: the branches are uniform over the warp. Running sums are compiled with SPECIAL alone.
 template <class Use>
-FASTSUPCON_DEVICE void with_mask(bool masked, Use use) {
-  masked ? use(std::true_type{}) : use(std::false_type{});
+FASTSUPCON_DEVICE void with_special(bool special, Use use) {
+  special ? use(std::true_type{}) : use(std::false_type{});
 }
 template <class Use>
-FASTSUPCON_DEVICE void with_form(bool running, bool masked, Use use) {
+FASTSUPCON_DEVICE void with_form(bool running, bool special, Use use) {
   if (running) use(std::true_type{}, std::true_type{});
-  else with_mask(masked, [&](auto m) { use(std::false_type{}, m); });
+  else with_special(special, [&](auto s) { use(std::false_type{}, s); });
 }
 
 // ---- Forward --------------------------------------------------------------------------------------------------------------------
@@ -147,35 +209,36 @@ FASTSUPCON_DEVICE LogSum merged(const LogSum& a, const LogSum& b) {
 // For one pair alone exactly its t: the sum is 1.
 FASTSUPCON_DEVICE float log_of(const LogSum& total) { return finite(total.maximum) + log(total.sum); }
 
-// Of one row; each lane sums the columns that it holds, and lanes meet only at the end.
+// Of one row; each lane sums the columns that it holds, and lanes meet only at the end. Unless apart, all pairs are in `different`.
 struct RowSums {
   LogSum different, equal;
   float similarity = 0.0f, count = 0.0f;
 };
 
 // Adds a tile to the sums of the lane's two rows. s is used up.
-template <bool RUNNING, bool MASKED, int COLUMNS>
-FASTSUPCON_DEVICE void add_tile(RowSums (&sums)[2], float (&s)[COLUMNS / 8][4], const Logit (&rows)[2], float scale, const Records& columns,
-                                std::uint64_t excluded_bits, int lane) {
+template <bool RUNNING, bool SPECIAL, bool APART, int COLUMNS>
+FASTSUPCON_DEVICE void add_tile(RowSums (&sums)[2], float (&s)[COLUMNS / 8][4], const Row (&rows)[2], float scale, const Columns& columns,
+                                const Special& special, int lane) {
   float different[2] = {sums[0].different.maximum, sums[1].different.maximum}, equal[2] = {sums[0].equal.maximum, sums[1].equal.maximum};
-  std::uint32_t equal_bits[2] = {0, 0};  // as those of excluded pairs
+  std::uint32_t equal_bits[2] = {0, 0};
 #pragma unroll
-  for (int j = 0; j < COLUMNS / 8; ++j) {
-    const int first = 8 * j + accumulator_column(lane, 0);
-    const Logit pair[2] = {columns.logit(first), columns.logit(first + 1)};
+  for (int group = 0; group < COLUMNS / 16; ++group) {
+    const auto factors = columns.four(0, group, lane);
+    const auto codes = columns.four<std::uint32_t>(1, group, lane);
+    Four<float> biases;
+    if (RUNNING) biases = columns.four(kBias, group, lane);
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int r = e / 2, place = 4 * j + e;
-      const Logit& column = pair[e % 2];
-      const bool excluded = MASKED && is_set(excluded_bits, place);
-      const bool is_equal = equal_keys(column, rows[r]);
-      float t = logit<RUNNING>(s[j][e], rows[r].factor, column.factor, scale);
-      if (is_equal && !excluded) {
+    for (int i = 0; i < 8; ++i) {
+      const int j = 2 * group + i / 4, e = i % 4, r = e / 2, c = i / 4 * 2 + e % 2, place = 4 * j + e;
+      const bool is_pair = !SPECIAL || !is_set(special.excluded, place);
+      const bool is_equal = codes.of[c] == rows[r].code && (!SPECIAL || !is_set(special.unequal, place));
+      float t = logit<RUNNING>(s[j][e], rows[r].factor, factors.of[c], scale);
+      if (is_equal) {
         sums[r].similarity += t;
         sums[r].count += 1.0f;
       }
-      if (RUNNING) t = t + column.bias + rows[r].bias;
-      if (excluded) t = -kInfinity;
+      if (RUNNING) t = t + biases.of[c] + rows[r].bias;
+      if (!is_pair) t = -kInfinity;
       if (RUNNING) {
         s[j][e] = t;
         if (is_equal) equal_bits[place / 32] |= 1u << place % 32;
@@ -183,7 +246,7 @@ FASTSUPCON_DEVICE void add_tile(RowSums (&sums)[2], float (&s)[COLUMNS / 8][4], 
         different[r] = fmaxf(different[r], is_equal ? -kInfinity : t);
       } else {
         const float exponential = ptx::exp2(t);
-        if (is_equal) sums[r].equal.sum += exponential;
+        if (APART && is_equal) sums[r].equal.sum += exponential;
         else sums[r].different.sum += exponential;
       }
     }
@@ -274,62 +337,52 @@ FASTSUPCON_DEVICE void combine_splits(const Pass& pass, int row) {
 // Of one row over its pairs, before any rounding: for the gradients of a bias and of the scale.
 struct PairSums {
   float weights = 0.0f;   // w without the linear terms; where there is a bias, nothing is bounded
-  float products = 0.0f;  // w x·y factor_j
+  float products = 0.0f;  // w x·y factor_j · unit
 };
 
-// s becomes w · factor_j · unit, what the rows y are summed with.
-template <bool RUNNING, bool MASKED, int COLUMNS>
-FASTSUPCON_DEVICE void weigh_tile(PairSums (&sums)[2], float (&s)[COLUMNS / 8][4], const Records& rows, int row, float scale, float unit,
-                                  bool summed, const Records& columns, std::uint64_t excluded_bits, int lane) {
-  const Logit logits[2] = {rows.logit(row), rows.logit(row + 8)};
-  const Weight weights[2] = {rows.weight(row), rows.weight(row + 8)};
-  Shift shifts[2];
-  if (RUNNING) {
-    shifts[0] = rows.shift(row);
-    shifts[1] = rows.shift(row + 8);
-  }
+// s becomes w · factor_j · unit, what the rows y are summed with. Running forms are apart.
+template <bool RUNNING, bool SPECIAL, bool APART, int COLUMNS>
+FASTSUPCON_DEVICE void weigh_tile(PairSums (&sums)[2], float (&s)[COLUMNS / 8][4], const Row (&rows)[2], float scale, float unit, bool summed,
+                                  const Columns& columns, const Special& special, int lane) {
 #pragma unroll
-  for (int j = 0; j < COLUMNS / 8; ++j) {
-    // ptxas would read the records of more columns at once than it has registers for, and spill some.
-    if (j > 0 && j % 4 == 0) ptx::fence_block();
-    const int first = 8 * j + accumulator_column(lane, 0);
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      const Logit column = columns.logit(first + c);
-      const Weight weight = columns.weight(first + c);
-      Shift shift;
-      if (RUNNING) shift = columns.shift(first + c);
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const bool excluded = MASKED && is_set(excluded_bits, 4 * j + 2 * r + c);
-        const bool is_equal = equal_keys(column, logits[r]);
-        const float product = s[j][2 * r + c];
-        float t = logit<RUNNING>(product, logits[r].factor, column.factor, scale), w;
-        if (RUNNING) t = t + column.bias + logits[r].bias;
-        if (excluded) t = -kInfinity;
-        const float of_row = is_equal ? weights[r].equal : weights[r].different, of_column = is_equal ? weight.equal : weight.different;
-        if (RUNNING) {
-          w = of_row * exp(t + (is_equal ? shifts[r].equal : shifts[r].different)) +
-              of_column * exp(t + (is_equal ? shift.equal : shift.different));
-        } else {
-          w = ptx::exp2(t) * (of_row + of_column);
-        }
-        if (RUNNING && summed) sums[r].weights += w;
-        if (is_equal && !excluded) w += weights[r].linear + weight.linear;
-        if (summed) sums[r].products += w * (product * column.factor);
-        s[j][2 * r + c] = w * (column.factor * unit);
-      }
+  for (int group = 0; group < COLUMNS / 16; ++group) {
+    const auto four = [&](int slot) { return columns.four(slot, group, lane); };
+    const auto factors = four(0);
+    const auto codes = columns.four<std::uint32_t>(1, group, lane);
+    const auto linear = four(RUNNING ? kLinear : 2), different = four(RUNNING ? kDifferent : 3);
+    Four<float> biases, equal, shift_different, shift_equal;
+    if (RUNNING || APART) equal = four(RUNNING ? kEqual : 4);
+    if (RUNNING) {
+      biases = four(kBias);
+      shift_different = four(kShiftDifferent);
+      shift_equal = four(kShiftEqual);
     }
-  }
-}
-
-// The weights of pairs that are none become 0: where they are finite and nothing but the product sums them, in less code than a mask.
-template <int COLUMNS>
-FASTSUPCON_DEVICE void clear_excluded(float (&w)[COLUMNS / 8][4], std::uint64_t excluded_bits) {
 #pragma unroll
-  for (int j = 0; j < COLUMNS / 8; ++j) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) w[j][e] = is_set(excluded_bits, 4 * j + e) ? 0.0f : w[j][e];
+    for (int i = 0; i < 8; ++i) {
+      const int j = 2 * group + i / 4, e = i % 4, r = e / 2, c = i / 4 * 2 + e % 2, place = 4 * j + e;
+      const bool is_pair = !SPECIAL || !is_set(special.excluded, place);
+      const bool is_equal = codes.of[c] == rows[r].code && (!SPECIAL || !is_set(special.unequal, place));
+      const float product = s[j][e], t = logit<RUNNING>(product, rows[r].factor, factors.of[c], scale);
+      float w;
+      if constexpr (RUNNING) {
+        const float biased = is_pair ? t + biases.of[c] + rows[r].bias : -kInfinity;
+        const float of_row = is_equal ? rows[r].equal : rows[r].different, of_column = is_equal ? equal.of[c] : different.of[c];
+        w = of_row * exp(biased + (is_equal ? rows[r].shift_equal : rows[r].shift_different)) +
+            of_column * exp(biased + (is_equal ? shift_equal.of[c] : shift_different.of[c]));
+        if (summed) sums[r].weights += w;
+        if (is_equal) w += rows[r].linear + linear.of[c];
+        w *= factors.of[c] * unit;
+      } else {
+        const float factor = factors.of[c] * unit;
+        float weight = fmaf(rows[r].different, factor, different.of[c] * unit);
+        if (APART) weight = is_equal ? fmaf(rows[r].equal, factor, equal.of[c] * unit) : weight;
+        w = ptx::exp2(t) * weight;
+        if (is_equal) w += fmaf(rows[r].linear, factor, linear.of[c] * unit);
+        if (SPECIAL && !is_pair) w = 0.0f;
+      }
+      if (summed) sums[r].products += w * product;
+      s[j][e] = w;
+    }
   }
 }
 
@@ -356,7 +409,7 @@ FASTSUPCON_DEVICE float weight_unit(const Pass& pass) {
     float largest[2] = {0.0f, 0.0f}, factor = 0.0f;
     for (int side = 0; side < 2; ++side) {
       const Side& of = side ? pass.y : pass.x;
-      for (int i = ptx::lane(); i < of.record_rows / kLargestRows; i += 32) {
+      for (int i = ptx::lane(); i < of.field_rows / kLargestRows; i += 32) {
         largest[side] = fmaxf(largest[side], of.largest[2 * i]);
         if (side) factor = fmaxf(factor, of.largest[2 * i + 1]);
       }
@@ -386,13 +439,15 @@ FASTSUPCON_DEVICE void store_pair_sums(const Pass& pass, const BlockWork& block,
   if (pass.products) pass.products[place] = sums.products * factor;
 }
 
-// Two neighbours of the result of this split.
-FASTSUPCON_DEVICE void store_pair(const Work& work, const Pass& pass, const BlockWork& block, int row, std::int64_t column, float first,
-                                  float second) {
-  if (column >= work.depth) return;
-  float* out = pass.out + block.place(pass, row) * work.depth + column;
-  out[0] = first;
-  if (column + 1 < work.depth) out[1] = second;
+// Two neighbours of a row of the result, which begins at `out`.
+FASTSUPCON_DEVICE void store_pair(float* out, std::int64_t depth, std::int64_t column, float first, float second) {
+  if (column >= depth) return;
+  if (depth % 2 == 0) {
+    ptx::store_two(out + column, first, second);
+  } else {
+    out[column] = first;
+    if (column + 1 < depth) out[column + 1] = second;
+  }
 }
 
 }  // namespace fastsupcon::cuda

@@ -19,24 +19,23 @@ struct DeepLayout {
   int places;     // of the ring
 };
 
-template <bool BACKWARD>
+template <bool BACKWARD, bool APART>
 struct DeepShape {
   static constexpr int columns = BACKWARD ? 32 : 128;      // of a tile
-  static constexpr int records_places = BACKWARD ? 4 : 1;  // tiles whose records are held
+  static constexpr int slots_places = BACKWARD ? 4 : 1;  // tiles whose slots are held
   static constexpr int most_places = 40;
   static constexpr int most_threads = 3 * 128;
   static constexpr int producer_registers = BACKWARD ? 24 : 40, consumer_registers = BACKWARD ? 240 : 232;
   static_assert(producer_registers + 2 * consumer_registers <= 3 * (65536 / most_threads / 8 * 8),
                 "setmaxnreg hands out what the block was launched with, and waits forever for more");
   static constexpr int panel_bytes = columns * kPanelBytes;
-  static constexpr int kinds = record_kinds(BACKWARD, true);
-  static constexpr int y_records_bytes = kinds * columns * kRecordBytes;
-  static constexpr int x_records_bytes = BACKWARD ? kinds * 64 * kRecordBytes : 0;  // the forward holds those of a lane's rows in registers
-  // Shared memory: W of two tiles side by side, one panel; records of tiles and of x; barriers; x; the ring.
-  static constexpr int y_records_at = BACKWARD ? 64 * kPanelBytes : 0;
-  static constexpr int x_records_at = y_records_at + records_places * y_records_bytes;
-  static constexpr int barriers_at = x_records_at + x_records_bytes;
-  static constexpr int x_at = (barriers_at + 8 * (1 + 2 * records_places + 2 * most_places) + 1023) / 1024 * 1024;
+  static constexpr int slots = cuda::slots(BACKWARD, false, APART), slots_bytes = slots * columns * kFieldBytes;
+  static constexpr int x_slots = BACKWARD ? kEqual + 1 : 0;  // fields of x; the forward holds those of a lane's rows in registers
+  // Shared memory: W of two tiles side by side, one panel; slots of tiles and of x; barriers; x; the ring.
+  static constexpr int slots_at = BACKWARD ? 64 * kPanelBytes : 0;
+  static constexpr int x_slots_at = slots_at + slots_places * slots_bytes, x_slots_bytes = x_slots * 64 * kFieldBytes;
+  static constexpr int barriers_at = x_slots_at + x_slots_bytes;
+  static constexpr int x_at = (barriers_at + 8 * (1 + 2 * slots_places + 2 * most_places) + 1023) / 1024 * 1024;
 
   __host__ __device__ static constexpr int rows(int consumers) { return BACKWARD ? 64 : 64 * consumers; }
   __host__ __device__ static constexpr int ring_at(int panels, int consumers) { return x_at + panels * rows(consumers) * kPanelBytes; }
@@ -51,9 +50,9 @@ struct Place {
   int index, parity;
 };
 
-template <Product PRODUCT, bool BACKWARD>
+template <Product PRODUCT, bool BACKWARD, bool APART>
 struct DeepBlock {
-  using Shape = DeepShape<BACKWARD>;
+  using Shape = DeepShape<BACKWARD, APART>;
   static constexpr int columns = Shape::columns;
 
   const Work& work;
@@ -75,9 +74,9 @@ struct DeepBlock {
     if (ptx::thread() == 0) {
       const int releases = BACKWARD ? 4 : 4 * layout.consumers;  // by warps: of the one consumer that reads last, or of all
       ptx::barrier_init(x_full(), 1);
-      for (int place = 0; place < Shape::records_places; ++place) {
-        ptx::barrier_init(records_full(place), 1);
-        ptx::barrier_init(records_empty(place), releases);
+      for (int place = 0; place < Shape::slots_places; ++place) {
+        ptx::barrier_init(slots_full(place), 1);
+        ptx::barrier_init(slots_empty(place), releases);
       }
       for (int place = 0; place < layout.places; ++place) {
         ptx::barrier_init(full(place), 1);
@@ -89,9 +88,9 @@ struct DeepBlock {
   }
 
   FASTSUPCON_DEVICE ptx::Address x_full() const { return barriers; }
-  FASTSUPCON_DEVICE ptx::Address records_full(int place) const { return barriers + 8 * (1 + place); }
-  FASTSUPCON_DEVICE ptx::Address records_empty(int place) const { return barriers + 8 * (1 + Shape::records_places + place); }
-  FASTSUPCON_DEVICE ptx::Address full(int place) const { return barriers + 8 * (1 + 2 * Shape::records_places + place); }
+  FASTSUPCON_DEVICE ptx::Address slots_full(int place) const { return barriers + 8 * (1 + place); }
+  FASTSUPCON_DEVICE ptx::Address slots_empty(int place) const { return barriers + 8 * (1 + Shape::slots_places + place); }
+  FASTSUPCON_DEVICE ptx::Address full(int place) const { return barriers + 8 * (1 + 2 * Shape::slots_places + place); }
   FASTSUPCON_DEVICE ptx::Address empty(int place) const { return full(Shape::most_places + place); }
 
   FASTSUPCON_DEVICE ptx::Address x_panel(int panel) const { return x_at + panel * rows * kPanelBytes; }
@@ -115,21 +114,20 @@ struct DeepBlock {
     return after(tile_at, position < 0 ? position + layout.panels : position);
   }
 
-  // The records of tile number t of this block use place t % records_places for the (t / records_places)-th time.
-  FASTSUPCON_DEVICE int records_place(int tile) const { return (tile - block.first_tile) % Shape::records_places; }
-  FASTSUPCON_DEVICE int records_parity(int tile) const { return (tile - block.first_tile) / Shape::records_places % 2; }
-  FASTSUPCON_DEVICE Records row_records() const { return {shared + Shape::x_records_at, rows}; }
+  // The slots of tile number t of this block use place t % slots_places for the (t / slots_places)-th time.
+  FASTSUPCON_DEVICE int slots_place(int tile) const { return (tile - block.first_tile) % Shape::slots_places; }
+  FASTSUPCON_DEVICE int slots_parity(int tile) const { return (tile - block.first_tile) / Shape::slots_places % 2; }
 
-  // The producer: one thread of its first warp asks for the panels, one of its second for the records. Apart, as the forward wants the next
-  // tile's panels before it gives a tile's records back.
+  // The producer: one thread of its first warp asks for the panels, one of its second for the slots. Not the same, as the forward wants the
+  // next tile's panels before it gives a tile's slots back.
   FASTSUPCON_DEVICE void produce(const Maps& maps) const {
     if (ptx::lane() != 0) return;
     if (ptx::thread() == 0) fetch_panels(maps.x[block.pass], maps.y[block.pass]);
-    if (ptx::thread() == 32) fetch_tiles_records();
+    if (ptx::thread() == 32) fetch_tiles_slots();
   }
   FASTSUPCON_DEVICE void fetch_panels(const ptx::TensorMap& x_map, const ptx::TensorMap& y_map) const {
-    ptx::barrier_arrive_expecting(x_full(), layout.panels * rows * kPanelBytes + Shape::x_records_bytes);
-    if (BACKWARD) fetch_records(weights + Shape::x_records_at, pass.x, block.first_row, rows, Shape::kinds, x_full());
+    ptx::barrier_arrive_expecting(x_full(), layout.panels * rows * kPanelBytes + Shape::x_slots_bytes);
+    fetch_slots(weights + Shape::x_slots_at, pass.x, block.first_row, 64, Shape::x_slots, true, true, x_full());
     for (int p = 0; p < layout.panels; ++p) {
       ptx::copy_box_async(x_panel(p), x_map, kPanelDepth * p, block.first_row, x_full());
     }
@@ -147,14 +145,14 @@ struct DeepBlock {
       }
     }
   }
-  FASTSUPCON_DEVICE void fetch_tiles_records() const {
+  FASTSUPCON_DEVICE void fetch_tiles_slots() const {
 #pragma unroll 1  // the producer has few registers
     for (int tile = block.first_tile; tile < block.last_tile; ++tile) {
-      const int place = records_place(tile);
-      ptx::barrier_wait(records_empty(place), records_parity(tile) ^ 1);
-      ptx::barrier_arrive_expecting(records_full(place), Shape::y_records_bytes);
-      fetch_records(weights + Shape::y_records_at + place * Shape::y_records_bytes, pass.y, tile * columns, columns, Shape::kinds,
-                    records_full(place));
+      const int place = slots_place(tile);
+      ptx::barrier_wait(slots_empty(place), slots_parity(tile) ^ 1);
+      ptx::barrier_arrive_expecting(slots_full(place), Shape::slots_bytes);
+      fetch_slots(weights + Shape::slots_at + place * Shape::slots_bytes, pass.y, tile * columns, columns, Shape::slots, BACKWARD,
+                  false, slots_full(place));
     }
   }
 
@@ -163,18 +161,21 @@ struct DeepBlock {
     if (ptx::lane() == 0) ptx::barrier_arrive(empty(at.index));
   }
 
-  // use(records) with those of a tile's columns.
+  // use(the tile's columns).
   template <class Use>
-  FASTSUPCON_DEVICE void with_records(int tile, Use use) const {
-    const int place = records_place(tile);
-    ptx::barrier_wait(records_full(place), records_parity(tile));
-    use(Records{shared + Shape::y_records_at + place * Shape::y_records_bytes, columns});
+  FASTSUPCON_DEVICE void with_columns(int tile, Use use) const {
+    const int place = slots_place(tile);
+    ptx::barrier_wait(slots_full(place), slots_parity(tile));
+    use(Columns{shared + Shape::slots_at + place * Shape::slots_bytes, columns});
     ptx::sync_warp();
-    if (ptx::lane() == 0) ptx::barrier_arrive(records_empty(place));
+    if (ptx::lane() == 0) ptx::barrier_arrive(slots_empty(place));
   }
-  FASTSUPCON_DEVICE bool needs_mask(int tile) const { return cuda::needs_mask(work, pass, block.first_row, rows, tile * columns, columns); }
-  FASTSUPCON_DEVICE std::uint64_t excluded(bool masked, int row, int tile, int lane) const {
-    return masked ? excluded_pairs<columns>(work, pass, block.first_row + row, tile * columns, lane) : 0;
+  // For the 16 rows of a warp, of which the lane holds `row` and row + 8.
+  FASTSUPCON_DEVICE bool needs_mask(int row, int tile) const {
+    return cuda::needs_mask(work, pass, row - accumulator_row(ptx::lane(), 0), 16, tile * columns, columns);
+  }
+  FASTSUPCON_DEVICE Special special(bool is_special, const Row (&rows)[2], int row, int tile) const {
+    return is_special ? special_of<columns>(work, pass, rows, row, tile * columns, ptx::lane()) : Special{};
   }
 
   // s (+)= x yᵀ over one panel of the depth, of 64 rows from `row` on; under way on return.

@@ -14,9 +14,9 @@
 namespace fastsupcon::cuda {
 
 // What a consumer does beside the logits: its slice of the result.
-template <Product PRODUCT, int OUT_PANELS>
+template <Product PRODUCT, int OUT_PANELS, bool APART>
 struct DeepSlice {
-  using Block = DeepBlock<PRODUCT, true>;
+  using Block = DeepBlock<PRODUCT, true, APART>;
   using Product64 = ptx::Wgmma<PRODUCT == Product::bf16, 64>;
   static constexpr int own_written = 4;              // named barriers own_written + consumer
   static constexpr int steps = Block::columns / 16;  // of the second product, 16 columns of the tile each
@@ -87,13 +87,13 @@ struct DeepSlice {
   }
 };
 
-template <Product PRODUCT, int OUT_PANELS>
-__global__ void __launch_bounds__(DeepShape<true>::most_threads, 1)
+template <Product PRODUCT, int OUT_PANELS, bool APART>
+__global__ void __launch_bounds__(DeepShape<true, APART>::most_threads, 1)
     wgmma_deep_backward(const __grid_constant__ Work work, const __grid_constant__ DeepLayout layout,
                         const __grid_constant__ Maps maps) {
-  using Block = DeepBlock<PRODUCT, true>;
+  using Block = DeepBlock<PRODUCT, true, APART>;
   using Shape = typename Block::Shape;
-  using Slice = DeepSlice<PRODUCT, OUT_PANELS>;
+  using Slice = DeepSlice<PRODUCT, OUT_PANELS, APART>;
   constexpr int columns = Shape::columns;
   constexpr int published = 1;  // named barriers published + consumer
   const Block block(work, layout);
@@ -106,8 +106,10 @@ __global__ void __launch_bounds__(DeepShape<true>::most_threads, 1)
   ptx::raise_registers<Shape::consumer_registers>();
   const Slice slice{block, consumer};
   const int lane = ptx::lane();
-  const int first = warp % 4 * 16 + accumulator_row(lane, 0);  // in the block
-  const float unit = weight_unit<PRODUCT>(block.pass), per_unit = 1.0f / unit;
+  const Pass& pass = block.pass;
+  const int row = block.block.first_row + warp % 4 * 16 + accumulator_row(lane, 0);
+  const bool ambiguous = ptx::any(is_ambiguous(load_row<true>(pass.x, row)) || is_ambiguous(load_row<true>(pass.x, row + 8)));
+  const float unit = weight_unit<PRODUCT>(pass), per_unit = 1.0f / unit;
   float out[OUT_PANELS][8][4] = {};
 #pragma unroll
   for (int p = 0; p < OUT_PANELS; ++p) ptx::hold(out[p]);
@@ -140,10 +142,16 @@ __global__ void __launch_bounds__(DeepShape<true>::most_threads, 1)
     }
   };
   const auto weigh = [&](int tile) {
-    block.with_records(tile, [&](const Records& records) {
+    block.with_columns(tile, [&](const Columns& of_tile) {
       PairSums unused[2];
-      weigh_tile<false, false, columns>(unused, s, block.row_records(), first, block.scale, unit, false, records, 0, lane);
-      if (block.needs_mask(tile)) clear_excluded<columns>(s, block.excluded(true, first, tile, lane));
+      const void* const fields = block.shared + Shape::x_slots_at;
+      const int of_block = row - block.block.first_row;
+      const Row rows[2] = {load_row<true>(fields, 64, of_block), load_row<true>(fields, 64, of_block + 8)};  // each time: registers are short
+      const bool is_special = ambiguous || block.needs_mask(row, tile);
+      const Special what = block.special(is_special, rows, row, tile);
+      with_special(is_special, [&](auto special) {
+        weigh_tile<false, special, APART, columns>(unused, s, rows, block.scale, unit, false, of_tile, what, lane);
+      });
     });
     pack_weights<PRODUCT, columns>(packed, s);
   };
@@ -191,14 +199,14 @@ __global__ void __launch_bounds__(DeepShape<true>::most_threads, 1)
 
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int row = block.block.first_row + first + 8 * r;
-    if (row >= block.pass.x.count) continue;
+    if (row + 8 * r >= pass.x.count) continue;
+    float* to = pass.out + block.block.place(pass, row + 8 * r) * work.depth;
 #pragma unroll
     for (int p = 0; p < OUT_PANELS; ++p) {
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
         const std::int64_t column = (slice.first_panel() + p) * kPanelDepth + 8 * n + accumulator_column(lane, 0);
-        store_pair(work, block.pass, block.block, row, column, out[p][n][2 * r] * per_unit, out[p][n][2 * r + 1] * per_unit);
+        store_pair(to, work.depth, column, out[p][n][2 * r] * per_unit, out[p][n][2 * r + 1] * per_unit);
       }
     }
   }

@@ -6,11 +6,11 @@
 
 namespace fastsupcon::cuda {
 
-template <Product PRODUCT>
-__global__ void __launch_bounds__(DeepShape<false>::most_threads, 1)
+template <Product PRODUCT, bool APART>
+__global__ void __launch_bounds__(DeepShape<false, APART>::most_threads, 1)
     wgmma_deep_forward(const __grid_constant__ Work work, const __grid_constant__ DeepLayout layout,
                        const __grid_constant__ Maps maps) {
-  using Block = DeepBlock<PRODUCT, false>;
+  using Block = DeepBlock<PRODUCT, false, APART>;
   using Shape = typename Block::Shape;
   constexpr int columns = Shape::columns;
   const Block block(work, layout);
@@ -22,9 +22,10 @@ __global__ void __launch_bounds__(DeepShape<false>::most_threads, 1)
   }
   ptx::raise_registers<Shape::consumer_registers>();
   const int lane = ptx::lane();
-  const int first = consumer * 64 + warp % 4 * 16 + accumulator_row(lane, 0);  // in the block
-  const auto* const logits = reinterpret_cast<const Logit*>(block.pass.x.records) + block.block.first_row + first;
-  const Logit rows[2] = {logits[0], logits[8]};
+  const Pass& pass = block.pass;
+  const int row = block.block.first_row + consumer * 64 + warp % 4 * 16 + accumulator_row(lane, 0);
+  const Row rows[2] = {load_row<false>(pass.x, row), load_row<false>(pass.x, row + 8)};
+  const bool ambiguous = ptx::any(is_ambiguous(rows[0]) || is_ambiguous(rows[1]));
   RowSums sums[2];
   start(sums[0], true);
   start(sums[1], true);
@@ -63,10 +64,11 @@ __global__ void __launch_bounds__(DeepShape<false>::most_threads, 1)
     }
   };
   const auto add = [&](int tile) {
-    block.with_records(tile, [&](const Records& records) {
-      const bool is_masked = block.needs_mask(tile);
-      with_mask(is_masked, [&](auto masked) {
-        add_tile<false, masked, columns>(sums, s, rows, block.scale, records, block.excluded(is_masked, first, tile, lane), lane);
+    block.with_columns(tile, [&](const Columns& of_tile) {
+      const bool is_special = ambiguous || block.needs_mask(row, tile);
+      const Special what = block.special(is_special, rows, row, tile);
+      with_special(is_special, [&](auto special) {
+        add_tile<false, special, APART, columns>(sums, s, rows, block.scale, of_tile, what, lane);
       });
     });
   };
@@ -81,13 +83,11 @@ __global__ void __launch_bounds__(DeepShape<false>::most_threads, 1)
   }
   add(block.block.last_tile - 1);
 #pragma unroll
-  for (int r = 0; r < 2; ++r) store_sums(block.pass, block.block, sums[r], block.block.first_row + first + 8 * r, true, lane);
+  for (int r = 0; r < 2; ++r) store_sums(pass, block.block, sums[r], row + 8 * r, true, lane);
   const int thread = ptx::thread() - 128;
   const auto sync = [&] { ptx::sync_named(1, 128 * layout.consumers); };
   sync();
-  if (is_last_split(block.pass, block.block, thread, sync) && thread < block.rows) {
-    combine_splits(block.pass, block.block.first_row + thread);
-  }
+  if (is_last_split(pass, block.block, thread, sync) && thread < block.rows) combine_splits(pass, block.block.first_row + thread);
 }
 
 }  // namespace fastsupcon::cuda

@@ -29,75 +29,90 @@ inline bool wgmma_serves(const Work& work, const Device& device) {
   return device.capability == 90 && work.aligned && work.depth <= kDeepDepth && bounded;
 }
 
-template <Product PRODUCT, int PANELS, bool BACKWARD>
+template <Product PRODUCT, int PANELS, bool BACKWARD, bool APART>
 struct WgmmaVariant {
-  using Shape = WgmmaShape<PANELS, BACKWARD>;
-  static Tiling tiling(std::int64_t) { return {Shape::rows, Shape::columns, 1, 1}; }
-  static void launch(const Work& work, const Where& where) {
-    const Grid grid = tile_grid(work, tiling(work.depth));
+  using Shape = WgmmaShape<PANELS, BACKWARD, APART>;
+  static Tiling tiling(std::int64_t, int consumers) { return {64 * consumers, Shape::columns, 1, 1}; }
+  static void launch(const Work& work, int consumers, const Where& where) {
+    const Tiling tiling = WgmmaVariant::tiling(work.depth, consumers);
+    const Grid grid = tile_grid(work, tiling);
     const auto shape = [&] { return shape_of(work); };
-    const Maps maps = maps_of<PRODUCT>(work, tiling(work.depth));
+    const Maps maps = maps_of<PRODUCT>(work, tiling);
+    const int threads = 128 * (consumers + 1);
     if constexpr (BACKWARD) {
-      cuda::launch("wgmma_backward", shape, wgmma_backward<PRODUCT, PANELS>, grid, Shape::threads, Shape::shared_bytes, where, work, maps);
+      cuda::launch("wgmma_backward", shape, wgmma_backward<PRODUCT, PANELS, APART>, grid, threads, Shape::shared_bytes, where, work,
+                   consumers, maps);
     } else {
-      cuda::launch("wgmma_forward", shape, wgmma_forward<PRODUCT, PANELS>, grid, Shape::threads, Shape::shared_bytes, where, work, maps);
+      cuda::launch("wgmma_forward", shape, wgmma_forward<PRODUCT, PANELS, APART>, grid, threads, Shape::shared_bytes, where, work, consumers,
+                   maps);
     }
   }
 };
 
 // OUT_PANELS: of the result, in each of the backward's two consumers; 0 in the forward.
-template <Product PRODUCT, int OUT_PANELS, bool BACKWARD>
+template <Product PRODUCT, int OUT_PANELS, bool BACKWARD, bool APART>
 struct DeepVariant {
-  using Shape = DeepShape<BACKWARD>;
-  static DeepLayout layout(std::int64_t depth) {
+  using Shape = DeepShape<BACKWARD, APART>;
+  static DeepLayout layout(std::int64_t depth, int consumers) {
     const int panels = static_cast<int>(ceil_div(depth, kPanelDepth));
-    const int consumers = BACKWARD || panels <= 12 ? 2 : 1;
     return {panels, OUT_PANELS, consumers, Shape::fitting_places(panels, consumers)};
   }
-  static Tiling tiling(std::int64_t depth) {
-    const DeepLayout layout = DeepVariant::layout(depth);
+  static Tiling tiling(std::int64_t depth, int consumers) {
+    const DeepLayout layout = DeepVariant::layout(depth, consumers);
     const int out_chunks = BACKWARD ? static_cast<int>(ceil_div(layout.panels, 2 * OUT_PANELS)) : 1;
     return {Shape::rows(layout.consumers), Shape::columns, 1, out_chunks};
   }
-  static void launch(const Work& work, const Where& where) {
-    const DeepLayout layout = DeepVariant::layout(work.depth);
-    const Tiling tiling = DeepVariant::tiling(work.depth);
+  static void launch(const Work& work, int consumers, const Where& where) {
+    const DeepLayout layout = DeepVariant::layout(work.depth, consumers);
+    const Tiling tiling = DeepVariant::tiling(work.depth, consumers);
     const Grid grid = tile_grid(work, tiling);
     const int threads = 128 * (layout.consumers + 1);
     const int shared_bytes = Shape::ring_at(layout.panels, layout.consumers) + layout.places * Shape::panel_bytes;
     const auto shape = [&] { return shape_of(work); };
     const Maps maps = maps_of<PRODUCT>(work, tiling);
     if constexpr (BACKWARD) {
-      cuda::launch("wgmma_deep_backward", shape, wgmma_deep_backward<PRODUCT, OUT_PANELS>, grid, threads, shared_bytes, where, work, layout,
-                   maps);
+      cuda::launch("wgmma_deep_backward", shape, wgmma_deep_backward<PRODUCT, OUT_PANELS, APART>, grid, threads, shared_bytes, where, work,
+                   layout, maps);
     } else {
-      cuda::launch("wgmma_deep_forward", shape, wgmma_deep_forward<PRODUCT>, grid, threads, shared_bytes, where, work, layout, maps);
+      cuda::launch("wgmma_deep_forward", shape, wgmma_deep_forward<PRODUCT, APART>, grid, threads, shared_bytes, where, work, layout, maps);
     }
   }
 };
 
 template <Product PRODUCT, class Use>
-auto with_wgmma_variant(std::int64_t depth, bool backward, Use use) {
-  const auto of_panels = [&](auto panels) {
-    constexpr int PANELS = decltype(panels)::value;
-    return backward ? use(WgmmaVariant<PRODUCT, PANELS, true>{}) : use(WgmmaVariant<PRODUCT, PANELS, false>{});
+auto with_wgmma_variant(std::int64_t depth, bool backward, bool apart, Use use) {
+  const auto of = [&](auto is_backward, auto is_apart) {
+    constexpr bool BACKWARD = decltype(is_backward)::value, APART = decltype(is_apart)::value;
+    if (depth <= 64) return use(WgmmaVariant<PRODUCT, 1, BACKWARD, APART>{});
+    if (depth <= 128) return use(WgmmaVariant<PRODUCT, 2, BACKWARD, APART>{});
+    if (depth <= 256) return use(WgmmaVariant<PRODUCT, 4, BACKWARD, APART>{});
+    if constexpr (!BACKWARD) {
+      return use(DeepVariant<PRODUCT, 0, false, APART>{});
+    } else {
+      if (depth <= 512 || depth > 768) return use(DeepVariant<PRODUCT, 4, true, APART>{});
+      return use(DeepVariant<PRODUCT, 6, true, APART>{});
+    }
   };
-  if (depth <= 64) return of_panels(std::integral_constant<int, 1>{});
-  if (depth <= 128) return of_panels(std::integral_constant<int, 2>{});
-  if (depth <= 256) return of_panels(std::integral_constant<int, 4>{});
-  if (!backward) return use(DeepVariant<PRODUCT, 0, false>{});
-  if (depth <= 512 || depth > 768) return use(DeepVariant<PRODUCT, 4, true>{});
-  return use(DeepVariant<PRODUCT, 6, true>{});
+  const auto of_side = [&](auto is_backward) { return apart ? of(is_backward, std::true_type{}) : of(is_backward, std::false_type{}); };
+  return backward ? of_side(std::true_type{}) : of_side(std::false_type{});
+}
+
+// Consumers that a block may have, most first.
+inline std::vector<int> wgmma_consumers(std::int64_t depth, bool backward) {
+  if (depth <= 256) return backward ? std::vector<int>{2, 1} : std::vector<int>{4, 2, 1};
+  return {backward || depth <= 12 * kPanelDepth ? 2 : 1};
 }
 
 template <Product PRODUCT>
 Family wgmma_family() {
-  return {"wgmma", wgmma_serves,
-          [](std::int64_t depth, bool backward) {
-            return with_wgmma_variant<PRODUCT>(depth, backward, [&](auto variant) { return decltype(variant)::tiling(depth); });
+  return {"wgmma", wgmma_serves, wgmma_consumers,
+          [](const Work& work, bool backward, int consumers) {
+            return with_wgmma_variant<PRODUCT>(work.depth, backward, work.apart,
+                                               [&](auto variant) { return decltype(variant)::tiling(work.depth, consumers); });
           },
-          [](const Work& work, bool backward, const Where& where) {
-            with_wgmma_variant<PRODUCT>(work.depth, backward, [&](auto variant) { decltype(variant)::launch(work, where); });
+          [](const Work& work, bool backward, int consumers, const Where& where) {
+            with_wgmma_variant<PRODUCT>(work.depth, backward, work.apart,
+                                        [&](auto variant) { decltype(variant)::launch(work, consumers, where); });
           }};
 }
 

@@ -1,7 +1,7 @@
 // What a tile kernel is asked to do, for the forward and the backward of all shapes.
 //
-// A pass owns rows x and streams over rows y. What a row brings to its pairs is made once, by a small kernel (rows.cuh), as records of
-// 16 bytes, which the tile kernels fetch as they fetch the rows. For the pair of x_i and y_j
+// A pass owns rows x and streams over rows y. What a row brings to its pairs is made once, by a small kernel (rows.cuh), as fields of one
+// word each, which the tile kernels fetch as they fetch the rows. For the pair of x_i and y_j
 //
 //   v = x_i·y_j · factor_i · factor_j · scale      t = v + bias_i + bias_j
 //
@@ -11,10 +11,11 @@
 //             w = weight_i exp(t + shift_i) + weight_j exp(t + shift_j) + [equal keys] (linear_i + linear_j)
 //             whose weight and shift are those of pairs of equal, or of different keys
 // A problem's columns as x take the same pass with the two sides swapped, in the same launch. In the self shape x and y are the same rows
-// with the same records, so that w_ij + w_ji comes of one pass.
+// with the same fields, so that w_ij + w_ji comes of one pass.
 //
-// Bounded: every |t| is known to be so small that exp(t) can be summed as it is. Then a record's weight is weight · exp(shift), and a pair
-// takes one exp.
+// Bounded: every |t| is known to be so small that exp(t) can be summed as it is. Then a weight is weight · exp(shift), a pair takes one
+// exp, and factor_j w = exp(t) (weight_i factor_j + weight_j factor_j) + … is two fused multiply-adds from the products in fields of y.
+// Apart: pairs of different and of equal keys are summed, and weighed, apart; else the sums over `different` and the weights are all pairs'.
 #pragma once
 
 #include <cstdint>
@@ -29,26 +30,35 @@ enum class Exclusion { none, diagonal, own };  // no pair: none; x and y of equa
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
-struct alignas(16) Logit {
-  float factor, bias;
-  std::uint32_t key_low, key_high;
+enum Field : int {
+  kFactor,
+  kCode,  // of the key: equal codes below 2^31 are equal keys, see rows.cuh
+  kBias,
+  // The backward's
+  kLinear,
+  kDifferent,  // weights
+  kEqual,
+  kShiftDifferent,  // for sums that are not bounded
+  kShiftEqual,
+  kScaledLinear,  // times the factor
+  kScaledDifferent,
+  kScaledEqual,
 };
-struct alignas(16) Weight {
-  float different, equal, linear, unused;
-};
-struct alignas(16) Shift {  // for sums that are not bounded
-  float different, equal, unused[2];
-};
-constexpr int kRecordBytes = 16;
-constexpr int kRecordRows = 768;  // records are there for a multiple of so many rows, and of every block's and tile's; zero past the last
+constexpr int kForwardFields = kBias + 1, kBackwardFields = kScaledEqual + 1, kFieldBytes = 4;
+
+// Where a row's word lies in its field: the four of 16 columns that a lane holds of an accumulator fragment (layout.h) lie together.
+__host__ __device__ constexpr int field_place(int row) { return row / 16 * 16 + row % 8 / 2 * 4 + row % 16 / 8 * 2 + row % 2; }
+
+constexpr int kFieldRows = 768;  // fields are there for a multiple of so many rows, and of every block's and tile's; zero past the last
 constexpr int kLargestRows = 256;  // that one of `largest` is of
 
 struct Side {
   const void* rows;          // [count, depth]
   int count;                 // fits 31 bits, with room for a block
-  int record_rows;           // count, rounded up to kRecordRows
-  const char* records;       // Logit [record_rows], then, backward, Weight [record_rows] and Shift [record_rows]
+  int field_rows;            // count, rounded up to kFieldRows
+  const char* fields;        // [kForwardFields or kBackwardFields, field_rows] words
   const std::int64_t* own;   // [count], the index of the other side that is no pair; null: the row's own index
+  const std::int64_t* keys;  // [count], or null
   const float* largest;      // f16, backward: for each kLargestRows rows the largest |weight| + |linear| and the largest factor
 };
 
@@ -82,6 +92,7 @@ struct Work {
   int count;                     // of passes
   std::int64_t depth;
   bool aligned;                  // rows start at multiples of 16 bytes
+  bool apart;                    // see above
   Exclusion exclusion;
   Scale scale;
 };

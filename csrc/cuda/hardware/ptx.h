@@ -52,9 +52,11 @@ template <class T>  // float or double
 FASTSUPCON_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffff, value, mask);
 }
+FASTSUPCON_DEVICE bool any(bool of_lane) { return __any_sync(0xffffffff, of_lane); }
 FASTSUPCON_DEVICE int atomic_add(int* sum, int value) { return atomicAdd(sum, value); }  // what was there before
 FASTSUPCON_DEVICE void fence_device() { __threadfence(); }
 FASTSUPCON_DEVICE void fence_block() { asm volatile("fence.acq_rel.cta;" ::: "memory"); }
+FASTSUPCON_DEVICE void store_two(float* to, float first, float second) { *reinterpret_cast<float2*>(to) = make_float2(first, second); }
 FASTSUPCON_DEVICE float load_fresh(const float* from) { return __ldcg(from); }  // past L1, which may hold what was there before
 
 // ---- Arithmetic -----------------------------------------------------------------------------------------------------------------

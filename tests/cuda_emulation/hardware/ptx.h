@@ -84,6 +84,19 @@ inline void sync_named(int barrier, int threads) {
   arrive_named(barrier, threads);
   em::wait_until([&] { return named.generation != generation; });
 }
+inline bool any(bool of_lane) {
+  static const char kind = 0;
+  bool mine = of_lane;
+  with_warp(&kind, mine, [](auto& all) {
+    const bool found = std::any_of(all.begin(), all.begin() + 32, [](void* lane) { return *static_cast<bool*>(lane); });
+    for (int l = 0; l < 32; ++l) *static_cast<bool*>(all[l]) = found;
+  });
+  return mine;
+}
+inline void store_two(float* to, float first, float second) {
+  to[0] = first;
+  to[1] = second;
+}
 inline int atomic_add(int* sum, int value) { return std::exchange(*sum, *sum + value); }
 inline void fence_device() {}
 inline void fence_block() {}
