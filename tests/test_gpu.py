@@ -97,7 +97,13 @@ def test_cuda_graph(name, batch, warm):
 
 def test_compile(name, batch):
     z, labels = batch
-    loss, gradient = torch.compile(scl, fullgraph=True)(z, labels, name)
+
+    @torch.compile(fullgraph=True)
+    def compiled(z, labels):
+        return F.supcon_loss(z, labels, temperature=0.1, normalize=True, backend=name)
+
+    loss = compiled(z, labels)
+    gradient = torch.autograd.grad(loss, z)[0]  # out here: not every torch traces it
     expected = scl(z, labels, name)
     torch.testing.assert_close(loss, expected[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(gradient, expected[1], rtol=2e-2, atol=1e-5)
