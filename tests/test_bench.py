@@ -14,7 +14,6 @@ import types
 from pathlib import Path
 from typing import ClassVar
 
-import conftest
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,7 @@ from tests import naive
 for package in ("matplotlib", "rich", "tyro"):
     pytest.importorskip(package, reason=f"{package} (of the [bench] extra) is not installed")
 
-from bench import measure, report  # noqa: E402
+from bench import gpu, measure, report  # noqa: E402
 from bench.__main__ import cpu_cases, gpu_cases, quick_cases, run  # noqa: E402
 from bench.contenders import CONTENDERS, OPERATORS, ROWS, Case, at_once  # noqa: E402
 
@@ -293,15 +292,59 @@ def test_a_step_whose_memory_went_back_is_warmed_before_it_is_timed(monkeypatch)
     assert len(measure.timed(lambda: runs.append(clock.sleep(0.06)), "cpu", cold=True)) == len(runs) - 1 == 2
 
 
-@pytest.mark.parametrize("shards", [1, 5, 40])
-def test_shards_part_the_tests(shards):
-    parts = []
-    for shard in range(shards):
-        tests = [types.SimpleNamespace(keywords=(), number=number) for number in range(23)]
-        conftest.pytest_collection_modifyitems(types.SimpleNamespace(getoption={"--shard": f"{shard}/{shards}"}.get), tests)
-        parts.append([test.number for test in tests])
-    assert sorted(number for part in parts for number in part) == list(range(23))
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+@pytest.mark.skipif(sys.platform == "win32", reason="stops processes by signals")
+def test_the_gpu_driver_survives_its_parts(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "KEPT", 1000)
+    monkeypatch.setattr(gpu, "PATIENCE", 0.3)
+
+    def part(name: str, code: str, limit: float = 30, **options) -> gpu.Part:
+        return gpu.Part(name, limit, [sys.executable, "-c", code], **options)
+
+    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
+    reports = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('reported')"
+    says = "import os; print(os.environ['SAID'])"
+    stages = [
+        [part("hangs", deaf, 1), part("reports", reports, 1), part("good", says, environment={"SAID": "yes"})],
+        [part("fails", "import sys; sys.exit('wrong')")],
+        [part("talks", "for i in range(100_000): print(i)")],
+        [part("absent", "", program="no-such-program")],
+        [part("leaves", "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).pid)")],
+    ]
+    assert not gpu.drive(stages, tmp_path, tmp_path)
+    results = {entry["part"]: entry["result"] for entry in json.loads((tmp_path / "parts.json").read_text())}
+    assert results == {
+        "hangs": "stopped at its limit",
+        "reports": "stopped at its limit",
+        "good": "passed",
+        "fails": "failed with status 1",
+        "talks": "passed",
+        "absent": "skipped: no no-such-program on the PATH",
+        "leaves": "passed",
+    }
+    log = (tmp_path / "log.txt").read_text()
+    assert len(log) < 3000 and all(word in log for word in ("deaf", "reported", "yes", "wrong", "99999", "== absent"))
+    assert "99999" in capsys.readouterr().out
+    left = int((tmp_path / "leaves.log").read_text())
+    assert not Path(f"/proc/{left}").exists() or Path(f"/proc/{left}/stat").read_text().split()[2] == "Z"
+
+
+def test_a_variant_is_timed_in_a_copy_of_the_package(tmp_path):
+    extension = tmp_path / "two-stages.so"
+    extension.write_bytes(b"an extension")
+    ((part,),) = gpu.variants(tmp_path / "out", tmp_path / "scratch", [extension])
+    (placed,) = (part.folder / "fastsupcon").glob("_C*")
+    assert placed.read_bytes() == b"an extension" and part.command[-2:] == [str(tmp_path / "out" / "two-stages.json"), "cuda"]
+    command = [sys.executable, "-c", "import bench; print(bench.__file__)"]
+    imported = subprocess.run(command, cwd=part.folder, capture_output=True, text=True)
+    assert imported.stdout.strip() == str(part.folder / "bench" / "__init__.py")
+
+
+@pytest.mark.parametrize("arguments", [["no-such-part"], ["variants"], ["train"], ["--data", "D"], ["ladder", "--extensions", "A.so"]])
+def test_the_gpu_driver_refuses_what_it_cannot_run(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gpu", str(tmp_path / "out"), *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_report_without_matplotlib_is_the_table(tmp_path, monkeypatch, capsys):
