@@ -88,7 +88,8 @@ def start(part: Part, log: Path) -> subprocess.Popen | str:
     if shutil.which(part.program) is None:
         return f"skipped: no {part.program} on the PATH"
     with log.open("wb") as file:
-        environment = os.environ | {"PYTHONUNBUFFERED": "1"} | part.environment
+        path = os.pathsep.join(filter(None, [str(part.folder), os.environ.get("PYTHONPATH")]))
+        environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": path} | part.environment
         return subprocess.Popen(
             part.command, cwd=part.folder, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
