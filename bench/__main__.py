@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import platform
 import statistics
@@ -29,12 +30,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastsupcon.backends._extension import module as extension
 
 from . import report
-from .contenders import CONTENDERS, LOSSES, PRESETS, ROWS, Case, absent
+from .contenders import CONTENDERS, LOSSES, PRESETS, ROWS, Case, absent, at_once
 from .measure import PRODUCT, REFERENCE, Ended, Worker
 from .report import AFTER, BOTH
 
 ROUNDS = 9  # turns of each contender in each mode
-SLOW, SLOW_ROUNDS = 1.0, 3  # seconds a step; from there on fewer turns
+SLOW, SLOW_ROUNDS = {"cpu": 1.0, "cuda": 0.1}, 3  # seconds a step; from there on fewer turns
 SMALL = (256, 512, 1024, 2048)  # what people train with: N x 128,
 PROTOTYPES = (10, 100, 1000)  # PSC with N = 1,024,
 WIDE = ((256, 384), (256, 768), (1024, 384), (1024, 768), (2048, 768), (4096, 768))  # and what encoders without a head give
@@ -67,7 +68,8 @@ def gpu_cases() -> list[Case]:
     psc = [case(loss, 8192, 128, 100_000, dtype="bfloat16") for loss in ("psc", "psc all")]
     psc += [case("psc", 8192, 128, prototypes, dtype="bfloat16") for prototypes in (10, 1000, 1_000_000)]
     wide = [case(*shape, dtype="bfloat16") for rows in (1024, 4096) for shape in (("self", rows, 768), ("cross", rows, 768, rows))]
-    return large + small + million + fp32 + psc + wide + [case("scl", 16384, 128, dtype="bfloat16")]
+    more = [case("clip", 65536, 384, 65536, dtype="bfloat16"), case("scl", 16384, 128, dtype="bfloat16")]
+    return large + small + million + fp32 + psc + wide + more
 
 
 def quick_cases(device: str) -> list[Case]:
@@ -75,10 +77,9 @@ def quick_cases(device: str) -> list[Case]:
     if device == "cpu":
         cases = [Case("scl", 256, 128), Case("psc", 1024, 128, 10), Case("scl", 1024, 128, threads=os.cpu_count() or 1)]
         return [replace(case, only=("naive", "torch.compile", "chunked", "cpu")) for case in cases]
-    options = {"dtype": "bfloat16", "device": "cuda", "only": ("naive", "chunked", "triton", "cuda")}
-    cases = [Case("scl", *shape, **options) for shape in ((65536, 128), (8192, 128), (1024, 128), (65536, 512))]
-    cases += [Case("psc", 8192, 128, 100_000, **options)]
-    return [*cases, replace(cases[0], only=())]  # again, with those that compile at length: a run cut off keeps the first
+    cases = [("scl", *shape) for shape in ((65536, 128), (1024, 128), (8192, 128), (512, 128), (2048, 128), (4096, 128), (65536, 512))]
+    cases += [("psc", 1024, 128, prototypes) for prototypes in (10, 1000, 100_000)] + [("clip", 65536, 384, 65536), ("scl", 256, 128)]
+    return [Case(*case, dtype="bfloat16", device="cuda") for case in cases]
 
 
 def main(
@@ -90,18 +91,20 @@ def main(
     dtype: tuple[Literal["float32", "bfloat16", "float16"], ...] = (),
     threads: tuple[int, ...] = (),
     contenders: tuple[str, ...] = (),
+    seconds: float = math.inf,
     out: Path | None = None,
 ) -> None:
     """Measure the losses against the naive loss and the peers.
 
     Args:
         preset: the cases of a CPU or of a GPU; auto: the GPU's where there is one.
-        quick: three small cases on a CPU, in about a minute; the five that matter most on a GPU, in about three.
+        quick: three small cases on a CPU, in about a minute; the twelve that matter most on a GPU, in about three.
         rows: only the cases of these N.
         loss: only the cases of these losses (rows of tests/table.py) and operators (self, cross).
         dtype: only the cases of these dtypes.
         threads: only the cases of these numbers of threads.
         contenders: only these; default: all of the preset.
+        seconds: no case is begun later than so many seconds after the first.
         out: the JSON file, added to where it exists; the table and plots are written beside it. Default: runs/bench/<preset>.json.
     """
     for option, names, known in (("loss", loss, ROWS), ("contenders", contenders, CONTENDERS)):
@@ -118,13 +121,20 @@ def main(
     if not cases:
         raise SystemExit("no case is left: " + ", ".join(f"--{key} {values}" for key, values in chosen if values))
     out = out or Path("runs/bench") / f"{'quick' if quick else preset}.json"
-    run(cases, contenders or PRESETS[preset], out, rounds=3 if quick and device == "cpu" else ROUNDS)
-    for path in report.write(out):
-        print(path)
+    rounds = 3 if quick and device == "cpu" else ROUNDS
+    try:
+        run(cases, contenders or PRESETS[preset], out, rounds, keep=device == "cuda", seconds=seconds)
+    finally:  # also of what there is when it is interrupted
+        for path in report.write(out) if out.exists() else ():
+            print(path)
 
 
-def run(cases: list[Case], names: tuple[str, ...], out: Path, rounds: int) -> None:
-    """Measure the cases and merge each, as soon as it is complete, into the JSON file ``out``."""
+def run(cases: list[Case], names: tuple[str, ...], out: Path, rounds: int, *, keep: bool = False, seconds: float = math.inf) -> None:
+    """Measure the cases and merge each, as soon as it is complete, into the JSON file ``out``.
+
+    With ``keep`` a contender keeps its process for all cases, and all prepare at the same time. On a CPU they do not: a process's peak of
+    memory would hide in what an earlier case left to it, and they would take the cores from each other.
+    """
     here = machine(cases[0].device)
     results = json.loads(out.read_text()) if out.exists() else {"machine": here, "cases": []}
     for key in ("processor", "cores", "device"):
@@ -134,6 +144,8 @@ def run(cases: list[Case], names: tuple[str, ...], out: Path, rounds: int) -> No
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     bars = Progress(*columns, console=console, disable=not console.is_terminal)
+    end = time.monotonic() + seconds
+    workers: dict[str, Worker] = {}
     with tempfile.TemporaryDirectory() as scratch, bars as progress:
         bar = progress.add_task("", total=len(cases) * (len(names) + rounds))
 
@@ -142,40 +154,75 @@ def run(cases: list[Case], names: tuple[str, ...], out: Path, rounds: int) -> No
                 print(f"{datetime.datetime.now():%H:%M:%S} {text}", file=sys.stderr, flush=True)
             progress.update(bar, description=text, advance=done)
 
-        for case in cases:
-            result = run_case(case, names, rounds, Path(scratch), step)
-            kept = [other for other in results["cases"] if other["case"] != result["case"]]
-            results["cases"] = sorted([*kept, result], key=lambda entry: [str(value).rjust(9) for value in entry["case"].values()])
-            report.write_whole(out, json.dumps(results, indent=1, ensure_ascii=False).encode())
+        try:
+            for case in cases:
+                if time.monotonic() >= end:
+                    print(f"not begun in {seconds:g} s: {report.title(asdict(case))}", file=sys.stderr, flush=True)
+                    continue
+                result = run_case(case, names, rounds, Path(scratch), workers, keep, step)
+                kept = [other for other in results["cases"] if other["case"] != result["case"]]
+                results["cases"] = sorted([*kept, result], key=lambda entry: [str(value).rjust(9) for value in entry["case"].values()])
+                report.write_whole(out, json.dumps(results, indent=1, ensure_ascii=False).encode())
+                if not keep:
+                    dismiss(workers, *workers)
+        finally:
+            dismiss(workers, *workers)
 
 
-def run_case(case: Case, names: tuple[str, ...], rounds: int, scratch: Path, step: Callable[..., None]) -> dict:
+def dismiss(workers: dict[str, Worker], *names: str) -> None:
+    for name in names:
+        workers.pop(name).end()
+
+
+def run_case(
+    case: Case, names: tuple[str, ...], rounds: int, scratch: Path, workers: dict[str, Worker], keep: bool, step: Callable[..., None]
+) -> dict:
     title = report.title(asdict(case))
     results: dict[str, dict] = {name: {"absent": reason} for name in names if (reason := absent(name, case))}
     step(title, len(results))
-    workers: dict[str, Worker] = {}
-    try:
-        reference = scratch / f"{case.loss}-{case.rows}-{case.depth}-{case.prototypes}-{case.dtype}.pt"
-        first = [] if reference.exists() else [REFERENCE]  # the same for any number of threads
-        for name in (*first, *(name for name in names if name not in results), PRODUCT):  # all at once: importing torch takes the longest
-            workers[name] = Worker(case, name, reference)
-        for name in list(workers):
+    reference = scratch / f"{case.loss}-{case.rows}-{case.depth}-{case.prototypes}-{case.dtype}.pt"
+    needed = [] if reference.exists() else [REFERENCE]  # the same for any number of threads
+    needed += [*(name for name in names if name not in results), PRODUCT]
+    dismiss(workers, *(name for name, worker in workers.items() if worker.ended or worker.failed))
+    for name in needed:  # all at once: importing torch takes the longest
+        if name not in workers:
+            workers[name] = Worker(name, case.device, case.threads)
+
+    def failed(name: str, failure: Ended) -> None:
+        print(f"{title}: {name}: {failure}", file=sys.stderr, flush=True)
+        results[name] = {"absent": str(failure)}
+        dismiss(workers, name)
+
+    for group in at_once(needed, case) if keep else [[name] for name in needed]:
+        for name in group:
+            workers[name].send("prepare", case, reference)
+        for name in group:
             step(f"{title}: {name}", name in names)
             try:
-                answer = workers[name].ask("prepare")
+                answer = workers[name].receive()
+                if name != REFERENCE:  # whose answer lies in its file
+                    results[name] = answer
+                elif not keep:
+                    dismiss(workers, name)
             except Ended as failure:
-                answer = {"absent": str(failure)}
-                print(f"{title}: {name}: {failure}", file=sys.stderr)
+                failed(name, failure)
                 if name == REFERENCE:
                     reference.unlink(missing_ok=True)  # it may be half written
-            if answer is not None:  # the reference's lies in its file
-                results[name] = answer
-            if answer is None or "absent" in answer:
-                workers.pop(name).stop()
-        seconds = take_turns(case, workers, results, rounds, lambda: step(f"{title}: {rounds} rounds"))
-    finally:
-        for worker in workers.values():
-            worker.stop()
+    competing = [name for name in needed if name in workers and name != REFERENCE]
+    for name in competing[:]:
+        if name == PRODUCT:
+            continue
+        if CONTENDERS[name].another_loss:
+            results[name]["unchecked"] = CONTENDERS[name].another_loss
+        elif not reference.exists():
+            results[name]["unchecked"] = "the reference failed"
+        else:
+            try:
+                results[name] |= workers[name].ask("check")
+            except Ended as failure:
+                failed(name, failure)
+                competing.remove(name)
+    seconds = take_turns(case, {name: workers[name] for name in competing}, results, rounds, lambda: step(f"{title}: {rounds} rounds"))
     for name, modes in seconds.items():
         results[name]["seconds"] = {mode: spread(samples) for mode, samples in modes.items() if samples}
     described = {key: value for key, value in asdict(case).items() if key != "only"}
@@ -205,16 +252,17 @@ def take_turns(case: Case, workers: dict[str, Worker], results: dict, rounds: in
         order = list(workers)
         for name in order[turn % len(order) :] + order[: turn % len(order)]:
             for mode, samples in seconds[name].items():
-                if mode in results[name].get("failed", {}) or (turn >= SLOW_ROUNDS and samples and samples[0] > SLOW):
+                if mode in results[name].get("failed", {}) or (turn >= SLOW_ROUNDS and samples and samples[0] > SLOW[case.device]):
                     continue
-                time.sleep(0.01)  # the last one's OpenMP threads stop spinning
+                if case.device == "cpu":
+                    time.sleep(0.01)  # the last one's OpenMP threads stop spinning
                 try:
                     samples += workers[name].ask(mode)
                 except Ended as failure:
                     failed = results[name].setdefault("failed", {})
                     lost = list(seconds[name]) if workers[name].ended else [mode]
                     failed |= {mode: str(failure) for mode in lost if mode not in failed}
-                    print(f"{report.title(asdict(case))}: {name}: {failure}", file=sys.stderr)
+                    print(f"{report.title(asdict(case))}: {name}: {failure}", file=sys.stderr, flush=True)
     return seconds
 
 
@@ -245,7 +293,7 @@ def provenance() -> dict:
     root = Path(__file__).resolve().parent.parent
     changed = bool(output("git", "-C", str(root), "status", "--porcelain", "-uno", "--", "fastsupcon", "csrc"))
     packages = {}
-    for name in ("torch", "triton", "fastsupcon", "pytorch-metric-learning", "cut-cross-entropy", "inf-cl"):
+    for name in ("torch", "triton", "fastsupcon", "pytorch-metric-learning", "cut-cross-entropy", "inf-cl", "memeff"):
         with suppress(PackageNotFoundError):
             packages[name] = version(name)
     return {

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -13,13 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsupcon import functional
+from fastsupcon import functional, operators
 from fastsupcon.backends import BACKENDS
+from fastsupcon.problem import Pairs
 from tests import naive
 from tests.table import LOSSES, Row, unit
 
 TEMPERATURE = 0.1
 CLASSES = 8  # where there are labels but no prototypes
+FITS = {"cpu": 0.5, "cuda": 0.75}  # the share of the memory that a contender's matrices may take
 
 
 def _self(a: Tensor, *, temperature: float, backend: str) -> Tensor:
@@ -38,9 +41,26 @@ def _plain_cross(a: Tensor, b: Tensor, *, temperature: float) -> Tensor:
     return (a / temperature @ b.T).logsumexp(1).mean()
 
 
+def _clip(a: Tensor, b: Tensor, *, temperature: float, backend: str) -> Tensor:
+    keys = torch.arange(len(a), device=a.device)
+    pairs = Pairs(a, b, 1 / temperature, row_keys=keys, column_keys=keys)
+    (rows, positives), (columns,) = operators.terms(pairs, ("all", "similarity"), ("all",), backend=backend)
+    return ((rows - 2 * positives).mean() + columns.mean()) / 2
+
+
+def _plain_clip(a: Tensor, b: Tensor, *, temperature: float) -> Tensor:
+    logits, keys = a / temperature @ b.T, torch.arange(len(a), device=a.device)
+    return (F.cross_entropy(logits, keys) + F.cross_entropy(logits.T, keys)) / 2
+
+
+def _two_sides(samples: int, depth: int, columns: int) -> tuple[Tensor, Tensor]:
+    return unit(samples, depth), unit(columns, depth)
+
+
 OPERATORS = {
     "self": Row(_self, _plain_self, lambda samples, depth: (unit(samples, depth),), None),
-    "cross": Row(_cross, _plain_cross, lambda samples, depth, columns: (unit(samples, depth), unit(columns, depth)), None),
+    "cross": Row(_cross, _plain_cross, _two_sides, None),
+    "clip": Row(_clip, _plain_clip, _two_sides, None),  # both directions of CLIP's loss, from one pass over the logits
 }
 ROWS = LOSSES | OPERATORS
 
@@ -52,7 +72,7 @@ class Case:
     loss: str  # a name in ROWS
     rows: int  # all views of all samples
     depth: int
-    prototypes: int = 0  # of all classes; of the cross operator the columns
+    prototypes: int = 0  # of all classes; of the operators cross and clip the columns
     dtype: str = "float32"
     threads: int = 1
     device: str = "cpu"
@@ -189,6 +209,12 @@ def _inf_cl(case: Case) -> Loss:
     return loss
 
 
+def _memeff(case: Case) -> Loss:
+    from memeff import MemoryEfficientCLIPLoss
+
+    return MemoryEfficientCLIPLoss(TEMPERATURE, normalized_inputs=True, stable=False)
+
+
 def _needs(package: str, *losses: str) -> Callable[[Case], str | None]:
     def absent(case: Case) -> str | None:
         if case.loss not in losses:
@@ -212,6 +238,7 @@ CONTENDERS: dict[str, Contender] = {
     "FlexAttention": Contender(_flex_attention, _needs("torch", "scl"), compiles=True),
     "cut-cross-entropy": Contender(_cut_cross_entropy, _needs("cut_cross_entropy", "scl", "psc all")),
     "inf-cl": Contender(_inf_cl, _needs("inf_cl", "scl"), another_loss="InfoNCE with one positive, which stays in the sum"),
+    "memeff": Contender(_memeff, _needs("memeff", "clip")),
     "chunked": _ours("chunked"),
     "cpu": _ours("cpu"),
     "triton": _ours("triton"),
@@ -230,8 +257,28 @@ def absent(name: str, case: Case) -> str | None:
         return "not asked for at this size"
     if reason := contender.absent(case):
         return reason
-    if case.device == "cpu" and hasattr(os, "sysconf"):
-        need = contender.matrices * case.rows * (case.prototypes or case.rows) * getattr(torch, case.dtype).itemsize
-        if need > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2:
-            return f"needs about {need / 2**30:.0f} GiB, more than half of this machine's memory"
+    if (bytes_needed := need(name, case)) > FITS[case.device] * memory(case.device):
+        return f"needs about {bytes_needed / 2**30:.0f} GiB, more than {FITS[case.device]:.0%} of this machine's memory"
     return None
+
+
+def need(name: str, case: Case) -> float:
+    """Bytes of its matrices, as far as known: of what is no contender too."""
+    matrices = CONTENDERS[name].matrices if name in CONTENDERS else 0
+    return matrices * case.rows * (case.prototypes or case.rows) * getattr(torch, case.dtype).itemsize
+
+
+def memory(device: str) -> float:
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+
+
+def at_once(names: Sequence[str], case: Case) -> list[list[str]]:
+    """The names in groups whose matrices fit into the memory together."""
+    groups: list[list[str]] = [[]]
+    for name in names:
+        if sum(need(other, case) for other in (*groups[-1], name)) > FITS[case.device] * memory(case.device):
+            groups.append([])
+        groups[-1].append(name)
+    return groups

@@ -1,7 +1,6 @@
-"""One contender of one case in one process of its own: peak memory, errors against float64, then timed runs whenever the parent asks.
+"""One contender in a process of its own: of a case its peak memory, its errors against float64, then timed runs whenever the parent asks.
 
-So every contender is measured in a fresh process with the environment it needs, speed and memory share one setup, and the parent
-interleaves the contenders' runs.
+So every contender has the environment it needs, speed and memory share one setup, and the parent interleaves the contenders' runs.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import functools
 import gc
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -44,27 +44,41 @@ GRAPH = 1 / 8  # and the share of a GPU that its graph may, which gives nothing 
 # ---------------------------------------------------------------------------------------------------------------- what a process does
 
 
-def serve(case: Case, name: str, reference: Path, pipe: Connection) -> None:
-    """Answer each request ("prepare" or a mode) with ("ok", answer) or ("failed", reason)."""
-    torch.set_num_threads(case.threads)
+def serve(name: str, device: str, pipe: Connection) -> None:
+    """Answer each request with ("ok", answer) or ("failed", reason).
+
+    "prepare" comes with a case and the file of its reference; then "check" asks for the errors, and a mode for seconds.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the parent, which ends this process when it has written its results
     steps: dict[str, Callable[[], object]] = {}
     cold = False
-    while (request := pipe.recv()) != "stop":
+    while True:
+        request, *arguments = pipe.recv()
         try:
-            if request != "prepare":
-                answer = timed(steps[request], case.device, cold, parallel_operator if request == AFTER else None)
-            elif name == PRODUCT:
-                steps["product"], answer = product(case)
-            elif name == REFERENCE:
-                answer = torch.save(float64_reference(case), reference)
+            if request == "prepare":
+                case, reference = arguments
+                loss, steps = None, {}
+                forget(device)
+                loss, steps, answer = prepare(case, name, reference)
+            elif request == "check":
+                answer = errors(case, loss, torch.load(reference))
             else:
-                steps, answer = prepare(case, name, torch.load(reference) if reference.exists() else None)
+                answer = timed(steps[request], device, cold, parallel_operator if request == AFTER else None)
             reply = "ok", answer
         except Exception as error:  # a contender that fails is a result
             reply = "failed", one_line(error)
         with contextlib.suppress(RuntimeError):  # of a GPU that failed, which the reply says already
-            cold = released(case.device)
+            cold = released(device)
         pipe.send(reply)
+
+
+def forget(device: str) -> None:
+    """What the case before left: tensors, its graph's memory, and compiled code, of which a function may have only so many versions."""
+    if dynamo := sys.modules.get("torch._dynamo"):
+        dynamo.reset()
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def one_line(error: Exception) -> str:
@@ -79,7 +93,14 @@ def released(device: str) -> bool:
     return True
 
 
-def prepare(case: Case, name: str, reference: list[Tensor] | None) -> tuple[dict[str, Callable[[], object]], dict]:
+def prepare(case: Case, name: str, reference: Path) -> tuple[Loss | None, dict[str, Callable[[], object]], dict | None]:
+    """The loss, what is timed by mode, and what is to be told of both."""
+    torch.set_num_threads(case.threads)
+    if name == PRODUCT:
+        step, answer = product(case)
+        return None, {"product": step}, answer
+    if name == REFERENCE:
+        return None, {}, torch.save(float64_reference(case), reference)
     contender = CONTENDERS[name]
     loss = contender.build(case)
     inputs = case.inputs()
@@ -98,12 +119,6 @@ def prepare(case: Case, name: str, reference: list[Tensor] | None) -> tuple[dict
         loss(*small).backward()
         del small
     answer = {"extra_bytes": extra_bytes(both, case.device)}
-    if contender.another_loss:
-        answer["unchecked"] = contender.another_loss
-    elif reference is None:
-        answer["unchecked"] = "the reference failed"
-    else:
-        answer |= errors(case, loss, reference)
     steps = {"forward": forward, BOTH: both, AFTER: both}
     if case.device == "cuda":
         kept = answer["extra_bytes"] / torch.cuda.get_device_properties(0).total_memory
@@ -114,7 +129,7 @@ def prepare(case: Case, name: str, reference: list[Tensor] | None) -> tuple[dict
                 answer["failed"] = {"graph": f"would keep {kept:.0%} of the GPU's memory from the others, more than {GRAPH:.1%}"}
         except RuntimeError as error:
             answer["failed"] = {"graph": one_line(error)}
-    return steps, answer
+    return loss, steps, answer
 
 
 def product(case: Case) -> tuple[Callable[[], object], dict]:
@@ -265,22 +280,30 @@ class Ended(RuntimeError):
 
 
 class Worker:
-    """A process that runs :func:`serve`."""
+    """A process that runs :func:`serve`. ``failed``: it gave a failure for an answer, after which its GPU may not be what it was."""
 
-    def __init__(self, case: Case, name: str, reference: Path) -> None:
+    def __init__(self, name: str, device: str, threads: int) -> None:
         context = multiprocessing.get_context("spawn")
-        self.limit = ANSWER[case.device]
+        self.limit, self.failed = ANSWER[device], False
         self.pipe, other = context.Pipe()
-        self.process = context.Process(target=serve, args=(case, name, reference, other), daemon=True)
-        environment = {"OMP_NUM_THREADS": str(case.threads), **(CONTENDERS[name].environment if name in CONTENDERS else {})}
+        self.process = context.Process(target=serve, args=(name, device, other), daemon=True)
+        environment = {"OMP_NUM_THREADS": str(threads), **(CONTENDERS[name].environment if name in CONTENDERS else {})}
         with _environment(environment):
             self.process.start()
         other.close()
 
-    def ask(self, request: str):
-        try:
+    def ask(self, *request: object):
+        self.send(*request)
+        return self.receive()
+
+    def send(self, *request: object) -> None:
+        self.deadline = time.monotonic() + self.limit
+        with contextlib.suppress(OSError):  # receive tells it
             self.pipe.send(request)
-            if not self.pipe.poll(self.limit):
+
+    def receive(self):
+        try:
+            if not self.pipe.poll(max(self.deadline - time.monotonic(), 0)):
                 self.end()
                 raise Ended(f"no answer in {self.limit} s")
             status, answer = self.pipe.recv()
@@ -289,14 +312,9 @@ class Worker:
             self.end()
             raise Ended(f"its process ended with exit code {self.process.exitcode} (killed for memory?)") from None
         if status == "failed":
+            self.failed = True
             raise Ended(answer)
         return answer
-
-    def stop(self) -> None:
-        with contextlib.suppress(OSError):
-            self.pipe.send("stop")
-        self.process.join(JOIN)
-        self.end()
 
     def end(self) -> None:
         self.pipe.close()

@@ -18,6 +18,7 @@ COLOURS = {
     "FlexAttention": "#7f8c8d",
     "cut-cross-entropy": "#5d6d7e",
     "inf-cl": "#aab7b8",
+    "memeff": "#117a65",
     "chunked": "#5dade2",
     "cpu": "#1e8449",
     "triton": "#1e8449",
@@ -29,7 +30,7 @@ AFTER = "after a parallel operator"  # the same, on more than one thread of a CP
 
 
 def title(case: dict) -> str:
-    columns = "M" if case["loss"] == "cross" else "C"
+    columns = "M" if case["loss"] in ("cross", "clip") else "C"
     prototypes = f", {columns} = {case['prototypes']:,}" if case["prototypes"] else ""
     threads = f", {case['threads']} thread{'s' * (case['threads'] > 1)}" if case["device"] == "cpu" else ""
     return f"{case['loss'].upper()} {case['rows']:,} × {case['depth']}{prototypes}, {case['dtype']}{threads}"

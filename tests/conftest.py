@@ -42,14 +42,7 @@ def device() -> torch.device:
     return DEVICE
 
 
-def pytest_addoption(parser):
-    parser.addoption("--shard", default="0/1", metavar="I/N", help="every N-th of the chosen tests, from the I-th on (0 <= I < N)")
-
-
-@pytest.hookimpl(trylast=True)  # after -k and -m
-def pytest_collection_modifyitems(config, items):
-    first, step = map(int, config.getoption("--shard").split("/"))
-    items[:] = items[first::step]
+def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

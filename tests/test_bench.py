@@ -9,10 +9,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
+from typing import ClassVar
 
-import conftest
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,9 +23,9 @@ from tests import naive
 for package in ("matplotlib", "rich", "tyro"):
     pytest.importorskip(package, reason=f"{package} (of the [bench] extra) is not installed")
 
-from bench import measure, report  # noqa: E402
+from bench import gpu, measure, report  # noqa: E402
 from bench.__main__ import cpu_cases, gpu_cases, quick_cases, run  # noqa: E402
-from bench.contenders import CONTENDERS, OPERATORS, ROWS, Case  # noqa: E402
+from bench.contenders import CONTENDERS, OPERATORS, ROWS, Case, at_once  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = sorted((ROOT / "bench/results").glob("*.json"))
@@ -66,13 +67,13 @@ def test_a_run_is_recorded_and_reported(tmp_path, capsys):
 def test_the_cases_of_the_presets_are_rows_of_the_table():
     presets = [cpu_cases(), gpu_cases(), quick_cases("cpu"), quick_cases("cuda")]
     assert all(case.loss in ROWS for cases in presets for case in cases)
-    assert {case.loss for case in cpu_cases()} == set(ROWS)
+    assert {case.loss for case in cpu_cases()} == set(ROWS) - {"clip"}
 
 
 @pytest.mark.parametrize("loss", list(ROWS))
 def test_every_row_of_the_table_is_a_case(loss):
     """Also of all those that only the preset of a CPU holds."""
-    case = Case(loss, 48, 16, 12 if "psc" in loss else 20 if loss == "cross" else 0)
+    case = Case(loss, 48, 16, 12 if "psc" in loss else {"cross": 20, "clip": 48}.get(loss, 0))
     features, *rest = case.inputs()
     assert features.numel() == case.rows * case.depth
     assert all(torch.equal(x, y) for x, y in zip(rest, case.inputs()[1:], strict=True) if x is not None)
@@ -112,7 +113,8 @@ def test_a_contender_computes_the_loss(name, case, monkeypatch):
     monkeypatch.setattr(measure, "extra_bytes", lambda step, device: step() and 0)
     if name == "torch.compile":  # the compiler itself is the suite's affair
         monkeypatch.setattr("torch.compile", lambda loss, **options: loss)
-    _, answer = measure.prepare(case, name, measure.float64_reference(case))
+    loss, _, _ = measure.prepare(case, name, Path())
+    answer = measure.errors(case, loss, measure.float64_reference(case))
     cancellation = 10 if name == "cut-cross-entropy" else 1  # takes the self pair, e^10 of a sum of e^10.2 here, away afterwards
     assert answer["value_error"] < 1e-6 and answer["gradient_error"] < cancellation * 2e-6
 
@@ -165,25 +167,32 @@ FAULTS = {  # (loss, worker, what it is asked): one case loses everything, the o
 class Faulty(measure.Worker):
     """A worker that does at a request what FAULTS says."""
 
-    def __init__(self, case, name, reference):
-        super().__init__(case, name, reference)
-        self.place = case.loss, name
+    started: ClassVar = []
 
-    def ask(self, request):
-        fault = FAULTS.get((*self.place, request))
+    def __init__(self, name, *options):
+        super().__init__(name, *options)
+        self.name = name
+        self.started.append(name)
+
+    def send(self, request, *arguments):
+        if request == "prepare":
+            self.loss = arguments[0].loss
+        fault = FAULTS.get((self.loss, self.name, request))
         if fault == "hangs":
             os.kill(self.process.pid, signal.SIGSTOP)
             self.limit = 0.2
         elif fault == "dies":
             self.process.kill()
-        return super().ask("what it does not know" if fault == "refuses" else request)
+        super().send("what it does not know" if fault == "refuses" else request, *arguments)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="stops processes by signals")
-def test_a_worker_that_fails_costs_its_own_figures_alone(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_worker_that_fails_costs_its_own_figures_alone(tmp_path, monkeypatch, capsys, keep):
     monkeypatch.setattr("bench.__main__.Worker", Faulty)
+    monkeypatch.setattr(Faulty, "started", [])
     out = tmp_path / "results.json"
-    run([dataclasses.replace(TINY[0], only=("chunked",)), TINY[1]], ("naive", "chunked"), out, rounds=2)
+    run([dataclasses.replace(TINY[0], only=("chunked",)), TINY[1]], ("naive", "chunked"), out, rounds=2, keep=keep)
     psc, scl = json.loads(out.read_text())["cases"]
     assert "exit code -9" in scl["contenders"]["reference"]["absent"]
     assert scl["contenders"]["chunked"] == {"absent": "KeyError: 'what it does not know'"}
@@ -205,6 +214,52 @@ def test_a_worker_that_fails_costs_its_own_figures_alone(tmp_path, monkeypatch, 
         "not checked: the reference failed",
     ):
         assert reason in table
+
+
+def test_processes_kept_for_all_cases_are_replaced_where_they_failed(tmp_path, monkeypatch):
+    """naive dies in a turn of the first case and chunked, which only refuses one, is replaced as well; the others stay."""
+    monkeypatch.setattr("bench.__main__.Worker", Faulty)
+    monkeypatch.setattr(Faulty, "started", [])
+    monkeypatch.setitem(FAULTS, ("simclr", "naive", "forward"), "dies")
+    monkeypatch.setitem(FAULTS, ("simclr", "chunked", "forward"), "refuses")
+    cases = [Case("simclr", 64, 16), Case("mpsc", 40, 16, 12), Case("scl raw rows", 64, 16)]
+    run(cases, ("naive", "chunked"), tmp_path / "results.json", rounds=2, keep=True)
+    assert sorted(Faulty.started) == ["chunked", "chunked", "naive", "naive", "product", "reference"]
+    for entry in json.loads((tmp_path / "results.json").read_text())["cases"]:
+        naive, chunked = (entry["contenders"][name] for name in ("naive", "chunked"))
+        assert naive["gradient_error"] < 2e-6 and chunked["gradient_error"] < 2e-6
+        if entry["case"]["loss"] != "simclr":
+            assert {"forward", "forward+backward"} == set(naive["seconds"]) == set(chunked["seconds"])
+        else:
+            assert set(naive["failed"]) == {"forward", "forward+backward"} and set(chunked["failed"]) == {"forward"}
+            assert set(chunked["seconds"]) == {"forward+backward"} and not naive["seconds"]
+
+
+def test_no_case_is_begun_without_time(tmp_path, capsys):
+    run(TINY, ("chunked",), tmp_path / "results.json", rounds=1, seconds=0)
+    assert capsys.readouterr().err.count("not begun in 0 s") == 2 and not (tmp_path / "results.json").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="stops processes by signals")
+def test_an_interrupted_run_reports_what_it_has(tmp_path):
+    """By a signal to all of its processes, as a terminal sends it."""
+    out = tmp_path / "results.json"
+    command = [sys.executable, "-m", "bench", "cpu", "--loss", "scl", "--rows", "256", "512", "--threads", "1", "--contenders", "chunked"]
+    process = subprocess.Popen([*command, "--out", str(out)], cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, text=True)
+    while not out.exists() and process.poll() is None:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and "results.md" in said
+    assert len(json.loads(out.read_text())["cases"]) == 1 and out.with_suffix(".md").exists()
+
+
+def test_what_fits_into_memory_prepares_at_once(monkeypatch):
+    case = Case("scl", 65536, 128, dtype="bfloat16")  # 8 GiB a matrix
+    monkeypatch.setattr("bench.contenders.memory", lambda device: 200 * 2**30)
+    fitting = ["reference", "naive", "chunked", "cuda"]
+    assert at_once([*fitting, "torch.compile", "triton"], case) == [[*fitting, "torch.compile", "triton"]]  # 72 + 24 of 100 GiB
+    assert at_once([*fitting, "naive", "triton"], case) == [fitting, ["naive", "triton"]]
 
 
 class Clock:
@@ -237,15 +292,59 @@ def test_a_step_whose_memory_went_back_is_warmed_before_it_is_timed(monkeypatch)
     assert len(measure.timed(lambda: runs.append(clock.sleep(0.06)), "cpu", cold=True)) == len(runs) - 1 == 2
 
 
-@pytest.mark.parametrize("shards", [1, 5, 40])
-def test_shards_part_the_tests(shards):
-    parts = []
-    for shard in range(shards):
-        tests = [types.SimpleNamespace(keywords=(), number=number) for number in range(23)]
-        conftest.pytest_collection_modifyitems(types.SimpleNamespace(getoption={"--shard": f"{shard}/{shards}"}.get), tests)
-        parts.append([test.number for test in tests])
-    assert sorted(number for part in parts for number in part) == list(range(23))
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+@pytest.mark.skipif(sys.platform == "win32", reason="stops processes by signals")
+def test_the_gpu_driver_survives_its_parts(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "KEPT", 1000)
+    monkeypatch.setattr(gpu, "PATIENCE", 0.3)
+
+    def part(name: str, code: str, limit: float = 30, **options) -> gpu.Part:
+        return gpu.Part(name, limit, [sys.executable, "-c", code], **options)
+
+    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
+    reports = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('reported')"
+    says = "import os; print(os.environ['SAID'])"
+    stages = [
+        [part("hangs", deaf, 1), part("reports", reports, 1), part("good", says, environment={"SAID": "yes"})],
+        [part("fails", "import sys; sys.exit('wrong')")],
+        [part("talks", "for i in range(100_000): print(i)")],
+        [part("absent", "", program="no-such-program")],
+        [part("leaves", "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).pid)")],
+    ]
+    assert not gpu.drive(stages, tmp_path, tmp_path)
+    results = {entry["part"]: entry["result"] for entry in json.loads((tmp_path / "parts.json").read_text())}
+    assert results == {
+        "hangs": "stopped at its limit",
+        "reports": "stopped at its limit",
+        "good": "passed",
+        "fails": "failed with status 1",
+        "talks": "passed",
+        "absent": "skipped: no no-such-program on the PATH",
+        "leaves": "passed",
+    }
+    log = (tmp_path / "log.txt").read_text()
+    assert len(log) < 3000 and all(word in log for word in ("deaf", "reported", "yes", "wrong", "99999", "== absent"))
+    assert "99999" in capsys.readouterr().out
+    left = int((tmp_path / "leaves.log").read_text())
+    assert not Path(f"/proc/{left}").exists() or Path(f"/proc/{left}/stat").read_text().split()[2] == "Z"
+
+
+def test_a_variant_is_timed_in_a_copy_of_the_package(tmp_path):
+    extension = tmp_path / "two-stages.so"
+    extension.write_bytes(b"an extension")
+    ((part,),) = gpu.variants(tmp_path / "out", tmp_path / "scratch", [extension])
+    (placed,) = (part.folder / "fastsupcon").glob("_C*")
+    assert placed.read_bytes() == b"an extension" and part.command[-2:] == [str(tmp_path / "out" / "two-stages.json"), "cuda"]
+    command = [sys.executable, "-c", "import bench; print(bench.__file__)"]
+    imported = subprocess.run(command, cwd=part.folder, capture_output=True, text=True)
+    assert imported.stdout.strip() == str(part.folder / "bench" / "__init__.py")
+
+
+@pytest.mark.parametrize("arguments", [["no-such-part"], ["variants"], ["train"], ["--data", "D"], ["ladder", "--extensions", "A.so"]])
+def test_the_gpu_driver_refuses_what_it_cannot_run(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gpu", str(tmp_path / "out"), *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_report_without_matplotlib_is_the_table(tmp_path, monkeypatch, capsys):

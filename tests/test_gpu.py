@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
-from contract import ALL, PSC, Case, check, problem, run
+from contract import ALL, PSC, Case, check, error, problem, run
 
 from fastsupcon import PSCLoss, SupConLoss
 from fastsupcon import functional as F
-from fastsupcon.backends import BACKENDS
+from fastsupcon.backends import BACKENDS, _extension, reference
+from fastsupcon.problem import Pairs, Side
 
 pytestmark = pytest.mark.gpu
 
@@ -62,6 +67,33 @@ def test_the_same_bits_every_time(name, n, d, dtype):
         assert torch.equal(gradients.rows, first[1])
 
 
+# Blocks have 64 rows or more of f32, and 256 of bf16 where wgmma serves: more blocks than the 65,535 that a grid has in y.
+@pytest.mark.parametrize(("n", "dtype"), [(65_537 * 64, F32), (65_537 * 256, BF16)], ids=str)
+def test_more_row_blocks_than_a_grid_has_in_y(name, n, dtype):
+    pairs = Pairs(
+        torch.randn(n, 8, device=GPU).to(dtype),
+        torch.randn(10, 8, device=GPU).to(dtype),
+        scale=2.0,
+        unit=True,
+        row_keys=torch.arange(n, device=GPU) % 10,
+        column_keys=torch.arange(10, device=GPU),
+    )
+    nothing = torch.empty(0, 10, device=GPU)
+    terms = BACKENDS[name].forward(pairs, PSC, (), False)
+    grads = torch.ones_like(terms.rows)
+    needs = (True, False, False, False)
+    sides = Side(PSC, terms.rows, grads), Side((), nothing, nothing)
+    gradients = BACKENDS[name].backward(pairs, *sides, terms.norms, terms.kept, needs)
+
+    picked = torch.cat([torch.arange(0, n, n // 1000, device=GPU), torch.arange(n - 100, n, device=GPU)])
+    some = pairs._replace(rows=pairs.rows[picked].double(), columns=pairs.columns.double(), row_keys=pairs.row_keys[picked])
+    exact = reference.forward(some, PSC, (), False)
+    sides = Side(PSC, exact.rows, grads[:, picked].double()), Side((), nothing.double(), nothing.double())
+    expected = reference.backward(some, *sides, exact.norms, exact.kept, needs)
+    torch.testing.assert_close(terms.rows[:, picked].double(), exact.rows, rtol=1e-5, atol=1e-5)
+    assert error(gradients.rows[picked], expected.rows) < torch.finfo(dtype).eps + 1e-5
+
+
 # --- whole losses ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -95,9 +127,57 @@ def test_cuda_graph(name, batch, warm):
         assert torch.equal(mine, expected)
 
 
+FIRST_LAUNCH = """
+import torch
+from fastsupcon import functional as F
+
+z = torch.randn(1000, 128, device="cuda").bfloat16().requires_grad_()
+labels = torch.arange(1000, device="cuda") % 50
+
+def step():
+    loss = F.supcon_loss(z, labels, temperature=0.1, normalize=True, backend="cuda")
+    return loss, torch.autograd.grad(loss, z)[0]
+
+torch.cuda.synchronize()
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    captured = step()
+graph.replay()
+torch.cuda.synchronize()
+assert all(map(torch.equal, captured, step()))
+"""
+
+
+@pytest.mark.parametrize("loading", ["EAGER", "LAZY"])
+def test_a_first_launch_inside_a_capture(loading):
+    if reason := BACKENDS["cuda"].unusable(GPU, BF16, 128):
+        pytest.skip(f"cuda: {reason}")
+    environment = os.environ | {"CUDA_MODULE_LOADING": loading}
+    ran = subprocess.run([sys.executable, "-c", FIRST_LAUNCH], env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_a_failed_call_leaves_no_error_behind():
+    if reason := BACKENDS["cuda"].unusable(GPU, F32, 16):
+        pytest.skip(f"cuda: {reason}")
+    z = torch.randn(70, 16, device=GPU)
+    right, values = F.self_logsumexp(z, backend="cuda"), torch.empty(1, 70, device=GPU)
+    places = _extension.quantities(("all",), values), _extension.quantities((), values)
+    with pytest.raises(RuntimeError, match="cudaErrorInvalidDevice"):
+        _extension.module.cuda.forward(_extension.problem(Pairs(z)), *places, 0, False, 63)  # of as many GPUs as no machine has
+    assert torch.equal(F.self_logsumexp(z, backend="cuda"), right)
+    torch.cuda.synchronize()
+
+
 def test_compile(name, batch):
     z, labels = batch
-    loss, gradient = torch.compile(scl, fullgraph=True)(z, labels, name)
+
+    @torch.compile(fullgraph=True)
+    def compiled(z, labels):
+        return F.supcon_loss(z, labels, temperature=0.1, normalize=True, backend=name)
+
+    loss = compiled(z, labels)
+    gradient = torch.autograd.grad(loss, z)[0]  # out here: not every torch traces it
     expected = scl(z, labels, name)
     torch.testing.assert_close(loss, expected[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(gradient, expected[1], rtol=2e-2, atol=1e-5)
