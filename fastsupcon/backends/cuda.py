@@ -107,8 +107,8 @@ def loss(pairs: Pairs, names: tuple[str, ...], line: Line) -> tuple[Tensor, tupl
     norms = (n if pairs.columns is None else n + m) if pairs.unit else 0
     kept = torch.empty(len(names) * n + norms, dtype=torch.float32, device=device)
     loss = torch.empty(n if line.reduction == "none" else (), dtype=torch.float32, device=device)
-    to = kept.data_ptr(), loss.data_ptr()
-    _run(_C.cuda.loss(problem(pairs), make_line(line), mask(names), *to, _tf32(pairs), _where(kept)[0]), kept)
+    plan = _C.cuda.loss(problem(pairs), make_line(line), mask(names), kept.data_ptr(), loss.data_ptr(), _tf32(pairs), _where(kept)[0])
+    _run(plan, kept)
     return loss, (kept,)
 
 
@@ -117,8 +117,8 @@ def loss_backward(
 ) -> Gradients:
     (kept,) = kept
     out, addresses = _outgoing(pairs, needs)
-    given = kept.data_ptr(), grad.data_ptr()
-    _run(_C.cuda.loss_backward(problem(pairs), make_line(line), mask(names), *given, addresses, _tf32(pairs), _where(kept)[0]), kept)
+    given = problem(pairs), make_line(line), mask(names), kept.data_ptr(), grad.data_ptr()
+    _run(_C.cuda.loss_backward(*given, addresses, _tf32(pairs), _where(kept)[0]), kept)
     return out
 
 
