@@ -39,7 +39,7 @@ def terms(pairs: Pairs, row_names: tuple[str, ...], column_names: tuple[str, ...
         return _forward_op(*_flat(pairs), row_names, column_names, backend)[:2]
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return _TransformedTerms.apply(*_flat(pairs), row_names, column_names, backend)[:2]
-    return _Terms.apply(*_differentiable(pairs), (pairs, row_names, column_names, backend, _keep(pairs, backend)))[:2]
+    return _apply(_Terms, pairs, row_names, column_names, backend)[:2]
 
 
 def loss(pairs: Pairs, line: Line, *, backend: str = "auto") -> Tensor:
@@ -47,7 +47,15 @@ def loss(pairs: Pairs, line: Line, *, backend: str = "auto") -> Tensor:
     names = names_of(line)
     if traced(pairs) or torch._C._functorch.peek_interpreter_stack() is not None:
         return reference.line(names, terms(pairs, names, backend=backend)[0], line)
-    return _Loss.apply(*_differentiable(pairs), (pairs, names, line, backend, _keep(pairs, backend)))
+    return _apply(_Loss, pairs, names, line, backend)
+
+
+def _apply(function: type[torch.autograd.Function], pairs: Pairs, *rest):
+    """function.apply, which would ask again whether a transform of torch.func is active, and each argument whether it is of one.
+
+    What is not differentiable comes as one argument: there is a price for each.
+    """
+    return super(torch.autograd.Function, function).apply(*_differentiable(pairs), (pairs, *rest, _keep(pairs, rest[-1])))
 
 
 def traced(arguments: Iterable[object]) -> bool:
@@ -267,10 +275,7 @@ class _TransformedTerms(torch.autograd.Function):
 
 
 class _Terms(torch.autograd.Function):
-    """The same with its context set up in the forward: to ask for a setup_context costs 40 microseconds a call.
-
-    What is not differentiable comes as one argument: PyTorch's apply looks at each of them.
-    """
+    """The same with its context set up in the forward: to ask for a setup_context costs 40 microseconds a call."""
 
     @staticmethod
     def forward(ctx, rows, columns, bias, scale_tensor, call):

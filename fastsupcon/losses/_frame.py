@@ -33,7 +33,7 @@ def class_labels(labels: Tensor, samples: int, device: torch.device) -> Tensor:
         _checks.whole("labels", flat)
     else:
         _checks.vector("labels", flat, samples, device)
-    return flat.long()
+    return flat if flat.dtype == torch.int64 else flat.long()
 
 
 def wide_temperature(temperature: float | Tensor, rows: Tensor) -> float | Tensor:
