@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "addresses.h"
 #include "cpu/pairs.h"
 #include "cpu/team.h"
 #include "problem.h"
@@ -14,13 +15,6 @@ using namespace pybind11::literals;
 using namespace fastsupcon;
 
 namespace {
-
-using Address = std::uintptr_t;  // of a tensor's first element; 0 where there is no such tensor
-
-template <class T = void>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 Problem make_problem(Scalar scalar, std::int64_t rows, std::int64_t columns, std::int64_t depth, Address a, Address b, Address bias,
                      Address row_keys, Address column_keys, Address own_column, double scale, Address scale_address, bool unit) {
@@ -38,18 +32,6 @@ Problem make_problem(Scalar scalar, std::int64_t rows, std::int64_t columns, std
           pointer(scale_address),
           unit};
 }
-
-// Those of the mask's bits, in order, `step` bytes apart.
-Quantities<void*> make_quantities(Address first, std::int64_t step, unsigned mask) {
-  const auto take = [&](unsigned bit) -> void* {
-    if (!(mask >> bit & 1)) return nullptr;
-    first += step;
-    return pointer(first - step);
-  };
-  return {take(0), take(1), take(2), take(3), take(4)};  // braces evaluate from left to right
-}
-
-Quantities<const void*> constant(const Quantities<void*>& q) { return {q.all, q.different, q.equal, q.similarity, q.count}; }
 
 }  // namespace
 

@@ -41,6 +41,11 @@ struct Quantities {
   Pointer count;                  // how many those are
 };
 
+template <class T>
+Quantities<const T*> constant(const Quantities<T*>& q) {
+  return {q.all, q.different, q.equal, q.similarity, q.count};
+}
+
 // Incoming gradients of one side's quantities, with the log-sums they belong to. count has no gradient.
 struct Incoming {
   Quantities<const void*> values;

@@ -23,8 +23,8 @@ def rows(name: str, value: object, columns: int | None = None) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in DTYPES:
         raise TypeError(f"{name} must have dtype {', '.join(map(str, DTYPES))}, got {value.dtype}")
-    expected = f"[rows, {'dimension' if columns is None else columns}]"
     if value.ndim != 2 or (columns is not None and value.shape[1] != columns):
+        expected = f"[rows, {'dimension' if columns is None else columns}]"
         raise ValueError(f"{name} must have shape {expected}, got {list(value.shape)}")
     if value.numel() == 0:
         raise ValueError(f"{name} must not be empty, got shape {list(value.shape)}")
@@ -37,7 +37,7 @@ def vector(name: str, value: object, length: int, device: torch.device, *, float
         raise TypeError(f"{name} must be a torch.Tensor of {kind} dtype, got {type(value).__name__}")
     if value.is_complex() or value.is_floating_point() != floating:
         raise TypeError(f"{name} must have {kind} dtype, got {value.dtype}")
-    if list(value.shape) != [length]:
+    if value.ndim != 1 or value.shape[0] != length:
         raise ValueError(f"{name} must have shape [{length}], got {list(value.shape)}")
     on_device(name, value, device)
 
@@ -91,6 +91,8 @@ def scale(name: str, value: float | Tensor) -> None:
 
 def temperature(name: str, value: float | Tensor) -> None:
     """A positive finite number, or a 0-d floating-point tensor, whose value is not read back."""
+    if type(value) is float and 0 < value < math.inf:  # ahead of the questions that cost a microsecond each
+        return
     if isinstance(value, Tensor) or not isinstance(value, numbers.Real) or isinstance(value, bool):
         scale(name, value)
     elif not 0 < value < math.inf:

@@ -39,7 +39,7 @@ def terms(pairs: Pairs, row_names: tuple[str, ...], column_names: tuple[str, ...
         return _forward_op(*_flat(pairs), row_names, column_names, backend)[:2]
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return _TransformedTerms.apply(*_flat(pairs), row_names, column_names, backend)[:2]
-    return _Terms.apply(*_differentiable(pairs), pairs, row_names, column_names, backend, _keep(pairs, backend))[:2]
+    return _apply(_Terms, pairs, row_names, column_names, backend)[:2]
 
 
 def loss(pairs: Pairs, line: Line, *, backend: str = "auto") -> Tensor:
@@ -47,14 +47,29 @@ def loss(pairs: Pairs, line: Line, *, backend: str = "auto") -> Tensor:
     names = names_of(line)
     if traced(pairs) or torch._C._functorch.peek_interpreter_stack() is not None:
         return reference.line(names, terms(pairs, names, backend=backend)[0], line)
-    return _Loss.apply(*_differentiable(pairs), pairs, names, line, backend, _keep(pairs, backend))
+    return _apply(_Loss, pairs, names, line, backend)
+
+
+def _apply(function: type[torch.autograd.Function], pairs: Pairs, *rest):
+    """function.apply, which would ask again whether a transform of torch.func is active, and each argument whether it is of one.
+
+    What is not differentiable comes as one argument: there is a price for each.
+    """
+    return super(torch.autograd.Function, function).apply(*_differentiable(pairs), (pairs, *rest, _keep(pairs, rest[-1])))
 
 
 def traced(arguments: Iterable[object]) -> bool:
     """Whether something looks on that must be shown operators: a compiler, a dispatch mode, a tensor without storage of its own."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
-    return any(isinstance(x, Tensor) and (type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta) for x in arguments)
+    for x in arguments:
+        kind = type(x)
+        if kind is Tensor or kind is torch.nn.Parameter:
+            if x.is_meta:
+                return True
+        elif x is not None and isinstance(x, Tensor):
+            return True
+    return False
 
 
 def _keep(pairs: Pairs, backend: str) -> bool:
@@ -87,7 +102,10 @@ def _backend(name: str, rows: Tensor):
 
 
 def _contiguous(pairs: Pairs) -> Pairs:
-    return Pairs(*[x.contiguous().resolve_neg() if isinstance(x, Tensor) else x for x in pairs])
+    for x in pairs:
+        if isinstance(x, Tensor) and (x.is_neg() or not x.is_contiguous()):
+            return Pairs(*[x.contiguous().resolve_neg() if isinstance(x, Tensor) else x for x in pairs])
+    return pairs
 
 
 def _forward(pairs: Pairs, row_names: tuple[str, ...], column_names: tuple[str, ...], backend: str, keep: bool) -> Terms:
@@ -95,10 +113,33 @@ def _forward(pairs: Pairs, row_names: tuple[str, ...], column_names: tuple[str, 
 
 
 def _backward(pairs: Pairs, rows: Side, columns: Side, norms: Tensor, kept: Tensor, needs: tuple[bool, ...], backend: str) -> Gradients:
-    if not torch._C._has_storage(rows.grads):
-        raise NotImplementedError("fastsupcon's gradients cannot be batched by vmap (is_grads_batched=True): loop over them")
+    _refuse_batched(rows.grads)
     rows, columns = (Side(names, values.contiguous(), grads.contiguous()) for names, values, grads in (rows, columns))
     return _backend(backend, pairs.rows).backward(_contiguous(pairs), rows, columns, norms, kept, needs)
+
+
+def _refuse_batched(grads: Tensor) -> None:
+    if not torch._C._has_storage(grads):
+        raise NotImplementedError("fastsupcon's gradients cannot be batched by vmap (is_grads_batched=True): loop over them")
+
+
+def _loss_forward(pairs: Pairs, names: tuple[str, ...], line: Line, backend: str, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The loss, and what _loss_backward needs of its forward."""
+    module, pairs = _backend(backend, pairs.rows), _contiguous(pairs)
+    if hasattr(module, "loss"):
+        return module.loss(pairs, names, line)
+    terms = module.forward(pairs, names, (), keep)
+    return module.line(names, terms.rows, line), terms
+
+
+def _loss_backward(pairs: Pairs, names: tuple[str, ...], line: Line, kept, grad: Tensor, needs, backend: str) -> Gradients:
+    _refuse_batched(grad)
+    module, pairs = _backend(backend, pairs.rows), _contiguous(pairs)
+    if hasattr(module, "loss_backward"):
+        return module.loss_backward(pairs, names, line, kept, grad.contiguous(), needs)
+    values, nothing, norms, exponentials = kept
+    rows = Side(names, values, module.line_backward(names, values, grad, line))
+    return module.backward(pairs, rows, Side((), nothing, nothing), norms, exponentials, needs)
 
 
 # ---- Operators ------------------------------------------------------------------------------------------------------------------------
@@ -185,19 +226,19 @@ def _padded(ctx, gradients: Iterable[Tensor | None]) -> tuple[Tensor | None, ...
     return *gradients, *[None] * (len(ctx.needs_input_grad) - _DIFFERENTIABLE)
 
 
-def _save(ctx, pairs: Pairs, terms: Terms, *options) -> None:
+def _save(ctx, pairs: Pairs, kept: tuple[Tensor, ...], *options) -> None:
     rows, columns, scale, unit, bias, row_keys, column_keys, own_column = pairs
     learned = isinstance(scale, Tensor)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(rows, columns, bias, scale if learned else None, row_keys, column_keys, own_column, *terms)
+    ctx.save_for_backward(rows, columns, bias, scale if learned else None, row_keys, column_keys, own_column, *kept)
     ctx.options = (1.0 if learned else scale, unit, *options)
 
 
 def _saved(ctx) -> tuple:
-    """pairs, the four of Terms, and the options."""
-    *tensors, row_values, column_values, norms, kept = ctx.saved_tensors
+    """pairs, what the forward kept, and the options."""
+    rows, columns, bias, scale_tensor, row_keys, column_keys, own_column, *kept = ctx.saved_tensors
     scale, unit, *options = ctx.options
-    return _pairs(*tensors, scale, unit), row_values, column_values, norms, kept, *options
+    return _pairs(rows, columns, bias, scale_tensor, row_keys, column_keys, own_column, scale, unit), kept, *options
 
 
 def _setup_terms(ctx, inputs, output) -> None:
@@ -209,7 +250,7 @@ def _setup_terms(ctx, inputs, output) -> None:
 def _terms_backward(ctx, row_grads, column_grads, *_):
     if row_grads is None and column_grads is None:
         return _padded(ctx, [None] * _DIFFERENTIABLE)
-    pairs, row_values, column_values, norms, kept, row_names, column_names, backend = _saved(ctx)
+    pairs, (row_values, column_values, norms, kept), row_names, column_names, backend = _saved(ctx)
     row_grads = torch.zeros_like(row_values) if row_grads is None else row_grads
     column_grads = torch.zeros_like(column_values) if column_grads is None else column_grads
     if torch.is_grad_enabled():  # create_graph=True
@@ -237,7 +278,8 @@ class _Terms(torch.autograd.Function):
     """The same with its context set up in the forward: to ask for a setup_context costs 40 microseconds a call."""
 
     @staticmethod
-    def forward(ctx, rows, columns, bias, scale_tensor, pairs, row_names, column_names, backend, keep):
+    def forward(ctx, rows, columns, bias, scale_tensor, call):
+        pairs, row_names, column_names, backend, keep = call
         terms = _forward(pairs, row_names, column_names, backend, keep)
         ctx.mark_non_differentiable(*terms[2:])
         _save(ctx, pairs, terms, row_names, column_names, backend)
@@ -248,21 +290,24 @@ class _Terms(torch.autograd.Function):
 
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, columns, bias, scale_tensor, pairs, names, line, backend, keep):
-        terms = _forward(pairs, names, (), backend, keep)
-        _save(ctx, pairs, terms, names, line, backend)
-        return _backend(backend, rows).line(names, terms.rows, line)
+    def forward(ctx, rows, columns, bias, scale_tensor, call):
+        pairs, names, line, backend, keep = call
+        loss, kept = _loss_forward(pairs, names, line, backend, keep)
+        _save(ctx, pairs, kept, names, line, backend)
+        return loss
 
     @staticmethod
     def backward(ctx, grad):
         if grad is None:
             return _padded(ctx, [None] * _DIFFERENTIABLE)
-        pairs, values, nothing, norms, kept, names, line, backend = _saved(ctx)
+        pairs, kept, names, line, backend = _saved(ctx)
         if torch.is_grad_enabled():  # create_graph=True
             return _differentiable_gradients(ctx, pairs, names, lambda values: reference.line_backward(names, values, grad, line))
-        module = _backend(backend, pairs.rows) if torch._C._has_storage(grad) else reference  # whatever has none is refused later
-        rows = Side(names, values, module.line_backward(names, values, grad, line))
-        return _gradients(ctx, rows, Side((), nothing, nothing), pairs, norms, kept, backend)
+        if traced((grad,)):  # the kept form is the backend's own, which operators do not know
+            values, nothing, norms, exponentials = _forward_op(*_flat(pairs), names, (), backend)
+            rows = Side(names, values, reference.line_backward(names, values, grad, line))
+            return _gradients(ctx, rows, Side((), nothing, nothing), pairs, norms, exponentials, backend)
+        return *_loss_backward(pairs, names, line, kept, grad, ctx.needs_input_grad[:_DIFFERENTIABLE], backend), None
 
 
 def _no_second_derivative(ctx, *grads):

@@ -39,7 +39,8 @@ class Pairs(NamedTuple):
     @property
     def shape(self) -> tuple[int, int, int]:
         """N, M, D."""
-        return self.rows.shape[0], (self.rows if self.columns is None else self.columns).shape[0], self.rows.shape[1]
+        n, depth = self.rows.shape
+        return n, n if self.columns is None else self.columns.shape[0], depth
 
 
 class Side(NamedTuple):

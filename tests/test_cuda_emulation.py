@@ -147,12 +147,8 @@ def test_launches_of_a_step(on, emulated, capability, dtype, loss, learned):
     pairs = problem(case, HOST)
     emulated.set_dry(True)
     for _ in range(2):
-        terms = backend.forward(pairs, line.names, (), False)
-        values = torch.ones_like(terms.rows)
-        backend.line(line.names, values, line)
-        grads = backend.line_backward(line.names, values, torch.ones(()), line)
-        sides = Side(line.names, values, grads), Side((), terms.columns, terms.columns)
-        backend.backward(pairs, *sides, terms.norms, terms.kept, (True, loss == "PSC", False, learned))
+        _, kept = backend.loss(pairs, line.names, line)
+        backend.loss_backward(pairs, line.names, line, kept, torch.ones(()), (True, loss == "PSC", False, learned))
         launches = names(emulated)
         assert len(launches) == (8 if learned else 7), launches
     emulated.set_dry(False)
@@ -207,6 +203,28 @@ def test_lines(on, line):
     got = backend.line_backward(line.names, values, grad.float(), line).double()
     expected[:, values[-1] == 0] = math.nan if line.lone == "nan" else 0.0
     torch.testing.assert_close(got[:-1], expected[:-1], rtol=1e-5, atol=1e-7, equal_nan=True)
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [(MMA, F32), (WGMMA, F16)])
+@pytest.mark.parametrize("m", [None, 30])
+@pytest.mark.parametrize("line", LINES[::2], ids=str)
+def test_a_loss_in_one_call_is_its_parts(on, capability, dtype, m, line):
+    """To the bit: a forward with its line, and a backward from the line's gradient."""
+    backend = on(capability)
+    case = Case(90, m, d=24, dtype=dtype, keys="few", learned=m is None, bias=m is not None, rows=line.names)
+    pairs, needs = problem(case, HOST), (True, m is not None, m is not None, m is None)
+    loss, kept = backend.loss(pairs, line.names, line)
+    terms = backend.forward(pairs, line.names, (), False)
+    want = backend.line(line.names, terms.rows, line)
+    assert loss.shape == want.shape
+    torch.testing.assert_close(loss, want, rtol=0, atol=0, equal_nan=True)
+    grad = torch.rand_like(loss)
+    sides = Side(line.names, terms.rows, backend.line_backward(line.names, terms.rows, grad, line)), Side((), terms.columns, terms.columns)
+    parts = backend.backward(pairs, *sides, terms.norms, terms.kept, needs)
+    for got, want, need in zip(backend.loss_backward(pairs, line.names, line, kept, grad, needs), parts, needs, strict=True):
+        assert (got is not None) == need
+        if need:
+            torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("capability", [MMA, WGMMA])

@@ -332,6 +332,16 @@ def test_make_fx_records_a_step(device, case):
     agree(traced(*others), step(*others))
 
 
+@pytest.mark.parametrize("name", LINES)
+def test_make_fx_records_a_backward_alone(device, name):
+    """Of a loss that was made before, so by a Function."""
+    pairs, tensors = leaves(CROSS, device)
+    loss = operators.loss(pairs, LINES[name])
+    grad = torch.ones((), device=device)
+    traced = make_fx(lambda grad: torch.autograd.grad(loss, tensors, grad, retain_graph=True))(grad)
+    agree(traced(3 * grad), torch.autograd.grad(loss, tensors, 3 * grad))
+
+
 @CASES
 def test_shapes_without_numbers(device, case):
     """Under FakeTensorMode and on the meta device: shapes, dtypes and gradients' shapes, of every argument."""

@@ -2,6 +2,7 @@
 
 #include <pybind11/stl.h>
 
+#include "addresses.h"
 #include "pairs.h"
 
 namespace py = pybind11;
@@ -10,11 +11,18 @@ namespace fastsupcon::cuda {
 
 namespace {
 
-using Address = std::uintptr_t;
+// What a loss's forward keeps for its backward, one array of floats: the quantities of the mask's bits, [rows] each, then the norms.
+struct Kept {
+  Quantities<void*> values;
+  void* norms;
 
-void* pointer(Address address) { return reinterpret_cast<void*>(address); }
-
-Quantities<const void*> constant(const Quantities<void*>& q) { return {q.all, q.different, q.equal, q.similarity, q.count}; }
+  Kept(const Problem& problem, unsigned mask, Address first) {
+    const std::int64_t step = problem.rows * static_cast<std::int64_t>(sizeof(float));
+    values = make_quantities(first, step, mask);
+    for (unsigned bits = mask; bits; bits &= bits - 1) first += step;
+    norms = pointer(first);
+  }
+};
 
 }  // namespace
 
@@ -32,6 +40,15 @@ void bind(py::module_ m) {
                       bool allow_tf32, int device) { return forward(problem, rows, columns, pointer(norms), allow_tf32, device); });
   m.def("backward", [](const Problem& problem, const Incoming& rows, const Incoming& columns, Address norms, const Outgoing& out,
                        bool allow_tf32, int device) { return backward(problem, rows, columns, pointer(norms), out, allow_tf32, device); });
+  m.def("loss", [](const Problem& problem, const Line& of, unsigned mask, Address kept, Address loss, bool allow_tf32, int device) {
+    const Kept to(problem, mask, kept);
+    return cuda::loss(problem, of, to.values, to.norms, pointer(loss), allow_tf32, device);
+  });
+  m.def("loss_backward", [](const Problem& problem, const Line& of, unsigned mask, Address kept, Address grad, const Outgoing& out,
+                            bool allow_tf32, int device) {
+    const Kept from(problem, mask, kept);
+    return loss_backward(problem, of, constant(from.values), from.norms, pointer(grad), out, allow_tf32, device);
+  });
   m.def("line", [](const Line& of, std::int64_t rows, const Quantities<void*>& values, Address loss, int device, Address stream) {
     line(of, rows, constant(values), pointer(loss), {device, pointer(stream)});
   });

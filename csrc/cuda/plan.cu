@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <limits>
+#include <utility>
 
 #include "families.h"
 #include "reduce.cuh"
@@ -237,8 +238,35 @@ Plan forward(const Problem& problem, const Quantities<void*>& rows, const Quanti
   return plan;
 }
 
-Plan backward(const Problem& problem, const Incoming& rows, const Incoming& columns, const void* norms, const Outgoing& out,
-              bool allow_tf32, int device) {
+namespace {
+
+LineWork line_work(const Line& line, std::int64_t rows, const Quantities<const void*>& values) {
+  const auto f = [](double value) { return static_cast<float>(value); };
+  return {f(line.all),    f(line.different), f(line.equal),  f(line.similarity), f(line.log_count), f(line.factor), f(line.lone), line.skip_lone,
+          line.reduction, rows,              typed(values), nullptr,            nullptr,           {}};
+}
+
+void launch_line(const LineWork& work, const Where& where) {
+  const std::int64_t blocks = work.reduction == Line::Reduction::none ? ceil_div(work.rows, kBlockThreads) : 1;
+  launch("line_forward", [&] { return std::to_string(work.rows) + " rows"; }, line_forward, {blocks}, kBlockThreads, kBlockSumBytes, where,
+         work);
+}
+
+void launch_line_gradients(const LineWork& work, const Where& where) {
+  launch("line_gradients", [&] { return std::to_string(work.rows) + " rows"; }, line_gradients, {ceil_div(work.rows, kBlockThreads)},
+         kBlockThreads, kBlockSumBytes, where, work);
+}
+
+// For each of the quantities that there are, [rows] in scratch memory, one after the other.
+Quantities<float*> like(const Quantities<const float*>& q, std::int64_t rows, char* scratch) {
+  float* next = reinterpret_cast<float*>(scratch);
+  const auto take = [&](const float* there) { return there ? std::exchange(next, next + rows) : nullptr; };
+  return {take(q.all), take(q.different), take(q.equal), take(q.similarity), take(q.count)};  // braces evaluate from left to right
+}
+
+// With a line, the gradients of the rows' quantities are made from the loss's and stay in scratch memory.
+Plan plan_backward(const Problem& problem, const Incoming& rows, const Incoming& columns, const void* norms, const Outgoing& out,
+                   bool allow_tf32, int device, const LineWork* line) {
   Plan plan;
   Sides sides(problem, static_cast<float*>(const_cast<void*>(norms)), allow_tf32);
   const bool both_ways = sides.self && sides.count == 2;  // the self shape with a bias: its rows' gradients come of both passes
@@ -276,8 +304,17 @@ Plan backward(const Problem& problem, const Incoming& rows, const Incoming& colu
     const std::size_t sums_at = reserve(plan, sizeof(float) * static_cast<std::size_t>(sums));
     const auto shape = [=] { return shape_of(sides.work); };
 
-    plan.launches.push_back([=](char* scratch, const Where& where) {
+    std::size_t grads_at = 0;
+    if (line) {
+      grads_at = reserve(plan, sizeof(float) * 5 * static_cast<std::size_t>(line->rows));
+      plan.launches.push_back([=, of = *line](char* scratch, const Where& where) mutable {
+        of.grads = like(of.values, of.rows, scratch + grads_at);
+        launch_line_gradients(of, where);
+      });
+    }
+    plan.launches.push_back([=, of_loss = line != nullptr](char* scratch, const Where& where) {
       RowsWork of = sides.rows_work(scratch);
+      if (of_loss) of.sides[0].grads = constant(like(of.sides[0].values, problem.rows, scratch + grads_at));
       for (int i = 0; PRODUCT == Product::f16 && i < of.count; ++i) of.sides[i].largest = reinterpret_cast<float*>(scratch + largest_at[i]);
       launch("prepare_backward", shape, prepare_backward, {sides.blocks(kRowsThreads)}, kRowsThreads, kPrepareBytes, where, of);
     });
@@ -331,28 +368,38 @@ Plan backward(const Problem& problem, const Incoming& rows, const Incoming& colu
   return plan;
 }
 
+}  // namespace
+
+Plan backward(const Problem& problem, const Incoming& rows, const Incoming& columns, const void* norms, const Outgoing& out,
+              bool allow_tf32, int device) {
+  return plan_backward(problem, rows, columns, norms, out, allow_tf32, device, nullptr);
+}
+
+Plan loss(const Problem& problem, const Line& line, const Quantities<void*>& values, void* norms, void* loss, bool allow_tf32, int device) {
+  Plan plan = forward(problem, values, {}, norms, allow_tf32, device);
+  LineWork work = line_work(line, problem.rows, constant(values));
+  work.loss = static_cast<float*>(loss);
+  plan.launches.push_back([work](char*, const Where& where) { launch_line(work, where); });
+  return plan;
+}
+
+Plan loss_backward(const Problem& problem, const Line& line, const Quantities<const void*>& values, const void* norms, const void* grad,
+                   const Outgoing& out, bool allow_tf32, int device) {
+  LineWork work = line_work(line, problem.rows, values);
+  work.grad = static_cast<const float*>(grad);
+  return plan_backward(problem, {values, {}}, {}, norms, out, allow_tf32, device, &work);
+}
+
 void run(const Plan& plan, void* scratch, const Where& where) {
   enter(where);
   for (const auto& launch : plan.launches) launch(static_cast<char*>(scratch), where);
 }
 
-namespace {
-
-LineWork line_work(const Line& line, std::int64_t rows, const Quantities<const void*>& values) {
-  const auto f = [](double value) { return static_cast<float>(value); };
-  return {f(line.all),    f(line.different), f(line.equal),  f(line.similarity), f(line.log_count), f(line.factor), f(line.lone), line.skip_lone,
-          line.reduction, rows,              typed(values), nullptr,            nullptr,           {}};
-}
-
-}  // namespace
-
 void line(const Line& line, std::int64_t rows, const Quantities<const void*>& values, void* loss, const Where& where) {
   LineWork work = line_work(line, rows, values);
   work.loss = static_cast<float*>(loss);
-  const std::int64_t blocks = line.reduction == Line::Reduction::none ? ceil_div(rows, kBlockThreads) : 1;
   enter(where);
-  launch("line_forward", [=] { return std::to_string(rows) + " rows"; }, line_forward, {blocks}, kBlockThreads, kBlockSumBytes, where,
-         work);
+  launch_line(work, where);
 }
 
 void line_backward(const Line& line, std::int64_t rows, const Quantities<const void*>& values, const void* grad,
@@ -361,8 +408,7 @@ void line_backward(const Line& line, std::int64_t rows, const Quantities<const v
   work.grad = static_cast<const float*>(grad);
   work.grads = typed<float>(grads);
   enter(where);
-  launch("line_gradients", [=] { return std::to_string(rows) + " rows"; }, line_gradients, {ceil_div(rows, kBlockThreads)}, kBlockThreads,
-         kBlockSumBytes, where, work);
+  launch_line_gradients(work, where);
 }
 
 // All kernels are built by one nvcc for the same generations, so any of them will do.

@@ -43,6 +43,10 @@ class Backend(Protocol):
     def line_backward(self, names: tuple[str, ...], values: Tensor, grad: Tensor, line: Line) -> Tensor:
         """Gradients of those quantities [len(names), N] from that of the loss."""
 
+    # Two more that a backend may have, where a Python call takes longer than a kernel of few rows:
+    #   loss(pairs, names, line) -> loss, kept            forward and line in one; kept is a tuple of tensors in a form of the backend's own
+    #   loss_backward(pairs, names, line, kept, grad, needs) -> Gradients                          line_backward and backward in one
+
 
 #: Every backend by name. ``backend="auto"`` tries those of :data:`FASTEST_FIRST`.
 BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "triton": triton, "cpu": cpu, "chunked": chunked, "reference": reference}

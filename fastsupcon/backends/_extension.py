@@ -36,10 +36,11 @@ SCALARS = (
 def problem(pairs: Pairs):
     """Addresses and sizes of the tensors, which the caller keeps alive while a kernel runs."""
     rows, columns, scale, unit, bias, row_keys, column_keys, own_column = pairs
-    learned = isinstance(scale, Tensor)
-    addresses = [0 if x is None else x.data_ptr() for x in (rows, columns, bias, row_keys, column_keys, own_column)]
+    n, m, depth = pairs.shape
+    number, scale_address = (0.0, scale.data_ptr()) if isinstance(scale, Tensor) else (scale, 0)
+    keys = address(row_keys), address(column_keys), address(own_column)
     return module.Problem(
-        SCALARS[rows.dtype], *pairs.shape, *addresses, 0.0 if learned else scale, scale.data_ptr() if learned else 0, unit
+        SCALARS[rows.dtype], n, m, depth, rows.data_ptr(), address(columns), address(bias), *keys, number, scale_address, unit
     )
 
 
@@ -49,11 +50,11 @@ def address(tensor: Tensor | None) -> int:
 
 def quantities(names: tuple[str, ...], values: Tensor):
     """Where each of the quantities stands in ``values`` [len(names), N]."""
-    return module.Quantities(values.data_ptr(), values.shape[1] * values.element_size(), _mask(names))
+    return module.Quantities(values.data_ptr(), values.shape[1] * values.element_size(), mask(names))
 
 
 @functools.cache
-def _mask(names: tuple[str, ...]) -> int:
+def mask(names: tuple[str, ...]) -> int:
     return sum(1 << QUANTITIES.index(name) for name in names)
 
 

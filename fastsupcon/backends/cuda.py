@@ -5,6 +5,7 @@ Nothing here waits for the device. Scratch memory comes from torch's allocator, 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ..problem import Gradients, Line, Pairs, Side, Terms
 from ._dtypes import tf32_allowed
-from ._extension import address, incoming, problem, quantities
+from ._extension import address, incoming, mask, problem, quantities
 from ._extension import line as make_line
 from ._extension import missing as extension_missing
 from ._extension import module as _C
@@ -46,14 +47,24 @@ def _driver_unusable(index: int) -> str | None:
 
 
 def _where(like: Tensor) -> tuple[int, int]:
-    """The device of a tensor, and its current stream's handle."""
-    return like.device.index, torch.cuda.current_stream(like.device).cuda_stream
+    """The device of a tensor, and its current stream's handle, without the Stream object that torch.cuda.current_stream makes."""
+    index = like.device.index
+    return index, torch._C._cuda_getCurrentRawStream(index)
+
+
+def _on(like: Tensor):
+    """The extension makes the tensor's device current, which PyTorch shall find as it was."""
+    return torch.cuda.device_of(like) if torch.cuda.current_device() != like.device.index else contextlib.nullcontext()
 
 
 def _run(plan, like: Tensor) -> None:
-    with torch.cuda.device_of(like):
-        scratch = torch.empty(plan.bytes, dtype=torch.uint8, device=like.device)
+    scratch = torch.empty(plan.bytes, dtype=torch.uint8, device=like.device)
+    with _on(like):
         plan.run(scratch.data_ptr(), *_where(like))
+
+
+def _tf32(pairs: Pairs) -> bool:
+    return pairs.rows.dtype == torch.float32 and tf32_allowed()
 
 
 def forward(pairs: Pairs, row_names: tuple[str, ...], column_names: tuple[str, ...], keep: bool) -> Terms:
@@ -66,24 +77,55 @@ def forward(pairs: Pairs, row_names: tuple[str, ...], column_names: tuple[str, .
     terms = Terms(empty(len(row_names), n), empty(len(column_names), m), norms, empty(0))
     of_rows, of_columns = quantities(row_names, terms.rows), quantities(column_names, terms.columns)
     device, _ = _where(norms)
-    _run(_C.cuda.forward(problem(pairs), of_rows, of_columns, norms.data_ptr(), tf32_allowed(), device), norms)
+    _run(_C.cuda.forward(problem(pairs), of_rows, of_columns, norms.data_ptr(), _tf32(pairs), device), norms)
     return terms
 
 
 def backward(pairs: Pairs, rows: Side, columns: Side, norms: Tensor, kept: Tensor, needs: tuple[bool, bool, bool, bool]) -> Gradients:
-    wanted = (pairs.rows, pairs.columns, pairs.bias, pairs.scale)
-    out = Gradients(*(torch.empty_like(x) if need else None for x, need in zip(wanted, needs, strict=True)))
-    addresses = _C.Outgoing(*(address(x) for x in out))
+    out, addresses = _outgoing(pairs, needs)
     device, _ = _where(norms)
-    plan = _C.cuda.backward(problem(pairs), incoming(rows), incoming(columns), norms.data_ptr(), addresses, tf32_allowed(), device)
+    plan = _C.cuda.backward(problem(pairs), incoming(rows), incoming(columns), norms.data_ptr(), addresses, _tf32(pairs), device)
     _run(plan, norms)
+    return out
+
+
+def _outgoing(pairs: Pairs, needs: tuple[bool, bool, bool, bool]):
+    rows, columns, bias, scale = needs
+    out = Gradients(
+        torch.empty_like(pairs.rows) if rows else None,
+        torch.empty_like(pairs.columns) if columns else None,
+        torch.empty_like(pairs.bias) if bias else None,
+        torch.empty_like(pairs.scale) if scale else None,
+    )
+    return out, _C.Outgoing(address(out.rows), address(out.columns), address(out.bias), address(out.scale))
+
+
+def loss(pairs: Pairs, names: tuple[str, ...], line: Line) -> tuple[Tensor, tuple[Tensor]]:
+    """What is kept is one array: the quantities [len(names), N], then the norms."""
+    n, m, _ = pairs.shape
+    device = pairs.rows.device
+    norms = (n if pairs.columns is None else n + m) if pairs.unit else 0
+    kept = torch.empty(len(names) * n + norms, dtype=torch.float32, device=device)
+    loss = torch.empty(n if line.reduction == "none" else (), dtype=torch.float32, device=device)
+    plan = _C.cuda.loss(problem(pairs), make_line(line), mask(names), kept.data_ptr(), loss.data_ptr(), _tf32(pairs), _where(kept)[0])
+    _run(plan, kept)
+    return loss, (kept,)
+
+
+def loss_backward(
+    pairs: Pairs, names: tuple[str, ...], line: Line, kept: tuple[Tensor], grad: Tensor, needs: tuple[bool, bool, bool, bool]
+) -> Gradients:
+    (kept,) = kept
+    out, addresses = _outgoing(pairs, needs)
+    given = problem(pairs), make_line(line), mask(names), kept.data_ptr(), grad.data_ptr()
+    _run(_C.cuda.loss_backward(*given, addresses, _tf32(pairs), _where(kept)[0]), kept)
     return out
 
 
 def line(names: tuple[str, ...], values: Tensor, line: Line) -> Tensor:
     rows = values.shape[1]
     loss = values.new_empty(rows if line.reduction == "none" else ())
-    with torch.cuda.device_of(values):
+    with _on(values):
         _C.cuda.line(make_line(line), rows, quantities(names, values), loss.data_ptr(), *_where(values))
     return loss
 
@@ -91,6 +133,6 @@ def line(names: tuple[str, ...], values: Tensor, line: Line) -> Tensor:
 def line_backward(names: tuple[str, ...], values: Tensor, grad: Tensor, line: Line) -> Tensor:
     grads, grad = torch.empty_like(values), grad.contiguous()
     of_values, of_grads = quantities(names, values), quantities(names, grads)
-    with torch.cuda.device_of(values):
+    with _on(values):
         _C.cuda.line_backward(make_line(line), values.shape[1], of_values, grad.data_ptr(), of_grads, *_where(values))
     return grads

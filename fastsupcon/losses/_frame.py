@@ -25,13 +25,15 @@ def rows_of(features: Tensor) -> tuple[Tensor, int]:
 
 def class_labels(labels: Tensor, samples: int, device: torch.device) -> Tensor:
     """Integer labels [B], or [B, 1] or [1, B] as some loaders give them, as int64 [B]. Floats are taken where they are whole numbers."""
-    flat = labels.reshape(-1) if isinstance(labels, Tensor) and tuple(labels.shape) in ((samples, 1), (1, samples)) else labels
+    flat = labels
+    if isinstance(labels, Tensor) and labels.ndim == 2 and tuple(labels.shape) in ((samples, 1), (1, samples)):
+        flat = labels.reshape(-1)
     if isinstance(flat, Tensor) and flat.is_floating_point():
         _checks.vector("labels", flat, samples, device, floating=True)
         _checks.whole("labels", flat)
     else:
         _checks.vector("labels", flat, samples, device)
-    return flat.long()
+    return flat if flat.dtype == torch.int64 else flat.long()
 
 
 def wide_temperature(temperature: float | Tensor, rows: Tensor) -> float | Tensor:

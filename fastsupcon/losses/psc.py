@@ -88,17 +88,17 @@ def _psc_loss(
     if denominator == "negatives" and count < 2:
         raise ValueError("prototypes must hold at least 2 classes for denominator='negatives', got 1: there is no negative")
     labels = class_labels(labels, len(features), features.device)
-    with no_autocast(features):
-        z, p, scale = features, prototypes.to(features.dtype), 1 / wide_temperature(temperature, features)
-        pairs = Pairs(z, p, scale, normalize, row_keys=labels, column_keys=classes)
-        log_sum = "different" if denominator == "negatives" else "all"
-        if per_class == 1:
-            line = Line(**{log_sum: 1.0}, similarity=-1, lone="nan", reduction=reduction)
-            loss = operators.loss(pairs, line, backend=backend)
-            if loss.is_cpu and not operators.traced((loss,)) and loss.isnan().any():  # a label out of range makes it so
-                _checks.within("labels", labels, 0, count)
-            return loss
-        _checks.within("labels", labels, 0, count)
+    z, p, scale = features, prototypes.to(features.dtype), 1 / wide_temperature(temperature, features)
+    pairs = Pairs(z, p, scale, normalize, row_keys=labels, column_keys=classes)
+    log_sum = "different" if denominator == "negatives" else "all"
+    if per_class == 1:
+        line = Line(**{log_sum: 1.0}, similarity=-1, lone="nan", reduction=reduction)
+        loss = operators.loss(pairs, line, backend=backend)
+        if loss.is_cpu and not operators.traced((loss,)) and loss.isnan().any():  # a label out of range makes it so
+            _checks.within("labels", labels, 0, count)
+        return loss
+    _checks.within("labels", labels, 0, count)
+    with no_autocast(z):
         ((others,), _) = operators.terms(pairs, (log_sum,), backend=backend)
         own = own_prototypes(z, p, labels, per_class, normalize) * scale  # [N, M]
         return reduce(others - (own.detach().softmax(1) * own).sum(1), None, reduction)

@@ -59,33 +59,32 @@ def supcon_loss(
     samples = features.shape[0]
     _check_options(temperature, contrast_mode, base_temperature, reduction, lone_anchors)
     _check_positives(labels, mask, samples, views, z.device)
-    with no_autocast(z):
-        anchors = z.shape[0] if contrast_mode == "all" else samples
-        temperature = wide_temperature(temperature, z)
-        factor = 1.0 if base_temperature is None else temperature / base_temperature
-        scale = 1 / temperature
-        keys = None
-        if mask is None:
-            labels = torch.arange(samples, device=z.device) if labels is None else class_labels(labels, samples, z.device)
-            keys = labels if views == 1 else labels.repeat(views)
-        if contrast_mode == "all":
-            pairs = Pairs(z, scale=scale, unit=normalize, row_keys=keys)
-        else:
-            own_row = torch.arange(anchors, device=z.device)
-            pairs = Pairs(z[:anchors], z, scale, normalize, None, None if keys is None else keys[:anchors], keys, own_row)
+    anchors = z.shape[0] if contrast_mode == "all" else samples
+    temperature = wide_temperature(temperature, z)
+    factor = 1.0 if base_temperature is None else temperature / base_temperature
+    scale = 1 / temperature
+    keys = None
+    if mask is None:
+        labels = torch.arange(samples, device=z.device) if labels is None else class_labels(labels, samples, z.device)
+        keys = labels if views == 1 else labels.repeat(views)
+    if contrast_mode == "all":
+        pairs = Pairs(z, scale=scale, unit=normalize, row_keys=keys)
+    else:
+        own_row = torch.arange(anchors, device=z.device)
+        pairs = Pairs(z[:anchors], z, scale, normalize, None, None if keys is None else keys[:anchors], keys, own_row)
 
+    if mask is None and lone_anchors != "error" and z.shape[0] > 1:
+        learned = isinstance(factor, Tensor)
+        line = Line(all=1, similarity=-1, factor=1.0 if learned else float(factor), lone=lone_anchors, reduction=reduction)
+        loss = operators.loss(pairs, line, backend=backend)
+        return loss * factor if learned else loss
+    with no_autocast(z):
         if z.shape[0] == 1:  # nothing to contrast with: the log of an empty sum would be -inf; a zero that still shows a NaN
             if lone_anchors == "error":
                 refuse_lone_anchors(torch.zeros(1, dtype=torch.bool, device=z.device))
             select(backend, z.device, z.dtype, z.shape[1])
             losses = (z * 0).sum(1, dtype=sum_dtype(z.dtype))
             return reduce(losses, losses > 0, reduction, lone_anchors)
-        if mask is None and lone_anchors != "error":
-            learned = isinstance(factor, Tensor)
-            line = Line(all=1, similarity=-1, factor=1.0 if learned else float(factor), lone=lone_anchors, reduction=reduction)
-            loss = operators.loss(pairs, line, backend=backend)
-            return loss * factor if learned else loss
-
         if mask is None:
             (everything, similarity, count), _ = operators.terms(pairs, ("all", "similarity", "count"), backend=backend)
             positive, paired = similarity / count.clamp_min(1), count > 0

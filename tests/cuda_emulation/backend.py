@@ -27,14 +27,17 @@ def emulated_backend(emulated: ModuleType) -> ModuleType:
     module._C = SimpleNamespace(cuda=emulated.cuda, Outgoing=extension.Outgoing)
     module._run = run
     module._where = lambda like: (0, 0)
+    module._on = lambda like: contextlib.nullcontext()
     module.torch = _TorchOfTheHost()
     return module
 
 
 class _TorchOfTheHost:
-    """torch, whose new tensors are full of NaN, and whose current device is the host."""
+    """torch, whose new tensors are full of NaN."""
 
-    cuda = SimpleNamespace(device_of=lambda like: contextlib.nullcontext())
+    @staticmethod
+    def empty(shape, **options) -> torch.Tensor:
+        return torch.full((shape,) if isinstance(shape, int) else shape, torch.nan, **options)
 
     @staticmethod
     def empty_like(like: torch.Tensor) -> torch.Tensor:

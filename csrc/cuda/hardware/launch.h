@@ -8,8 +8,10 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
+#include <set>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "../layout.h"
 #include "../where.h"
@@ -93,6 +95,15 @@ CUtensorMap make_tensor_map(const void* rows, std::int64_t count, std::int64_t d
   return map;
 }
 
+// Once per kernel, device and host thread: it is a call into the driver, and a kernel's limit is always the same.
+inline cudaError_t raise_shared_limit(const void* kernel, int device, int bytes) {
+  thread_local std::set<std::pair<const void*, int>> raised;
+  if (raised.count({kernel, device})) return cudaSuccess;
+  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (status == cudaSuccess) raised.insert({kernel, device});
+  return status;
+}
+
 // `shape()` words the sizes; it is asked only when something failed.
 template <class Kernel, class Shape, class... A>
 void launch(const char* name, const Shape& shape, Kernel* kernel, Grid grid, int threads, int shared_bytes, const Where& where,
@@ -103,8 +114,7 @@ void launch(const char* name, const Shape& shape, Kernel* kernel, Grid grid, int
   };
   if (grid.x > 0x7fffffff || grid.y > 0xffff || grid.z > 0xffff) throw std::runtime_error("fastsupcon CUDA: grid too large: " + described());
   if (shared_bytes > 48 * 1024) {  // more than every kernel may have
-    const cudaError_t status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                    shared_limit(shared_bytes));
+    const cudaError_t status = raise_shared_limit(reinterpret_cast<const void*>(kernel), where.device, shared_limit(shared_bytes));
     if (status != cudaSuccess) check(status, described());
   }
   const dim3 blocks(static_cast<unsigned>(grid.x), grid.y, grid.z);

@@ -114,6 +114,7 @@ def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+@functools.cache
 def _places(names: tuple[str, ...]) -> int:
     """Where each quantity stands among the names, for the kernels: four bits each, 15 for none, and above them how many there are."""
     return sum((names.index(name) if name in names else 15) << 4 * k for k, name in enumerate(QUANTITIES)) | len(names) << 20
