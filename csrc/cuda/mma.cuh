@@ -379,11 +379,6 @@ __global__ void __launch_bounds__(kMmaThreads) mma_forward(const __grid_constant
   const int lane = ptx::lane();
   const int first = block.block.first_row + ptx::warp() * 16 * Shape::m_tiles + accumulator_row(lane, 0);  // of this lane's rows
   RowSums sums[Shape::m_tiles][2];
-#pragma unroll
-  for (int m = 0; m < Shape::m_tiles; ++m) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) start(sums[m][r], block.bounded);
-  }
   block.for_each_tile(
       [&](auto& s) {
 #pragma unroll

@@ -274,12 +274,9 @@ FASTSUPCON_DEVICE void add_tile(RowSums (&sums)[2], float (&s)[COLUMNS / 8][4], 
 // What the logits are in, and so similarities: natural units, or log 2 where exponentials are summed as they are.
 __host__ __device__ constexpr float logit_unit(bool bounded) { return bounded ? kLog2e : 1.0f; }
 
-FASTSUPCON_DEVICE void start(RowSums& sums, bool bounded) {
-  if (bounded) sums.different.maximum = sums.equal.maximum = 0.0f;
-}
-
 // The four lanes that share a row put their sums together, and the first of them writes those of this split.
 FASTSUPCON_DEVICE void store_sums(const Pass& pass, const BlockWork& block, RowSums& sums, int row, bool bounded, int lane) {
+  if (bounded) sums.different.maximum = sums.equal.maximum = 0.0f;  // what they are relative to
 #pragma unroll
   for (int mask = 1; mask < 4; mask *= 2) {
     const auto other = [&](float value) { return ptx::shuffle_xor(value, mask); };

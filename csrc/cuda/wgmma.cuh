@@ -161,8 +161,6 @@ __global__ void __launch_bounds__(WgmmaShape<PANELS, false, APART>::threads, 1)
   const Row rows[2] = {load_row<false>(pass.x, row), load_row<false>(pass.x, row + 8)};
   const bool ambiguous = ptx::any(is_ambiguous(rows[0]) || is_ambiguous(rows[1]));
   RowSums sums[2];
-  start(sums[0], true);
-  start(sums[1], true);
   float s[columns / 8][4] = {};
   ptx::barrier_wait(block.x_full(), 0);
   for (int tile = block.block.first_tile; tile < block.block.last_tile; ++tile) {

@@ -27,8 +27,6 @@ __global__ void __launch_bounds__(DeepShape<false, APART>::most_threads, 1)
   const Row rows[2] = {load_row<false>(pass.x, row), load_row<false>(pass.x, row + 8)};
   const bool ambiguous = ptx::any(is_ambiguous(rows[0]) || is_ambiguous(rows[1]));
   RowSums sums[2];
-  start(sums[0], true);
-  start(sums[1], true);
   float s[columns / 8][4], next[columns / 8][4];
   Place at{0, 0}, read{0, 0};  // the panel that is issued next, and that is given back next
 
