@@ -156,18 +156,20 @@ const Family& family_of(const Work& work, const Device& device) {
   throw std::runtime_error("fastsupcon CUDA: FASTSUPCON_CUDA=" + std::string(wanted) + " serves no such rows on this device");
 }
 
-// Shares the tiles of y out, and chooses how many consumers a block has, so that the launch takes the least time: its waves of blocks, each
-// as long as a block's tiles and what a block costs beside them, about two tiles. A tile of one consumer takes 5 units of time, of two 6, of
-// four 12: one's exponentials run under the other's products. Not more than 64 splits, whose sums another kernel adds up one after the other.
+// Shares the tiles of y out, and chooses how many consumers a block has, so that the launch takes the fewest clocks: its waves of blocks, each
+// as long as a block's tiles and what a block costs beside them, and, backward, what the sums of the splits cost to write and to add up. The
+// rates are an H200's: 1,300 products a clock and multiprocessor, but no more than 10 pairs; a consumer alone takes 5/3 of its share of two, as
+// nothing runs under its exponentials; 1,700 bytes a clock.
 int share_out(Work& work, const Family& family, bool backward, const Device& device) {
-  constexpr std::int64_t overhead = 2, most_splits = 64;
+  constexpr std::int64_t of_block = 3000, most_splits = 64;
   std::int64_t least = std::numeric_limits<std::int64_t>::max();
   int chosen = 0;
-  Work best = work;
+  Pass best[2] = {};
   for (const int consumers : family.consumers(work.depth, backward)) {
     const Tiling tiling = family.tiling(work, backward, consumers);
     const std::int64_t slots = std::max(std::int64_t{device.multiprocessors} * tiling.blocks_per_multiprocessor, std::int64_t{1});
-    const std::int64_t tile_time = consumers == 1 ? 5 : 3 * consumers;
+    const std::int64_t pairs = std::int64_t{tiling.rows} * tiling.columns, products = pairs * work.depth * (backward ? 2 : 1);
+    const std::int64_t of_tile = std::max(products / 1300, pairs / 10) * tiling.blocks_per_multiprocessor * (consumers == 1 ? 5 : 3) / 3;
     std::int64_t tiles[2] = {}, longest = 1;
     for (int i = 0; i < work.count; ++i) {
       work.passes[i].row_blocks = static_cast<int>(ceil_div(work.passes[i].x.count, tiling.rows));
@@ -176,21 +178,23 @@ int share_out(Work& work, const Family& family, bool backward, const Device& dev
     }
     for (std::int64_t splits = 1; splits <= std::min(longest, most_splits); ++splits) {
       const std::int64_t each = ceil_div(longest, splits);
-      std::int64_t blocks = 0;
+      std::int64_t blocks = 0, sums = 0;
       for (int i = 0; i < work.count; ++i) {
-        work.passes[i].tiles_per_split = static_cast<int>(each);
-        work.passes[i].splits = static_cast<int>(ceil_div(tiles[i], each));
-        blocks += std::int64_t{work.passes[i].row_blocks} * work.passes[i].splits * tiling.out_chunks;
+        Pass& pass = work.passes[i];
+        pass.tiles_per_split = static_cast<int>(each);
+        pass.splits = static_cast<int>(ceil_div(tiles[i], each));
+        blocks += std::int64_t{pass.row_blocks} * pass.splits * tiling.out_chunks;
+        sums += std::int64_t{pass.splits} * pass.x.count * work.depth;
       }
-      const std::int64_t cost = ceil_div(blocks, slots) * (each * tile_time + overhead * 6);
+      const std::int64_t cost = ceil_div(blocks, slots) * (each * of_tile + of_block) + (backward ? sums * 8 / 1700 : 0);
       if (cost < least) {
         least = cost;
         chosen = consumers;
-        best = work;
+        std::copy(work.passes, work.passes + 2, best);
       }
     }
   }
-  work = best;
+  std::copy(best, best + 2, work.passes);
   return chosen;
 }
 

@@ -1,7 +1,7 @@
 // Hopper kernels for depths of 257 to 1024, half: what their forward and backward share.
 //
-// Shared memory holds the block's rows x for good, and a ring of panels (64 of the depth) of tiles of y: whole tiles would be too few. A
-// panel's place is given back as soon as its last product has read it. How much fits depends on the depth alone and is decided on the host
+// Shared memory holds the block's rows x for good, and a ring of slabs of tiles of y: whole tiles would be too few. A slab is a panel (64 of
+// the depth), of tiles of 32 columns two panels: the wait for it and the address arithmetic took longer than the products of one. Its place is given back as soon as its last product has read it. How much fits depends on the depth alone and is decided on the host
 // (DeepLayout), so that one kernel serves all depths that need as many registers.
 #pragma once
 
@@ -13,46 +13,49 @@ constexpr int kDeepDepth = 1024;  // the largest
 constexpr int kPanelDepth = 64;
 
 struct DeepLayout {
-  int panels;     // of the depth
-  int slice;      // panels of the result that a consumer of the backward owns; 0 in the forward
+  int slabs;      // of the depth
+  int slice;      // slabs of the result that a consumer of the backward owns; 0 in the forward
   int consumers;  // warpgroups beside the producer
   int places;     // of the ring
 };
 
-template <bool BACKWARD, bool APART>
+template <bool BACKWARD, bool APART, int COLUMNS>
 struct DeepShape {
-  static constexpr int columns = BACKWARD ? 32 : 128;      // of a tile
+  static constexpr int columns = COLUMNS;                  // of a tile
   static constexpr int slots_places = BACKWARD ? 4 : 1;  // tiles whose slots are held
-  static constexpr int most_places = 40;
+  static constexpr int slab_panels = COLUMNS == 32 ? 2 : 1, slab_depth = slab_panels * kPanelDepth;
+  static constexpr int most_places = 20;
   static constexpr int most_threads = 3 * 128;
   static constexpr int producer_registers = BACKWARD ? 24 : 40, consumer_registers = BACKWARD ? 240 : 232;
   static_assert(producer_registers + 2 * consumer_registers <= 3 * (65536 / most_threads / 8 * 8),
                 "setmaxnreg hands out what the block was launched with, and waits forever for more");
-  static constexpr int panel_bytes = columns * kPanelBytes;
+  static constexpr int panel_bytes = columns * kPanelBytes, slab_bytes = slab_panels * panel_bytes;
   static constexpr int slots = cuda::slots(BACKWARD, false, APART), slots_bytes = slots * columns * kFieldBytes;
   static constexpr int x_slots = BACKWARD ? kEqual + 1 : 0;  // fields of x; the forward holds those of a lane's rows in registers
-  // Shared memory: W of two tiles side by side, one panel; slots of tiles and of x; barriers; x; the ring.
-  static constexpr int slots_at = BACKWARD ? 64 * kPanelBytes : 0;
+  // Shared memory: W of two tiles; slots of tiles and of x; barriers; x; the ring.
+  static constexpr int slots_at = BACKWARD ? 2 * 64 * COLUMNS * 2 : 0;
   static constexpr int x_slots_at = slots_at + slots_places * slots_bytes, x_slots_bytes = x_slots * 64 * kFieldBytes;
   static constexpr int barriers_at = x_slots_at + x_slots_bytes;
   static constexpr int x_at = (barriers_at + 8 * (1 + 2 * slots_places + 2 * most_places) + 1023) / 1024 * 1024;
 
   __host__ __device__ static constexpr int rows(int consumers) { return BACKWARD ? 64 : 64 * consumers; }
-  __host__ __device__ static constexpr int ring_at(int panels, int consumers) { return x_at + panels * rows(consumers) * kPanelBytes; }
-  static constexpr int fitting_places(int panels, int consumers) {
-    const int fitting = (kBlockSharedBytes - ring_at(panels, consumers)) / panel_bytes;
+  __host__ __device__ static constexpr int ring_at(int slabs, int consumers) {
+    return x_at + slabs * slab_panels * rows(consumers) * kPanelBytes;
+  }
+  static constexpr int fitting_places(int slabs, int consumers) {
+    const int fitting = (kBlockSharedBytes - ring_at(slabs, consumers)) / slab_bytes;
     return fitting < most_places ? fitting : most_places;
   }
 };
 
-// Where a panel lies in the ring, and the parity of the round in which it is there.
+// Where a slab lies in the ring, and the parity of the round in which it is there.
 struct Place {
   int index, parity;
 };
 
-template <Product PRODUCT, bool BACKWARD, bool APART>
+template <Product PRODUCT, bool BACKWARD, bool APART, int COLUMNS>
 struct DeepBlock {
-  using Shape = DeepShape<BACKWARD, APART>;
+  using Shape = DeepShape<BACKWARD, APART, COLUMNS>;
   static constexpr int columns = Shape::columns;
 
   const Work& work;
@@ -70,7 +73,7 @@ struct DeepBlock {
         rows(Shape::rows(layout.consumers)),
         block(block_work(work, rows, columns)),
         pass(work.passes[block.pass]),
-        ring(weights + Shape::ring_at(layout.panels, layout.consumers)) {
+        ring(weights + Shape::ring_at(layout.slabs, layout.consumers)) {
     if (ptx::thread() == 0) {
       const int releases = BACKWARD ? 4 : 4 * layout.consumers;  // by warps: of the one consumer that reads last, or of all
       ptx::barrier_init(x_full(), 1);
@@ -94,54 +97,58 @@ struct DeepBlock {
   FASTSUPCON_DEVICE ptx::Address empty(int place) const { return full(Shape::most_places + place); }
 
   FASTSUPCON_DEVICE ptx::Address x_panel(int panel) const { return x_at + panel * rows * kPanelBytes; }
-  FASTSUPCON_DEVICE ptx::Address y_panel(Place at) const { return ring + at.index * Shape::panel_bytes; }
-  FASTSUPCON_DEVICE Place after(Place at, int panels) const {  // panels ≤ places
-    const int index = at.index + panels;
+  FASTSUPCON_DEVICE ptx::Address y_slab(Place at) const { return ring + at.index * Shape::slab_bytes; }
+  FASTSUPCON_DEVICE Place after(Place at, int slabs) const {  // slabs ≤ places
+    const int index = at.index + slabs;
     return index < layout.places ? Place{index, at.parity} : Place{index - layout.places, at.parity ^ 1};
   }
 
-  // The panel with which a tile's order begins; the others follow cyclically. Backward: the order ends with the slice of the consumer that
+  // The slab with which a tile's order begins; the others follow cyclically. Backward: the order ends with the slice of the consumer that
   // does not own the tile, as it holds this slice while it waits for all of the next tile: at depth 1024 the ring could not pass it.
-  FASTSUPCON_DEVICE int first_panel(int tile) const {
+  FASTSUPCON_DEVICE int first_slab(int tile) const {
     const int other = 1 - owner(tile);
     const int end = (ptx::block_z() * 2 + other + 1) * layout.slice;
-    return end < layout.panels ? end : 0;
+    return end < layout.slabs ? end : 0;
   }
   FASTSUPCON_DEVICE int owner(int tile) const { return (tile - block.first_tile) & 1; }
-  FASTSUPCON_DEVICE int next_panel(int panel) const { return panel + 1 < layout.panels ? panel + 1 : 0; }
-  FASTSUPCON_DEVICE Place place_of(int tile, Place tile_at, int panel) const {
-    const int position = panel - first_panel(tile);
-    return after(tile_at, position < 0 ? position + layout.panels : position);
+  FASTSUPCON_DEVICE int next_slab(int slab) const { return slab + 1 < layout.slabs ? slab + 1 : 0; }
+  FASTSUPCON_DEVICE Place place_of(int tile, Place tile_at, int slab) const {
+    const int position = slab - first_slab(tile);
+    return after(tile_at, position < 0 ? position + layout.slabs : position);
   }
 
   // The slots of tile number t of this block use place t % slots_places for the (t / slots_places)-th time.
   FASTSUPCON_DEVICE int slots_place(int tile) const { return (tile - block.first_tile) % Shape::slots_places; }
   FASTSUPCON_DEVICE int slots_parity(int tile) const { return (tile - block.first_tile) / Shape::slots_places % 2; }
 
-  // The producer: one thread of its first warp asks for the panels, one of its second for the slots. Not the same, as the forward wants the
-  // next tile's panels before it gives a tile's slots back.
+  // The producer: one thread of its first warp asks for the slabs, one of its second for the slots. Not the same, as the forward wants the
+  // next tile's slabs before it gives a tile's slots back.
   FASTSUPCON_DEVICE void produce(const Maps& maps) const {
     if (ptx::lane() != 0) return;
-    if (ptx::thread() == 0) fetch_panels(maps.x[block.pass], maps.y[block.pass]);
+    if (ptx::thread() == 0) fetch_slabs(maps.x[block.pass], maps.y[block.pass]);
     if (ptx::thread() == 32) fetch_tiles_slots();
   }
-  FASTSUPCON_DEVICE void fetch_panels(const ptx::TensorMap& x_map, const ptx::TensorMap& y_map) const {
-    ptx::barrier_arrive_expecting(x_full(), layout.panels * rows * kPanelBytes + Shape::x_slots_bytes);
+  FASTSUPCON_DEVICE void fetch_slabs(const ptx::TensorMap& x_map, const ptx::TensorMap& y_map) const {
+    const int panels = layout.slabs * Shape::slab_panels;
+    ptx::barrier_arrive_expecting(x_full(), panels * rows * kPanelBytes + Shape::x_slots_bytes);
     fetch_slots(weights + Shape::x_slots_at, pass.x, block.first_row, 64, Shape::x_slots, true, true, x_full());
-    for (int p = 0; p < layout.panels; ++p) {
+    for (int p = 0; p < panels; ++p) {
       ptx::copy_box_async(x_panel(p), x_map, kPanelDepth * p, block.first_row, x_full());
     }
     Place at{0, 0};
 #pragma unroll 1  // the producer has few registers
     for (int tile = block.first_tile; tile < block.last_tile; ++tile) {
-      int panel = first_panel(tile);
+      int slab = first_slab(tile);
 #pragma unroll 1
-      for (int p = 0; p < layout.panels; ++p) {
+      for (int i = 0; i < layout.slabs; ++i) {
         ptx::barrier_wait(empty(at.index), at.parity ^ 1);
-        ptx::barrier_arrive_expecting(full(at.index), Shape::panel_bytes);
-        ptx::copy_box_async(y_panel(at), y_map, kPanelDepth * panel, tile * columns, full(at.index));
+        ptx::barrier_arrive_expecting(full(at.index), Shape::slab_bytes);
+        for (int h = 0; h < Shape::slab_panels; ++h) {
+          ptx::copy_box_async(y_slab(at) + h * Shape::panel_bytes, y_map, Shape::slab_depth * slab + kPanelDepth * h, tile * columns,
+                              full(at.index));
+        }
         at = after(at, 1);
-        panel = next_panel(panel);
+        slab = next_slab(slab);
       }
     }
   }
@@ -178,13 +185,16 @@ struct DeepBlock {
     return is_special ? special_of<columns>(work, pass, rows, row, tile * columns, ptx::lane()) : Special{};
   }
 
-  // s (+)= x yᵀ over one panel of the depth, of 64 rows from `row` on; under way on return.
-  FASTSUPCON_DEVICE void issue_logits_of_panel(float (&s)[columns / 8][4], int row, int panel, Place at, bool accumulate) const {
-    const ptx::Address x = x_panel(panel) + row * kPanelBytes, y = y_panel(at);
+  // s (+)= x yᵀ over one slab of the depth, of 64 rows from `row` on; under way on return.
+  FASTSUPCON_DEVICE void issue_logits_of_slab(float (&s)[columns / 8][4], int row, int slab, Place at, bool accumulate) const {
 #pragma unroll
-    for (int step = 0; step < 4; ++step) {
-      ptx::Wgmma<PRODUCT == Product::bf16, columns>::shared(s, depth_major_descriptor(x, step), depth_major_descriptor(y, step),
-                                                            accumulate || step > 0);
+    for (int h = 0; h < Shape::slab_panels; ++h) {
+      const ptx::Address x = x_panel(slab * Shape::slab_panels + h) + row * kPanelBytes, y = y_slab(at) + h * Shape::panel_bytes;
+#pragma unroll
+      for (int step = 0; step < 4; ++step) {
+        ptx::Wgmma<PRODUCT == Product::bf16, columns>::shared(s, depth_major_descriptor(x, step), depth_major_descriptor(y, step),
+                                                              accumulate || h + step > 0);
+      }
     }
     ptx::wgmma_commit();
   }

@@ -2,12 +2,12 @@
 // the logits, 6N²D.
 //
 // The result of 64 rows fills the registers of two consumers: each owns a slice of OUT_PANELS · 64 columns. They take turns with the tiles
-// (32 columns, so that the ring holds several): the owner of tile j computes its logits and weights W, publishes W through shared memory,
+// (narrow, so that the ring holds several): the owner of tile j computes its logits and weights W, publishes W through shared memory,
 // and both multiply it with their own panels of y. In steady state one consumer weighs its tile under the other's products:
 //   consumer 0   exps 2 → W₂          W₂y₂  W₁y₁  logits 4   exps 4 → W₄          W₄y₄  W₃y₃  logits 6 …
 //   consumer 1   W₁y₁  W₀y₀  logits 3   exps 3 → W₃          W₃y₃  W₂y₂  logits 5   exps 5 → W₅ …
 // Neither waits for the other's W before it weighs its own tile: so the exps of one tile after the other would be in one chain. Named
-// barriers, two for each consumer, say "W of my tile is written", and "I have read your last W": one panel holds both tiles' W.
+// barriers, two for each consumer, say "W of my tile is written", and "I have read your last W".
 #pragma once
 
 #include "wgmma_deep.cuh"
@@ -15,45 +15,55 @@
 namespace fastsupcon::cuda {
 
 // What a consumer does beside the logits: its slice of the result.
-template <Product PRODUCT, int OUT_PANELS, bool APART>
+template <Product PRODUCT, int OUT_PANELS, bool APART, int COLUMNS>
 struct DeepSlice {
-  using Block = DeepBlock<PRODUCT, true, APART>;
+  using Block = DeepBlock<PRODUCT, true, APART, COLUMNS>;
   using Product64 = ptx::Wgmma<PRODUCT == Product::bf16, 64>;
   static constexpr int own_written = 4;              // named barriers own_written + consumer
   static constexpr int steps = Block::columns / 16;  // of the second product, 16 columns of the tile each
+  static constexpr int slab_panels = Block::Shape::slab_panels, slabs = OUT_PANELS / slab_panels;
 
   const Block& block;
   int consumer;
 
-  FASTSUPCON_DEVICE int first_panel() const { return (ptx::block_z() * 2 + consumer) * OUT_PANELS; }
-  // A slice may reach past the depth: it then multiplies the last panel again, and stores nothing of that.
-  FASTSUPCON_DEVICE Place place_of(int tile, Place tile_at, int p) const {
-    const int panel = first_panel() + p, last = block.layout.panels - 1;
-    return block.place_of(tile, tile_at, panel < last ? panel : last);
+  FASTSUPCON_DEVICE int first_slab() const { return (ptx::block_z() * 2 + consumer) * slabs; }
+  // A slice may reach past the depth: it then multiplies the last slab again, and stores nothing of that.
+  FASTSUPCON_DEVICE Place place_of(int tile, Place tile_at, int i) const {
+    const int slab = first_slab() + i, last = block.layout.slabs - 1;
+    return block.place_of(tile, tile_at, slab < last ? slab : last);
   }
 
   FASTSUPCON_DEVICE void wait_for(int tile, Place tile_at) const {
 #pragma unroll
-    for (int p = 0; p < OUT_PANELS; ++p) block.wait_for(place_of(tile, tile_at, p));
+    for (int i = 0; i < slabs; ++i) block.wait_for(place_of(tile, tile_at, i));
   }
   FASTSUPCON_DEVICE void release(int tile, Place tile_at) const {
 #pragma unroll
-    for (int p = 0; p < OUT_PANELS; ++p) {
-      if (first_panel() + p < block.layout.panels) block.release(place_of(tile, tile_at, p));
+    for (int i = 0; i < slabs; ++i) {
+      if (first_slab() + i < block.layout.slabs) block.release(place_of(tile, tile_at, i));
     }
   }
 
+  // use(panel of the result, panel of y, step) for all products of a tile.
+  template <class Use>
+  FASTSUPCON_DEVICE void for_each_product(int tile, Place tile_at, Use use) const {
+#pragma unroll
+    for (int i = 0; i < slabs; ++i) {
+      const ptx::Address slab = block.y_slab(place_of(tile, tile_at, i));
+#pragma unroll
+      for (int h = 0; h < slab_panels; ++h) {
+#pragma unroll
+        for (int k = 0; k < steps; ++k) use(i * slab_panels + h, slab + h * Block::Shape::panel_bytes, k);
+      }
+    }
+  }
   // out += W y with W published by the tile's owner, under way on return.
   FASTSUPCON_DEVICE void issue_published(float (&out)[OUT_PANELS][8][4], int tile, Place tile_at) const {
     const int first_step = block.owner(tile) * steps;
-#pragma unroll
-    for (int p = 0; p < OUT_PANELS; ++p) {
-      const ptx::Address y = block.y_panel(place_of(tile, tile_at, p));
-#pragma unroll
-      for (int k = 0; k < steps; ++k) {
-        Product64::shared_row_major(out[p], depth_major_descriptor(block.weights, first_step + k), row_major_descriptor(y, k, 0));
-      }
-    }
+    const ptx::Address w = block.weights + first_step / 4 * 64 * kPanelBytes;
+    for_each_product(tile, tile_at, [&](int p, ptx::Address y, int k) {
+      Product64::shared_row_major(out[p], depth_major_descriptor(w, first_step % 4 + k), row_major_descriptor(y, k, 0));
+    });
     ptx::wgmma_commit();
   }
   // The same with W of this consumer's own tile: from registers, which spares shared memory a sixth of its reads, where there are enough.
@@ -64,12 +74,8 @@ struct DeepSlice {
       issue_published(out, tile, tile_at);
     } else {
       ptx::wgmma_fence();
-#pragma unroll
-      for (int p = 0; p < OUT_PANELS; ++p) {
-        const ptx::Address y = block.y_panel(place_of(tile, tile_at, p));
-#pragma unroll
-        for (int k = 0; k < steps; ++k) Product64::registers(out[p], w[k], row_major_descriptor(y, k, 0));
-      }
+      for_each_product(tile, tile_at,
+                       [&](int p, ptx::Address y, int k) { Product64::registers(out[p], w[k], row_major_descriptor(y, k, 0)); });
       ptx::wgmma_commit();
     }
   }
@@ -80,21 +86,21 @@ struct DeepSlice {
     for (int k = 0; k < steps; ++k) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int chunk = 2 * (consumer * steps + k) + i / 2;
-        ptx::store_word(block.weights + panel_offset(row + 8 * (i % 2), chunk) + 2 * accumulator_column(lane, 0), w[k][i]);
+        const int step = consumer * steps + k, panel = step / 4 * 64 * kPanelBytes, chunk = 2 * (step % 4) + i / 2;
+        ptx::store_word(block.weights + panel + panel_offset(row + 8 * (i % 2), chunk) + 2 * accumulator_column(lane, 0), w[k][i]);
       }
     }
     ptx::fence_async_proxy();
   }
 };
 
-template <Product PRODUCT, int OUT_PANELS, bool APART>
-__global__ void __launch_bounds__(DeepShape<true, APART>::most_threads, 1)
+template <Product PRODUCT, int OUT_PANELS, bool APART, int COLUMNS>
+__global__ void __launch_bounds__(DeepShape<true, APART, COLUMNS>::most_threads, 1)
     wgmma_deep_backward(const __grid_constant__ Work work, const __grid_constant__ DeepLayout layout,
                         const __grid_constant__ Maps maps) {
-  using Block = DeepBlock<PRODUCT, true, APART>;
+  using Block = DeepBlock<PRODUCT, true, APART, COLUMNS>;
   using Shape = typename Block::Shape;
-  using Slice = DeepSlice<PRODUCT, OUT_PANELS, APART>;
+  using Slice = DeepSlice<PRODUCT, OUT_PANELS, APART, COLUMNS>;
   constexpr int columns = Shape::columns;
   constexpr int published = 1, read = 6;  // named barriers published + consumer, read + consumer
   const Block block(work, layout);
@@ -117,29 +123,29 @@ __global__ void __launch_bounds__(DeepShape<true, APART>::most_threads, 1)
   float s[columns / 8][4];
   std::uint32_t packed[Slice::steps][4] = {};
 
-  const auto issue_logits_of_panel = [&](int panel, Place at, bool accumulate) {
+  const auto issue_logits_of_slab = [&](int slab, Place at, bool accumulate) {
     block.wait_for(at);
     ptx::wgmma_fence();
-    block.issue_logits_of_panel(s, 0, panel, at, accumulate);
+    block.issue_logits_of_slab(s, 0, slab, at, accumulate);
   };
-  // The first panel stands apart, and the loop waits for all but the last groups: else ptxas serialises (C7515) or adds fences (C7519).
+  // The first slab stands apart, and the loop waits for all but the last groups: else ptxas serialises (C7515) or adds fences (C7519).
   const auto issue_logits = [&](int tile, Place at) {
-    int panel = block.first_panel(tile);
-    issue_logits_of_panel(panel, at, false);
+    int slab = block.first_slab(tile);
+    issue_logits_of_slab(slab, at, false);
 #pragma unroll 1
-    for (int p = 1; p < layout.panels; ++p) {
-      panel = block.next_panel(panel);
+    for (int i = 1; i < layout.slabs; ++i) {
+      slab = block.next_slab(slab);
       at = block.after(at, 1);
-      ptx::wgmma_wait<3>();
-      issue_logits_of_panel(panel, at, true);
+      ptx::wgmma_wait<1>();
+      issue_logits_of_slab(slab, at, true);
     }
   };
-  // Panels of the depth that belong to no slice of this block: only the logits read them.
+  // Slabs of the depth that belong to no slice of this block: only the logits read them.
   const auto release_unsliced = [&](int tile, Place at) {
-    const int first_sliced = ptx::block_z() * 2 * OUT_PANELS, last_sliced = first_sliced + 2 * OUT_PANELS;
+    const int first_sliced = ptx::block_z() * 2 * Slice::slabs, last_sliced = first_sliced + 2 * Slice::slabs;
 #pragma unroll 1
-    for (int panel = 0; panel < layout.panels; ++panel) {
-      if (panel < first_sliced || panel >= last_sliced) block.release(block.place_of(tile, at, panel));
+    for (int slab = 0; slab < layout.slabs; ++slab) {
+      if (slab < first_sliced || slab >= last_sliced) block.release(block.place_of(tile, at, slab));
     }
   };
   const auto weigh = [&](int tile) {
@@ -157,12 +163,12 @@ __global__ void __launch_bounds__(DeepShape<true, APART>::most_threads, 1)
     pack_weights<PRODUCT, columns>(packed, s);
   };
 
-  // Before consumer 0's first tile stands one whose W is zero, so that every tile is treated alike; its y is the end of the first: panels of a
+  // Before consumer 0's first tile stands one whose W is zero, so that every tile is treated alike; its y is the end of the first: slabs of a
   // slice, at every depth, so none that release_unsliced gives back under this product.
   const int other = 1 - consumer;
   int tile = block.block.first_tile + consumer;
   Place before{0, 0};  // tile − 1, the other consumer's
-  Place at = consumer == 0 ? before : block.after(before, layout.panels);
+  Place at = consumer == 0 ? before : block.after(before, layout.slabs);
   if (consumer == 1) {
     slice.publish(packed);
     ptx::arrive_named(published + consumer, 256);
@@ -175,10 +181,10 @@ __global__ void __launch_bounds__(DeepShape<true, APART>::most_threads, 1)
     ptx::hold(s);
     release_unsliced(tile, at);
     weigh(tile);
+    slice.wait_for(tile - 1, before);
     if (tile > block.block.first_tile) ptx::sync_named(read + consumer, 256);
     slice.publish(packed);
     ptx::arrive_named(published + consumer, 256);
-    slice.wait_for(tile - 1, before);
     slice.issue_own(out, packed, tile, at);
     ptx::sync_named(published + other, 256);
     ptx::wgmma_fence();
@@ -187,8 +193,8 @@ __global__ void __launch_bounds__(DeepShape<true, APART>::most_threads, 1)
     ptx::arrive_named(read + other, 256);
     if (tile > block.block.first_tile) slice.release(tile - 1, before);
     slice.release(tile, at);
-    before = block.after(at, layout.panels);
-    at = block.after(before, layout.panels);
+    before = block.after(at, layout.slabs);
+    at = block.after(before, layout.slabs);
   }
   if (tile == block.block.last_tile) {  // the other consumer's was the last
     slice.wait_for(tile - 1, before);
@@ -208,7 +214,7 @@ __global__ void __launch_bounds__(DeepShape<true, APART>::most_threads, 1)
     for (int p = 0; p < OUT_PANELS; ++p) {
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
-        const std::int64_t column = (slice.first_panel() + p) * kPanelDepth + 8 * n + accumulator_column(lane, 0);
+        const std::int64_t column = std::int64_t{slice.first_slab() * Slice::slab_panels + p} * kPanelDepth + 8 * n + accumulator_column(lane, 0);
         store_pair(to, work.depth, column, out[p][n][2 * r] * per_unit, out[p][n][2 * r + 1] * per_unit);
       }
     }

@@ -1,16 +1,17 @@
 // The forward for depths of 257 to 1024 on Hopper: 2N²D flops. Two consumers own 64 rows each, so that 128 flops come of each byte of y;
-// at depth > 768 shared memory holds x of 64 rows only, and there is one. The first panels of the next tile run under this one's exps.
+// at depth > 768 shared memory holds x of 64 rows only, and there is one. At depth 513 to 768 the ring holds two panels of 128 columns, too few
+// to fetch ahead, or four of 64. The first slabs of the next tile run under this one's exps.
 #pragma once
 
 #include "wgmma_deep.cuh"
 
 namespace fastsupcon::cuda {
 
-template <Product PRODUCT, bool APART>
-__global__ void __launch_bounds__(DeepShape<false, APART>::most_threads, 1)
+template <Product PRODUCT, bool APART, int COLUMNS>
+__global__ void __launch_bounds__(DeepShape<false, APART, COLUMNS>::most_threads, 1)
     wgmma_deep_forward(const __grid_constant__ Work work, const __grid_constant__ DeepLayout layout,
                        const __grid_constant__ Maps maps) {
-  using Block = DeepBlock<PRODUCT, false, APART>;
+  using Block = DeepBlock<PRODUCT, false, APART, COLUMNS>;
   using Shape = typename Block::Shape;
   constexpr int columns = Shape::columns;
   const Block block(work, layout);
@@ -28,32 +29,32 @@ __global__ void __launch_bounds__(DeepShape<false, APART>::most_threads, 1)
   const bool ambiguous = ptx::any(is_ambiguous(rows[0]) || is_ambiguous(rows[1]));
   RowSums sums[2];
   float s[columns / 8][4], next[columns / 8][4];
-  Place at{0, 0}, read{0, 0};  // the panel that is issued next, and that is given back next
+  Place at{0, 0}, read{0, 0};  // the slab that is issued next, and that is given back next
 
-  const auto issue_panel = [&](int panel) {
+  const auto issue_slab = [&](int slab) {
     block.wait_for(at);
     ptx::wgmma_fence();
-    block.issue_logits_of_panel(next, consumer * 64, panel, at, panel > 0);
+    block.issue_logits_of_slab(next, consumer * 64, slab, at, slab > 0);
     at = block.after(at, 1);
   };
-  const auto release_panel = [&] {
+  const auto release_slab = [&] {
     block.release(read);
     read = block.after(read, 1);
   };
-  const auto issue_first_panels = [&] {  // two: the least that the ring holds
-    issue_panel(0);
-    issue_panel(1);
+  const auto issue_first_slabs = [&] {  // two: the least that the ring holds
+    issue_slab(0);
+    issue_slab(1);
   };
   const auto finish = [&] {
 #pragma unroll 1
-    for (int panel = 2; panel < layout.panels; ++panel) {
+    for (int slab = 2; slab < layout.slabs; ++slab) {
       ptx::wgmma_wait<1>();
-      release_panel();
-      issue_panel(panel);
+      release_slab();
+      issue_slab(slab);
     }
     ptx::wgmma_wait<0>();
-    release_panel();
-    release_panel();
+    release_slab();
+    release_slab();
     ptx::hold(next);
 #pragma unroll
     for (int j = 0; j < columns / 8; ++j) {
@@ -72,10 +73,10 @@ __global__ void __launch_bounds__(DeepShape<false, APART>::most_threads, 1)
   };
 
   ptx::barrier_wait(block.x_full(), 0);
-  issue_first_panels();
+  issue_first_slabs();
   finish();
   for (int tile = block.block.first_tile; tile < block.block.last_tile - 1; ++tile) {
-    issue_first_panels();
+    issue_first_slabs();
     add(tile);
     finish();
   }

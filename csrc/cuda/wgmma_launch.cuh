@@ -49,17 +49,17 @@ struct WgmmaVariant {
   }
 };
 
-// OUT_PANELS: of the result, in each of the backward's two consumers; 0 in the forward.
-template <Product PRODUCT, int OUT_PANELS, bool BACKWARD, bool APART>
+// OUT_PANELS: of the result, in each of the backward's two consumers; 0 in the forward. COLUMNS: of a tile.
+template <Product PRODUCT, int OUT_PANELS, bool BACKWARD, bool APART, int COLUMNS>
 struct DeepVariant {
-  using Shape = DeepShape<BACKWARD, APART>;
+  using Shape = DeepShape<BACKWARD, APART, COLUMNS>;
   static DeepLayout layout(std::int64_t depth, int consumers) {
-    const int panels = static_cast<int>(ceil_div(depth, kPanelDepth));
-    return {panels, OUT_PANELS, consumers, Shape::fitting_places(panels, consumers)};
+    const int slabs = static_cast<int>(ceil_div(depth, Shape::slab_depth));
+    return {slabs, OUT_PANELS / Shape::slab_panels, consumers, Shape::fitting_places(slabs, consumers)};
   }
   static Tiling tiling(std::int64_t depth, int consumers) {
     const DeepLayout layout = DeepVariant::layout(depth, consumers);
-    const int out_chunks = BACKWARD ? static_cast<int>(ceil_div(layout.panels, 2 * OUT_PANELS)) : 1;
+    const int out_chunks = BACKWARD ? static_cast<int>(ceil_div(layout.slabs, 2 * layout.slice)) : 1;
     return {Shape::rows(layout.consumers), Shape::columns, 1, out_chunks};
   }
   static void launch(const Work& work, int consumers, const Where& where) {
@@ -67,14 +67,14 @@ struct DeepVariant {
     const Tiling tiling = DeepVariant::tiling(work.depth, consumers);
     const Grid grid = tile_grid(work, tiling);
     const int threads = 128 * (layout.consumers + 1);
-    const int shared_bytes = Shape::ring_at(layout.panels, layout.consumers) + layout.places * Shape::panel_bytes;
+    const int shared_bytes = Shape::ring_at(layout.slabs, layout.consumers) + layout.places * Shape::slab_bytes;
     const auto shape = [&] { return shape_of(work); };
     const Maps maps = maps_of<PRODUCT>(work, tiling);
     if constexpr (BACKWARD) {
-      cuda::launch("wgmma_deep_backward", shape, wgmma_deep_backward<PRODUCT, OUT_PANELS, APART>, grid, threads, shared_bytes, where, work,
+      cuda::launch("wgmma_deep_backward", shape, wgmma_deep_backward<PRODUCT, OUT_PANELS, APART, COLUMNS>, grid, threads, shared_bytes, where, work,
                    layout, maps);
     } else {
-      cuda::launch("wgmma_deep_forward", shape, wgmma_deep_forward<PRODUCT, APART>, grid, threads, shared_bytes, where, work, layout, maps);
+      cuda::launch("wgmma_deep_forward", shape, wgmma_deep_forward<PRODUCT, APART, COLUMNS>, grid, threads, shared_bytes, where, work, layout, maps);
     }
   }
 };
@@ -87,10 +87,11 @@ auto with_wgmma_variant(std::int64_t depth, bool backward, bool apart, Use use) 
     if (depth <= 128) return use(WgmmaVariant<PRODUCT, 2, BACKWARD, APART>{});
     if (depth <= 256) return use(WgmmaVariant<PRODUCT, 4, BACKWARD, APART>{});
     if constexpr (!BACKWARD) {
-      return use(DeepVariant<PRODUCT, 0, false, APART>{});
+      if (depth > 512 && depth <= 768) return use(DeepVariant<PRODUCT, 0, false, APART, 64>{});
+      return use(DeepVariant<PRODUCT, 0, false, APART, 128>{});
     } else {
-      if (depth <= 512 || depth > 768) return use(DeepVariant<PRODUCT, 4, true, APART>{});
-      return use(DeepVariant<PRODUCT, 6, true, APART>{});
+      if (depth <= 512 || depth > 768) return use(DeepVariant<PRODUCT, 4, true, APART, 32>{});
+      return use(DeepVariant<PRODUCT, 6, true, APART, 32>{});
     }
   };
   const auto of_side = [&](auto is_backward) { return apart ? of(is_backward, std::true_type{}) : of(is_backward, std::false_type{}); };
