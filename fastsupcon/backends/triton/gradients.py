@@ -1,7 +1,8 @@
 """Backward: each program owns rows x_i, recomputes their logits tile by tile, and sums dx_i = scale * sum_j w_ij y_j.
 
 w_ij is, over the log-sums q that (i, j) is in, g_i exp(t_ij - q_i) + h_j exp(t_ij - q'_j), and [equal keys] (u_i + v_j). The symmetric self
-shape has h = g, q' = q, v = u. One recomputed tile, one second product from the same tile of y, no atomics: 4 N M D flops a side.
+shape has h = g, q' = q, v = u. One recomputed tile, one second product from the same tile of y, no atomics: 4 N M D flops a side, and
+2 N M D more for each further chunk of D. What depends on a row alone, :func:`weights_kernel` makes once.
 
     program  a tile of rows (or of columns), a split of the other side's tiles; second index: a chunk of D
     writes   the gradient itself, or where the stream has splits or D has chunks its parts [splits, n, D], which :func:`finish_kernel` sums;
