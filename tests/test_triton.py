@@ -34,14 +34,14 @@ class Allocations(TorchDispatchMode):
 @pytest.mark.parametrize("n", [2, 256, 1024, 4096, 20000, 65536])
 @pytest.mark.parametrize("m", [0, 10, 100, 1000])
 def test_launches_of_a_step(dtype, n, m):
-    """As planned for a GPU of 132 multiprocessors: at most eight, and no operator of torch's that launches."""
+    """As planned for a GPU of 132 multiprocessors: at most eight, seven for few pairs, and no operator of torch's that launches."""
     from triton_ahead import Form, recorded, step
 
     gpu = triton._Gpu("hopper", 132, dict.fromkeys((False, True), "tf32x3"))
     with recorded(gpu) as launches, Allocations():
         step(Form(n, m, PSC if m else SCL), dtype, 128)
     names = [kernel.__name__ for kernel, _ in launches]
-    assert 6 <= len(names) <= 8, names
+    assert 6 <= len(names) <= (7 if n * (m or n) <= 2**22 else 8), names
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -3,10 +3,10 @@
     forward         rows_kernel if unit or with keys; forward_kernel; join_kernel if a side's stream has splits
     line            line_kernel
     line_backward   line_backward_kernel
-    backward        weights_kernel; gradient_kernel; finish_kernel if there are parts to sum
+    backward        weights_kernel but for few pairs; gradient_kernel; finish_kernel if there are parts to sum
 
-So a step is six to eight launches, and no operator of torch's launches beside them. Nothing here waits for the
-device or looks at values in it, and every sum has a fixed order. Triton is imported by the first call.
+So a step is six to eight launches, and no operator of torch's launches beside them. Nothing here waits for the device or looks at values
+in it, and every sum has a fixed order. Triton is imported by the first call.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from .table import family, gradient_width, padded, tile
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_DEPTH = 1024
+_FEW_PAIRS = 1 << 22  # for which a launch that makes the weights of rows costs more than it saves; heavy gradients lack the registers
 _FEW = 64  # terms in a sum, whose roundings to half precision do not average out
 
 
@@ -271,19 +272,23 @@ def backward(pairs: Pairs, rows: Side, columns: Side, norms: Tensor, kept: Tenso
             dbias_parts = _empty(a, column_splits, m) if needs[2] else None
         dscale_parts = _empty(a, row_splits, n) if needs[3] else None
         problem = _problem(pairs, gpu)
-        one_sided = BOTH_SIDES if symmetric or of_rows == of_columns else OF_ROWS if of_rows else OF_COLUMNS
         inverse = (norms, norms if pairs.columns is None else norms[n:]) if pairs.unit else (None, None)
-        numbers = _empty(a, 4 * _numbers_size(n, 0 if symmetric else m) + 2, dtype=torch.int64)
-        programs = _cdiv(n, 128), 0 if symmetric else _cdiv(m, 128)
-        weights_kernel[(sum(programs),)](
-            rows.values, rows.grads, *((None, None) if symmetric else (columns.values, columns.grads)),
-            problem["a_key_ptr"], problem["b_key_ptr"], *inverse, problem["scale_ptr"], numbers, n, m, problem["scale"], programs[0],
-            BOUNDED=problem["BOUNDED"], KIND=kind, ONE_SIDED=one_sided,
-            ROW_PLACES=_places(rows.names), COLUMN_PLACES=_places(rows.names if symmetric else columns.names),
-            HALF=a.dtype == torch.float16, BLOCK=128, num_warps=4,
-        )  # fmt: skip
+        sides_of = {
+            "row_values_ptr": rows.values, "row_grads_ptr": rows.grads, "column_values_ptr": None if symmetric else columns.values,
+            "column_grads_ptr": None if symmetric else columns.grads, "a_inverse_ptr": inverse[0], "b_inverse_ptr": inverse[1],
+            "KIND": kind, "ONE_SIDED": BOTH_SIDES if symmetric or of_rows == of_columns else OF_ROWS if of_rows else OF_COLUMNS,
+            "ROW_PLACES": _places(rows.names), "COLUMN_PLACES": _places(rows.names if symmetric else columns.names),
+        }  # fmt: skip
+        numbers = None
+        if not light or max(grid.splits) == 1 or n * m > _FEW_PAIRS:
+            numbers = _empty(a, 4 * _numbers_size(n, 0 if symmetric else m) + 2, dtype=torch.int64)
+            programs = _cdiv(n, 128), 0 if symmetric else _cdiv(m, 128)
+            shared = {name: problem[name] for name in ("a_key_ptr", "b_key_ptr", "scale_ptr", "n", "m", "scale", "BOUNDED")}
+            weights_kernel[(sum(programs),)](
+                **sides_of, **shared, numbers_ptr=numbers, row_programs=programs[0], HALF=a.dtype == torch.float16, BLOCK=128, num_warps=4
+            )
         gradient_kernel[(grid.programs, chunks)](
-            **problem, **grid.arguments, numbers_ptr=numbers, KIND=kind, ONE_SIDED=one_sided,
+            **problem, **grid.arguments, **sides_of, numbers_ptr=numbers,
             da_ptr=da_parts, db_ptr=None if symmetric else db_parts, dbias_ptr=dbias_parts, dscale_ptr=dscale_parts,
             SIMILARITY=pairs.row_keys is not None and "similarity" in names, PARTS=split,
             RESIDUAL=a.dtype != torch.float32 and min(n, m) <= _FEW,

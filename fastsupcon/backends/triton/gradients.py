@@ -2,7 +2,8 @@
 
 w_ij is, over the log-sums q that (i, j) is in, g_i exp(t_ij - q_i) + h_j exp(t_ij - q'_j), and [equal keys] (u_i + v_j). The symmetric self
 shape has h = g, q' = q, v = u. One recomputed tile, one second product from the same tile of y, no atomics: 4 N M D flops a side, and
-2 N M D more for each further chunk of D. What depends on a row alone, :func:`weights_kernel` makes once.
+2 N M D more for each further chunk of D. What depends on a row alone, :func:`weights_kernel` makes once,
+but for few pairs, where a launch costs more.
 
     program  a tile of rows (or of columns), a split of the other side's tiles; second index: a chunk of D
     writes   the gradient itself, or where the stream has splits or D has chunks its parts [splits, n, D], which :func:`finish_kernel` sums;
@@ -38,7 +39,6 @@ from .tiles import (
     is_narrow,
     load_inverse,
     load_keys,
-    load_numbers,
     load_pair,
     load_rows,
     load_sides,
@@ -134,12 +134,23 @@ def largest_gradient(grads_ptr, n, PLACES: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def largest_incoming(row_grads_ptr, column_grads_ptr, n, m, ROW_PLACES: tl.constexpr, COLUMN_PLACES: tl.constexpr):
+    """A bound of a pair's incoming gradients: the rows' largest and the columns' largest, added."""
+    largest = largest_gradient(row_grads_ptr, n, ROW_PLACES, 1024)
+    if column_grads_ptr is None:
+        largest *= 2
+    else:
+        largest += largest_gradient(column_grads_ptr, m, COLUMN_PLACES, 1024)
+    return tl.maximum(largest, 1e-30)
+
+
+@triton.jit
 def largest_inverse(ptr, n, BLOCK: tl.constexpr):
     largest = tl.zeros([BLOCK], tl.float32)
     for first in range(0, n, BLOCK):
         row = first + tl.arange(0, BLOCK)
         largest = tl.maximum(largest, tl.load(ptr + row, mask=row < n, other=0.0))
-    return tl.max(largest, 0)
+    return tl.maximum(tl.max(largest, 0), 1e-30)
 
 
 @triton.jit(do_not_specialize=["n", "m", "row_programs"])
@@ -160,18 +171,13 @@ def weights_kernel(
     scale, bounded = scale_of(scale_ptr, scale, BOUNDED)
     lift = 1.0
     if HALF:
-        largest = largest_gradient(row_grads_ptr, n, ROW_PLACES, 1024)
-        if column_grads_ptr is None:
-            largest *= 2
-        else:
-            largest += largest_gradient(column_grads_ptr, m, COLUMN_PLACES, 1024)
-        largest = tl.maximum(largest, 1e-30)
+        largest = largest_incoming(row_grads_ptr, column_grads_ptr, n, m, ROW_PLACES, COLUMN_PLACES)
         lift = LIFT / largest
         if program == 0:
             tl.store(numbers_ptr + 4 * size, pair_of(largest / LIFT, largest))
             if a_inverse_ptr is not None:
-                longest = tl.maximum(largest_inverse(a_inverse_ptr, n, 1024), 1e-30)
-                tl.store(numbers_ptr + 4 * size + 1, pair_of(longest, tl.maximum(largest_inverse(b_inverse_ptr, m, 1024), 1e-30)))
+                longest = pair_of(largest_inverse(a_inverse_ptr, n, 1024), largest_inverse(b_inverse_ptr, m, 1024))
+                tl.store(numbers_ptr + 4 * size + 1, longest)
     q, c, q_equal, c_equal, linear = load_weights(
         one_of(row_values_ptr, column_values_ptr, swap), one_of(row_grads_ptr, column_grads_ptr, swap), first, count, swap, bounded, lift,
         BLOCK, KIND, ONE_SIDED, ROW_PLACES, COLUMN_PLACES,
@@ -193,14 +199,28 @@ def numbers_size(n, m, CROSS: tl.constexpr):
 
 
 @triton.jit
-def load_prepared(ptr, size, first, count, ROWS: tl.constexpr, KIND: tl.constexpr, MASKED: tl.constexpr = True):
-    """(q, c) and (q_equal, c_equal) of rows, and the similarity's gradient."""
-    c, linear = load_pair(ptr + size, first, count, ROWS, MASKED)
-    q, q_equal = load_pair(ptr + 2 * size, first, count, ROWS, MASKED)
-    c_equal = c
-    if KIND == SPLIT:
-        c_equal, _ = load_pair(ptr + 3 * size, first, count, ROWS, MASKED)
-    return q, c, q_equal, c_equal, linear
+def load_all(
+    numbers_ptr, size, row_values_ptr, column_values_ptr, row_grads_ptr, column_grads_ptr, a_key_ptr, b_key_ptr, a_inverse_ptr,
+    b_inverse_ptr, n, first, count, of_columns, bounded, lift, ROWS: tl.constexpr, CROSS: tl.constexpr, KIND: tl.constexpr,
+    ONE_SIDED: tl.constexpr, ROW_PLACES: tl.constexpr, COLUMN_PLACES: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Inverse, code, (q, c), (q_equal, c_equal) and the similarity's gradient: of weights_kernel, or else made here."""
+    if numbers_ptr is None:
+        q, c, q_equal, c_equal, linear = load_weights(
+            one_of(row_values_ptr, column_values_ptr, of_columns), one_of(row_grads_ptr, column_grads_ptr, of_columns), first, count,
+            of_columns, bounded, lift, ROWS, KIND, ONE_SIDED, ROW_PLACES, COLUMN_PLACES,
+        )  # fmt: skip
+        inverse = load_inverse(a_inverse_ptr, b_inverse_ptr, first, count, of_columns, ROWS)
+        code = code_of(load_keys(a_key_ptr, b_key_ptr, first, count, of_columns, ROWS))
+    else:
+        ptr = numbers_of(numbers_ptr, n, of_columns, CROSS)
+        inverse, code = load_pair(ptr, first, count, ROWS, MASKED)
+        c, linear = load_pair(ptr + size, first, count, ROWS, MASKED)
+        q, q_equal = load_pair(ptr + 2 * size, first, count, ROWS, MASKED)
+        c_equal = c
+        if KIND == SPLIT:
+            c_equal, _ = load_pair(ptr + 3 * size, first, count, ROWS, MASKED)
+    return inverse, code, q, c, q_equal, c_equal, linear
 
 
 @triton.jit
@@ -244,11 +264,13 @@ def one_sided(t, equal, q, c, q_equal, c_equal, KIND: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n", "m", "row_owners", "column_owners", "row_programs", "row_tiles", "column_tiles"])
 def gradient_kernel(
-    a_ptr, b_ptr, bias_ptr, a_key_ptr, b_key_ptr, own_ptr, scale_ptr, numbers_ptr, da_ptr, db_ptr, dbias_ptr, dscale_ptr,
+    a_ptr, b_ptr, bias_ptr, a_key_ptr, b_key_ptr, own_ptr, scale_ptr, a_inverse_ptr, b_inverse_ptr, numbers_ptr,
+    row_values_ptr, row_grads_ptr, column_values_ptr, column_grads_ptr, da_ptr, db_ptr, dbias_ptr, dscale_ptr,
     n, m, scale, row_owners, column_owners, row_programs, row_tiles, column_tiles,
     D: tl.constexpr, OWNED: tl.constexpr, STREAMED: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr,
     DIAGONAL: tl.constexpr, BOUNDED: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr, KIND: tl.constexpr,
-    SIMILARITY: tl.constexpr, ONE_SIDED: tl.constexpr, RESIDUAL: tl.constexpr, PARTS: tl.constexpr,
+    SIMILARITY: tl.constexpr, ONE_SIDED: tl.constexpr, ROW_PLACES: tl.constexpr, COLUMN_PLACES: tl.constexpr,
+    RESIDUAL: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     swap, x_first, split, tiles, x_count, y_count = program_of(
         n, m, row_owners, column_owners, row_programs, row_tiles, column_tiles, OWNED
@@ -257,24 +279,33 @@ def gradient_kernel(
     x_ptr = one_of(a_ptr, b_ptr, swap)
     y_ptr = one_of(a_ptr, b_ptr, swap == 0)
     size = numbers_size(n, m, b_ptr is not None)
-    x_numbers_ptr = numbers_of(numbers_ptr, n, swap, b_ptr is not None)
-    y_numbers_ptr = numbers_of(numbers_ptr, n, swap == 0, b_ptr is not None)
     scale, bounded = scale_of(scale_ptr, scale, BOUNDED)
+    lift = 1.0
     unlift = 1.0
     longest = 1.0
     if a_ptr.dtype.element_ty == tl.float16:
-        unlift, _ = load_pair(numbers_ptr, 4 * size, 0, 1, False)
-        if UNIT == FACTORS:
-            of_rows, of_columns = load_pair(numbers_ptr, 4 * size + 1, 0, 1, False)
-            longest = tl.max(tl.where(swap, of_rows, of_columns), 0)
-        unlift = tl.max(unlift, 0)
+        if numbers_ptr is None:
+            largest = largest_incoming(row_grads_ptr, column_grads_ptr, n, m, ROW_PLACES, COLUMN_PLACES)
+            lift = LIFT / largest
+            unlift = largest / LIFT
+            if UNIT == FACTORS:
+                longest = largest_inverse(one_of(a_inverse_ptr, b_inverse_ptr, swap == 0), y_count, 1024)
+        else:
+            largest, _ = load_pair(numbers_ptr, 4 * size, 0, 1, False)
+            unlift = tl.max(largest, 0)
+            if UNIT == FACTORS:
+                of_rows, of_columns = load_pair(numbers_ptr, 4 * size + 1, 0, 1, False)
+                longest = tl.max(tl.where(swap, of_rows, of_columns), 0)
     narrow = 1.0 / longest
-    x_inverse, x_code = load_numbers(x_numbers_ptr, x_first, x_count, OWNED, UNIT)
+    CROSS: tl.constexpr = b_ptr is not None
+    x_inverse, x_code, x_q, x_c, x_q_equal, x_c_equal, x_linear = load_all(
+        numbers_ptr, size, row_values_ptr, column_values_ptr, row_grads_ptr, column_grads_ptr, a_key_ptr, b_key_ptr, a_inverse_ptr,
+        b_inverse_ptr, n, x_first, x_count, swap, bounded, lift, OWNED, CROSS, KIND, ONE_SIDED, ROW_PLACES, COLUMN_PLACES, True,
+    )  # fmt: skip
     x = load_rows(x_ptr, x_inverse, x_first, x_count, 0, D, OWNED, DEPTH, UNIT)
     x_own, x_bias = load_sides(own_ptr, bias_ptr, x_first, x_count, swap, OWNED)
     factor = scale * tl.where(bounded, LOG2_E, 1.0)
     x_factor = x_inverse * factor if FOLD else x_inverse
-    x_q, x_c, x_q_equal, x_c_equal, x_linear = load_prepared(x_numbers_ptr, size, x_first, x_count, OWNED, KIND)
     dx = tl.zeros([OWNED, WIDTH], tl.float32)
     dbias = tl.zeros([OWNED, 8], tl.float32)
     dscale = tl.zeros([OWNED, 8], tl.float32)
@@ -289,20 +320,22 @@ def gradient_kernel(
         raw = tl.zeros([OWNED, STREAMED], tl.float32)
         for u in range(number * PIECES):
             y_first = tile_at(u // PIECES, start, lo, hi, stop, MASKED) * STREAMED
-            y_inverse, y_code = load_numbers(y_numbers_ptr, y_first, y_count, STREAMED, UNIT, MASKED)
+            y_inverse = load_inverse(a_inverse_ptr, b_inverse_ptr, y_first, y_count, swap == 0, STREAMED)
             piece = u % PIECES * DEPTH
             if PIECES > 1:
                 x = load_rows(x_ptr, x_inverse, x_first, x_count, piece, D, OWNED, DEPTH, UNIT)
             y = load_rows(y_ptr, y_inverse, y_first, y_count, piece, D, STREAMED, DEPTH, UNIT, MASKED)
             raw = product(x, tl.trans(y), raw, PRECISION)
             if (u + 1) % PIECES == 0:
-                if PIECES > 1:
-                    y_inverse, y_code = load_numbers(y_numbers_ptr, y_first, y_count, STREAMED, UNIT, MASKED)
                 z = load_rows(y_ptr, y_inverse, y_first, y_count, chunk, D, STREAMED, WIDTH, UNIT, MASKED) if CHUNKED else y
+                y_factor, y_code, y_q, y_c, y_q_equal, y_c_equal, y_linear = load_all(
+                    numbers_ptr, size, row_values_ptr, column_values_ptr, row_grads_ptr, column_grads_ptr, a_key_ptr, b_key_ptr,
+                    a_inverse_ptr, b_inverse_ptr, n, y_first, y_count, swap == 0, bounded, lift,
+                    STREAMED, CROSS, KIND, ONE_SIDED, ROW_PLACES, COLUMN_PLACES, MASKED,
+                )  # fmt: skip
                 y_key = load_keys(a_key_ptr, b_key_ptr, y_first, y_count, swap == 0, STREAMED) if MASKED else y_code
                 y_own, y_bias = load_sides(own_ptr, bias_ptr, y_first, y_count, swap == 0, STREAMED)
-                y_q, y_c, y_q_equal, y_c_equal, y_linear = load_prepared(y_numbers_ptr, size, y_first, y_count, STREAMED, KIND, MASKED)
-                c = raw * (x_factor[:, None] * y_inverse[None, :]) if UNIT == FACTORS else raw
+                c = raw * (x_factor[:, None] * y_factor[None, :]) if UNIT == FACTORS else raw
                 t = c if FOLD else c * factor
                 equal = equal_keys(x_key, y_key, OWNED, STREAMED, a_key_ptr is not None)
                 if bias_ptr is not None:
@@ -326,7 +359,7 @@ def gradient_kernel(
                 if dscale_ptr is not None:
                     dscale += folded(w * c, OWNED, STREAMED)
                 if UNIT == FACTORS:
-                    w *= (y_inverse * narrow)[None, :]
+                    w *= (y_factor * narrow)[None, :]
                 rounded = narrowed(w, z.dtype, PRECISION)
                 dx = product(rounded, z, dx, PRECISION)
                 if RESIDUAL:
