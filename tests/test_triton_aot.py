@@ -27,8 +27,8 @@ CASES = [
     ("everything", 90, "bf16", 128),
     ("SCL", 90, "bf16", 100),  # D is no power of two
 ]
-#: Bytes, of what the epilogue needs: stored before the loop and loaded after it, none inside.
-EPILOGUE = {("SCL", 90, "bf16", 256): 96}
+#: Bytes, of what the epilogue needs: stored before the loop and loaded after it, and of the last three numbers a tile.
+EPILOGUE = {("SCL", 90, "bf16", 256): 96, ("SCL", 100, "bf16", 128): 64, ("PSC, 1000 classes", 90, "bf16", 512): 72}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 compiles = pytest.mark.skipif(INTERPRETED, reason="runs in the process that test_in_its_own_process starts")
 
@@ -56,10 +56,12 @@ def test_no_spills_and_tensor_cores(form, gpu, dtype, depth):
 def test_single_precision_is_not_summed_in_the_tensor_cores(gpu):
     """They round toward zero when they add. A tile's three products start from zero, and fp32 additions carry the sum from tile to tile."""
     for reading in compile_ahead("SCL", gpu, "fp32", 128, ("forward_kernel", "gradient_kernel")):
-        if gpu == 100:  # accumulators in tensor memory; the fourth operand says whether to add to them
+        if gpu == 100:  # accumulators in tensor memory: the fourth operand says whether to add to them, or they are zeroed before
             added = re.findall(r"tc_gen5_mma %[\w#:]+, %[\w#:]+, %[\w#:]+(?:\[[^]]*\])?, (%\w+)", reading.intermediate)
+            zeroed = re.findall(r"tmem_store (%cst\w*), %\w+, %true", reading.intermediate)
             assert len(added) > 0
-            assert added.count("%false") == len(added) / 3
+            assert all(f"{name} = arith.constant dense<0.000000e+00>" in reading.intermediate for name in zeroed)
+            assert added.count("%false") + len(zeroed) == len(added) / 3
         else:
             sums = re.findall(r"(?:tt\.dot|warp_group_dot) %[\w#:]+, %[\w#:]+, %([\w#:]+)", reading.intermediate)
             assert len(sums) > 0

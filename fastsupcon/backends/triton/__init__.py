@@ -1,12 +1,12 @@
 """The Triton kernels on NVIDIA, AMD and Intel GPUs: which of them serve a call, on which grids. They are in the files beside this one.
 
-    forward         inverse_norms_kernel if unit; forward_kernel; join_kernel if a side's stream has splits
+    forward         rows_kernel if unit or with keys; forward_kernel; join_kernel if a side's stream has splits
     line            line_kernel
     line_backward   line_backward_kernel
-    backward        gradient_kernel; finish_kernel if there are parts to sum
+    backward        weights_kernel but for few pairs; gradient_kernel; finish_kernel if there are parts to sum
 
-So a step is five to seven launches (four without unit length), and no operator of torch's launches beside them. Nothing here waits for the
-device or looks at values in it, and every sum has a fixed order. Triton is imported by the first call.
+So a step is six to eight launches, and no operator of torch's launches beside them. Nothing here waits for the device or looks at values
+in it, and every sum has a fixed order. Triton is imported by the first call.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from .table import family, gradient_width, padded, tile
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_DEPTH = 1024
+_FEW_PAIRS = 1 << 22  # for which a launch that makes the weights of rows costs more than it saves; heavy gradients lack the registers
 _FEW = 64  # terms in a sum, whose roundings to half precision do not average out
 
 
@@ -127,7 +128,7 @@ def _kind(names: set[str]):
     return (ALL if log_sums <= {"all"} else DIFFERENT if log_sums == {"different"} else SPLIT).value
 
 
-def _problem(pairs: Pairs, norms: Tensor, gpu: _Gpu) -> dict:
+def _problem(pairs: Pairs, gpu: _Gpu) -> dict:
     """What forward_kernel and gradient_kernel share. A self shape with a bias is a cross shape of the rows with themselves."""
     from .tiles import AS_THEY_ARE, FACTORS, SCALED
 
@@ -137,15 +138,14 @@ def _problem(pairs: Pairs, norms: Tensor, gpu: _Gpu) -> dict:
     learned = isinstance(pairs.scale, Tensor)
     # with at most one pair a row, "all" is its similarity to the bit: by running maxima, and t is rounded before the maximum is taken off
     alone = m <= (1 if cross and pairs.own_column is None else 2)
-    inverse = norms if pairs.unit else None
+    bounded = pairs.unit and pairs.bias is None and not alone and (learned or is_bounded(abs(pairs.scale)))
     return {
         "a_ptr": pairs.rows, "b_ptr": pairs.columns if cross else pairs.rows if biased_self else None,
-        "a_inverse_ptr": inverse, "b_inverse_ptr": norms[n:] if pairs.unit and cross else inverse,
         "a_key_ptr": pairs.row_keys, "b_key_ptr": pairs.column_keys if cross else pairs.row_keys if biased_self else None,
         "own_ptr": pairs.own_column, "bias_ptr": pairs.bias,
         "scale_ptr": pairs.scale if learned else None, "scale": 0.0 if learned else float(pairs.scale), "n": n, "m": m, "D": depth,
         "UNIT": AS_THEY_ARE if not pairs.unit else SCALED if pairs.rows.dtype == torch.float32 else FACTORS, "DIAGONAL": not cross,
-        "BOUNDED": pairs.unit and pairs.bias is None and not alone and (learned or is_bounded(abs(pairs.scale))),
+        "BOUNDED": bounded, "FOLD": bounded and not learned and pairs.rows.dtype != torch.float32,
         "PRECISION": _precision(gpu, pairs.rows.dtype), "enable_fp_fusion": not alone,
     }  # fmt: skip
 
@@ -184,18 +184,28 @@ def _empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Ten
     return like.new_empty(shape, dtype=dtype)
 
 
-def _inverse_norms(pairs: Pairs) -> Tensor:
-    from .rows import inverse_norms_kernel
+def _numbers(pairs: Pairs) -> tuple[Tensor, Tensor | None]:
+    """Inverse norms of rows and after them columns if they become unit vectors, and what the forward's loop reads of each: one launch."""
+    from .rows import rows_kernel
 
     n, m, depth = pairs.shape
     m = 0 if pairs.columns is None else m
-    inverse = _empty(pairs.rows, n + m)
+    inverse = _empty(pairs.rows, n + m if pairs.unit else 0)
+    if not pairs.unit and pairs.row_keys is None:
+        return inverse, None
+    numbers = _empty(pairs.rows, _numbers_size(n, m), dtype=torch.int64)
     rows = max(1, 4096 // padded(depth))
     programs = _cdiv(n, rows)
-    inverse_norms_kernel[(programs + _cdiv(m, rows),)](
-        pairs.rows, pairs.columns, inverse, n, m, programs, D=depth, DEPTH=padded(depth), ROWS=rows, num_warps=4
-    )
-    return inverse
+    rows_kernel[(programs + _cdiv(m, rows),)](
+        pairs.rows, pairs.columns, pairs.row_keys, pairs.column_keys, inverse if pairs.unit else None, numbers, n, m, programs,
+        D=depth, DEPTH=padded(depth), ROWS=rows, num_warps=4,
+    )  # fmt: skip
+    return inverse, numbers
+
+
+def _numbers_size(n: int, m: int) -> int:
+    """Of a number for each row and after them each column, both aligned as tiles.aligned says."""
+    return _cdiv(n, 16) * 16 + _cdiv(m, 16) * 16
 
 
 def forward(pairs: Pairs, row_names: tuple[str, ...], column_names: tuple[str, ...], keep: bool) -> Terms:
@@ -209,7 +219,7 @@ def forward(pairs: Pairs, row_names: tuple[str, ...], column_names: tuple[str, .
     rows, columns = _empty(a, len(row_names), n), _empty(a, len(column_names), m)
     with _on(a.device):
         gpu = _gpu(a.device)
-        norms = _inverse_norms(pairs) if pairs.unit else _empty(a, 0)
+        norms, numbers = _numbers(pairs)
         t = tile("forward", gpu.family, a.dtype, depth)
         grid = _grid(gpu, t, n, m, (bool(row_names), bool(column_names)))
         split = max(grid.splits) > 1
@@ -218,7 +228,8 @@ def forward(pairs: Pairs, row_names: tuple[str, ...], column_names: tuple[str, .
         places["PARTS"] = _places(parts) if split else 0
         out = [_empty(a, s, len(parts), k) for s, k in zip(grid.splits, (n, m), strict=True)] if split else (rows, columns)
         forward_kernel[(grid.programs,)](
-            **_problem(pairs, norms, gpu), **grid.arguments, **places, rows_ptr=out[0], columns_ptr=out[1], SIMILARITY=linear,
+            **_problem(pairs, gpu), **grid.arguments, **places, rows_ptr=out[0], columns_ptr=out[1], SIMILARITY=linear,
+            numbers_ptr=numbers,
             OWNED=t.owned, STREAMED=t.streamed, DEPTH=t.depth, num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
         if split:
@@ -230,7 +241,7 @@ def forward(pairs: Pairs, row_names: tuple[str, ...], column_names: tuple[str, .
 
 
 def backward(pairs: Pairs, rows: Side, columns: Side, norms: Tensor, kept: Tensor, needs: tuple[bool, bool, bool, bool]) -> Gradients:
-    from .gradients import BOTH_SIDES, OF_COLUMNS, OF_ROWS, finish_kernel, gradient_kernel
+    from .gradients import BOTH_SIDES, OF_COLUMNS, OF_ROWS, finish_kernel, gradient_kernel, weights_kernel
     from .tiles import SPLIT
 
     n, m, depth = pairs.shape
@@ -261,14 +272,26 @@ def backward(pairs: Pairs, rows: Side, columns: Side, norms: Tensor, kept: Tenso
             db_parts = da_parts[row_splits * n * depth :]
             dbias_parts = _empty(a, column_splits, m) if needs[2] else None
         dscale_parts = _empty(a, row_splits, n) if needs[3] else None
-        problem = _problem(pairs, norms, gpu)
+        problem = _problem(pairs, gpu)
+        inverse = (norms, norms if pairs.columns is None else norms[n:]) if pairs.unit else (None, None)
+        sides_of = {
+            "row_values_ptr": rows.values, "row_grads_ptr": rows.grads, "column_values_ptr": None if symmetric else columns.values,
+            "column_grads_ptr": None if symmetric else columns.grads, "a_inverse_ptr": inverse[0], "b_inverse_ptr": inverse[1],
+            "KIND": kind, "ONE_SIDED": BOTH_SIDES if symmetric or of_rows == of_columns else OF_ROWS if of_rows else OF_COLUMNS,
+            "ROW_PLACES": _places(rows.names), "COLUMN_PLACES": _places(rows.names if symmetric else columns.names),
+        }  # fmt: skip
+        numbers = None
+        if not light or max(grid.splits) == 1 or n * m > _FEW_PAIRS:
+            numbers = _empty(a, 4 * _numbers_size(n, 0 if symmetric else m) + 2, dtype=torch.int64)
+            programs = _cdiv(n, 128), 0 if symmetric else _cdiv(m, 128)
+            shared = {name: problem[name] for name in ("a_key_ptr", "b_key_ptr", "scale_ptr", "n", "m", "scale", "BOUNDED")}
+            weights_kernel[(sum(programs),)](
+                **sides_of, **shared, numbers_ptr=numbers, row_programs=programs[0], HALF=a.dtype == torch.float16, BLOCK=128, num_warps=4
+            )
         gradient_kernel[(grid.programs, chunks)](
-            **problem, **grid.arguments, row_values_ptr=rows.values, row_grads_ptr=rows.grads,
-            column_values_ptr=None if symmetric else columns.values, column_grads_ptr=None if symmetric else columns.grads,
+            **problem, **grid.arguments, **sides_of, numbers_ptr=numbers,
             da_ptr=da_parts, db_ptr=None if symmetric else db_parts, dbias_ptr=dbias_parts, dscale_ptr=dscale_parts,
-            KIND=kind, SIMILARITY=pairs.row_keys is not None and "similarity" in names, PARTS=split,
-            ONE_SIDED=BOTH_SIDES if symmetric or of_rows == of_columns else OF_ROWS if of_rows else OF_COLUMNS,
-            ROW_PLACES=_places(rows.names), COLUMN_PLACES=_places(rows.names if symmetric else columns.names),
+            SIMILARITY=pairs.row_keys is not None and "similarity" in names, PARTS=split,
             RESIDUAL=a.dtype != torch.float32 and min(n, m) <= _FEW,
             OWNED=t.owned, STREAMED=t.streamed, DEPTH=t.depth, WIDTH=width, num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
@@ -277,7 +300,7 @@ def backward(pairs: Pairs, rows: Side, columns: Side, norms: Tensor, kept: Tenso
             row_programs = _cdiv(n, block) if split and da is not None else 0
             column_programs = _cdiv(m, block) if split and db is not None else 0
             finish_kernel[(row_programs + column_programs + needs[3],)](
-                a, pairs.columns, problem["a_inverse_ptr"], problem["b_inverse_ptr"],
+                a, pairs.columns, *inverse,
                 da_parts, None if pairs.columns is None else db_parts, dbias_parts, dscale_parts,
                 db if da is None else da, None if pairs.columns is None else da if db is None else db, dbias, dscale,
                 n, m, row_splits + column_splits * biased_self, column_splits, row_programs, row_programs + column_programs,

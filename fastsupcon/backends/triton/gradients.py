@@ -1,7 +1,9 @@
 """Backward: each program owns rows x_i, recomputes their logits tile by tile, and sums dx_i = scale * sum_j w_ij y_j.
 
 w_ij is, over the log-sums q that (i, j) is in, g_i exp(t_ij - q_i) + h_j exp(t_ij - q'_j), and [equal keys] (u_i + v_j). The symmetric self
-shape has h = g, q' = q, v = u. One recomputed tile, one second product from the same tile of y, no atomics: 4 N M D flops a side.
+shape has h = g, q' = q, v = u. One recomputed tile, one second product from the same tile of y, no atomics: 4 N M D flops a side, and
+2 N M D more for each further chunk of D. What depends on a row alone, :func:`weights_kernel` makes once,
+but for few pairs, where a launch costs more.
 
     program  a tile of rows (or of columns), a split of the other side's tiles; second index: a chunk of D
     writes   the gradient itself, or where the stream has splits or D has chunks its parts [splits, n, D], which :func:`finish_kernel` sums;
@@ -30,18 +32,26 @@ from .tiles import (
     FACTORS,
     LOG2_E,
     SPLIT,
-    cosines,
+    aligned,
+    code_of,
     equal_keys,
-    is_whole,
+    folded,
+    is_narrow,
     load_inverse,
+    load_keys,
+    load_pair,
     load_rows,
     load_sides,
     narrowed,
+    numbers_of,
     one_of,
     pair_mask,
+    pair_of,
     product,
     program_of,
     scale_of,
+    tile_at,
+    whole_tiles,
 )
 
 LIFT = tl.constexpr(32768.0)
@@ -124,12 +134,93 @@ def largest_gradient(grads_ptr, n, PLACES: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def largest_incoming(row_grads_ptr, column_grads_ptr, n, m, ROW_PLACES: tl.constexpr, COLUMN_PLACES: tl.constexpr):
+    """A bound of a pair's incoming gradients: the rows' largest and the columns' largest, added."""
+    largest = largest_gradient(row_grads_ptr, n, ROW_PLACES, 1024)
+    if column_grads_ptr is None:
+        largest *= 2
+    else:
+        largest += largest_gradient(column_grads_ptr, m, COLUMN_PLACES, 1024)
+    return tl.maximum(largest, 1e-30)
+
+
+@triton.jit
 def largest_inverse(ptr, n, BLOCK: tl.constexpr):
     largest = tl.zeros([BLOCK], tl.float32)
     for first in range(0, n, BLOCK):
         row = first + tl.arange(0, BLOCK)
         largest = tl.maximum(largest, tl.load(ptr + row, mask=row < n, other=0.0))
-    return tl.max(largest, 0)
+    return tl.maximum(tl.max(largest, 0), 1e-30)
+
+
+@triton.jit(do_not_specialize=["n", "m", "row_programs"])
+def weights_kernel(
+    row_values_ptr, row_grads_ptr, column_values_ptr, column_grads_ptr, a_key_ptr, b_key_ptr, a_inverse_ptr, b_inverse_ptr, scale_ptr,
+    numbers_ptr, n, m, scale, row_programs, BOUNDED: tl.constexpr, KIND: tl.constexpr, ONE_SIDED: tl.constexpr,
+    ROW_PLACES: tl.constexpr, COLUMN_PLACES: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The numbers of rows, and of columns, in pairs [4, size]: (inverse, code), (c, similarity's gradient), (q, q_equal), (c_equal, c).
+
+    HALF, of fp16: after them what undoes the lift, and the largest inverse norms of rows and of columns. Each program finds its lift.
+    """
+    program = tl.program_id(0)
+    swap = program >= row_programs
+    count = tl.where(swap, m, n)
+    first = tl.where(swap, program - row_programs, program) * BLOCK
+    size = numbers_size(n, m, column_grads_ptr is not None)
+    scale, bounded = scale_of(scale_ptr, scale, BOUNDED)
+    lift = 1.0
+    if HALF:
+        largest = largest_incoming(row_grads_ptr, column_grads_ptr, n, m, ROW_PLACES, COLUMN_PLACES)
+        lift = LIFT / largest
+        if program == 0:
+            tl.store(numbers_ptr + 4 * size, pair_of(largest / LIFT, largest))
+            if a_inverse_ptr is not None:
+                longest = pair_of(largest_inverse(a_inverse_ptr, n, 1024), largest_inverse(b_inverse_ptr, m, 1024))
+                tl.store(numbers_ptr + 4 * size + 1, longest)
+    q, c, q_equal, c_equal, linear = load_weights(
+        one_of(row_values_ptr, column_values_ptr, swap), one_of(row_grads_ptr, column_grads_ptr, swap), first, count, swap, bounded, lift,
+        BLOCK, KIND, ONE_SIDED, ROW_PLACES, COLUMN_PLACES,
+    )  # fmt: skip
+    row = first + tl.arange(0, BLOCK)
+    inside = row < count
+    numbers_ptr += tl.where(swap, aligned(n), 0) + row
+    inverse = load_inverse(a_inverse_ptr, b_inverse_ptr, first, count, swap, BLOCK)
+    code = code_of(load_keys(a_key_ptr, b_key_ptr, first, count, swap, BLOCK))
+    tl.store(numbers_ptr, pair_of(inverse, code), mask=inside)
+    tl.store(numbers_ptr + size, pair_of(c, linear), mask=inside)
+    tl.store(numbers_ptr + 2 * size, pair_of(q, q_equal), mask=inside)
+    tl.store(numbers_ptr + 3 * size, pair_of(c_equal, c), mask=inside)
+
+
+@triton.jit
+def numbers_size(n, m, CROSS: tl.constexpr):
+    return aligned(n) + aligned(m) if CROSS else aligned(n)
+
+
+@triton.jit
+def load_all(
+    numbers_ptr, size, row_values_ptr, column_values_ptr, row_grads_ptr, column_grads_ptr, a_key_ptr, b_key_ptr, a_inverse_ptr,
+    b_inverse_ptr, n, first, count, of_columns, bounded, lift, ROWS: tl.constexpr, CROSS: tl.constexpr, KIND: tl.constexpr,
+    ONE_SIDED: tl.constexpr, ROW_PLACES: tl.constexpr, COLUMN_PLACES: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Inverse, code, (q, c), (q_equal, c_equal) and the similarity's gradient: of weights_kernel, or else made here."""
+    if numbers_ptr is None:
+        q, c, q_equal, c_equal, linear = load_weights(
+            one_of(row_values_ptr, column_values_ptr, of_columns), one_of(row_grads_ptr, column_grads_ptr, of_columns), first, count,
+            of_columns, bounded, lift, ROWS, KIND, ONE_SIDED, ROW_PLACES, COLUMN_PLACES,
+        )  # fmt: skip
+        inverse = load_inverse(a_inverse_ptr, b_inverse_ptr, first, count, of_columns, ROWS)
+        code = code_of(load_keys(a_key_ptr, b_key_ptr, first, count, of_columns, ROWS))
+    else:
+        ptr = numbers_of(numbers_ptr, n, of_columns, CROSS)
+        inverse, code = load_pair(ptr, first, count, ROWS, MASKED)
+        c, linear = load_pair(ptr + size, first, count, ROWS, MASKED)
+        q, q_equal = load_pair(ptr + 2 * size, first, count, ROWS, MASKED)
+        c_equal = c
+        if KIND == SPLIT:
+            c_equal, _ = load_pair(ptr + 3 * size, first, count, ROWS, MASKED)
+    return inverse, code, q, c, q_equal, c_equal, linear
 
 
 @triton.jit
@@ -144,7 +235,7 @@ def through_unit(dx, x, inverse, UNIT: tl.constexpr):
 
 @triton.jit
 def weights(t, equal, x_q, x_c, x_q_equal, x_c_equal, y_q, y_c, y_q_equal, y_c_equal, bounded, KIND: tl.constexpr, ONE_SIDED: tl.constexpr):
-    """w_ij without the similarities' part, of all (i, j). Where only one side has log-sums, the other's q and c are 0."""
+    """w_ij without the similarities' part, of all (i, j), if KIND is DIFFERENT too. Where one side has no log-sums, its q and c are 0."""
     w = t
     factors = x_c[:, None] + y_c[None, :]
     if KIND == SPLIT:
@@ -159,8 +250,6 @@ def weights(t, equal, x_q, x_c, x_q_equal, x_c_equal, y_q, y_c, y_q_equal, y_c_e
     else:
         w = one_sided(t, equal, x_q[:, None], x_c[:, None], x_q_equal[:, None], x_c_equal[:, None], KIND)
         w += one_sided(t, equal, y_q[None, :], y_c[None, :], y_q_equal[None, :], y_c_equal[None, :], KIND)
-    if KIND == DIFFERENT:
-        w = tl.where(equal, 0.0, w)
     return w
 
 
@@ -175,12 +264,13 @@ def one_sided(t, equal, q, c, q_equal, c_equal, KIND: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n", "m", "row_owners", "column_owners", "row_programs", "row_tiles", "column_tiles"])
 def gradient_kernel(
-    a_ptr, b_ptr, a_inverse_ptr, b_inverse_ptr, bias_ptr, a_key_ptr, b_key_ptr, own_ptr, scale_ptr,
+    a_ptr, b_ptr, bias_ptr, a_key_ptr, b_key_ptr, own_ptr, scale_ptr, a_inverse_ptr, b_inverse_ptr, numbers_ptr,
     row_values_ptr, row_grads_ptr, column_values_ptr, column_grads_ptr, da_ptr, db_ptr, dbias_ptr, dscale_ptr,
     n, m, scale, row_owners, column_owners, row_programs, row_tiles, column_tiles,
     D: tl.constexpr, OWNED: tl.constexpr, STREAMED: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr,
-    DIAGONAL: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr, KIND: tl.constexpr, SIMILARITY: tl.constexpr,
-    ONE_SIDED: tl.constexpr, ROW_PLACES: tl.constexpr, COLUMN_PLACES: tl.constexpr, RESIDUAL: tl.constexpr, PARTS: tl.constexpr,
+    DIAGONAL: tl.constexpr, BOUNDED: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr, KIND: tl.constexpr,
+    SIMILARITY: tl.constexpr, ONE_SIDED: tl.constexpr, ROW_PLACES: tl.constexpr, COLUMN_PLACES: tl.constexpr,
+    RESIDUAL: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     swap, x_first, split, tiles, x_count, y_count = program_of(
         n, m, row_owners, column_owners, row_programs, row_tiles, column_tiles, OWNED
@@ -188,79 +278,98 @@ def gradient_kernel(
     chunk = tl.program_id(1) * WIDTH
     x_ptr = one_of(a_ptr, b_ptr, swap)
     y_ptr = one_of(a_ptr, b_ptr, swap == 0)
-    x_values_ptr = one_of(row_values_ptr, column_values_ptr, swap)
-    y_values_ptr = one_of(row_values_ptr, column_values_ptr, swap == 0)
-    x_grads_ptr = one_of(row_grads_ptr, column_grads_ptr, swap)
-    y_grads_ptr = one_of(row_grads_ptr, column_grads_ptr, swap == 0)
+    size = numbers_size(n, m, b_ptr is not None)
     scale, bounded = scale_of(scale_ptr, scale, BOUNDED)
     lift = 1.0
     unlift = 1.0
-    narrow = 1.0
+    longest = 1.0
     if a_ptr.dtype.element_ty == tl.float16:
-        largest = largest_gradient(row_grads_ptr, n, ROW_PLACES, 1024)
-        if column_grads_ptr is None:
-            largest *= 2
+        if numbers_ptr is None:
+            largest = largest_incoming(row_grads_ptr, column_grads_ptr, n, m, ROW_PLACES, COLUMN_PLACES)
+            lift = LIFT / largest
+            unlift = largest / LIFT
+            if UNIT == FACTORS:
+                longest = largest_inverse(one_of(a_inverse_ptr, b_inverse_ptr, swap == 0), y_count, 1024)
         else:
-            largest += largest_gradient(column_grads_ptr, m, COLUMN_PLACES, 1024)
-        largest = tl.maximum(largest, 1e-30)
-        lift = LIFT / largest
-        unlift = largest / LIFT
-        if UNIT == FACTORS:
-            longest = tl.maximum(largest_inverse(one_of(a_inverse_ptr, b_inverse_ptr, swap == 0), y_count, 1024), 1e-30)
-            narrow = 1.0 / longest
-            unlift *= longest
-    x_inverse = load_inverse(a_inverse_ptr, b_inverse_ptr, x_first, x_count, swap, OWNED, UNIT)
-    x = load_rows(x_ptr, x_inverse, x_first, x_count, 0, D, OWNED, DEPTH, UNIT) if D <= DEPTH else 0
-    x_key, x_own, x_bias = load_sides(a_key_ptr, b_key_ptr, own_ptr, bias_ptr, x_first, x_count, swap, OWNED)
+            largest, _ = load_pair(numbers_ptr, 4 * size, 0, 1, False)
+            unlift = tl.max(largest, 0)
+            if UNIT == FACTORS:
+                of_rows, of_columns = load_pair(numbers_ptr, 4 * size + 1, 0, 1, False)
+                longest = tl.max(tl.where(swap, of_rows, of_columns), 0)
+    narrow = 1.0 / longest
+    CROSS: tl.constexpr = b_ptr is not None
+    x_inverse, x_code, x_q, x_c, x_q_equal, x_c_equal, x_linear = load_all(
+        numbers_ptr, size, row_values_ptr, column_values_ptr, row_grads_ptr, column_grads_ptr, a_key_ptr, b_key_ptr, a_inverse_ptr,
+        b_inverse_ptr, n, x_first, x_count, swap, bounded, lift, OWNED, CROSS, KIND, ONE_SIDED, ROW_PLACES, COLUMN_PLACES, True,
+    )  # fmt: skip
+    x = load_rows(x_ptr, x_inverse, x_first, x_count, 0, D, OWNED, DEPTH, UNIT)
+    x_own, x_bias = load_sides(own_ptr, bias_ptr, x_first, x_count, swap, OWNED)
     factor = scale * tl.where(bounded, LOG2_E, 1.0)
-    x_q, x_c, x_q_equal, x_c_equal, x_linear = load_weights(
-        x_values_ptr, x_grads_ptr, x_first, x_count, swap, bounded, lift, OWNED, KIND, ONE_SIDED, ROW_PLACES, COLUMN_PLACES
-    )
+    x_factor = x_inverse * factor if FOLD else x_inverse
     dx = tl.zeros([OWNED, WIDTH], tl.float32)
-    dbias = tl.zeros([OWNED], tl.float32)
-    dscale = tl.zeros([OWNED], tl.float32)
-    first_tile = split * tiles
-    for u in range(tl.minimum(tiles, tl.cdiv(y_count, STREAMED) - first_tile)):
-        y_first = (first_tile + u) * STREAMED
-        y_inverse = load_inverse(a_inverse_ptr, b_inverse_ptr, y_first, y_count, swap == 0, STREAMED, UNIT)
-        y = load_rows(y_ptr, y_inverse, y_first, y_count, chunk, D, STREAMED, WIDTH, UNIT)
-        c = cosines(
-            x, y, x_inverse, y_inverse, x_ptr, y_ptr, x_first, y_first, x_count, y_count, D, OWNED, STREAMED, DEPTH, UNIT, PRECISION
-        )
-        y_key, y_own, y_bias = load_sides(a_key_ptr, b_key_ptr, own_ptr, bias_ptr, y_first, y_count, swap == 0, STREAMED)
-        y_q, y_c, y_q_equal, y_c_equal, y_linear = load_weights(
-            y_values_ptr, y_grads_ptr, y_first, y_count, swap == 0, bounded, lift, STREAMED, KIND, ONE_SIDED, ROW_PLACES, COLUMN_PLACES
-        )
-        t = c * factor
-        equal = equal_keys(x_key, y_key, OWNED, STREAMED, a_key_ptr is not None)
-        if bias_ptr is not None:
-            t += x_bias[:, None] + y_bias[None, :]
-        w = weights(t, equal, x_q, x_c, x_q_equal, x_c_equal, y_q, y_c, y_q_equal, y_c_equal, bounded, KIND, ONE_SIDED)
-        # what is no pair is cleared in the weights, be they infinite: t and the comparison of keys need not live as long
-        if bias_ptr is not None:
-            w = tl.where(pair_mask(x_first, y_first, y_count, OWNED, STREAMED, DIAGONAL), w, 0.0)
-            if own_ptr is not None:
-                w = tl.where(x_own[:, None] != y_own[None, :], w, 0.0)
-            dbias += tl.sum(w, 1)
-        if SIMILARITY:
-            w += tl.where(equal, x_linear[:, None] + y_linear[None, :], 0.0)
-        if own_ptr is not None:
-            w = tl.where(x_own[:, None] != y_own[None, :], w, 0.0)
-        if is_whole(x_first, y_first, y_count, OWNED, STREAMED, DIAGONAL) == 0:
-            w = tl.where(pair_mask(x_first, y_first, y_count, OWNED, STREAMED, DIAGONAL), w, 0.0)
-        if dscale_ptr is not None:
-            dscale += tl.sum(w * c, 1)
-        if UNIT == FACTORS:
-            w *= (y_inverse * narrow)[None, :]
-        rounded = narrowed(w, y.dtype, PRECISION)
-        dx = product(rounded, y, dx, PRECISION)
-        if RESIDUAL:
-            dx = product(narrowed(w - rounded.to(tl.float32), y.dtype, PRECISION), y, dx, PRECISION)
+    dbias = tl.zeros([OWNED, 8], tl.float32)
+    dscale = tl.zeros([OWNED, 8], tl.float32)
+    start = split * tiles
+    end = tl.minimum(start + tiles, tl.cdiv(y_count, STREAMED))
+    lo, hi, stop = whole_tiles(start, end, is_narrow(x_code), x_first, y_count, OWNED, STREAMED, DIAGONAL)
+    PIECES: tl.constexpr = (D + DEPTH - 1) // DEPTH
+    CHUNKED: tl.constexpr = PIECES > 1 or WIDTH != DEPTH
+    for MASKED in tl.static_range(2):
+        x_key = load_keys(a_key_ptr, b_key_ptr, x_first, x_count, swap, OWNED) if MASKED else x_code
+        number = (hi - lo) + (end - stop) if MASKED else (lo - start) + (stop - hi)
+        raw = tl.zeros([OWNED, STREAMED], tl.float32)
+        for u in range(number * PIECES):
+            y_first = tile_at(u // PIECES, start, lo, hi, stop, MASKED) * STREAMED
+            y_inverse = load_inverse(a_inverse_ptr, b_inverse_ptr, y_first, y_count, swap == 0, STREAMED)
+            piece = u % PIECES * DEPTH
+            if PIECES > 1:
+                x = load_rows(x_ptr, x_inverse, x_first, x_count, piece, D, OWNED, DEPTH, UNIT)
+            y = load_rows(y_ptr, y_inverse, y_first, y_count, piece, D, STREAMED, DEPTH, UNIT, MASKED)
+            raw = product(x, tl.trans(y), raw, PRECISION)
+            if (u + 1) % PIECES == 0:
+                z = load_rows(y_ptr, y_inverse, y_first, y_count, chunk, D, STREAMED, WIDTH, UNIT, MASKED) if CHUNKED else y
+                y_factor, y_code, y_q, y_c, y_q_equal, y_c_equal, y_linear = load_all(
+                    numbers_ptr, size, row_values_ptr, column_values_ptr, row_grads_ptr, column_grads_ptr, a_key_ptr, b_key_ptr,
+                    a_inverse_ptr, b_inverse_ptr, n, y_first, y_count, swap == 0, bounded, lift,
+                    STREAMED, CROSS, KIND, ONE_SIDED, ROW_PLACES, COLUMN_PLACES, MASKED,
+                )  # fmt: skip
+                y_key = load_keys(a_key_ptr, b_key_ptr, y_first, y_count, swap == 0, STREAMED) if MASKED else y_code
+                y_own, y_bias = load_sides(own_ptr, bias_ptr, y_first, y_count, swap == 0, STREAMED)
+                c = raw * (x_factor[:, None] * y_factor[None, :]) if UNIT == FACTORS else raw
+                t = c if FOLD else c * factor
+                equal = equal_keys(x_key, y_key, OWNED, STREAMED, a_key_ptr is not None)
+                if bias_ptr is not None:
+                    t += x_bias[:, None] + y_bias[None, :]
+                w = weights(t, equal, x_q, x_c, x_q_equal, x_c_equal, y_q, y_c, y_q_equal, y_c_equal, bounded, KIND, ONE_SIDED)
+                # what is no pair is cleared in the weights, be they infinite: t and the comparison of keys need not live as long
+                if KIND == DIFFERENT:
+                    w = tl.where(equal, 0.0, w)
+                if bias_ptr is not None:
+                    if MASKED:
+                        w = tl.where(pair_mask(x_first, y_first, y_count, OWNED, STREAMED, DIAGONAL), w, 0.0)
+                    if own_ptr is not None:
+                        w = tl.where(x_own[:, None] != y_own[None, :], w, 0.0)
+                    dbias += folded(w, OWNED, STREAMED)
+                if SIMILARITY:
+                    w += tl.where(equal, 1.0, 0.0) * (x_linear[:, None] + y_linear[None, :])
+                if own_ptr is not None:
+                    w = tl.where(x_own[:, None] != y_own[None, :], w, 0.0)
+                if MASKED:
+                    w = tl.where(pair_mask(x_first, y_first, y_count, OWNED, STREAMED, DIAGONAL), w, 0.0)
+                if dscale_ptr is not None:
+                    dscale += folded(w * c, OWNED, STREAMED)
+                if UNIT == FACTORS:
+                    w *= (y_factor * narrow)[None, :]
+                rounded = narrowed(w, z.dtype, PRECISION)
+                dx = product(rounded, z, dx, PRECISION)
+                if RESIDUAL:
+                    dx = product(narrowed(w - rounded.to(tl.float32), z.dtype, PRECISION), z, dx, PRECISION)
+                raw = tl.zeros([OWNED, STREAMED], tl.float32)
 
     row = tl.arange(0, OWNED)
     exists = row < x_count - x_first
     column = chunk + tl.arange(0, WIDTH)[None, :]
-    dx *= scale * unlift
+    dx *= scale * unlift * longest
     dx_ptr = one_of(da_ptr, db_ptr, swap)
     if PARTS:
         pointers = dx_ptr + (split.to(tl.int64) * x_count + x_first) * D + (row[:, None] * D + column)
@@ -271,11 +380,10 @@ def gradient_kernel(
         pointers = dx_ptr + x_first.to(tl.int64) * D + (row[:, None] * D + column)
         tl.store(pointers, narrowed(dx, dx_ptr.dtype.element_ty, PRECISION), mask=exists[:, None] & (column < D))
     place = split.to(tl.int64) * x_count + x_first + row
-    unlift = 1.0 / lift
     if dbias_ptr is not None:
-        tl.store(dbias_ptr + place, dbias * unlift, mask=row < tl.where(swap & (chunk == 0), x_count - x_first, 0))
+        tl.store(dbias_ptr + place, tl.sum(dbias, 1) * unlift, mask=row < tl.where(swap & (chunk == 0), x_count - x_first, 0))
     if dscale_ptr is not None:
-        tl.store(dscale_ptr + place, dscale * unlift, mask=row < tl.where(swap | (chunk > 0), 0, x_count - x_first))
+        tl.store(dscale_ptr + place, tl.sum(dscale, 1) * unlift, mask=row < tl.where(swap | (chunk > 0), 0, x_count - x_first))
 
 
 @triton.jit(do_not_specialize=["n", "m", "row_splits", "column_splits", "row_programs", "row_and_column_programs", "scale_numbers"])
@@ -306,7 +414,7 @@ def finish_kernel(
         for _ in range(splits):
             dx += tl.load(parts_ptr + offsets, mask=inside, other=0.0)
             parts_ptr += count.to(tl.int64) * D
-        inverse = load_inverse(a_inverse_ptr, b_inverse_ptr, first, count, swap, ROWS, UNIT)
+        inverse = load_inverse(a_inverse_ptr, b_inverse_ptr, first, count, swap, ROWS)
         x = load_rows(x_ptr, inverse, first, count, 0, D, ROWS, WIDTH, AS_THEY_ARE)
         dx = through_unit(dx, x, inverse, UNIT)
         tl.store(dx_ptr + offsets, narrowed(dx, dx_ptr.dtype.element_ty, PRECISION), mask=inside)

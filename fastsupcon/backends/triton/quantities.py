@@ -18,21 +18,27 @@ import triton.language as tl
 from .rows import store_quantity
 from .tiles import (
     DIFFERENT,
+    FACTORS,
     LN_2,
     LOG2_E,
     SPLIT,
-    cosines,
     equal_keys,
     finite,
-    is_whole,
-    load_inverse,
+    folded,
+    is_narrow,
+    load_keys,
+    load_numbers,
     load_rows,
     load_sides,
     log_sum,
+    numbers_of,
     one_of,
     pair_mask,
+    product,
     program_of,
     scale_of,
+    tile_at,
+    whole_tiles,
 )
 
 
@@ -51,7 +57,9 @@ def store_quantities(ptr, row, n, first, second, similarity, count, KIND: tl.con
 
 
 @triton.jit
-def add_exponentials(t, equal, first_peak, first, second_peak, second, bounded, KIND: tl.constexpr):
+def add_exponentials(
+    t, equal, first_peak, first, second_peak, second, bounded, OWNED: tl.constexpr, STREAMED: tl.constexpr, KIND: tl.constexpr
+):
     """One more tile of sum_j exp(t_ij) = first * exp(first_peak), in second of the pairs of equal keys; bounded: in base 2, the peaks 0.
 
     tl.max may ignore NaN; the sums do not.
@@ -61,29 +69,29 @@ def add_exponentials(t, equal, first_peak, first, second_peak, second, bounded, 
         e = tl.exp2(t)
     else:
         new = tl.maximum(first_peak, tl.max(tl.where(equal, float("-inf"), t) if KIND == SPLIT else t, 1))
-        first *= tl.exp2((first_peak - finite(new)) * LOG2_E)
+        first *= tl.exp2((first_peak - finite(new)) * LOG2_E)[:, None]
         first_peak = new
         shift = finite(new)[:, None]
         if KIND == SPLIT:
             new = tl.maximum(second_peak, tl.max(tl.where(equal, t, float("-inf")), 1))
-            second *= tl.exp2((second_peak - finite(new)) * LOG2_E)
+            second *= tl.exp2((second_peak - finite(new)) * LOG2_E)[:, None]
             second_peak = new
             shift = tl.where(equal, finite(new)[:, None], shift)
         e = tl.exp2((t - shift) * LOG2_E)
     if KIND == SPLIT:
-        first += tl.sum(tl.where(equal, 0.0, e), 1)
-        second += tl.sum(tl.where(equal, e, 0.0), 1)
+        first += folded(tl.where(equal, 0.0, e), OWNED, STREAMED)
+        second += folded(tl.where(equal, e, 0.0), OWNED, STREAMED)
     else:
-        first += tl.sum(e, 1)
+        first += folded(e, OWNED, STREAMED)
     return first_peak, first, second_peak, second
 
 
 @triton.jit(do_not_specialize=["n", "m", "row_owners", "column_owners", "row_programs", "row_tiles", "column_tiles"])
 def forward_kernel(
-    a_ptr, b_ptr, a_inverse_ptr, b_inverse_ptr, bias_ptr, a_key_ptr, b_key_ptr, own_ptr, scale_ptr, rows_ptr, columns_ptr,
+    a_ptr, b_ptr, bias_ptr, a_key_ptr, b_key_ptr, own_ptr, scale_ptr, numbers_ptr, rows_ptr, columns_ptr,
     n, m, scale, row_owners, column_owners, row_programs, row_tiles, column_tiles,
     D: tl.constexpr, OWNED: tl.constexpr, STREAMED: tl.constexpr, DEPTH: tl.constexpr, UNIT: tl.constexpr, DIAGONAL: tl.constexpr,
-    BOUNDED: tl.constexpr, PRECISION: tl.constexpr, KIND: tl.constexpr, SIMILARITY: tl.constexpr,
+    BOUNDED: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr, KIND: tl.constexpr, SIMILARITY: tl.constexpr,
     ROW_PLACES: tl.constexpr, COLUMN_PLACES: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     swap, x_first, split, tiles, x_count, y_count = program_of(
@@ -92,48 +100,70 @@ def forward_kernel(
     x_ptr = one_of(a_ptr, b_ptr, swap)
     y_ptr = one_of(a_ptr, b_ptr, swap == 0)
     scale, bounded = scale_of(scale_ptr, scale, BOUNDED)
-    x_inverse = load_inverse(a_inverse_ptr, b_inverse_ptr, x_first, x_count, swap, OWNED, UNIT)
-    x = load_rows(x_ptr, x_inverse, x_first, x_count, 0, D, OWNED, DEPTH, UNIT) if D <= DEPTH else 0
-    x_key, x_own, x_bias = load_sides(a_key_ptr, b_key_ptr, own_ptr, bias_ptr, x_first, x_count, swap, OWNED)
+    x_numbers_ptr = numbers_of(numbers_ptr, n, swap, DIAGONAL == 0)
+    y_numbers_ptr = numbers_of(numbers_ptr, n, swap == 0, DIAGONAL == 0)
+    x_inverse, x_code = load_numbers(x_numbers_ptr, x_first, x_count, OWNED, UNIT)
+    x = load_rows(x_ptr, x_inverse, x_first, x_count, 0, D, OWNED, DEPTH, UNIT)
+    x_own, x_bias = load_sides(own_ptr, bias_ptr, x_first, x_count, swap, OWNED)
     factor = scale * tl.where(bounded, LOG2_E, 1.0)
+    x_factor = x_inverse * factor if FOLD else x_inverse
     first_peak = tl.zeros([OWNED], tl.float32) + tl.where(bounded, 0.0, float("-inf"))
     second_peak = first_peak
-    first = tl.zeros([OWNED], tl.float32)
-    second = tl.zeros([OWNED], tl.float32)
-    similarity = tl.zeros([OWNED], tl.float32)
-    count = tl.zeros([OWNED], tl.int32)
-    first_tile = split * tiles
-    for u in range(tl.minimum(tiles, tl.cdiv(y_count, STREAMED) - first_tile)):
-        y_first = (first_tile + u) * STREAMED
-        y_inverse = load_inverse(a_inverse_ptr, b_inverse_ptr, y_first, y_count, swap == 0, STREAMED, UNIT)
-        y = load_rows(y_ptr, y_inverse, y_first, y_count, 0, D, STREAMED, DEPTH, UNIT) if D <= DEPTH else x
-        y_key, y_own, y_bias = load_sides(a_key_ptr, b_key_ptr, own_ptr, bias_ptr, y_first, y_count, swap == 0, STREAMED)
-        c = cosines(
-            x, y, x_inverse, y_inverse, x_ptr, y_ptr, x_first, y_first, x_count, y_count, D, OWNED, STREAMED, DEPTH, UNIT, PRECISION
-        )
-        t = c * factor
-        equal = equal_keys(x_key, y_key, OWNED, STREAMED, a_key_ptr is not None)
-        if bias_ptr is not None:
-            t += x_bias[:, None] + y_bias[None, :]
-        if own_ptr is not None:
-            other = x_own[:, None] != y_own[None, :]
-            t = tl.where(other, t, float("-inf"))
-            equal = equal & other
-        if is_whole(x_first, y_first, y_count, OWNED, STREAMED, DIAGONAL) == 0:
-            pair = pair_mask(x_first, y_first, y_count, OWNED, STREAMED, DIAGONAL)
-            t = tl.where(pair, t, float("-inf"))
-            equal = equal & pair
-        if SIMILARITY:
-            similarity += tl.sum(tl.where(equal, c, 0.0), 1)
-            one = (c.to(tl.int32, bitcast=True) | 1) & 1  # in the layout of c: else Triton compares the keys once more, in another
-            count += tl.sum(tl.where(equal, one, 0), 1)
-        if KIND == DIFFERENT:
-            t = tl.where(equal, float("-inf"), t)
-        first_peak, first, second_peak, second = add_exponentials(t, equal, first_peak, first, second_peak, second, bounded, KIND)
-    first = log_sum(first_peak, first)
-    second = log_sum(second_peak, second)
-    similarity *= scale
-    count = count.to(tl.float32)
+    first = tl.zeros([OWNED, 8], tl.float32)
+    second = tl.zeros([OWNED, 8], tl.float32)
+    similarity = tl.zeros([OWNED, 8], tl.float32)
+    count = tl.zeros([OWNED, 8], tl.float32)
+    start = split * tiles
+    end = tl.minimum(start + tiles, tl.cdiv(y_count, STREAMED))
+    lo, hi, stop = whole_tiles(start, end, is_narrow(x_code), x_first, y_count, OWNED, STREAMED, DIAGONAL)
+    PIECES: tl.constexpr = (D + DEPTH - 1) // DEPTH
+    for MASKED in tl.static_range(2):
+        x_key = load_keys(a_key_ptr, b_key_ptr, x_first, x_count, swap, OWNED) if MASKED else x_code
+        number = (hi - lo) + (end - stop) if MASKED else (lo - start) + (stop - hi)
+        raw = tl.zeros([OWNED, STREAMED], tl.float32)
+        for u in range(number * PIECES):
+            y_first = tile_at(u // PIECES, start, lo, hi, stop, MASKED) * STREAMED
+            # they feed no product, so nothing fetches them ahead: before the product their latency is under its time
+            y_inverse, y_code = load_numbers(y_numbers_ptr, y_first, y_count, STREAMED, UNIT, MASKED)
+            piece = u % PIECES * DEPTH
+            if PIECES > 1:
+                x = load_rows(x_ptr, x_inverse, x_first, x_count, piece, D, OWNED, DEPTH, UNIT)
+            y = load_rows(y_ptr, y_inverse, y_first, y_count, piece, D, STREAMED, DEPTH, UNIT, MASKED)
+            raw = product(x, tl.trans(y), raw, PRECISION)
+            if (u + 1) % PIECES == 0:
+                if PIECES > 1:
+                    y_inverse, y_code = load_numbers(y_numbers_ptr, y_first, y_count, STREAMED, UNIT, MASKED)
+                y_key = load_keys(a_key_ptr, b_key_ptr, y_first, y_count, swap == 0, STREAMED) if MASKED else y_code
+                y_own, y_bias = load_sides(own_ptr, bias_ptr, y_first, y_count, swap == 0, STREAMED)
+                c = raw * (x_factor[:, None] * y_inverse[None, :]) if UNIT == FACTORS else raw
+                t = c if FOLD else c * factor
+                equal = equal_keys(x_key, y_key, OWNED, STREAMED, a_key_ptr is not None)
+                if bias_ptr is not None:
+                    t += x_bias[:, None] + y_bias[None, :]
+                if own_ptr is not None:
+                    other = x_own[:, None] != y_own[None, :]
+                    t = tl.where(other, t, float("-inf"))
+                    equal = equal & other
+                if MASKED:
+                    pair = pair_mask(x_first, y_first, y_count, OWNED, STREAMED, DIAGONAL)
+                    t = tl.where(pair, t, float("-inf"))
+                    equal = equal & pair
+                if SIMILARITY:
+                    # a one in the layout of c: a constant has none, and Triton would load and compare all keys once more in another
+                    one = ((c.to(tl.int32, bitcast=True) | 0x3F800000) & 0x3F800000).to(tl.float32, bitcast=True)
+                    one = tl.where(equal, one, 0.0)
+                    similarity += folded(one * c if BOUNDED else tl.where(equal, c, 0.0), OWNED, STREAMED)
+                    count += folded(one, OWNED, STREAMED)
+                if KIND == DIFFERENT:
+                    t = tl.where(equal, float("-inf"), t)
+                first_peak, first, second_peak, second = add_exponentials(
+                    t, equal, first_peak, first, second_peak, second, bounded, OWNED, STREAMED, KIND
+                )
+                raw = tl.zeros([OWNED, STREAMED], tl.float32)
+    first = log_sum(first_peak, tl.sum(first, 1))
+    second = log_sum(second_peak, tl.sum(second, 1))
+    similarity = tl.sum(similarity, 1) * (LN_2 if FOLD else scale)
+    count = tl.sum(count, 1)
     row = x_first + tl.arange(0, OWNED)
     if PARTS == 0:
         if swap:

@@ -1,4 +1,4 @@
-"""Tile sizes by kernel, GPU family, dtype and D. All PREDICTED from register and shared-memory readings: none has run on a GPU yet."""
+"""Tile sizes by kernel, GPU family, dtype and D, PREDICTED from registers, shared memory and instructions (bench/NOTES-triton.md)."""
 
 from __future__ import annotations
 
@@ -31,30 +31,34 @@ def padded(depth: int) -> int:
 def tile(kernel: str, family: str, dtype: torch.dtype, depth: int) -> Tile:
     """The tile of "forward", "gradient" or "heavy gradient" for rows of this dtype and dimension.
 
-    A gradient holds a key of 64 bits, an inverse norm and two to four numbers more for every column of its tile. What makes it heavy (a
-    learned scale, a bias, own columns, log-sums of equal keys) leaves registers for half as many of them; so does D = 256.
+    What makes a gradient heavy (a learned scale, a bias, own columns, log-sums of equal keys) leaves registers for half as many columns.
+    Triton gives the logits of a gradient to the warps by 16 rows each: fewer owned rows than that, and warps compute the same twice.
     """
     d = padded(depth)
     gradient = kernel != "forward"
     heavy = kernel == "heavy gradient"
-    half = heavy or (gradient and d >= 256)
     if family == "interpreter":
         return Tile(256, 64, min(d, 256), 1, 1)  # its time goes by the number of operations, not by their size
     stages = 1 if family == "amd" else 2  # 64 KiB of shared memory on gfx942
     if dtype == torch.float32:  # three TF32 products a step: operands split in registers
-        return Tile(64, 32, d if d <= 64 and gradient else min(d, 32), 8, stages)
+        part = d if d <= 64 and gradient else min(d, 32)
+        if family == "hopper":
+            return Tile(128, 32, part, 8, 2) if gradient else Tile(128, 64 if d <= 64 else 128, part, 8, 3)
+        return Tile(64, 32, part, 8, stages)
     if family in ("hopper", "blackwell"):  # 128 owned rows ask at most 6.2 TB/s of L2 in the forward; 4 warps spill
-        return Tile(
-            64 if heavy and d >= 256 else 128, 32 if half else 64, d if d <= 256 else 64, 8, 3 if d <= 128 or (half and d == 256) else 2
-        )
+        if gradient:
+            held = d if d <= (512 if family == "hopper" else 256) else 64  # Triton asks for 6 KiB too many on Blackwell
+            streamed = 32 if heavy or d > 128 else 64
+            return Tile(128, 128 if d > 512 and not heavy else streamed, held, 8, 2 if held == 512 or (heavy and d == 256) else 3)
+        return Tile(128, 64 if d <= 256 else 128, d if d <= 256 else 64, 8, 2 if d == 256 else 3)
     if d > 256:
         return Tile(64, 32, 64, 8, stages) if gradient or family == "amd" else Tile(64, 64, 64, 4, stages)
     if gradient:
-        streamed = 16 if half or (family == "amd" and d > 64) else 64 if d <= 64 and family != "amd" else 32
+        streamed = 16 if heavy or d == 256 or (family == "amd" and d > 64) else 64 if d <= 64 and family != "amd" else 32
         return Tile(64 if d == 256 else 128, streamed, d, 8, stages)
     return Tile(64, 64, d, 8 if family == "amd" else 4, stages)
 
 
 def gradient_width(dtype: torch.dtype, depth: int, tile: Tile) -> int:
-    """Columns of dx that one program owns; all of them where a tile of rows holds all of D, else as many as its registers hold."""
-    return padded(depth) if depth <= tile.depth else min(padded(depth), 128 if dtype == torch.float32 else 256)
+    """Columns of dx that one program owns, at most as many as its registers hold."""
+    return min(padded(depth), 128 if dtype == torch.float32 and depth > tile.depth else 256)

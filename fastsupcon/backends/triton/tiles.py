@@ -10,6 +10,9 @@ multiplied as they are loaded, so that rows of norm 1e-18 keep to the normal ran
 carries log2(e), and the exponential is the hardware's exp2 alone. Elsewhere |t| may be thousands: the shift is subtracted first, in one
 rounding, and log2(e) multiplies the small difference.
 
+The time of a pair goes by its instructions, so a loop runs twice: over the tiles that are whole, without masks and with codes for keys, and
+over the few others. Sums over a row stay eight columns wide until the loops end.
+
 Lengths that the tiles do not divide are padded with zeros inside the tile. Row indices have 32 bits, addresses 64. A pointer that is None
 costs nothing: the kernel is compiled without it. Triton compiles what follows an `if` whose branch returns, even where it cannot be
 reached, so such branches have an `else`. A condition that is the same for all rows goes into a mask's bound: the interpreter makes an
@@ -42,27 +45,82 @@ def one_of(of_rows, of_columns, swap):
 
 
 @triton.jit
-def load_rows(ptr, inverse, first, count, column, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, UNIT: tl.constexpr):
-    """rows[first : first + ROWS, column : column + COLUMNS] of rows [count, D], zeros outside; times inverse [ROWS] if UNIT is SCALED."""
+def load_rows(
+    ptr, inverse, first, count, column,
+    D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr = True,
+):  # fmt: skip
+    """rows[first : first + ROWS, column : column + COLUMNS] of rows [count, D], zeros outside; times inverse [ROWS] if UNIT is SCALED.
+
+    Not MASKED: none of these rows is outside.
+    """
     row = tl.arange(0, ROWS)[:, None]
     offset = column + tl.arange(0, COLUMNS)[None, :]
-    inside = row < count - first if D % COLUMNS == 0 else (row < count - first) & (offset < D)
-    x = tl.load(ptr + first.to(tl.int64) * D + (row * D + offset), mask=inside, other=0.0)
+    pointers = ptr + first.to(tl.int64) * D + (row * D + offset)
+    if D % COLUMNS == 0:
+        x = tl.load(pointers, mask=row < count - first, other=0.0) if MASKED else tl.load(pointers)
+    else:
+        x = tl.load(pointers, mask=(row < count - first if MASKED else row >= 0) & (offset < D), other=0.0)
     return x * inverse[:, None] if UNIT == SCALED else x
 
 
 @triton.jit
-def load_values(ptr, first, count, ROWS: tl.constexpr):
+def load_values(ptr, first, count, ROWS: tl.constexpr, MASKED: tl.constexpr = True):
     """values[first : first + ROWS] of values [count], zeros outside."""
     row = tl.arange(0, ROWS)
-    return tl.load(ptr + first + row, mask=row < count - first, other=0)
+    return tl.load(ptr + first + row, mask=row < count - first, other=0) if MASKED else tl.load(ptr + first + row)
 
 
 @triton.jit
-def load_inverse(of_rows_ptr, of_columns_ptr, first, count, of_columns, ROWS: tl.constexpr, UNIT: tl.constexpr):
+def pair_of(low, high):
+    """Two floats as one integer, which is how the loops read the numbers of a row: half as many loads, and wide ones."""
+    return (high.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (low.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF)
+
+
+@triton.jit
+def load_pair(ptr, first, count, ROWS: tl.constexpr, MASKED: tl.constexpr = True):
+    pair = load_values(ptr, first, count, ROWS, MASKED)
+    return pair.to(tl.int32).to(tl.float32, bitcast=True), (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def load_numbers(ptr, first, count, ROWS: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr = True):
+    """Inverse norms, 1 for rows that stay as they are, and codes of keys, 0 where there are none."""
+    if ptr is None:
+        return tl.full([ROWS], 1.0, tl.float32), tl.zeros([ROWS], tl.float32)
+    else:
+        inverse, code = load_pair(ptr, first, count, ROWS, MASKED)
+        return tl.full([ROWS], 1.0, tl.float32) if UNIT == AS_THEY_ARE else inverse, code
+
+
+@triton.jit
+def aligned(n):
+    """Where the columns' numbers stand after those of n rows: wide loads need to know their alignment."""
+    return tl.cdiv(n, 16) * 16
+
+
+@triton.jit
+def numbers_of(ptr, n, of_columns, CROSS: tl.constexpr):
+    """The numbers of rows or of columns, which are the same in the self shape."""
+    if ptr is None or not CROSS:
+        return ptr
+    else:
+        return ptr + tl.where(of_columns, aligned(n), 0)
+
+
+@triton.jit
+def load_inverse(of_rows_ptr, of_columns_ptr, first, count, of_columns, ROWS: tl.constexpr):
     """Inverse norms; 1 for rows that stay as they are."""
-    if UNIT == AS_THEY_ARE:
+    if of_rows_ptr is None:
         return tl.full([ROWS], 1.0, tl.float32)
+    else:
+        return load_values(one_of(of_rows_ptr, of_columns_ptr, of_columns), first, count, ROWS)
+
+
+@triton.jit
+def load_keys(of_rows_ptr, of_columns_ptr, first, count, of_columns, ROWS: tl.constexpr):
+    """Keys; zeros where there are none."""
+    if of_rows_ptr is None:
+        return tl.zeros([ROWS], tl.int64)
     else:
         return load_values(one_of(of_rows_ptr, of_columns_ptr, of_columns), first, count, ROWS)
 
@@ -83,12 +141,11 @@ def load_own(ptr, first, count, of_columns, ROWS: tl.constexpr):
 
 
 @triton.jit
-def load_sides(row_key_ptr, column_key_ptr, own_ptr, bias_ptr, first, count, of_columns, ROWS: tl.constexpr):
-    """Keys, own columns and bias of rows, as :func:`pairs` takes them; 0 where there are none."""
-    key = load_values(one_of(row_key_ptr, column_key_ptr, of_columns), first, count, ROWS) if row_key_ptr is not None else 0
+def load_sides(own_ptr, bias_ptr, first, count, of_columns, ROWS: tl.constexpr):
+    """Own columns and bias of rows; 0 where there are none."""
     own = load_own(own_ptr, first, count, of_columns, ROWS) if own_ptr is not None else 0
     bias = load_bias(bias_ptr, first, count, of_columns, ROWS) if bias_ptr is not None else 0.0
-    return key, own, bias
+    return own, bias
 
 
 @triton.jit
@@ -130,32 +187,27 @@ def product(a, b, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def cosines(
-    x, y, x_inverse, y_inverse, x_ptr, y_ptr, x_first, y_first, n, m,
-    D: tl.constexpr, X_ROWS: tl.constexpr, Y_ROWS: tl.constexpr, DEPTH: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """x_i . y_j of rows of unit length where UNIT says so: [X_ROWS, Y_ROWS], and in the symmetric self shape c_ij = c_ji to the bit.
+def whole_tiles(first, end, narrow, x_first, m, OWNED: tl.constexpr, STREAMED: tl.constexpr, DIAGONAL: tl.constexpr):
+    """(lo, hi, stop): of a program's tiles [first, end) those in [first, lo) and [hi, stop) are whole, the others are masked.
 
-    Rows that one tile holds (D <= DEPTH) come in as x and y; of longer ones DEPTH columns at a time are read here.
+    In a whole tile every (i, j) is a pair, but for own columns, and codes stand for keys: so there is none if not ``narrow``. The loops
+    over either kind are compiled apart, and nearly all tiles are whole.
     """
-    total = tl.zeros([X_ROWS, Y_ROWS], tl.float32)
-    if D <= DEPTH:
-        total = product(x, tl.trans(y), total, PRECISION)
+    stop = tl.where(narrow, tl.maximum(tl.minimum(end, m // STREAMED), first), first)
+    if DIAGONAL:
+        lo = tl.minimum(tl.maximum(x_first // STREAMED, first), stop)
+        return lo, tl.minimum(tl.maximum(tl.cdiv(x_first + OWNED, STREAMED), lo), stop), stop
     else:
-        for column in range(0, D, DEPTH):
-            x_part = load_rows(x_ptr, x_inverse, x_first, n, column, D, X_ROWS, DEPTH, UNIT)
-            y_part = load_rows(y_ptr, y_inverse, y_first, m, column, D, Y_ROWS, DEPTH, UNIT)
-            total = product(x_part, tl.trans(y_part), total, PRECISION)
-    return total * (x_inverse[:, None] * y_inverse[None, :]) if UNIT == FACTORS else total
+        return first, first, stop
 
 
 @triton.jit
-def is_whole(x_first, y_first, m, OWNED: tl.constexpr, STREAMED: tl.constexpr, DIAGONAL: tl.constexpr):
-    """Whether every (i, j) of a tile is a pair, but for own columns: most are, and need not look at indices."""
-    whole = y_first + STREAMED <= m
-    if DIAGONAL:
-        whole = whole & ((y_first >= x_first + OWNED) | (x_first >= y_first + STREAMED))
-    return whole
+def tile_at(u, first, lo, hi, stop, MASKED: tl.constexpr):
+    """The u-th tile of those that are whole, or of the others."""
+    if MASKED:
+        return u + tl.where(u < hi - lo, lo, stop - (hi - lo))
+    else:
+        return u + tl.where(u < lo - first, first, hi - (lo - first))
 
 
 @triton.jit
@@ -170,11 +222,33 @@ def pair_mask(x_first, y_first, m, OWNED: tl.constexpr, STREAMED: tl.constexpr, 
 
 
 @triton.jit
+def code_of(key):
+    """A key as a float where that is exact, else NaN: codes are compared in one instruction, and are equal only if the keys are.
+
+    Of a row whose code is no NaN the converse holds too, whatever the other's key: such a row is called narrow.
+    """
+    return tl.where((key >= -16777216) & (key <= 16777216), key.to(tl.float32), float("nan"))
+
+
+@triton.jit
+def is_narrow(code):
+    """Whether all rows of a program are narrow."""
+    return tl.max((code != code).to(tl.int32), 0) == 0
+
+
+@triton.jit
 def equal_keys(x_key, y_key, OWNED: tl.constexpr, STREAMED: tl.constexpr, KEYS: tl.constexpr):
+    """Of keys or of their codes."""
     if KEYS:
         return x_key[:, None] == y_key[None, :]
     else:
         return tl.full([OWNED, STREAMED], 0, tl.int1)
+
+
+@triton.jit
+def folded(x, OWNED: tl.constexpr, STREAMED: tl.constexpr):
+    """Partial sums [OWNED, 8] of rows: of what a thread holds anyway, where a sum over rows would exchange registers for every tile."""
+    return tl.sum(tl.reshape(x, [OWNED, STREAMED // 8, 8]), 1)
 
 
 @triton.jit
