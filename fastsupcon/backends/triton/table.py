@@ -1,4 +1,5 @@
-"""Tile sizes by kernel, GPU family, dtype and D, PREDICTED from registers, shared memory and instructions (bench/NOTES-triton.md)."""
+"""Tile sizes by kernel, GPU family, dtype and D: of half rows on Hopper as measured on an H200, of all others PREDICTED from registers, shared
+memory and instructions (bench/NOTES-triton.md)."""
 
 from __future__ import annotations
 
@@ -45,6 +46,10 @@ def tile(kernel: str, family: str, dtype: torch.dtype, depth: int) -> Tile:
         if family == "hopper":
             return Tile(128, 32, part, 8, 2) if gradient else Tile(128, 64 if d <= 64 else 128, part, 8, 3)
         return Tile(64, 32, part, 8, stages)
+    if family == "hopper" and not gradient:
+        return Tile(128, 64, d, 4, 3) if d <= 128 else Tile(128, 32, d, 8, 3) if d == 256 else Tile(128, 256, 64, 8, 3)
+    if family == "hopper" and d <= 128 and not heavy:
+        return Tile(64, 64, d, 4, 3)  # two blocks to a multiprocessor: as fast as 128 rows at N = 65,536, faster below
     if family in ("hopper", "blackwell"):  # 128 owned rows ask at most 6.2 TB/s of L2 in the forward; 4 warps spill
         if gradient:
             held = d if d <= (512 if family == "hopper" else 256) else 64  # Triton asks for 6 KiB too many on Blackwell
