@@ -379,6 +379,9 @@ __global__ void __launch_bounds__(kMmaThreads) mma_forward(const __grid_constant
   const int lane = ptx::lane();
   const int first = block.block.first_row + ptx::warp() * 16 * Shape::m_tiles + accumulator_row(lane, 0);  // of this lane's rows
   RowSums sums[Shape::m_tiles][2];
+  // nvcc 13.0 makes zeros of all but the first of an array of arrays, whatever their members' initial values are.
+#pragma unroll
+  for (int m = 0; m < Shape::m_tiles; ++m) sums[m][0] = sums[m][1] = RowSums{};
   block.for_each_tile(
       [&](auto& s) {
 #pragma unroll
