@@ -341,7 +341,6 @@ Plan plan_backward(const Problem& problem, const Incoming& rows, const Incoming&
         if (!finish.sums) {
           finish.rows = pass.x.rows;
           finish.count = pass.x.count;
-          finish.field_rows = pass.x.field_rows;
           finish.norms = sides.rows.sides[owner].norms;
           finish.sums = reinterpret_cast<float*>(scratch + sums_at) + sums_of[i];
           finish.out = owner && !both_ways ? out.columns : out.rows;
@@ -353,9 +352,11 @@ Plan plan_backward(const Problem& problem, const Incoming& rows, const Incoming&
           finish.bias = static_cast<float*>(out.bias);
         }
       }
+      of.wide = is_wide(PRODUCT, of.depth, {of.sides[0].rows, of.sides[0].out, of.sides[1].rows, of.sides[1].out});
+      for (of.row_warps = 1; of.row_warps < kRowsWarps && of.row_warps * kWarpColumns < of.depth;) of.row_warps *= 2;
       std::int64_t blocks = 0;
-      for (int i = 0; i < of.count; ++i) blocks += ceil_div(of.sides[i].field_rows, kRowsWarps);
-      launch("finish_gradients", shape, finish_gradients<PRODUCT>, {blocks}, kRowsThreads, 0, where, of);
+      for (int i = 0; i < of.count; ++i) blocks += ceil_div(of.sides[i].count, kRowsWarps / of.row_warps);
+      launch("finish_gradients", shape, finish_gradients<PRODUCT>, {blocks}, kRowsThreads, kRowSumBytes, where, of);
     });
     if (!out.scale) return;
     plan.launches.push_back([=](char* scratch, const Where& where) {

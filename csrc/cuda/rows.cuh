@@ -1,6 +1,9 @@
 // The small kernels before and after the tiles: the fields of rows, and gradients from the sums of splits. One or two sides a launch.
 #pragma once
 
+#include <algorithm>
+#include <initializer_list>
+
 #include "tile.cuh"
 
 namespace fastsupcon::cuda {
@@ -8,6 +11,17 @@ namespace fastsupcon::cuda {
 constexpr int kRowsThreads = 256;
 constexpr int kRowsWarps = kRowsThreads / 32;
 static_assert(kRowsThreads == kLargestRows);
+
+struct alignas(8) FourHalves {
+  std::uint16_t of[4];
+};
+
+// Whether every four of a row's elements lie at a multiple of their size.
+inline bool is_wide(Product product, std::int64_t depth, std::initializer_list<const void*> rows) {
+  const std::uintptr_t bytes = product == Product::f16 || product == Product::bf16 ? sizeof(FourHalves) : sizeof(Four<float>);
+  const auto starts_well = [=](const void* at) { return reinterpret_cast<std::uintptr_t>(at) % bytes == 0; };
+  return depth % 4 == 0 && std::all_of(rows.begin(), rows.end(), starts_well);
+}
 
 template <Product PRODUCT>
 FASTSUPCON_DEVICE float load_element(const void* rows, std::int64_t index) {
@@ -23,6 +37,57 @@ FASTSUPCON_DEVICE void store_element(void* rows, std::int64_t index, float value
     static_cast<std::uint16_t*>(rows)[index] = static_cast<std::uint16_t>(ptx::pack_bf16(value, 0.0f));
   } else {
     static_cast<float*>(rows)[index] = value;
+  }
+}
+
+// Four neighbours of a row from `at` on, zeros past its `left`. WIDE: as one, see is_wide.
+template <Product PRODUCT, bool WIDE>
+FASTSUPCON_DEVICE Four<float> load_four(const void* rows, std::int64_t at, std::int64_t left) {
+  if constexpr (!WIDE) {
+    Four<float> found;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) found.of[i] = i < left ? load_element<PRODUCT>(rows, at + i) : 0.0f;
+    return found;
+  } else if constexpr (kElementBytes<PRODUCT> == 4) {
+    return *reinterpret_cast<const Four<float>*>(static_cast<const float*>(rows) + at);
+  } else {
+    const auto halves = *reinterpret_cast<const FourHalves*>(static_cast<const std::uint16_t*>(rows) + at);
+    Four<float> found;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) found.of[i] = load_element<PRODUCT>(halves.of, i);
+    return found;
+  }
+}
+template <Product PRODUCT, bool WIDE>
+FASTSUPCON_DEVICE void store_four(void* rows, std::int64_t at, std::int64_t left, const Four<float>& values) {
+  if constexpr (!WIDE) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i < left) store_element<PRODUCT>(rows, at + i, values.of[i]);
+    }
+  } else if constexpr (kElementBytes<PRODUCT> == 4) {
+    *reinterpret_cast<Four<float>*>(static_cast<float*>(rows) + at) = values;
+  } else {
+    FourHalves halves;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) store_element<PRODUCT>(halves.of, i, values.of[i]);
+    *reinterpret_cast<FourHalves*>(static_cast<std::uint16_t*>(rows) + at) = halves;
+  }
+}
+
+// use(load(i)) for every `step`-th i from `first` to `end`, in order, where AHEAD loads are in flight together.
+template <int AHEAD, class Index, class Load, class Use>
+FASTSUPCON_DEVICE void load_ahead(Index first, Index end, Index step, Load load, Use use) {
+  for (Index i = first; i < end; i += AHEAD * step) {
+    decltype(load(i)) found[AHEAD];
+#pragma unroll
+    for (int k = 0; k < AHEAD; ++k) {
+      if (i + k * step < end) found[k] = load(i + k * step);
+    }
+#pragma unroll
+    for (int k = 0; k < AHEAD; ++k) {
+      if (i + k * step < end) use(found[k]);
+    }
   }
 }
 
@@ -63,9 +128,8 @@ struct SideBlock {
   int side;
   std::int64_t first_row;
 };
-template <class Sides>
-FASTSUPCON_DEVICE SideBlock side_block(const Sides& sides, int rows) {
-  const std::int64_t of_first = ceil_div(sides[0].field_rows, rows), block = ptx::block_x();
+FASTSUPCON_DEVICE SideBlock side_block(std::int64_t rows_of_first, int rows) {
+  const std::int64_t of_first = ceil_div(rows_of_first, rows), block = ptx::block_x();
   return block < of_first ? SideBlock{0, block * rows} : SideBlock{1, (block - of_first) * rows};
 }
 
@@ -107,7 +171,7 @@ FASTSUPCON_DEVICE float inverse_norm(const Rows& side, std::int64_t row, std::in
 // A warp for each row.
 template <Product PRODUCT>
 __global__ void __launch_bounds__(kRowsThreads) prepare_forward(const __grid_constant__ RowsWork work) {
-  const SideBlock at = side_block(work.sides, kRowsWarps);
+  const SideBlock at = side_block(work.sides[0].field_rows, kRowsWarps);
   const Rows& side = work.sides[at.side];
   const std::int64_t row = at.first_row + ptx::warp();
   const bool is_row = row < side.count;
@@ -143,7 +207,7 @@ constexpr int kPrepareBytes = 2 * kRowsWarps * static_cast<int>(sizeof(float)); 
 
 // One thread for each row.
 __global__ void __launch_bounds__(kRowsThreads) prepare_backward(const __grid_constant__ RowsWork work) {
-  const SideBlock at = side_block(work.sides, kRowsThreads);
+  const SideBlock at = side_block(work.sides[0].field_rows, kRowsThreads);
   const Rows& side = work.sides[at.side];
   const std::int64_t row = at.first_row + ptx::thread();
   float factor = 0.0f, bias = 0.0f, linear = 0.0f, magnitude = 0.0f;
@@ -195,7 +259,7 @@ __global__ void __launch_bounds__(kRowsThreads) prepare_backward(const __grid_co
 // From the sums of splits, ∂â up to the scale, to the gradients of one side.
 struct Finish {
   const void* rows;
-  std::int64_t count, field_rows;
+  std::int64_t count;
   const float* norms;        // or null
   float* sums;               // [splits, count, depth]; null: only the bias is wanted. The first split is used up
   int splits;
@@ -208,40 +272,83 @@ struct FinishWork {
   Finish sides[2];
   int count;
   std::int64_t depth;
+  bool wide;                 // all rows, in and out
+  int row_warps;             // that share a row
   Scale scale;
 };
+constexpr int kWarpColumns = 4 * 32;  // four of each lane
 
-// ∂x = scale (∂â − â (â·∂â)) / |x|, â·∂â once the splits are added up. A warp for each row.
+// The sums of a row's warps, of which `warp` is one, in order; by all threads of a block.
+FASTSUPCON_DEVICE float row_sum(float value, int warp, int row_warps) {
+  value = warp_sum(value);
+  if (row_warps == 1) return value;
+  float* of_warps = reinterpret_cast<float*>(ptx::shared_memory());
+  if (ptx::lane() == 0) of_warps[warp] = value;
+  ptx::sync_block();
+  value = 0.0f;
+  for (int i = 0; i < row_warps; ++i) value += of_warps[warp / row_warps * row_warps + i];
+  return value;
+}
+constexpr int kRowSumBytes = kRowsWarps * static_cast<int>(sizeof(float));
+
+// ∂x = scale (∂â − â (â·∂â)) / |x|, â·∂â once the splits are added up. The sums of a row that its warps hold at one go stay in registers, those
+// of a deeper one go by way of the first split.
+template <Product PRODUCT, bool WIDE>
+FASTSUPCON_DEVICE void finish_row(const FinishWork& work, const Finish& side, std::int64_t row, int warp) {
+  const bool is_row = row < side.count;
+  const std::int64_t depth = work.depth, end = is_row ? depth : 0, of_row = row * depth, of_split = side.count * depth;
+  const int step = work.row_warps * kWarpColumns, first = warp % work.row_warps * kWarpColumns + 4 * ptx::lane();
+  const bool is_held = depth <= step;
+  const float factor = is_row && side.norms ? side.norms[row] : 1.0f, scale = scale_of(work.scale) * factor;
+  const auto unit_four = [&](std::int64_t d) {
+    Four<float> x = load_four<PRODUCT, WIDE>(side.rows, of_row + d, depth - d);
+    for (float& element : x.of) element *= factor;
+    return x;
+  };
+  Four<float> sum, x;
+  float product = 0.0f;
+  for (std::int64_t d = first; d < end; d += step) {
+    x = unit_four(d);
+    sum = {};
+    load_ahead<8>(
+        0, side.splits, 1,
+        [&](int split) { return load_four<Product::f32, WIDE>(side.sums, split * of_split + of_row + d, depth - d); },
+        [&](const Four<float>& found) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sum.of[i] += found.of[i];
+        });
+    if (!is_held) store_four<Product::f32, WIDE>(side.sums, of_row + d, depth - d, sum);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) product += sum.of[i] * x.of[i];
+  }
+  product = side.norms ? row_sum(product, warp, work.row_warps) : 0.0f;
+  for (std::int64_t d = first; d < end; d += step) {
+    if (!is_held) {
+      x = unit_four(d);
+      sum = load_four<Product::f32, WIDE>(side.sums, of_row + d, depth - d);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum.of[i] = scale * (sum.of[i] - product * x.of[i]);
+    store_four<PRODUCT, WIDE>(side.out, of_row + d, depth - d, sum);
+  }
+}
+
+// As many warps for each row as its columns keep busy.
 template <Product PRODUCT>
 __global__ void __launch_bounds__(kRowsThreads) finish_gradients(const __grid_constant__ FinishWork work) {
-  const SideBlock at = side_block(work.sides, kRowsWarps);
+  const SideBlock at = side_block(work.sides[0].count, kRowsWarps / work.row_warps);
   const Finish& side = work.sides[at.side];
-  const std::int64_t row = at.first_row + ptx::warp(), depth = work.depth;
-  const int lane = ptx::lane();
-  if (row >= side.count) return;
-  if (side.bias && lane == 0) {
+  const int warp = ptx::warp();
+  const std::int64_t row = at.first_row + warp / work.row_warps;
+  if (side.bias && row < side.count && warp % work.row_warps == 0 && ptx::lane() == 0) {
     float sum = 0.0f;
-#pragma unroll 4
-    for (int split = 0; split < side.weight_splits; ++split) sum += side.weight_sums[split * side.count + row];
+    load_ahead<8>(
+        0, side.weight_splits, 1, [&](int split) { return side.weight_sums[split * side.count + row]; }, [&](float found) { sum += found; });
     side.bias[row] = sum;
   }
   if (!side.out) return;
-  const float factor = side.norms ? side.norms[row] : 1.0f;
-  float* sums = side.sums + row * depth;
-  float product = 0.0f;
-  for (std::int64_t d = lane; d < depth; d += 32) {
-    float sum = sums[d];
-#pragma unroll 8
-    for (int split = 1; split < side.splits; ++split) sum += sums[split * side.count * depth + d];  // loads ahead, sums in order
-    sums[d] = sum;
-    product += sum * (load_element<PRODUCT>(side.rows, row * depth + d) * factor);
-  }
-  product = warp_sum(product);
-  const float scale = scale_of(work.scale) * factor;
-  for (std::int64_t d = lane; d < depth; d += 32) {
-    const float along = side.norms ? product * (load_element<PRODUCT>(side.rows, row * depth + d) * factor) : 0.0f;
-    store_element<PRODUCT>(side.out, row * depth + d, scale * (sums[d] - along));
-  }
+  if (work.wide) finish_row<PRODUCT, true>(work, side, row, warp);
+  else finish_row<PRODUCT, false>(work, side, row, warp);
 }
 
 }  // namespace fastsupcon::cuda
