@@ -7,7 +7,7 @@
 #include <utility>
 
 #include "families.h"
-#include "reduce.cuh"
+#include "rows.cuh"
 
 namespace fastsupcon::cuda {
 
@@ -222,8 +222,10 @@ Plan forward(const Problem& problem, const Quantities<void*>& rows, const Quanti
       RowsWork of = sides.rows_work(scratch);
       of.done = reinterpret_cast<int*>(scratch + first_done);
       of.done_count = done_count;
-      launch("prepare_forward", [&] { return shape_of(sides.work); }, prepare_forward<PRODUCT>, {sides.blocks(kRowsWarps)}, kRowsThreads, 0,
-             where, of);
+      of.wide = is_wide<PRODUCT>(of.depth, {of.sides[0].rows, of.sides[1].rows});
+      of.row_lanes = row_lanes(of.depth);
+      launch("prepare_forward", [&] { return shape_of(sides.work); }, prepare_forward<PRODUCT>, {sides.blocks(kRowsThreads / of.row_lanes)},
+             kRowsThreads, 0, where, of);
     });
     if (work.count == 0) return;
     plan.launches.push_back([=, &family](char* scratch, const Where& where) {
@@ -352,7 +354,7 @@ Plan plan_backward(const Problem& problem, const Incoming& rows, const Incoming&
           finish.bias = static_cast<float*>(out.bias);
         }
       }
-      of.wide = is_wide(PRODUCT, of.depth, {of.sides[0].rows, of.sides[0].out, of.sides[1].rows, of.sides[1].out});
+      of.wide = is_wide<PRODUCT>(of.depth, {of.sides[0].rows, of.sides[0].out, of.sides[1].rows, of.sides[1].out});
       for (of.row_warps = 1; of.row_warps < kRowsWarps && of.row_warps * kWarpColumns < of.depth;) of.row_warps *= 2;
       std::int64_t blocks = 0;
       for (int i = 0; i < of.count; ++i) blocks += ceil_div(of.sides[i].count, kRowsWarps / of.row_warps);

@@ -1,12 +1,33 @@
 // Kernels of one block that reduce over all rows in a fixed order, and a loss that is linear in the rows' quantities.
 #pragma once
 
-#include "rows.cuh"
+#include "tile.cuh"
 
 namespace fastsupcon::cuda {
 
 constexpr int kBlockThreads = 1024;
 
+// use(load(i)) for every `step`-th i from `first` to `end`, in order, where AHEAD loads are in flight together.
+template <int AHEAD, class Index, class Load, class Use>
+FASTSUPCON_DEVICE void load_ahead(Index first, Index end, Index step, Load load, Use use) {
+  for (Index i = first; i < end; i += AHEAD * step) {
+    decltype(load(i)) found[AHEAD];
+#pragma unroll
+    for (int k = 0; k < AHEAD; ++k) {
+      if (i + k * step < end) found[k] = load(i + k * step);
+    }
+#pragma unroll
+    for (int k = 0; k < AHEAD; ++k) {
+      if (i + k * step < end) use(found[k]);
+    }
+  }
+}
+
+FASTSUPCON_DEVICE float warp_sum(float value) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) value += ptx::shuffle_xor(value, mask);
+  return value;
+}
 // Of all threads; each of them gets it.
 FASTSUPCON_DEVICE float block_sum(float value) {
   float* of_warps = reinterpret_cast<float*>(ptx::shared_memory());
@@ -22,7 +43,8 @@ constexpr int kBlockSumBytes = kBlockThreads / 32 * static_cast<int>(sizeof(floa
 // out = factor Σ values.
 __global__ void __launch_bounds__(kBlockThreads) sum_rows(const float* values, std::int64_t count, float factor, float* out) {
   float sum = 0.0f;
-  for (std::int64_t i = ptx::thread(); i < count; i += kBlockThreads) sum += values[i];
+  load_ahead<8, std::int64_t>(
+      ptx::thread(), count, kBlockThreads, [&](std::int64_t i) { return values[i]; }, [&](float value) { sum += value; });
   sum = block_sum(sum);
   if (ptx::thread() == 0) *out = factor * sum;
 }
@@ -38,52 +60,69 @@ struct LineWork {
   Quantities<float*> grads;
 };
 
-FASTSUPCON_DEVICE float line_of(const LineWork& line, std::int64_t row) {
-  const auto& q = line.values;
-  const float pairs = q.count[row], count = fmaxf(pairs, 1.0f);
-  float loss = line.log_count * log(count);
-  if (q.all) loss += line.all * q.all[row];
-  if (q.different) loss += line.different * q.different[row];
-  if (q.equal) loss += line.equal * q.equal[row];
-  if (q.similarity) loss += line.similarity * (q.similarity[row] / count);
-  loss *= line.factor;
-  const bool infinite = (q.all && q.all[row] == INFINITY) || (q.different && q.different[row] == INFINITY);
-  return pairs > 0.0f || loss != loss || infinite ? loss : line.lone;
+// Zero what there is not.
+FASTSUPCON_DEVICE Quantities<float> quantities_of(const Quantities<const float*>& q, std::int64_t row) {
+  const auto of = [=](const float* there) { return there ? there[row] : 0.0f; };
+  return {of(q.all), of(q.different), of(q.equal), of(q.similarity), of(q.count)};
 }
 
-FASTSUPCON_DEVICE float line_divisor(const LineWork& line) {  // by all threads of a block
-  if (line.reduction != Line::Reduction::mean) return 1.0f;
-  if (!line.skip_lone) return static_cast<float>(line.rows);
-  float paired = 0.0f;
-  for (std::int64_t row = ptx::thread(); row < line.rows; row += kBlockThreads) paired += line.values.count[row] > 0.0f ? 1.0f : 0.0f;
-  return fmaxf(block_sum(paired), 1.0f);
+FASTSUPCON_DEVICE float line_of(const LineWork& line, const Quantities<float>& q) {
+  const float count = fmaxf(q.count, 1.0f);
+  const float loss = (line.log_count * log(count) + line.all * q.all + line.different * q.different + line.equal * q.equal +
+                      line.similarity * (q.similarity / count)) * line.factor;
+  const bool infinite = q.all == INFINITY || q.different == INFINITY;
+  return q.count > 0.0f || loss != loss || infinite ? loss : line.lone;
+}
+
+FASTSUPCON_DEVICE float line_divisor(const LineWork& line, float paired) {
+  return line.reduction != Line::Reduction::mean ? 1.0f : line.skip_lone ? fmaxf(paired, 1.0f) : static_cast<float>(line.rows);
 }
 
 // Many blocks without reduction, else one.
 __global__ void __launch_bounds__(kBlockThreads) line_forward(const __grid_constant__ LineWork line) {
+  const std::int64_t thread = ptx::thread();
+  const auto load = [&](std::int64_t row) { return quantities_of(line.values, row); };
   if (line.reduction == Line::Reduction::none) {
-    const std::int64_t row = ptx::block_x() * kBlockThreads + ptx::thread();
-    if (row < line.rows) line.loss[row] = line_of(line, row);
+    const std::int64_t row = ptx::block_x() * kBlockThreads + thread;
+    if (row < line.rows) line.loss[row] = line_of(line, load(row));
     return;
   }
-  float sum = 0.0f;
-  for (std::int64_t row = ptx::thread(); row < line.rows; row += kBlockThreads) sum += line_of(line, row);
-  sum = block_sum(sum) / line_divisor(line);
-  if (ptx::thread() == 0) *line.loss = sum;
+  float sum = 0.0f, paired = 0.0f;
+  load_ahead<4, std::int64_t>(thread, line.rows, kBlockThreads, load, [&](const Quantities<float>& q) {
+    sum += line_of(line, q);
+    paired += q.count > 0.0f ? 1.0f : 0.0f;
+  });
+  sum = block_sum(sum);
+  paired = block_sum(paired);
+  if (thread != 0) return;
+  *line.loss = sum / line_divisor(line, paired);
+}
+
+// Of a row with `pairs` of equal keys.
+FASTSUPCON_DEVICE Quantities<float> line_gradient(const LineWork& line, std::int64_t row, float pairs, float paired) {
+  const float of_loss = line.grad[line.reduction == Line::Reduction::none ? row : 0];
+  const float grad = pairs > 0.0f ? of_loss * line.factor / line_divisor(line, paired) : line.lone;
+  return {grad * line.all, grad * line.different, grad * line.equal, grad * line.similarity / fmaxf(pairs, 1.0f), 0.0f};
 }
 
 __global__ void __launch_bounds__(kBlockThreads) line_gradients(const __grid_constant__ LineWork line) {
-  const float divisor = line_divisor(line);
+  const float* counts = line.values.count;
+  float paired = 0.0f;
+  if (line.skip_lone) {
+    load_ahead<8, std::int64_t>(
+        ptx::thread(), line.rows, kBlockThreads, [=](std::int64_t row) { return counts[row]; },
+        [&](float pairs) { paired += pairs > 0.0f ? 1.0f : 0.0f; });
+    paired = block_sum(paired);
+  }
   const std::int64_t row = ptx::block_x() * kBlockThreads + ptx::thread();
   if (row >= line.rows) return;
-  const float pairs = line.values.count[row];
-  const float grad = pairs > 0.0f ? line.grad[line.reduction == Line::Reduction::none ? row : 0] * line.factor / divisor : line.lone;
+  const auto grads = line_gradient(line, row, counts[row], paired);
   const auto& out = line.grads;
-  if (out.all) out.all[row] = grad * line.all;
-  if (out.different) out.different[row] = grad * line.different;
-  if (out.equal) out.equal[row] = grad * line.equal;
-  if (out.similarity) out.similarity[row] = grad * line.similarity / fmaxf(pairs, 1.0f);
-  if (out.count) out.count[row] = 0.0f;
+  if (out.all) out.all[row] = grads.all;
+  if (out.different) out.different[row] = grads.different;
+  if (out.equal) out.equal[row] = grads.equal;
+  if (out.similarity) out.similarity[row] = grads.similarity;
+  if (out.count) out.count[row] = grads.count;
 }
 
 }  // namespace fastsupcon::cuda

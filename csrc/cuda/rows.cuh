@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <initializer_list>
 
-#include "tile.cuh"
+#include "reduce.cuh"
 
 namespace fastsupcon::cuda {
 
@@ -12,14 +12,13 @@ constexpr int kRowsThreads = 256;
 constexpr int kRowsWarps = kRowsThreads / 32;
 static_assert(kRowsThreads == kLargestRows);
 
-struct alignas(8) FourHalves {
-  std::uint16_t of[4];
-};
+template <Product PRODUCT>
+constexpr bool kIsHalf = kElementBytes<PRODUCT> == 2;
 
 // Whether every four of a row's elements lie at a multiple of their size.
-inline bool is_wide(Product product, std::int64_t depth, std::initializer_list<const void*> rows) {
-  const std::uintptr_t bytes = product == Product::f16 || product == Product::bf16 ? sizeof(FourHalves) : sizeof(Four<float>);
-  const auto starts_well = [=](const void* at) { return reinterpret_cast<std::uintptr_t>(at) % bytes == 0; };
+template <Product PRODUCT>
+bool is_wide(std::int64_t depth, std::initializer_list<const void*> rows) {
+  const auto starts_well = [](const void* at) { return reinterpret_cast<std::uintptr_t>(at) % (4 * kElementBytes<PRODUCT>) == 0; };
   return depth % 4 == 0 && std::all_of(rows.begin(), rows.end(), starts_well);
 }
 
@@ -30,72 +29,50 @@ FASTSUPCON_DEVICE float load_element(const void* rows, std::int64_t index) {
   else return static_cast<const float*>(rows)[index];
 }
 template <Product PRODUCT>
+FASTSUPCON_DEVICE std::uint32_t pack(float low, float high) {
+  return PRODUCT == Product::f16 ? ptx::pack_f16(low, high) : ptx::pack_bf16(low, high);
+}
+template <Product PRODUCT>
 FASTSUPCON_DEVICE void store_element(void* rows, std::int64_t index, float value) {
-  if constexpr (PRODUCT == Product::f16) {
-    static_cast<std::uint16_t*>(rows)[index] = static_cast<std::uint16_t>(ptx::pack_f16(value, 0.0f));
-  } else if constexpr (PRODUCT == Product::bf16) {
-    static_cast<std::uint16_t*>(rows)[index] = static_cast<std::uint16_t>(ptx::pack_bf16(value, 0.0f));
-  } else {
-    static_cast<float*>(rows)[index] = value;
-  }
+  if constexpr (kIsHalf<PRODUCT>) static_cast<std::uint16_t*>(rows)[index] = static_cast<std::uint16_t>(pack<PRODUCT>(value, 0.0f));
+  else static_cast<float*>(rows)[index] = value;
 }
 
 // Four neighbours of a row from `at` on, zeros past its `left`. WIDE: as one, see is_wide.
 template <Product PRODUCT, bool WIDE>
 FASTSUPCON_DEVICE Four<float> load_four(const void* rows, std::int64_t at, std::int64_t left) {
-  if constexpr (!WIDE) {
-    Four<float> found;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) found.of[i] = i < left ? load_element<PRODUCT>(rows, at + i) : 0.0f;
-    return found;
-  } else if constexpr (kElementBytes<PRODUCT> == 4) {
-    return *reinterpret_cast<const Four<float>*>(static_cast<const float*>(rows) + at);
-  } else {
-    const auto halves = *reinterpret_cast<const FourHalves*>(static_cast<const std::uint16_t*>(rows) + at);
-    Four<float> found;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) found.of[i] = load_element<PRODUCT>(halves.of, i);
-    return found;
-  }
-}
-template <Product PRODUCT, bool WIDE>
-FASTSUPCON_DEVICE void store_four(void* rows, std::int64_t at, std::int64_t left, const Four<float>& values) {
-  if constexpr (!WIDE) {
+  Four<float> found;
+  if constexpr (WIDE && kIsHalf<PRODUCT>) {
+    std::uint32_t words[2];
+    ptx::load_two_words(words, static_cast<const std::uint16_t*>(rows) + at);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (i < left) store_element<PRODUCT>(rows, at + i, values.of[i]);
+      const auto half = static_cast<std::uint16_t>(words[i / 2] >> i % 2 * 16);
+      found.of[i] = load_element<PRODUCT>(&half, 0);
     }
-  } else if constexpr (kElementBytes<PRODUCT> == 4) {
-    *reinterpret_cast<Four<float>*>(static_cast<float*>(rows) + at) = values;
+  } else if constexpr (WIDE) {
+    ptx::load_four(found.of, static_cast<const float*>(rows) + at);
   } else {
-    FourHalves halves;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) store_element<PRODUCT>(halves.of, i, values.of[i]);
-    *reinterpret_cast<FourHalves*>(static_cast<std::uint16_t*>(rows) + at) = halves;
+    for (int i = 0; i < 4; ++i) found.of[i] = i < left ? load_element<PRODUCT>(rows, at + i) : 0.0f;
   }
+  return found;
 }
-
-// use(load(i)) for every `step`-th i from `first` to `end`, in order, where AHEAD loads are in flight together.
-template <int AHEAD, class Index, class Load, class Use>
-FASTSUPCON_DEVICE void load_ahead(Index first, Index end, Index step, Load load, Use use) {
-  for (Index i = first; i < end; i += AHEAD * step) {
-    decltype(load(i)) found[AHEAD];
+template <Product PRODUCT, bool WIDE>
+FASTSUPCON_DEVICE void store_four(void* rows, std::int64_t at, std::int64_t left, const Four<float>& four) {
+  const auto& of = four.of;
+  if constexpr (WIDE && kIsHalf<PRODUCT>) {
+    ptx::store_two_words(static_cast<std::uint16_t*>(rows) + at, pack<PRODUCT>(of[0], of[1]), pack<PRODUCT>(of[2], of[3]));
+  } else if constexpr (WIDE) {
+    ptx::store_four(static_cast<float*>(rows) + at, of);
+  } else {
 #pragma unroll
-    for (int k = 0; k < AHEAD; ++k) {
-      if (i + k * step < end) found[k] = load(i + k * step);
-    }
-#pragma unroll
-    for (int k = 0; k < AHEAD; ++k) {
-      if (i + k * step < end) use(found[k]);
+    for (int i = 0; i < 4; ++i) {
+      if (i < left) store_element<PRODUCT>(rows, at + i, of[i]);
     }
   }
 }
 
-FASTSUPCON_DEVICE float warp_sum(float value) {
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) value += ptx::shuffle_xor(value, mask);
-  return value;
-}
 FASTSUPCON_DEVICE float warp_largest(float value) {
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) value = fmaxf(value, ptx::shuffle_xor(value, mask));
@@ -118,6 +95,8 @@ struct RowsWork {
   int count;
   std::int64_t depth;
   bool self;
+  bool wide;      // all rows
+  int row_lanes;  // forward: that share a row
   Scale scale;
   int* done;  // forward: set to 0
   std::int64_t done_count;
@@ -154,33 +133,47 @@ FASTSUPCON_DEVICE Fields fields_of(const Rows& side, std::int64_t row) {
 }
 
 // 1 / |x|, and 1 for a row of zeros, or of numbers below the normal range. In double, where squares stay in range, and as a factor of a
-// logit near 1000 it must be right to the last bit. By one warp.
-template <Product PRODUCT>
-FASTSUPCON_DEVICE float inverse_norm(const Rows& side, std::int64_t row, std::int64_t depth) {
+// logit near 1000 it must be right to the last bit. By the `lanes` neighbours that share a row.
+template <Product PRODUCT, bool WIDE>
+FASTSUPCON_DEVICE float inverse_norm(const void* rows, std::int64_t of_row, std::int64_t depth, int lanes) {
   double sum = 0.0;
-  for (std::int64_t d = ptx::lane(); d < depth; d += 32) {
-    const double x = load_element<PRODUCT>(side.rows, row * depth + d);
-    sum += x * x;
-  }
+  load_ahead<4, std::int64_t>(
+      ptx::lane() % lanes * 4, depth, 4 * lanes, [&](std::int64_t d) { return load_four<PRODUCT, WIDE>(rows, of_row + d, depth - d); },
+      [&](const Four<float>& four) {
 #pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) sum += ptx::shuffle_xor(sum, mask);
+        for (const double x : four.of) sum += x * x;
+      });
+  for (int mask = lanes / 2; mask > 0; mask /= 2) sum += ptx::shuffle_xor(sum, mask);
   constexpr double tiny = 1.17549435e-38;
-  return sum < tiny * tiny ? 1.0f : static_cast<float>(1.0 / std::sqrt(sum));
+  return sum < tiny * tiny ? 1.0f : static_cast<float>(ptx::reciprocal_root(sum));
 }
 
-// A warp for each row.
+// Lanes that share a row: 16 elements each, which they load at once; fewer would leave no warps, more would take most roots in vain.
+inline int row_lanes(std::int64_t depth) {
+  int lanes = 8;
+  while (lanes < 32 && lanes * 16 < depth) lanes *= 2;
+  return lanes;
+}
+
 template <Product PRODUCT>
 __global__ void __launch_bounds__(kRowsThreads) prepare_forward(const __grid_constant__ RowsWork work) {
-  const SideBlock at = side_block(work.sides[0].field_rows, kRowsWarps);
+  const SideBlock at = side_block(work.sides[0].field_rows, kRowsThreads / work.row_lanes);
   const Rows& side = work.sides[at.side];
-  const std::int64_t row = at.first_row + ptx::warp();
+  const std::int64_t row = at.first_row + ptx::thread() / work.row_lanes;
   const bool is_row = row < side.count;
-  const float factor = !is_row ? 0.0f : side.norms ? inverse_norm<PRODUCT>(side, row, work.depth) : 1.0f;
-  if (ptx::lane() == 0) {
+  const std::uint32_t code = is_row ? code_of(work, at.side, row) : 0u;
+  const float bias = is_row && side.bias ? side.bias[row] : 0.0f;
+  float factor = 1.0f;
+  if (side.norms) {
+    const std::int64_t depth = is_row ? work.depth : 0, of_row = row * work.depth;
+    factor = work.wide ? inverse_norm<PRODUCT, true>(side.rows, of_row, depth, work.row_lanes)
+                       : inverse_norm<PRODUCT, false>(side.rows, of_row, depth, work.row_lanes);
+  }
+  if (ptx::lane() % work.row_lanes == 0) {
     const Fields fields = fields_of(side, row);
-    fields.store(kFactor, factor);
-    fields.store(kCode, is_row ? code_of(work, at.side, row) : 0u);
-    fields.store(kBias, is_row && side.bias ? side.bias[row] : 0.0f);
+    fields.store(kFactor, is_row ? factor : 0.0f);
+    fields.store(kCode, code);
+    fields.store(kBias, bias);
     if (is_row && side.norms) side.norms[row] = factor;
   }
   const std::int64_t place = ptx::block_x() * kRowsThreads + ptx::thread();
@@ -286,6 +279,7 @@ FASTSUPCON_DEVICE float row_sum(float value, int warp, int row_warps) {
   if (ptx::lane() == 0) of_warps[warp] = value;
   ptx::sync_block();
   value = 0.0f;
+#pragma unroll 1
   for (int i = 0; i < row_warps; ++i) value += of_warps[warp / row_warps * row_warps + i];
   return value;
 }
@@ -310,7 +304,7 @@ FASTSUPCON_DEVICE void finish_row(const FinishWork& work, const Finish& side, st
   for (std::int64_t d = first; d < end; d += step) {
     x = unit_four(d);
     sum = {};
-    load_ahead<8>(
+    load_ahead<WIDE ? 8 : 2>(
         0, side.splits, 1,
         [&](int split) { return load_four<Product::f32, WIDE>(side.sums, split * of_split + of_row + d, depth - d); },
         [&](const Four<float>& found) {
@@ -335,7 +329,7 @@ FASTSUPCON_DEVICE void finish_row(const FinishWork& work, const Finish& side, st
 
 // As many warps for each row as its columns keep busy.
 template <Product PRODUCT>
-__global__ void __launch_bounds__(kRowsThreads) finish_gradients(const __grid_constant__ FinishWork work) {
+__global__ void __launch_bounds__(kRowsThreads, 4) finish_gradients(const __grid_constant__ FinishWork work) {
   const SideBlock at = side_block(work.sides[0].count, kRowsWarps / work.row_warps);
   const Finish& side = work.sides[at.side];
   const int warp = ptx::warp();
