@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cstdlib>
 #include <limits>
-#include <utility>
 
 #include "families.h"
 #include "rows.cuh"
@@ -244,8 +243,12 @@ namespace {
 
 LineWork line_work(const Line& line, std::int64_t rows, const Quantities<const void*>& values) {
   const auto f = [](double value) { return static_cast<float>(value); };
-  return {f(line.all),    f(line.different), f(line.equal),  f(line.similarity), f(line.log_count), f(line.factor), f(line.lone), line.skip_lone,
-          line.reduction, rows,              typed(values), nullptr,            nullptr,           {}};
+  LineWork work{f(line.all), f(line.different), f(line.equal), f(line.similarity), f(line.log_count), f(line.factor), f(line.lone)};
+  work.skip_lone = line.skip_lone;
+  work.reduction = line.reduction;
+  work.rows = rows;
+  work.values = typed(values);
+  return work;
 }
 
 void launch_line(const LineWork& work, const Where& where) {
@@ -259,16 +262,9 @@ void launch_line_gradients(const LineWork& work, const Where& where) {
          kBlockThreads, kBlockSumBytes, where, work);
 }
 
-// For each of the quantities that there are, [rows] in scratch memory, one after the other.
-Quantities<float*> like(const Quantities<const float*>& q, std::int64_t rows, char* scratch) {
-  float* next = reinterpret_cast<float*>(scratch);
-  const auto take = [&](const float* there) { return there ? std::exchange(next, next + rows) : nullptr; };
-  return {take(q.all), take(q.different), take(q.equal), take(q.similarity), take(q.count)};  // braces evaluate from left to right
-}
-
-// With a line, the gradients of the rows' quantities are made from the loss's and stay in scratch memory.
+// With a line, the gradients of the rows' quantities are made from the loss's.
 Plan plan_backward(const Problem& problem, const Incoming& rows, const Incoming& columns, const void* norms, const Outgoing& out,
-                   bool allow_tf32, int device, const LineWork* line) {
+                   bool allow_tf32, int device, const LineWork& line) {
   Plan plan;
   Sides sides(problem, static_cast<float*>(const_cast<void*>(norms)), allow_tf32);
   const bool both_ways = sides.self && sides.count == 2;  // the self shape with a bias: its rows' gradients come of both passes
@@ -276,6 +272,7 @@ Plan plan_backward(const Problem& problem, const Incoming& rows, const Incoming&
   sides.rows.sides[0].grads = typed(rows.grads);
   sides.rows.sides[1].values = typed(columns.values);
   sides.rows.sides[1].grads = typed(columns.grads);
+  sides.rows.line = line;
   sides.reserve_fields(plan, kBackwardFields);
   if (out.rows || out.scale) sides.add_pass(0);
   if (out.columns || out.bias || (both_ways && out.rows)) sides.add_pass(1);
@@ -306,17 +303,8 @@ Plan plan_backward(const Problem& problem, const Incoming& rows, const Incoming&
     const std::size_t sums_at = reserve(plan, sizeof(float) * static_cast<std::size_t>(sums));
     const auto shape = [=] { return shape_of(sides.work); };
 
-    std::size_t grads_at = 0;
-    if (line) {
-      grads_at = reserve(plan, sizeof(float) * 5 * static_cast<std::size_t>(line->rows));
-      plan.launches.push_back([=, of = *line](char* scratch, const Where& where) mutable {
-        of.grads = like(of.values, of.rows, scratch + grads_at);
-        launch_line_gradients(of, where);
-      });
-    }
-    plan.launches.push_back([=, of_loss = line != nullptr](char* scratch, const Where& where) {
+    plan.launches.push_back([=](char* scratch, const Where& where) {
       RowsWork of = sides.rows_work(scratch);
-      if (of_loss) of.sides[0].grads = constant(like(of.sides[0].values, problem.rows, scratch + grads_at));
       for (int i = 0; PRODUCT == Product::f16 && i < of.count; ++i) of.sides[i].largest = reinterpret_cast<float*>(scratch + largest_at[i]);
       launch("prepare_backward", shape, prepare_backward, {sides.blocks(kRowsThreads)}, kRowsThreads, kPrepareBytes, where, of);
     });
@@ -375,22 +363,25 @@ Plan plan_backward(const Problem& problem, const Incoming& rows, const Incoming&
 
 Plan backward(const Problem& problem, const Incoming& rows, const Incoming& columns, const void* norms, const Outgoing& out,
               bool allow_tf32, int device) {
-  return plan_backward(problem, rows, columns, norms, out, allow_tf32, device, nullptr);
+  return plan_backward(problem, rows, columns, norms, out, allow_tf32, device, {});
 }
 
-Plan loss(const Problem& problem, const Line& line, const Quantities<void*>& values, void* norms, void* loss, bool allow_tf32, int device) {
+Plan loss(const Problem& problem, const Line& line, const Quantities<void*>& values, void* norms, void* paired, void* loss, bool allow_tf32,
+          int device) {
   Plan plan = forward(problem, values, {}, norms, allow_tf32, device);
   LineWork work = line_work(line, problem.rows, constant(values));
   work.loss = static_cast<float*>(loss);
+  work.paired = static_cast<float*>(paired);
   plan.launches.push_back([work](char*, const Where& where) { launch_line(work, where); });
   return plan;
 }
 
-Plan loss_backward(const Problem& problem, const Line& line, const Quantities<const void*>& values, const void* norms, const void* grad,
-                   const Outgoing& out, bool allow_tf32, int device) {
+Plan loss_backward(const Problem& problem, const Line& line, const Quantities<const void*>& values, const void* norms, void* paired,
+                   const void* grad, const Outgoing& out, bool allow_tf32, int device) {
   LineWork work = line_work(line, problem.rows, values);
+  work.paired = static_cast<float*>(paired);
   work.grad = static_cast<const float*>(grad);
-  return plan_backward(problem, {values, {}}, {}, norms, out, allow_tf32, device, &work);
+  return plan_backward(problem, {values, {}}, {}, norms, out, allow_tf32, device, work);
 }
 
 void run(const Plan& plan, void* scratch, const Where& where) {

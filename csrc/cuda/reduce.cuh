@@ -57,6 +57,7 @@ struct LineWork {
   Quantities<const float*> values;
   float* loss;                // forward: [1], [rows] without reduction
   const float* grad;          // backward: the same
+  float* paired;              // how many rows have a pair of equal keys: from a loss to its backward where lone rows are skipped; or null
   Quantities<float*> grads;
 };
 
@@ -96,11 +97,11 @@ __global__ void __launch_bounds__(kBlockThreads) line_forward(const __grid_const
   paired = block_sum(paired);
   if (thread != 0) return;
   *line.loss = sum / line_divisor(line, paired);
+  if (line.paired) *line.paired = paired;
 }
 
-// Of a row with `pairs` of equal keys.
-FASTSUPCON_DEVICE Quantities<float> line_gradient(const LineWork& line, std::int64_t row, float pairs, float paired) {
-  const float of_loss = line.grad[line.reduction == Line::Reduction::none ? row : 0];
+FASTSUPCON_DEVICE Quantities<float> line_gradient(const LineWork& line, std::int64_t row, float paired) {
+  const float pairs = line.values.count[row], of_loss = line.grad[line.reduction == Line::Reduction::none ? row : 0];
   const float grad = pairs > 0.0f ? of_loss * line.factor / line_divisor(line, paired) : line.lone;
   return {grad * line.all, grad * line.different, grad * line.equal, grad * line.similarity / fmaxf(pairs, 1.0f), 0.0f};
 }
@@ -116,7 +117,7 @@ __global__ void __launch_bounds__(kBlockThreads) line_gradients(const __grid_con
   }
   const std::int64_t row = ptx::block_x() * kBlockThreads + ptx::thread();
   if (row >= line.rows) return;
-  const auto grads = line_gradient(line, row, counts[row], paired);
+  const auto grads = line_gradient(line, row, paired);
   const auto& out = line.grads;
   if (out.all) out.all[row] = grads.all;
   if (out.different) out.different[row] = grads.different;

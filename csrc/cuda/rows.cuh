@@ -100,6 +100,7 @@ struct RowsWork {
   Scale scale;
   int* done;  // forward: set to 0
   std::int64_t done_count;
+  LineWork line;  // backward: what the gradients of the first side are made from; without a gradient they are given
 };
 
 // The side that a block works on, and its place among that side's blocks of `rows` rows.
@@ -184,14 +185,13 @@ __global__ void __launch_bounds__(kRowsThreads) prepare_forward(const __grid_con
 struct PairWeight {
   float weight = 0.0f, shift = -kInfinity;
 };
-FASTSUPCON_DEVICE PairWeight pair_weight(const float* values, const float* grads, const float* all_values, const float* all_grads,
-                                         std::int64_t row) {
+FASTSUPCON_DEVICE PairWeight pair_weight(const float* values, float grad, const float* all_values, float all_grad, std::int64_t row) {
   PairWeight found;
   const auto is_over_pairs = [&](const float* of) { return of && of[row] != -kInfinity; };  // else it passes no gradient
-  if (is_over_pairs(values)) found = {grads[row], -values[row]};
+  if (is_over_pairs(values)) found = {grad, -values[row]};
   if (is_over_pairs(all_values)) {
-    if (found.shift == -kInfinity) found = {all_grads[row], -all_values[row]};
-    else found.weight += all_grads[row] * exp(-found.shift - all_values[row]);
+    if (found.shift == -kInfinity) found = {all_grad, -all_values[row]};
+    else found.weight += all_grad * exp(-found.shift - all_values[row]);
   }
   return found;
 }
@@ -208,13 +208,15 @@ __global__ void __launch_bounds__(kRowsThreads) prepare_backward(const __grid_co
   PairWeight different, equal;
   if (row < side.count) {
     const auto& values = side.values;
-    const auto& grads = side.grads;
+    const LineWork& line = work.line;
+    const bool is_of_line = line.grad && at.side == 0;
+    const auto grads = is_of_line ? line_gradient(line, row, line.skip_lone ? *line.paired : 0.0f) : quantities_of(side.grads, row);
     factor = side.norms ? side.norms[row] : 1.0f;
     code = code_of(work, at.side, row);
     bias = side.bias ? side.bias[row] : 0.0f;
     different = pair_weight(values.different, grads.different, values.all, grads.all, row);
     equal = pair_weight(values.equal, grads.equal, values.all, grads.all, row);
-    linear = grads.similarity ? grads.similarity[row] : 0.0f;
+    linear = values.similarity ? grads.similarity : 0.0f;
     magnitude = fmaxf(fabsf(different.weight), fabsf(equal.weight)) + fabsf(linear);
     if (is_bounded(work.scale)) {
       different.weight *= exp(different.shift);
@@ -285,8 +287,8 @@ FASTSUPCON_DEVICE float row_sum(float value, int warp, int row_warps) {
 }
 constexpr int kRowSumBytes = kRowsWarps * static_cast<int>(sizeof(float));
 
-// ∂x = scale (∂â − â (â·∂â)) / |x|, â·∂â once the splits are added up. The sums of a row that its warps hold at one go stay in registers, those
-// of a deeper one go by way of the first split.
+// ∂x = scale (∂â − â (â·∂â)) / |x|, â·∂â once the splits are added up. The sums of a row that its warps hold at one go stay in registers,
+// those of a deeper one go by way of the first split.
 template <Product PRODUCT, bool WIDE>
 FASTSUPCON_DEVICE void finish_row(const FinishWork& work, const Finish& side, std::int64_t row, int warp) {
   const bool is_row = row < side.count;
@@ -337,7 +339,8 @@ __global__ void __launch_bounds__(kRowsThreads, 4) finish_gradients(const __grid
   if (side.bias && row < side.count && warp % work.row_warps == 0 && ptx::lane() == 0) {
     float sum = 0.0f;
     load_ahead<8>(
-        0, side.weight_splits, 1, [&](int split) { return side.weight_sums[split * side.count + row]; }, [&](float found) { sum += found; });
+        0, side.weight_splits, 1, [&](int split) { return side.weight_sums[split * side.count + row]; },
+        [&](float found) { sum += found; });
     side.bias[row] = sum;
   }
   if (!side.out) return;
