@@ -193,10 +193,9 @@ int share_out(Work& work, const Family& family, bool backward, const Device& dev
   return chosen;
 }
 
-}  // namespace
-
-Plan forward(const Problem& problem, const Quantities<void*>& rows, const Quantities<void*>& columns, void* norms, bool allow_tf32,
-             int device) {
+// With a line, the tiles of the rows end with its loss.
+Plan plan_forward(const Problem& problem, const Quantities<void*>& rows, const Quantities<void*>& columns, void* norms, bool allow_tf32,
+                  int device, const LineWork& line) {
   Plan plan;
   Sides sides(problem, static_cast<float*>(norms), allow_tf32);
   sides.reserve_fields(plan, kForwardFields);
@@ -212,11 +211,13 @@ Plan forward(const Problem& problem, const Quantities<void*>& rows, const Quanti
     std::size_t partial_at[2] = {}, done_at[2] = {};
     const std::size_t first_done = plan.bytes;
     for (int i = 0; i < work.count; ++i) done_at[i] = reserve(plan, sizeof(int) * static_cast<std::size_t>(work.passes[i].row_blocks));
+    const std::size_t line_done_at = reserve(plan, sizeof(int));
     const std::int64_t done_count = static_cast<std::int64_t>((plan.bytes - first_done) / sizeof(int));
     for (int i = 0; i < work.count; ++i) {
       const Pass& pass = work.passes[i];
       partial_at[i] = reserve(plan, sizeof(float) * kPartials * pass.splits * pass.x.count);
     }
+    const std::size_t line_sums_at = reserve(plan, 2 * sizeof(float) * static_cast<std::size_t>(ceil_div(line.rows, 32)));
     plan.launches.push_back([=](char* scratch, const Where& where) {
       RowsWork of = sides.rows_work(scratch);
       of.done = reinterpret_cast<int*>(scratch + first_done);
@@ -233,13 +234,14 @@ Plan forward(const Problem& problem, const Quantities<void*>& rows, const Quanti
         of.passes[i].partial = reinterpret_cast<float*>(scratch + partial_at[i]);
         of.passes[i].done = reinterpret_cast<int*>(scratch + done_at[i]);
       }
+      LineWork& of_line = of.passes[0].line = line;
+      of_line.sums = reinterpret_cast<float*>(scratch + line_sums_at);
+      of_line.done = reinterpret_cast<int*>(scratch + line_done_at);
       family.launch(of, false, consumers, where);
     });
   });
   return plan;
 }
-
-namespace {
 
 LineWork line_work(const Line& line, std::int64_t rows, const Quantities<const void*>& values) {
   const auto f = [](double value) { return static_cast<float>(value); };
@@ -361,6 +363,11 @@ Plan plan_backward(const Problem& problem, const Incoming& rows, const Incoming&
 
 }  // namespace
 
+Plan forward(const Problem& problem, const Quantities<void*>& rows, const Quantities<void*>& columns, void* norms, bool allow_tf32,
+             int device) {
+  return plan_forward(problem, rows, columns, norms, allow_tf32, device, {});
+}
+
 Plan backward(const Problem& problem, const Incoming& rows, const Incoming& columns, const void* norms, const Outgoing& out,
               bool allow_tf32, int device) {
   return plan_backward(problem, rows, columns, norms, out, allow_tf32, device, {});
@@ -368,12 +375,10 @@ Plan backward(const Problem& problem, const Incoming& rows, const Incoming& colu
 
 Plan loss(const Problem& problem, const Line& line, const Quantities<void*>& values, void* norms, void* paired, void* loss, bool allow_tf32,
           int device) {
-  Plan plan = forward(problem, values, {}, norms, allow_tf32, device);
   LineWork work = line_work(line, problem.rows, constant(values));
   work.loss = static_cast<float*>(loss);
   work.paired = static_cast<float*>(paired);
-  plan.launches.push_back([work](char*, const Where& where) { launch_line(work, where); });
-  return plan;
+  return plan_forward(problem, values, {}, norms, allow_tf32, device, work);
 }
 
 Plan loss_backward(const Problem& problem, const Line& line, const Quantities<const void*>& values, const void* norms, void* paired,
