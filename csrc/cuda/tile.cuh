@@ -307,13 +307,19 @@ FASTSUPCON_DEVICE void combine_splits(const Pass& pass, int row) {
   LineRow found{row < pass.x.count, {}};
   if (found.is_row) {
     RowSums total;
-    for (int split = 0; split < pass.splits; ++split) {
-      const float* partial = pass.partial + kPartials * (std::int64_t{split} * pass.x.count + row);
-      total.different = merged(total.different, {ptx::load_fresh(partial), ptx::load_fresh(partial + 1)});
-      total.equal = merged(total.equal, {ptx::load_fresh(partial + 2), ptx::load_fresh(partial + 3)});
-      total.similarity += ptx::load_fresh(partial + 4);
-      total.count += ptx::load_fresh(partial + 5);
-    }
+    load_ahead<4>(
+        0, pass.splits, 1,
+        [&](int split) {
+          const float* partial = pass.partial + kPartials * (std::int64_t{split} * pass.x.count + row);
+          const auto at = [&](int i) { return ptx::load_fresh(partial + i); };
+          return RowSums{{at(0), at(1)}, {at(2), at(3)}, at(4), at(5)};
+        },
+        [&](const RowSums& of_split) {
+          total.different = merged(total.different, of_split.different);
+          total.equal = merged(total.equal, of_split.equal);
+          total.similarity += of_split.similarity;
+          total.count += of_split.count;
+        });
     const auto& out = pass.quantities;
     if (out.all) out.all[row] = found.q.all = log_of(merged(total.different, total.equal));
     if (out.different) out.different[row] = found.q.different = log_of(total.different);
