@@ -28,9 +28,11 @@ Plan backward(const Problem& problem, const Incoming& rows, const Incoming& colu
 void run(const Plan& plan, void* scratch, const Where& where);
 
 // The same with a loss's line: from the problem to the loss, and from the loss's gradient to the rows'.
-Plan loss(const Problem& problem, const Line& line, const Quantities<void*>& values, void* norms, void* loss, bool allow_tf32, int device);
-Plan loss_backward(const Problem& problem, const Line& line, const Quantities<const void*>& values, const void* norms, const void* grad,
-                   const Outgoing& out, bool allow_tf32, int device);
+// paired: how many rows have a pair of equal keys, [1]: written by the first, read by the second.
+Plan loss(const Problem& problem, const Line& line, const Quantities<void*>& values, void* norms, void* paired, void* loss, bool allow_tf32,
+          int device);
+Plan loss_backward(const Problem& problem, const Line& line, const Quantities<const void*>& values, const void* norms, void* paired,
+                   const void* grad, const Outgoing& out, bool allow_tf32, int device);
 
 // A loss of `rows` rows from their quantities, one launch; and the quantities' gradients from the loss's, one launch.
 void line(const Line& line, std::int64_t rows, const Quantities<const void*>& values, void* loss, const Where& where);

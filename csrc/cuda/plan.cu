@@ -4,10 +4,9 @@
 #include <algorithm>
 #include <cstdlib>
 #include <limits>
-#include <utility>
 
 #include "families.h"
-#include "reduce.cuh"
+#include "rows.cuh"
 
 namespace fastsupcon::cuda {
 
@@ -198,10 +197,9 @@ int share_out(Work& work, const Family& family, bool backward, const Device& dev
   return chosen;
 }
 
-}  // namespace
-
-Plan forward(const Problem& problem, const Quantities<void*>& rows, const Quantities<void*>& columns, void* norms, bool allow_tf32,
-             int device) {
+// With a line, the tiles of the rows end with its loss.
+Plan plan_forward(const Problem& problem, const Quantities<void*>& rows, const Quantities<void*>& columns, void* norms, bool allow_tf32,
+                  int device, const LineWork& line) {
   Plan plan;
   Sides sides(problem, static_cast<float*>(norms), allow_tf32);
   sides.reserve_fields(plan, kForwardFields);
@@ -217,17 +215,21 @@ Plan forward(const Problem& problem, const Quantities<void*>& rows, const Quanti
     std::size_t partial_at[2] = {}, done_at[2] = {};
     const std::size_t first_done = plan.bytes;
     for (int i = 0; i < work.count; ++i) done_at[i] = reserve(plan, sizeof(int) * static_cast<std::size_t>(work.passes[i].row_blocks));
+    const std::size_t line_done_at = reserve(plan, sizeof(int));
     const std::int64_t done_count = static_cast<std::int64_t>((plan.bytes - first_done) / sizeof(int));
     for (int i = 0; i < work.count; ++i) {
       const Pass& pass = work.passes[i];
       partial_at[i] = reserve(plan, sizeof(float) * kPartials * pass.splits * pass.x.count);
     }
+    const std::size_t line_sums_at = reserve(plan, 2 * sizeof(float) * static_cast<std::size_t>(ceil_div(line.rows, 32)));
     plan.launches.push_back([=](char* scratch, const Where& where) {
       RowsWork of = sides.rows_work(scratch);
       of.done = reinterpret_cast<int*>(scratch + first_done);
       of.done_count = done_count;
-      launch("prepare_forward", [&] { return shape_of(sides.work); }, prepare_forward<PRODUCT>, {sides.blocks(kRowsWarps)}, kRowsThreads, 0,
-             where, of);
+      of.wide = is_wide<PRODUCT>(of.depth, {of.sides[0].rows, of.sides[1].rows});
+      of.row_lanes = row_lanes(of.depth);
+      launch("prepare_forward", [&] { return shape_of(sides.work); }, prepare_forward<PRODUCT>, {sides.blocks(kRowsThreads / of.row_lanes)},
+             kRowsThreads, 0, where, of);
     });
     if (work.count == 0) return;
     plan.launches.push_back([=, &family](char* scratch, const Where& where) {
@@ -236,18 +238,23 @@ Plan forward(const Problem& problem, const Quantities<void*>& rows, const Quanti
         of.passes[i].partial = reinterpret_cast<float*>(scratch + partial_at[i]);
         of.passes[i].done = reinterpret_cast<int*>(scratch + done_at[i]);
       }
+      LineWork& of_line = of.passes[0].line = line;
+      of_line.sums = reinterpret_cast<float*>(scratch + line_sums_at);
+      of_line.done = reinterpret_cast<int*>(scratch + line_done_at);
       family.launch(of, false, consumers, where);
     });
   });
   return plan;
 }
 
-namespace {
-
 LineWork line_work(const Line& line, std::int64_t rows, const Quantities<const void*>& values) {
   const auto f = [](double value) { return static_cast<float>(value); };
-  return {f(line.all),    f(line.different), f(line.equal),  f(line.similarity), f(line.log_count), f(line.factor), f(line.lone), line.skip_lone,
-          line.reduction, rows,              typed(values), nullptr,            nullptr,           {}};
+  LineWork work{f(line.all), f(line.different), f(line.equal), f(line.similarity), f(line.log_count), f(line.factor), f(line.lone)};
+  work.skip_lone = line.skip_lone;
+  work.reduction = line.reduction;
+  work.rows = rows;
+  work.values = typed(values);
+  return work;
 }
 
 void launch_line(const LineWork& work, const Where& where) {
@@ -261,16 +268,9 @@ void launch_line_gradients(const LineWork& work, const Where& where) {
          kBlockThreads, kBlockSumBytes, where, work);
 }
 
-// For each of the quantities that there are, [rows] in scratch memory, one after the other.
-Quantities<float*> like(const Quantities<const float*>& q, std::int64_t rows, char* scratch) {
-  float* next = reinterpret_cast<float*>(scratch);
-  const auto take = [&](const float* there) { return there ? std::exchange(next, next + rows) : nullptr; };
-  return {take(q.all), take(q.different), take(q.equal), take(q.similarity), take(q.count)};  // braces evaluate from left to right
-}
-
-// With a line, the gradients of the rows' quantities are made from the loss's and stay in scratch memory.
+// With a line, the gradients of the rows' quantities are made from the loss's.
 Plan plan_backward(const Problem& problem, const Incoming& rows, const Incoming& columns, const void* norms, const Outgoing& out,
-                   bool allow_tf32, int device, const LineWork* line) {
+                   bool allow_tf32, int device, const LineWork& line) {
   Plan plan;
   Sides sides(problem, static_cast<float*>(const_cast<void*>(norms)), allow_tf32);
   const bool both_ways = sides.self && sides.count == 2;  // the self shape with a bias: its rows' gradients come of both passes
@@ -278,6 +278,7 @@ Plan plan_backward(const Problem& problem, const Incoming& rows, const Incoming&
   sides.rows.sides[0].grads = typed(rows.grads);
   sides.rows.sides[1].values = typed(columns.values);
   sides.rows.sides[1].grads = typed(columns.grads);
+  sides.rows.line = line;
   sides.reserve_fields(plan, kBackwardFields);
   if (out.rows || out.scale) sides.add_pass(0);
   if (out.columns || out.bias || (both_ways && out.rows)) sides.add_pass(1);
@@ -308,17 +309,8 @@ Plan plan_backward(const Problem& problem, const Incoming& rows, const Incoming&
     const std::size_t sums_at = reserve(plan, sizeof(float) * static_cast<std::size_t>(sums));
     const auto shape = [=] { return shape_of(sides.work); };
 
-    std::size_t grads_at = 0;
-    if (line) {
-      grads_at = reserve(plan, sizeof(float) * 5 * static_cast<std::size_t>(line->rows));
-      plan.launches.push_back([=, of = *line](char* scratch, const Where& where) mutable {
-        of.grads = like(of.values, of.rows, scratch + grads_at);
-        launch_line_gradients(of, where);
-      });
-    }
-    plan.launches.push_back([=, of_loss = line != nullptr](char* scratch, const Where& where) {
+    plan.launches.push_back([=](char* scratch, const Where& where) {
       RowsWork of = sides.rows_work(scratch);
-      if (of_loss) of.sides[0].grads = constant(like(of.sides[0].values, problem.rows, scratch + grads_at));
       for (int i = 0; PRODUCT == Product::f16 && i < of.count; ++i) of.sides[i].largest = reinterpret_cast<float*>(scratch + largest_at[i]);
       launch("prepare_backward", shape, prepare_backward, {sides.blocks(kRowsThreads)}, kRowsThreads, kPrepareBytes, where, of);
     });
@@ -345,7 +337,6 @@ Plan plan_backward(const Problem& problem, const Incoming& rows, const Incoming&
         if (!finish.sums) {
           finish.rows = pass.x.rows;
           finish.count = pass.x.count;
-          finish.field_rows = pass.x.field_rows;
           finish.norms = sides.rows.sides[owner].norms;
           finish.sums = reinterpret_cast<float*>(scratch + sums_at) + sums_of[i];
           finish.out = owner && !both_ways ? out.columns : out.rows;
@@ -357,9 +348,11 @@ Plan plan_backward(const Problem& problem, const Incoming& rows, const Incoming&
           finish.bias = static_cast<float*>(out.bias);
         }
       }
+      of.wide = is_wide<PRODUCT>(of.depth, {of.sides[0].rows, of.sides[0].out, of.sides[1].rows, of.sides[1].out});
+      for (of.row_warps = 1; of.row_warps < kRowsWarps && of.row_warps * kWarpColumns < of.depth;) of.row_warps *= 2;
       std::int64_t blocks = 0;
-      for (int i = 0; i < of.count; ++i) blocks += ceil_div(of.sides[i].field_rows, kRowsWarps);
-      launch("finish_gradients", shape, finish_gradients<PRODUCT>, {blocks}, kRowsThreads, 0, where, of);
+      for (int i = 0; i < of.count; ++i) blocks += ceil_div(of.sides[i].count, kRowsWarps / of.row_warps);
+      launch("finish_gradients", shape, finish_gradients<PRODUCT>, {blocks}, kRowsThreads, kRowSumBytes, where, of);
     });
     if (!out.scale) return;
     plan.launches.push_back([=](char* scratch, const Where& where) {
@@ -374,24 +367,30 @@ Plan plan_backward(const Problem& problem, const Incoming& rows, const Incoming&
 
 }  // namespace
 
+Plan forward(const Problem& problem, const Quantities<void*>& rows, const Quantities<void*>& columns, void* norms, bool allow_tf32,
+             int device) {
+  return plan_forward(problem, rows, columns, norms, allow_tf32, device, {});
+}
+
 Plan backward(const Problem& problem, const Incoming& rows, const Incoming& columns, const void* norms, const Outgoing& out,
               bool allow_tf32, int device) {
-  return plan_backward(problem, rows, columns, norms, out, allow_tf32, device, nullptr);
+  return plan_backward(problem, rows, columns, norms, out, allow_tf32, device, {});
 }
 
-Plan loss(const Problem& problem, const Line& line, const Quantities<void*>& values, void* norms, void* loss, bool allow_tf32, int device) {
-  Plan plan = forward(problem, values, {}, norms, allow_tf32, device);
+Plan loss(const Problem& problem, const Line& line, const Quantities<void*>& values, void* norms, void* paired, void* loss, bool allow_tf32,
+          int device) {
   LineWork work = line_work(line, problem.rows, constant(values));
   work.loss = static_cast<float*>(loss);
-  plan.launches.push_back([work](char*, const Where& where) { launch_line(work, where); });
-  return plan;
+  work.paired = static_cast<float*>(paired);
+  return plan_forward(problem, values, {}, norms, allow_tf32, device, work);
 }
 
-Plan loss_backward(const Problem& problem, const Line& line, const Quantities<const void*>& values, const void* norms, const void* grad,
-                   const Outgoing& out, bool allow_tf32, int device) {
+Plan loss_backward(const Problem& problem, const Line& line, const Quantities<const void*>& values, const void* norms, void* paired,
+                   const void* grad, const Outgoing& out, bool allow_tf32, int device) {
   LineWork work = line_work(line, problem.rows, values);
+  work.paired = static_cast<float*>(paired);
   work.grad = static_cast<const float*>(grad);
-  return plan_backward(problem, {values, {}}, {}, norms, out, allow_tf32, device, &work);
+  return plan_backward(problem, {values, {}}, {}, norms, out, allow_tf32, device, work);
 }
 
 void run(const Plan& plan, void* scratch, const Where& where) {

@@ -1,7 +1,7 @@
-// Kernels of one block that reduce over all rows in a fixed order, and a loss that is linear in the rows' quantities.
+// Kernels of one block that reduce over all rows in a fixed order, and those of a loss's line alone.
 #pragma once
 
-#include "rows.cuh"
+#include "tile.cuh"
 
 namespace fastsupcon::cuda {
 
@@ -22,68 +22,52 @@ constexpr int kBlockSumBytes = kBlockThreads / 32 * static_cast<int>(sizeof(floa
 // out = factor Σ values.
 __global__ void __launch_bounds__(kBlockThreads) sum_rows(const float* values, std::int64_t count, float factor, float* out) {
   float sum = 0.0f;
-  for (std::int64_t i = ptx::thread(); i < count; i += kBlockThreads) sum += values[i];
+  load_ahead<8, std::int64_t>(
+      ptx::thread(), count, kBlockThreads, [&](std::int64_t i) { return values[i]; }, [&](float value) { sum += value; });
   sum = block_sum(sum);
   if (ptx::thread() == 0) *out = factor * sum;
 }
 
-struct LineWork {
-  float all, different, equal, similarity, log_count, factor, lone;
-  bool skip_lone;
-  Line::Reduction reduction;
-  std::int64_t rows;
-  Quantities<const float*> values;
-  float* loss;                // forward: [1], [rows] without reduction
-  const float* grad;          // backward: the same
-  Quantities<float*> grads;
-};
-
-FASTSUPCON_DEVICE float line_of(const LineWork& line, std::int64_t row) {
-  const auto& q = line.values;
-  const float pairs = q.count[row], count = fmaxf(pairs, 1.0f);
-  float loss = line.log_count * log(count);
-  if (q.all) loss += line.all * q.all[row];
-  if (q.different) loss += line.different * q.different[row];
-  if (q.equal) loss += line.equal * q.equal[row];
-  if (q.similarity) loss += line.similarity * (q.similarity[row] / count);
-  loss *= line.factor;
-  const bool infinite = (q.all && q.all[row] == INFINITY) || (q.different && q.different[row] == INFINITY);
-  return pairs > 0.0f || loss != loss || infinite ? loss : line.lone;
-}
-
-FASTSUPCON_DEVICE float line_divisor(const LineWork& line) {  // by all threads of a block
-  if (line.reduction != Line::Reduction::mean) return 1.0f;
-  if (!line.skip_lone) return static_cast<float>(line.rows);
-  float paired = 0.0f;
-  for (std::int64_t row = ptx::thread(); row < line.rows; row += kBlockThreads) paired += line.values.count[row] > 0.0f ? 1.0f : 0.0f;
-  return fmaxf(block_sum(paired), 1.0f);
-}
-
-// Many blocks without reduction, else one.
+// Many blocks without reduction, else one, which adds up in the order of add_to_loss.
 __global__ void __launch_bounds__(kBlockThreads) line_forward(const __grid_constant__ LineWork line) {
+  const int warp = ptx::warp(), lane = ptx::lane();
+  const auto load = [&](std::int64_t group) {
+    const std::int64_t row = 32 * group + lane;
+    return row < line.rows ? LineRow{true, quantities_of(line.values, row)} : LineRow{};
+  };
   if (line.reduction == Line::Reduction::none) {
-    const std::int64_t row = ptx::block_x() * kBlockThreads + ptx::thread();
-    if (row < line.rows) line.loss[row] = line_of(line, row);
+    const std::int64_t group = ptx::block_x() * (kBlockThreads / 32) + warp;
+    add_to_loss(line, load(group), 32 * group + lane);
     return;
   }
-  float sum = 0.0f;
-  for (std::int64_t row = ptx::thread(); row < line.rows; row += kBlockThreads) sum += line_of(line, row);
-  sum = block_sum(sum) / line_divisor(line);
-  if (ptx::thread() == 0) *line.loss = sum;
+  LineSum sum{0.0f, 0.0f};
+  load_ahead<4, std::int64_t>(warp, ceil_div(line.rows, 32), kBlockThreads / 32, load, [&](const LineRow& found) {
+    const LineSum of_rows = line_sum(line, found);
+    sum.losses += of_rows.losses;
+    sum.paired += of_rows.paired;
+  });
+  const LineSum total{block_sum(lane == 0 ? sum.losses : 0.0f), block_sum(lane == 0 ? sum.paired : 0.0f)};
+  if (ptx::thread() == 0) store_loss(line, total);
 }
 
 __global__ void __launch_bounds__(kBlockThreads) line_gradients(const __grid_constant__ LineWork line) {
-  const float divisor = line_divisor(line);
+  const float* counts = line.values.count;
+  float paired = 0.0f;
+  if (line.skip_lone) {
+    load_ahead<8, std::int64_t>(
+        ptx::thread(), line.rows, kBlockThreads, [=](std::int64_t row) { return counts[row]; },
+        [&](float pairs) { paired += pairs > 0.0f ? 1.0f : 0.0f; });
+    paired = block_sum(paired);
+  }
   const std::int64_t row = ptx::block_x() * kBlockThreads + ptx::thread();
   if (row >= line.rows) return;
-  const float pairs = line.values.count[row];
-  const float grad = pairs > 0.0f ? line.grad[line.reduction == Line::Reduction::none ? row : 0] * line.factor / divisor : line.lone;
+  const auto grads = line_gradient(line, row, paired);
   const auto& out = line.grads;
-  if (out.all) out.all[row] = grad * line.all;
-  if (out.different) out.different[row] = grad * line.different;
-  if (out.equal) out.equal[row] = grad * line.equal;
-  if (out.similarity) out.similarity[row] = grad * line.similarity / fmaxf(pairs, 1.0f);
-  if (out.count) out.count[row] = 0.0f;
+  if (out.all) out.all[row] = grads.all;
+  if (out.different) out.different[row] = grads.different;
+  if (out.equal) out.equal[row] = grads.equal;
+  if (out.similarity) out.similarity[row] = grads.similarity;
+  if (out.count) out.count[row] = grads.count;
 }
 
 }  // namespace fastsupcon::cuda

@@ -1,7 +1,10 @@
 // The small kernels before and after the tiles: the fields of rows, and gradients from the sums of splits. One or two sides a launch.
 #pragma once
 
-#include "tile.cuh"
+#include <algorithm>
+#include <initializer_list>
+
+#include "reduce.cuh"
 
 namespace fastsupcon::cuda {
 
@@ -10,27 +13,66 @@ constexpr int kRowsWarps = kRowsThreads / 32;
 static_assert(kRowsThreads == kLargestRows);
 
 template <Product PRODUCT>
+constexpr bool kIsHalf = kElementBytes<PRODUCT> == 2;
+
+// Whether every four of a row's elements lie at a multiple of their size.
+template <Product PRODUCT>
+bool is_wide(std::int64_t depth, std::initializer_list<const void*> rows) {
+  const auto starts_well = [](const void* at) { return reinterpret_cast<std::uintptr_t>(at) % (4 * kElementBytes<PRODUCT>) == 0; };
+  return depth % 4 == 0 && std::all_of(rows.begin(), rows.end(), starts_well);
+}
+
+template <Product PRODUCT>
 FASTSUPCON_DEVICE float load_element(const void* rows, std::int64_t index) {
   if constexpr (PRODUCT == Product::f16) return ptx::from_f16(static_cast<const std::uint16_t*>(rows)[index]);
   else if constexpr (PRODUCT == Product::bf16) return ptx::from_bf16(static_cast<const std::uint16_t*>(rows)[index]);
   else return static_cast<const float*>(rows)[index];
 }
 template <Product PRODUCT>
+FASTSUPCON_DEVICE std::uint32_t pack(float low, float high) {
+  return PRODUCT == Product::f16 ? ptx::pack_f16(low, high) : ptx::pack_bf16(low, high);
+}
+template <Product PRODUCT>
 FASTSUPCON_DEVICE void store_element(void* rows, std::int64_t index, float value) {
-  if constexpr (PRODUCT == Product::f16) {
-    static_cast<std::uint16_t*>(rows)[index] = static_cast<std::uint16_t>(ptx::pack_f16(value, 0.0f));
-  } else if constexpr (PRODUCT == Product::bf16) {
-    static_cast<std::uint16_t*>(rows)[index] = static_cast<std::uint16_t>(ptx::pack_bf16(value, 0.0f));
+  if constexpr (kIsHalf<PRODUCT>) static_cast<std::uint16_t*>(rows)[index] = static_cast<std::uint16_t>(pack<PRODUCT>(value, 0.0f));
+  else static_cast<float*>(rows)[index] = value;
+}
+
+// Four neighbours of a row from `at` on, zeros past its `left`. WIDE: as one, see is_wide.
+template <Product PRODUCT, bool WIDE>
+FASTSUPCON_DEVICE Four<float> load_four(const void* rows, std::int64_t at, std::int64_t left) {
+  Four<float> found;
+  if constexpr (WIDE && kIsHalf<PRODUCT>) {
+    std::uint32_t words[2];
+    ptx::load_two_words(words, static_cast<const std::uint16_t*>(rows) + at);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const auto half = static_cast<std::uint16_t>(words[i / 2] >> i % 2 * 16);
+      found.of[i] = load_element<PRODUCT>(&half, 0);
+    }
+  } else if constexpr (WIDE) {
+    ptx::load_four(found.of, static_cast<const float*>(rows) + at);
   } else {
-    static_cast<float*>(rows)[index] = value;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) found.of[i] = i < left ? load_element<PRODUCT>(rows, at + i) : 0.0f;
+  }
+  return found;
+}
+template <Product PRODUCT, bool WIDE>
+FASTSUPCON_DEVICE void store_four(void* rows, std::int64_t at, std::int64_t left, const Four<float>& four) {
+  const auto& of = four.of;
+  if constexpr (WIDE && kIsHalf<PRODUCT>) {
+    ptx::store_two_words(static_cast<std::uint16_t*>(rows) + at, pack<PRODUCT>(of[0], of[1]), pack<PRODUCT>(of[2], of[3]));
+  } else if constexpr (WIDE) {
+    ptx::store_four(static_cast<float*>(rows) + at, of);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i < left) store_element<PRODUCT>(rows, at + i, of[i]);
+    }
   }
 }
 
-FASTSUPCON_DEVICE float warp_sum(float value) {
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) value += ptx::shuffle_xor(value, mask);
-  return value;
-}
 FASTSUPCON_DEVICE float warp_largest(float value) {
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) value = fmaxf(value, ptx::shuffle_xor(value, mask));
@@ -53,9 +95,12 @@ struct RowsWork {
   int count;
   std::int64_t depth;
   bool self;
+  bool wide;      // all rows
+  int row_lanes;  // forward: that share a row
   Scale scale;
   int* done;  // forward: set to 0
   std::int64_t done_count;
+  LineWork line;  // backward: what the gradients of the first side are made from; without a gradient they are given
 };
 
 // The side that a block works on, and its place among that side's blocks of `rows` rows.
@@ -63,9 +108,8 @@ struct SideBlock {
   int side;
   std::int64_t first_row;
 };
-template <class Sides>
-FASTSUPCON_DEVICE SideBlock side_block(const Sides& sides, int rows) {
-  const std::int64_t of_first = ceil_div(sides[0].field_rows, rows), block = ptx::block_x();
+FASTSUPCON_DEVICE SideBlock side_block(std::int64_t rows_of_first, int rows) {
+  const std::int64_t of_first = ceil_div(rows_of_first, rows), block = ptx::block_x();
   return block < of_first ? SideBlock{0, block * rows} : SideBlock{1, (block - of_first) * rows};
 }
 
@@ -90,33 +134,47 @@ FASTSUPCON_DEVICE Fields fields_of(const Rows& side, std::int64_t row) {
 }
 
 // 1 / |x|, and 1 for a row of zeros, or of numbers below the normal range. In double, where squares stay in range, and as a factor of a
-// logit near 1000 it must be right to the last bit. By one warp.
-template <Product PRODUCT>
-FASTSUPCON_DEVICE float inverse_norm(const Rows& side, std::int64_t row, std::int64_t depth) {
+// logit near 1000 it must be right to the last bit. By the `lanes` neighbours that share a row.
+template <Product PRODUCT, bool WIDE>
+FASTSUPCON_DEVICE float inverse_norm(const void* rows, std::int64_t of_row, std::int64_t depth, int lanes) {
   double sum = 0.0;
-  for (std::int64_t d = ptx::lane(); d < depth; d += 32) {
-    const double x = load_element<PRODUCT>(side.rows, row * depth + d);
-    sum += x * x;
-  }
+  load_ahead<4, std::int64_t>(
+      ptx::lane() % lanes * 4, depth, 4 * lanes, [&](std::int64_t d) { return load_four<PRODUCT, WIDE>(rows, of_row + d, depth - d); },
+      [&](const Four<float>& four) {
 #pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) sum += ptx::shuffle_xor(sum, mask);
+        for (const double x : four.of) sum += x * x;
+      });
+  for (int mask = lanes / 2; mask > 0; mask /= 2) sum += ptx::shuffle_xor(sum, mask);
   constexpr double tiny = 1.17549435e-38;
-  return sum < tiny * tiny ? 1.0f : static_cast<float>(1.0 / std::sqrt(sum));
+  return sum < tiny * tiny ? 1.0f : static_cast<float>(ptx::reciprocal_root(sum));
 }
 
-// A warp for each row.
+// Lanes that share a row: 16 elements each, which they load at once; fewer would leave no warps, more would take most roots in vain.
+inline int row_lanes(std::int64_t depth) {
+  int lanes = 8;
+  while (lanes < 32 && lanes * 16 < depth) lanes *= 2;
+  return lanes;
+}
+
 template <Product PRODUCT>
 __global__ void __launch_bounds__(kRowsThreads) prepare_forward(const __grid_constant__ RowsWork work) {
-  const SideBlock at = side_block(work.sides, kRowsWarps);
+  const SideBlock at = side_block(work.sides[0].field_rows, kRowsThreads / work.row_lanes);
   const Rows& side = work.sides[at.side];
-  const std::int64_t row = at.first_row + ptx::warp();
+  const std::int64_t row = at.first_row + ptx::thread() / work.row_lanes;
   const bool is_row = row < side.count;
-  const float factor = !is_row ? 0.0f : side.norms ? inverse_norm<PRODUCT>(side, row, work.depth) : 1.0f;
-  if (ptx::lane() == 0) {
+  const std::uint32_t code = is_row ? code_of(work, at.side, row) : 0u;
+  const float bias = is_row && side.bias ? side.bias[row] : 0.0f;
+  float factor = 1.0f;
+  if (side.norms) {
+    const std::int64_t depth = is_row ? work.depth : 0, of_row = row * work.depth;
+    factor = work.wide ? inverse_norm<PRODUCT, true>(side.rows, of_row, depth, work.row_lanes)
+                       : inverse_norm<PRODUCT, false>(side.rows, of_row, depth, work.row_lanes);
+  }
+  if (ptx::lane() % work.row_lanes == 0) {
     const Fields fields = fields_of(side, row);
-    fields.store(kFactor, factor);
-    fields.store(kCode, is_row ? code_of(work, at.side, row) : 0u);
-    fields.store(kBias, is_row && side.bias ? side.bias[row] : 0.0f);
+    fields.store(kFactor, is_row ? factor : 0.0f);
+    fields.store(kCode, code);
+    fields.store(kBias, bias);
     if (is_row && side.norms) side.norms[row] = factor;
   }
   const std::int64_t place = ptx::block_x() * kRowsThreads + ptx::thread();
@@ -127,14 +185,13 @@ __global__ void __launch_bounds__(kRowsThreads) prepare_forward(const __grid_con
 struct PairWeight {
   float weight = 0.0f, shift = -kInfinity;
 };
-FASTSUPCON_DEVICE PairWeight pair_weight(const float* values, const float* grads, const float* all_values, const float* all_grads,
-                                         std::int64_t row) {
+FASTSUPCON_DEVICE PairWeight pair_weight(const float* values, float grad, const float* all_values, float all_grad, std::int64_t row) {
   PairWeight found;
   const auto is_over_pairs = [&](const float* of) { return of && of[row] != -kInfinity; };  // else it passes no gradient
-  if (is_over_pairs(values)) found = {grads[row], -values[row]};
+  if (is_over_pairs(values)) found = {grad, -values[row]};
   if (is_over_pairs(all_values)) {
-    if (found.shift == -kInfinity) found = {all_grads[row], -all_values[row]};
-    else found.weight += all_grads[row] * exp(-found.shift - all_values[row]);
+    if (found.shift == -kInfinity) found = {all_grad, -all_values[row]};
+    else found.weight += all_grad * exp(-found.shift - all_values[row]);
   }
   return found;
 }
@@ -143,7 +200,7 @@ constexpr int kPrepareBytes = 2 * kRowsWarps * static_cast<int>(sizeof(float)); 
 
 // One thread for each row.
 __global__ void __launch_bounds__(kRowsThreads) prepare_backward(const __grid_constant__ RowsWork work) {
-  const SideBlock at = side_block(work.sides, kRowsThreads);
+  const SideBlock at = side_block(work.sides[0].field_rows, kRowsThreads);
   const Rows& side = work.sides[at.side];
   const std::int64_t row = at.first_row + ptx::thread();
   float factor = 0.0f, bias = 0.0f, linear = 0.0f, magnitude = 0.0f;
@@ -151,13 +208,15 @@ __global__ void __launch_bounds__(kRowsThreads) prepare_backward(const __grid_co
   PairWeight different, equal;
   if (row < side.count) {
     const auto& values = side.values;
-    const auto& grads = side.grads;
+    const LineWork& line = work.line;
+    const bool is_of_line = line.grad && at.side == 0;
+    const auto grads = is_of_line ? line_gradient(line, row, line.skip_lone ? *line.paired : 0.0f) : quantities_of(side.grads, row);
     factor = side.norms ? side.norms[row] : 1.0f;
     code = code_of(work, at.side, row);
     bias = side.bias ? side.bias[row] : 0.0f;
     different = pair_weight(values.different, grads.different, values.all, grads.all, row);
     equal = pair_weight(values.equal, grads.equal, values.all, grads.all, row);
-    linear = grads.similarity ? grads.similarity[row] : 0.0f;
+    linear = values.similarity ? grads.similarity : 0.0f;
     magnitude = fmaxf(fabsf(different.weight), fabsf(equal.weight)) + fabsf(linear);
     if (is_bounded(work.scale)) {
       different.weight *= exp(different.shift);
@@ -195,7 +254,7 @@ __global__ void __launch_bounds__(kRowsThreads) prepare_backward(const __grid_co
 // From the sums of splits, ∂â up to the scale, to the gradients of one side.
 struct Finish {
   const void* rows;
-  std::int64_t count, field_rows;
+  std::int64_t count;
   const float* norms;        // or null
   float* sums;               // [splits, count, depth]; null: only the bias is wanted. The first split is used up
   int splits;
@@ -208,40 +267,85 @@ struct FinishWork {
   Finish sides[2];
   int count;
   std::int64_t depth;
+  bool wide;                 // all rows, in and out
+  int row_warps;             // that share a row
   Scale scale;
 };
+constexpr int kWarpColumns = 4 * 32;  // four of each lane
 
-// ∂x = scale (∂â − â (â·∂â)) / |x|, â·∂â once the splits are added up. A warp for each row.
+// The sums of a row's warps, of which `warp` is one, in order; by all threads of a block.
+FASTSUPCON_DEVICE float row_sum(float value, int warp, int row_warps) {
+  value = warp_sum(value);
+  if (row_warps == 1) return value;
+  float* of_warps = reinterpret_cast<float*>(ptx::shared_memory());
+  if (ptx::lane() == 0) of_warps[warp] = value;
+  ptx::sync_block();
+  value = 0.0f;
+#pragma unroll 1
+  for (int i = 0; i < row_warps; ++i) value += of_warps[warp / row_warps * row_warps + i];
+  return value;
+}
+constexpr int kRowSumBytes = kRowsWarps * static_cast<int>(sizeof(float));
+
+// ∂x = scale (∂â − â (â·∂â)) / |x|, â·∂â once the splits are added up. The sums of a row that its warps hold at one go stay in registers,
+// those of a deeper one go by way of the first split.
+template <Product PRODUCT, bool WIDE>
+FASTSUPCON_DEVICE void finish_row(const FinishWork& work, const Finish& side, std::int64_t row, int warp) {
+  const bool is_row = row < side.count;
+  const std::int64_t depth = work.depth, end = is_row ? depth : 0, of_row = row * depth, of_split = side.count * depth;
+  const int step = work.row_warps * kWarpColumns, first = warp % work.row_warps * kWarpColumns + 4 * ptx::lane();
+  const bool is_held = depth <= step;
+  const float factor = is_row && side.norms ? side.norms[row] : 1.0f, scale = scale_of(work.scale) * factor;
+  const auto unit_four = [&](std::int64_t d) {
+    Four<float> x = load_four<PRODUCT, WIDE>(side.rows, of_row + d, depth - d);
+    for (float& element : x.of) element *= factor;
+    return x;
+  };
+  Four<float> sum, x;
+  float product = 0.0f;
+  for (std::int64_t d = first; d < end; d += step) {
+    x = unit_four(d);
+    sum = {};
+    load_ahead<WIDE ? 8 : 2>(
+        0, side.splits, 1,
+        [&](int split) { return load_four<Product::f32, WIDE>(side.sums, split * of_split + of_row + d, depth - d); },
+        [&](const Four<float>& found) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sum.of[i] += found.of[i];
+        });
+    if (!is_held) store_four<Product::f32, WIDE>(side.sums, of_row + d, depth - d, sum);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) product += sum.of[i] * x.of[i];
+  }
+  product = side.norms ? row_sum(product, warp, work.row_warps) : 0.0f;
+  for (std::int64_t d = first; d < end; d += step) {
+    if (!is_held) {
+      x = unit_four(d);
+      sum = load_four<Product::f32, WIDE>(side.sums, of_row + d, depth - d);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum.of[i] = scale * (sum.of[i] - product * x.of[i]);
+    store_four<PRODUCT, WIDE>(side.out, of_row + d, depth - d, sum);
+  }
+}
+
+// As many warps for each row as its columns keep busy.
 template <Product PRODUCT>
-__global__ void __launch_bounds__(kRowsThreads) finish_gradients(const __grid_constant__ FinishWork work) {
-  const SideBlock at = side_block(work.sides, kRowsWarps);
+__global__ void __launch_bounds__(kRowsThreads, 4) finish_gradients(const __grid_constant__ FinishWork work) {
+  const SideBlock at = side_block(work.sides[0].count, kRowsWarps / work.row_warps);
   const Finish& side = work.sides[at.side];
-  const std::int64_t row = at.first_row + ptx::warp(), depth = work.depth;
-  const int lane = ptx::lane();
-  if (row >= side.count) return;
-  if (side.bias && lane == 0) {
+  const int warp = ptx::warp();
+  const std::int64_t row = at.first_row + warp / work.row_warps;
+  if (side.bias && row < side.count && warp % work.row_warps == 0 && ptx::lane() == 0) {
     float sum = 0.0f;
-#pragma unroll 4
-    for (int split = 0; split < side.weight_splits; ++split) sum += side.weight_sums[split * side.count + row];
+    load_ahead<8>(
+        0, side.weight_splits, 1, [&](int split) { return side.weight_sums[split * side.count + row]; },
+        [&](float found) { sum += found; });
     side.bias[row] = sum;
   }
   if (!side.out) return;
-  const float factor = side.norms ? side.norms[row] : 1.0f;
-  float* sums = side.sums + row * depth;
-  float product = 0.0f;
-  for (std::int64_t d = lane; d < depth; d += 32) {
-    float sum = sums[d];
-#pragma unroll 8
-    for (int split = 1; split < side.splits; ++split) sum += sums[split * side.count * depth + d];  // loads ahead, sums in order
-    sums[d] = sum;
-    product += sum * (load_element<PRODUCT>(side.rows, row * depth + d) * factor);
-  }
-  product = warp_sum(product);
-  const float scale = scale_of(work.scale) * factor;
-  for (std::int64_t d = lane; d < depth; d += 32) {
-    const float along = side.norms ? product * (load_element<PRODUCT>(side.rows, row * depth + d) * factor) : 0.0f;
-    store_element<PRODUCT>(side.out, row * depth + d, scale * (sums[d] - along));
-  }
+  if (work.wide) finish_row<PRODUCT, true>(work, side, row, warp);
+  else finish_row<PRODUCT, false>(work, side, row, warp);
 }
 
 }  // namespace fastsupcon::cuda

@@ -2,20 +2,12 @@
 // A fragment is 16 rows × COLUMNS: s[j][e] is row accumulator_row(lane, e), column 8j + accumulator_column(lane, e).
 #pragma once
 
-#include <cmath>
-
-#include "layout.h"
-#include "work.h"
+#include "line.cuh"
 
 namespace fastsupcon::cuda {
 
-constexpr float kInfinity = __builtin_huge_valf();
-
 template <Product PRODUCT>
 constexpr int kElementBytes = PRODUCT == Product::f16 || PRODUCT == Product::bf16 ? 2 : 4;
-
-FASTSUPCON_DEVICE float exp(float x) { return ptx::exp2(x * kLog2e); }
-FASTSUPCON_DEVICE float log(float x) { return ptx::log2(x) * kLn2; }
 
 // ---- Which work -----------------------------------------------------------------------------------------------------------------
 
@@ -310,23 +302,32 @@ FASTSUPCON_DEVICE bool is_last_split(const Pass& pass, const BlockWork& block, i
   return *last != 0;
 }
 
-// Each thread one row, once the splits of these rows have written their sums.
+// Each thread one row and each warp 32, once the splits of these rows have written their sums.
 FASTSUPCON_DEVICE void combine_splits(const Pass& pass, int row) {
-  if (row >= pass.x.count) return;
-  RowSums total;
-  for (int split = 0; split < pass.splits; ++split) {
-    const float* partial = pass.partial + kPartials * (std::int64_t{split} * pass.x.count + row);
-    total.different = merged(total.different, {ptx::load_fresh(partial), ptx::load_fresh(partial + 1)});
-    total.equal = merged(total.equal, {ptx::load_fresh(partial + 2), ptx::load_fresh(partial + 3)});
-    total.similarity += ptx::load_fresh(partial + 4);
-    total.count += ptx::load_fresh(partial + 5);
+  LineRow found{row < pass.x.count, {}};
+  if (found.is_row) {
+    RowSums total;
+    load_ahead<4>(
+        0, pass.splits, 1,
+        [&](int split) {
+          const float* partial = pass.partial + kPartials * (std::int64_t{split} * pass.x.count + row);
+          const auto at = [&](int i) { return ptx::load_fresh(partial + i); };
+          return RowSums{{at(0), at(1)}, {at(2), at(3)}, at(4), at(5)};
+        },
+        [&](const RowSums& of_split) {
+          total.different = merged(total.different, of_split.different);
+          total.equal = merged(total.equal, of_split.equal);
+          total.similarity += of_split.similarity;
+          total.count += of_split.count;
+        });
+    const auto& out = pass.quantities;
+    if (out.all) out.all[row] = found.q.all = log_of(merged(total.different, total.equal));
+    if (out.different) out.different[row] = found.q.different = log_of(total.different);
+    if (out.equal) out.equal[row] = found.q.equal = log_of(total.equal);
+    if (out.similarity) out.similarity[row] = found.q.similarity = total.similarity;
+    if (out.count) out.count[row] = found.q.count = total.count;
   }
-  const auto& out = pass.quantities;
-  if (out.all) out.all[row] = log_of(merged(total.different, total.equal));
-  if (out.different) out.different[row] = log_of(total.different);
-  if (out.equal) out.equal[row] = log_of(total.equal);
-  if (out.similarity) out.similarity[row] = total.similarity;
-  if (out.count) out.count[row] = total.count;
+  if (pass.line.loss) add_to_loss(pass.line, found, row);
 }
 
 // ---- Backward -------------------------------------------------------------------------------------------------------------------

@@ -8,12 +8,24 @@
 
 namespace fastsupcon::cuda {
 
+// Sides of the same rows in boxes of the same height share a map, as the driver takes its time to make one.
 template <Product PRODUCT>
 Maps maps_of(const Work& work, const Tiling& tiling) {
-  Maps maps;
-  const auto map_of = [&](const Side& side, int rows) {
-    return make_tensor_map(side.rows, side.count, work.depth, PRODUCT == Product::bf16, rows, [&] { return shape_of(work); });
+  struct Made {
+    const Side* side;
+    int rows;
+    ptx::TensorMap map;
   };
+  std::vector<Made> made;
+  const auto map_of = [&](const Side& side, int rows) {
+    for (const Made& other : made) {
+      if (other.side->rows == side.rows && other.side->count == side.count && other.rows == rows) return other.map;
+    }
+    const auto shape = [&] { return shape_of(work); };
+    made.push_back({&side, rows, make_tensor_map(side.rows, side.count, work.depth, PRODUCT == Product::bf16, rows, shape)});
+    return made.back().map;
+  };
+  Maps maps;
   for (int i = 0; i < work.count; ++i) {
     maps.x[i] = map_of(work.passes[i].x, tiling.rows);
     maps.y[i] = map_of(work.passes[i].y, tiling.columns);

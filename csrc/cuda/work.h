@@ -62,6 +62,23 @@ struct Side {
   const float* largest;      // f16, backward: for each kLargestRows rows the largest |weight| + |linear| and the largest factor
 };
 
+// A loss from its rows' quantities, or their gradients from its.
+struct LineWork {
+  float all, different, equal, similarity, log_count, factor, lone;
+  bool skip_lone;
+  Line::Reduction reduction;
+  std::int64_t rows;
+  Quantities<const float*> values;
+  float* loss;                // forward: [1], [rows] without reduction
+  const float* grad;          // backward: the same
+  float* paired;              // how many rows have a pair of equal keys: from a loss to its backward where lone rows are skipped; or null
+  Quantities<float*> grads;
+
+  // Of a tile kernel that ends with the loss: its warps' sums, put together by the last of them that is done.
+  float* sums;                // [2, ceil(rows / 32)], losses and paired rows
+  int* done;                  // [1], 0 at first
+};
+
 struct Scale {
   double value;
   const float* address;  // on the device; or null
@@ -79,6 +96,7 @@ struct Pass {
   float* partial;                // [splits, x, kPartials]
   int* done;                     // [row_blocks], 0 at first
   Quantities<float*> quantities; // [x] each, or null
+  LineWork line;                 // without a loss none is wanted
 
   // Backward
   float* out;                    // [splits, x, depth]

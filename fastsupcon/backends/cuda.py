@@ -101,11 +101,11 @@ def _outgoing(pairs: Pairs, needs: tuple[bool, bool, bool, bool]):
 
 
 def loss(pairs: Pairs, names: tuple[str, ...], line: Line) -> tuple[Tensor, tuple[Tensor]]:
-    """What is kept is one array: the quantities [len(names), N], then the norms."""
+    """What is kept is one array: the quantities [len(names), N], the norms, and the number of rows with a pair of equal keys."""
     n, m, _ = pairs.shape
     device = pairs.rows.device
     norms = (n if pairs.columns is None else n + m) if pairs.unit else 0
-    kept = torch.empty(len(names) * n + norms, dtype=torch.float32, device=device)
+    kept = torch.empty(len(names) * n + norms + 1, dtype=torch.float32, device=device)
     loss = torch.empty(n if line.reduction == "none" else (), dtype=torch.float32, device=device)
     plan = _C.cuda.loss(problem(pairs), make_line(line), mask(names), kept.data_ptr(), loss.data_ptr(), _tf32(pairs), _where(kept)[0])
     _run(plan, kept)

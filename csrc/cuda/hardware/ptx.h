@@ -57,6 +57,24 @@ FASTSUPCON_DEVICE int atomic_add(int* sum, int value) { return atomicAdd(sum, va
 FASTSUPCON_DEVICE void fence_device() { __threadfence(); }
 FASTSUPCON_DEVICE void fence_block() { asm volatile("fence.acq_rel.cta;" ::: "memory"); }
 FASTSUPCON_DEVICE void store_two(float* to, float first, float second) { *reinterpret_cast<float2*>(to) = make_float2(first, second); }
+FASTSUPCON_DEVICE void store_two_words(void* to, std::uint32_t first, std::uint32_t second) {
+  *static_cast<uint2*>(to) = make_uint2(first, second);
+}
+FASTSUPCON_DEVICE void store_four(float* to, const float (&from)[4]) {
+  *reinterpret_cast<float4*>(to) = make_float4(from[0], from[1], from[2], from[3]);
+}
+FASTSUPCON_DEVICE void load_two_words(std::uint32_t (&to)[2], const void* from) {
+  const uint2 found = *static_cast<const uint2*>(from);
+  to[0] = found.x;
+  to[1] = found.y;
+}
+FASTSUPCON_DEVICE void load_four(float (&to)[4], const float* from) {
+  const float4 found = *reinterpret_cast<const float4*>(from);
+  to[0] = found.x;
+  to[1] = found.y;
+  to[2] = found.z;
+  to[3] = found.w;
+}
 FASTSUPCON_DEVICE float load_fresh(const float* from) { return __ldcg(from); }  // past L1, which may hold what was there before
 
 // ---- Arithmetic -----------------------------------------------------------------------------------------------------------------
@@ -66,6 +84,7 @@ FASTSUPCON_DEVICE float exp2(float x) {  // error 2 ulp; exp2(−inf) = 0, NaN s
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+FASTSUPCON_DEVICE double reciprocal_root(double x) { return rsqrt(x); }
 FASTSUPCON_DEVICE float log2(float x) { return log2f(x); }
 FASTSUPCON_DEVICE std::uint32_t round_to_tf32(float x) {
   std::uint32_t y;

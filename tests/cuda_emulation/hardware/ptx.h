@@ -97,6 +97,21 @@ inline void store_two(float* to, float first, float second) {
   to[0] = first;
   to[1] = second;
 }
+inline void store_wide(void* to, const void* from, std::size_t bytes) {
+  if (reinterpret_cast<std::uintptr_t>(to) % bytes) em::fail("a wide store at an unaligned address");
+  std::memcpy(to, from, bytes);
+}
+inline void store_two_words(void* to, std::uint32_t first, std::uint32_t second) {
+  const std::uint32_t words[2] = {first, second};
+  store_wide(to, words, sizeof words);
+}
+inline void store_four(float* to, const float (&from)[4]) { store_wide(to, from, sizeof from); }
+inline void load_wide(void* to, const void* from, std::size_t bytes) {
+  if (reinterpret_cast<std::uintptr_t>(from) % bytes) em::fail("a wide load at an unaligned address");
+  std::memcpy(to, from, bytes);
+}
+inline void load_two_words(std::uint32_t (&to)[2], const void* from) { load_wide(to, from, sizeof to); }
+inline void load_four(float (&to)[4], const float* from) { load_wide(to, from, sizeof to); }
 inline int atomic_add(int* sum, int value) { return std::exchange(*sum, *sum + value); }
 inline void fence_device() {}
 inline void fence_block() {}
@@ -132,6 +147,7 @@ inline float exp2(float x) {
   const float y = std::exp2(x);
   return y < std::numeric_limits<float>::min() ? 0.0f : y;  // .ftz
 }
+inline double reciprocal_root(double x) { return 1.0 / std::sqrt(x); }
 inline float log2(float x) { return std::log2(x); }
 inline std::uint32_t round_to_tf32(float x) {
   return std::isfinite(x) ? (bits(x) + 0x1000) & ~0x1fffu : bits(x) & ~0x1fffu;  // nearest, ties away from zero
