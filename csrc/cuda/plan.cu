@@ -158,9 +158,9 @@ const Family& family_of(const Work& work, const Device& device) {
 // Shares the tiles of y out, and chooses how many consumers a block has, so that the launch takes the fewest clocks: its waves of blocks, each
 // as long as a block's tiles and what a block costs beside them, and, backward, what the sums of the splits cost to write and to add up. The
 // rates are an H200's: 1,300 products a clock and multiprocessor, but no more than 10 pairs; a consumer alone takes 5/3 of its share of two, as
-// nothing runs under its exponentials; 1,700 bytes a clock.
+// nothing runs under its exponentials; 1,700 bytes a clock. The sums of several splits take no more than 64 MiB.
 int share_out(Work& work, const Family& family, bool backward, const Device& device) {
-  constexpr std::int64_t of_block = 3000, most_splits = 64;
+  constexpr std::int64_t of_block = 3000, most_splits = 64, most_sums = (64 << 20) / sizeof(float);
   std::int64_t least = std::numeric_limits<std::int64_t>::max();
   int chosen = 0;
   Pass best[2] = {};
@@ -185,6 +185,7 @@ int share_out(Work& work, const Family& family, bool backward, const Device& dev
         blocks += std::int64_t{pass.row_blocks} * pass.splits * tiling.out_chunks;
         sums += std::int64_t{pass.splits} * pass.x.count * work.depth;
       }
+      if (backward && splits > 1 && sums > most_sums) break;
       const std::int64_t cost = ceil_div(blocks, slots) * (each * of_tile + of_block) + (backward ? sums * 8 / 1700 : 0);
       if (cost < least) {
         least = cost;

@@ -3,11 +3,11 @@
 //
 // The result of 64 rows fills the registers of two consumers: each owns a slice of OUT_PANELS · 64 columns. They take turns with the tiles
 // (narrow, so that the ring holds several): the owner of tile j computes its logits and weights W, publishes W through shared memory,
-// and both multiply it with their own panels of y. In steady state one consumer weighs its tile under the other's products:
-//   consumer 0   exps 2 → W₂          W₂y₂  W₁y₁  logits 4   exps 4 → W₄          W₄y₄  W₃y₃  logits 6 …
-//   consumer 1   W₁y₁  W₀y₀  logits 3   exps 3 → W₃          W₃y₃  W₂y₂  logits 5   exps 5 → W₅ …
-// Neither waits for the other's W before it weighs its own tile: so the exps of one tile after the other would be in one chain. Named
-// barriers, two for each consumer, say "W of my tile is written", and "I have read your last W".
+// and both multiply it with their own panels of y. In steady state one consumer's exps run under the other's products:
+//   consumer 0   logits 2   W₁y₁   exps 2 → W₂   W₂y₂             logits 4   W₃y₃   exps 4 → W₄ …
+//   consumer 1              logits 3      W₂y₂   exps 3 → W₃   W₃y₃            logits 5   W₄y₄ …
+// One named barrier per consumer says "W of my tile is written, and I have read yours before it". (With the other's W after the own product no
+// tile's exps wait for another's, but the ring gets its slabs back later: H200, depth 768, 41 ms instead of 33, 1024 99 instead of 87.)
 #pragma once
 
 #include "wgmma_deep.cuh"
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(DeepShape<true, APART, COLUMNS>::most_threads,
   using Shape = typename Block::Shape;
   using Slice = DeepSlice<PRODUCT, OUT_PANELS, APART, COLUMNS>;
   constexpr int columns = Shape::columns;
-  constexpr int published = 1, read = 6;  // named barriers published + consumer, read + consumer
+  constexpr int published = 1;  // named barriers published + consumer
   const Block block(work, layout);
   const int warp = ptx::warp(), consumer = warp / 4 - 1;
   if (consumer < 0) {
@@ -177,21 +177,20 @@ __global__ void __launch_bounds__(DeepShape<true, APART, COLUMNS>::most_threads,
 #pragma unroll 1
   for (; tile < block.block.last_tile; tile += 2) {
     issue_logits(tile, at);
-    ptx::wgmma_wait<0>();
-    ptx::hold(s);
-    release_unsliced(tile, at);
-    weigh(tile);
     slice.wait_for(tile - 1, before);
-    if (tile > block.block.first_tile) ptx::sync_named(read + consumer, 256);
-    slice.publish(packed);
-    ptx::arrive_named(published + consumer, 256);
-    slice.issue_own(out, packed, tile, at);
     ptx::sync_named(published + other, 256);
     ptx::wgmma_fence();
     slice.issue_published(out, tile - 1, before);
+    ptx::wgmma_wait<1>();
+    ptx::hold(s);
+    release_unsliced(tile, at);
+    weigh(tile);
     ptx::wgmma_wait<0>();
-    ptx::arrive_named(read + other, 256);
     if (tile > block.block.first_tile) slice.release(tile - 1, before);
+    slice.publish(packed);
+    ptx::arrive_named(published + consumer, 256);
+    slice.issue_own(out, packed, tile, at);
+    ptx::wgmma_wait<0>();
     slice.release(tile, at);
     before = block.after(at, layout.slabs);
     at = block.after(before, layout.slabs);

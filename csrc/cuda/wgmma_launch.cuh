@@ -102,8 +102,9 @@ auto with_wgmma_variant(std::int64_t depth, bool backward, bool apart, Use use) 
       if (depth > 512 && depth <= 768) return use(DeepVariant<PRODUCT, 0, false, APART, 64>{});
       return use(DeepVariant<PRODUCT, 0, false, APART, 128>{});
     } else {
-      if (depth <= 512 || depth > 768) return use(DeepVariant<PRODUCT, 4, true, APART, 32>{});
-      return use(DeepVariant<PRODUCT, 6, true, APART, 32>{});
+      if (depth <= 512) return use(DeepVariant<PRODUCT, 4, true, APART, 64>{});
+      if (depth <= 768) return use(DeepVariant<PRODUCT, 6, true, APART, 32>{});
+      return use(DeepVariant<PRODUCT, 4, true, APART, 32>{});
     }
   };
   const auto of_side = [&](auto is_backward) { return apart ? of(is_backward, std::true_type{}) : of(is_backward, std::false_type{}); };
