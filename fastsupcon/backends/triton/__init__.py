@@ -69,7 +69,7 @@ def unusable(device: torch.device, dtype: torch.dtype, depth: int) -> str | None
 
 
 class _Gpu(NamedTuple):
-    family: str  # of _triton_table
+    family: str  # of table.py
     units: int  # multiprocessors
     precision: dict[bool, str]  # of fp32 products, by whether they may use TF32
 

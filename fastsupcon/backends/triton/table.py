@@ -1,5 +1,5 @@
-"""Tile sizes by kernel, GPU family, dtype and D: of half rows on Hopper as measured on an H200, of all others PREDICTED from registers, shared
-memory and instructions (bench/NOTES-triton.md)."""
+"""Tile sizes by kernel, GPU family, dtype and D. Those of half rows on Hopper are chosen by a sweep on an H200 (bf16, SCL, D 128 to 768);
+of heavy gradients, of fp32 and of all other GPUs they are PREDICTED from registers, shared memory, instructions (bench/NOTES-triton.md)."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def tile(kernel: str, family: str, dtype: torch.dtype, depth: int) -> Tile:
     if family == "hopper" and not gradient:
         return Tile(128, 64, d, 4, 3) if d <= 128 else Tile(128, 32, d, 8, 3) if d == 256 else Tile(128, 256, 64, 8, 3)
     if family == "hopper" and d <= 128 and not heavy:
-        return Tile(64, 64, d, 4, 3)  # two blocks to a multiprocessor: as fast as 128 rows at N = 65,536, faster below
-    if family in ("hopper", "blackwell"):  # 128 owned rows ask at most 6.2 TB/s of L2 in the forward; 4 warps spill
+        return Tile(64, 64, d, 4, 3)  # two blocks to a multiprocessor: 2 % slower than 128 rows at N = 65,536, 8 % faster at 8,192
+    if family in ("hopper", "blackwell"):  # Blackwell's forward: 128 owned rows, as 4 warps spill (on Hopper faster all the same)
         if gradient:
             held = d if d <= (512 if family == "hopper" else 256) else 64  # Triton asks for 6 KiB too many on Blackwell
             streamed = 32 if heavy or d > 128 else 64

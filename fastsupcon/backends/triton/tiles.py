@@ -10,8 +10,8 @@ multiplied as they are loaded, so that rows of norm 1e-18 keep to the normal ran
 carries log2(e), and the exponential is the hardware's exp2 alone. Elsewhere |t| may be thousands: the shift is subtracted first, in one
 rounding, and log2(e) multiplies the small difference.
 
-The time of a pair goes by its instructions, so a loop runs twice: over the tiles that are whole, without masks and with codes for keys, and
-over the few others. Sums over a row stay eight columns wide until the loops end.
+A pair's instructions cost time beside its products, so a loop runs twice: over the tiles that are whole, without masks and with codes for
+keys, and over the few others. Sums over a row stay eight columns wide until the loops end.
 
 Lengths that the tiles do not divide are padded with zeros inside the tile. Row indices have 32 bits, addresses 64. A pointer that is None
 costs nothing: the kernel is compiled without it. Triton compiles what follows an `if` whose branch returns, even where it cannot be
