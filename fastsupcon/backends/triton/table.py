@@ -48,8 +48,9 @@ def tile(kernel: str, family: str, dtype: torch.dtype, depth: int) -> Tile:
         return Tile(64, 32, part, 8, stages)
     if family == "hopper" and not gradient:
         return Tile(128, 64, d, 4, 3) if d <= 128 else Tile(128, 32, d, 8, 3) if d == 256 else Tile(128, 256, 64, 8, 3)
-    if family == "hopper" and d <= 128 and not heavy:
-        return Tile(64, 64, d, 4, 3)  # two blocks to a multiprocessor: 2 % slower than 128 rows at N = 65,536, 8 % faster at 8,192
+    if family == "hopper" and not heavy and d <= 256:
+        # Two blocks to a multiprocessor: 2 % slower than 128 rows at 65,536 × 128, 8 % faster at 8,192 × 128.
+        return Tile(64, 64, d, 4, 3) if d <= 128 else Tile(128, 64, d, 8, 2)
     if family in ("hopper", "blackwell"):  # Blackwell's forward: 128 owned rows, as 4 warps spill (on Hopper faster all the same)
         if gradient:
             held = d if d <= (512 if family == "hopper" else 256) else 64  # Triton asks for 6 KiB too many on Blackwell
