@@ -135,6 +135,7 @@ def tail(log: Path) -> bytes:
 
 def drive(stages: list[list[Part]], out: Path, scratch: Path) -> bool:
     """Whether all that could run passed. log.txt and parts.json are written anew after each part."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and would leave that to the parts
     results, begin = [], time.monotonic()
     log = b"\n".join([f"{datetime.datetime.now(datetime.timezone.utc):%FT%TZ}".encode(), *map(said, DESCRIBED)]) + b"\n"
     print(log.decode(errors="replace"), end="", flush=True)

@@ -245,6 +245,7 @@ def test_an_interrupted_run_reports_what_it_has(tmp_path):
     """By a signal to all of its processes, as a terminal sends it."""
     out = tmp_path / "results.json"
     command = [sys.executable, "-m", "bench", "cpu", "--loss", "scl", "--rows", "256", "512", "--threads", "1", "--contenders", "chunked"]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # else a process started here ignores it where this one does
     process = subprocess.Popen([*command, "--out", str(out)], cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, text=True)
     while not out.exists() and process.poll() is None:
         time.sleep(0.05)
