@@ -24,7 +24,8 @@ def call(name: str, count: int, depth: int, dtype: torch.dtype, offset: int = 0)
     """Both shapes, forward and backward: bounded and running sums, with and without keys, a bias, columns of the rows' own."""
     backend = BACKENDS[name]
     a, b = rows(count, depth, dtype, offset), rows(COLUMNS, depth, dtype, offset)
-    keys = [torch.randint(0, 7, (n,), device="cuda") for n in (count, COLUMNS)]
+    far = 2**33 if count % 4 else 1  # keys that 32 bits do not hold
+    keys = [torch.randint(0, 7, (n,), device="cuda") * far for n in (count, COLUMNS)]
     own = torch.randint(-1, COLUMNS, (count,), device="cuda")
     bias, learned = torch.randn(COLUMNS, device="cuda"), torch.tensor(3.0, device="cuda")
     for pairs in (
@@ -38,6 +39,10 @@ def call(name: str, count: int, depth: int, dtype: torch.dtype, offset: int = 0)
         sides = Side(QUANTITIES, terms.rows, torch.rand_like(terms.rows)), Side(columns, terms.columns, torch.rand_like(terms.columns))
         needs = (True, pairs.columns is not None, pairs.bias is not None, pairs.scale is learned)
         backend.backward(pairs, *sides, terms.norms, terms.kept, needs)
+        for reduction in ("mean", "none") if hasattr(backend, "loss") else ():
+            line = Line(all=1, similarity=-1, lone="skip", reduction=reduction)
+            loss, kept = backend.loss(pairs, line.names, line)
+            backend.loss_backward(pairs, line.names, line, kept, torch.ones_like(loss), needs)
     line = Line(all=1, similarity=-1, lone="skip")
     values = torch.rand(len(line.names), count, device="cuda")
     backend.line_backward(line.names, values, backend.line(line.names, values, line), line)

@@ -53,6 +53,7 @@ def test_cross(name, n, m, d, dtype, scale, whole):
 def test_deep_rows(name, d, dtype):
     """Where the CUDA kernels share the result between consumers or blocks: odd numbers of panels, ragged and split columns."""
     check(BACKENDS[name], Case(1000, d=d, dtype=dtype, scale=10.0, keys="few"), GPU)
+    check(BACKENDS[name], Case(300, 200, d=d, dtype=dtype, scale=10.0, rows=ALL, columns=ALL, own=True, keys="int64"), GPU)
     check(BACKENDS[name], Case(200, 5000, d=d, dtype=dtype, rows=ALL, columns=ALL, bias=True, keys="int64"), GPU)
 
 

@@ -35,6 +35,12 @@ FASTSUPCON_DEVICE float warp_sum(float value) {
   return value;
 }
 
+FASTSUPCON_DEVICE float warp_largest(float value) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) value = fmaxf(value, ptx::shuffle_xor(value, mask));
+  return value;
+}
+
 // Zero what there is not.
 FASTSUPCON_DEVICE Quantities<float> quantities_of(const Quantities<const float*>& q, std::int64_t row) {
   const auto of = [=](const float* there) { return there ? there[row] : 0.0f; };

@@ -1,7 +1,7 @@
 // The kernels for sm_80 and every newer GPU: mma.sync fed by ldmatrix from panels that cp.async fills. Any depth, any alignment.
 //
 // A block owns ROWS = 4 warps · M_TILES · 16 rows x and visits tiles of 32 to 64 rows y; each warp forms the logits of its own rows with
-// the whole tile, so nothing but panels and records is shared and one barrier per step is enough. Depth in panels of 128 bytes:
+// the whole tile, so nothing but panels and slots is shared and one barrier per step is enough. Depth in panels of 128 bytes:
 //   PANELS 1, 2, 4: x stays in shared memory, tiles of y are double-buffered.
 //   PANELS 0: any number of panels. Panels of x and y come through a ring of four stages; the backward's grid.z says which four panels of
 //             the result a block sums (registers hold no more), and the logits are recomputed for each.
@@ -292,7 +292,7 @@ struct MmaBlock {
     const bool ambiguous = ptx::any(is_ambiguous(rows[0]) || is_ambiguous(rows[1]));
     const bool masked = needs_mask(work, pass, row - accumulator_row(lane, 0), 16, first_column, Shape::columns);
     const bool is_special = ambiguous || masked;
-    const Special what = is_special ? special_of<Shape::columns>(work, pass, rows, row, first_column, lane) : Special{};
+    const Special what = is_special ? special_of<Shape::columns>(work, pass, rows, row, first_column, columns(), lane) : Special{};
     with_form(!bounded, is_special, [&](auto running, auto special) { use(running, special, rows, what); });
   }
 

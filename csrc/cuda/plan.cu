@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "families.h"
+#include "reduce.cuh"
 #include "rows.cuh"
 
 namespace fastsupcon::cuda {
@@ -251,7 +252,7 @@ Plan plan_forward(const Problem& problem, const Quantities<void*>& rows, const Q
 LineWork line_work(const Line& line, std::int64_t rows, const Quantities<const void*>& values) {
   const auto f = [](double value) { return static_cast<float>(value); };
   LineWork work{f(line.all), f(line.different), f(line.equal), f(line.similarity), f(line.log_count), f(line.factor), f(line.lone)};
-  work.skip_lone = line.skip_lone;
+  work.skip_lone = line.skip_lone && line.reduction == Line::Reduction::mean;  // what else asks how many rows are paired?
   work.reduction = line.reduction;
   work.rows = rows;
   work.values = typed(values);

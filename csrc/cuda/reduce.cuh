@@ -1,7 +1,7 @@
 // Kernels of one block that reduce over all rows in a fixed order, and those of a loss's line alone.
 #pragma once
 
-#include "tile.cuh"
+#include "line.cuh"
 
 namespace fastsupcon::cuda {
 

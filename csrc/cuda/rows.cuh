@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <initializer_list>
 
-#include "reduce.cuh"
+#include "tile.cuh"
 
 namespace fastsupcon::cuda {
 
@@ -71,12 +71,6 @@ FASTSUPCON_DEVICE void store_four(void* rows, std::int64_t at, std::int64_t left
       if (i < left) store_element<PRODUCT>(rows, at + i, of[i]);
     }
   }
-}
-
-FASTSUPCON_DEVICE float warp_largest(float value) {
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) value = fmaxf(value, ptx::shuffle_xor(value, mask));
-  return value;
 }
 
 // Of one side of a problem: what its fields are made from.
@@ -256,9 +250,9 @@ struct Finish {
   const void* rows;
   std::int64_t count;
   const float* norms;        // or null
-  float* sums;               // [splits, count, depth]; null: only the bias is wanted. The first split is used up
+  float* sums;               // [splits, count, depth]; the first split is used up
   int splits;
-  void* out;                 // [count, depth], or null
+  void* out;                 // [count, depth]; null: only the bias is wanted
   const float* weight_sums;  // [weight_splits, count], or null
   int weight_splits;
   float* bias;               // [count], or null

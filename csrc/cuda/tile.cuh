@@ -2,6 +2,8 @@
 // A fragment is 16 rows × COLUMNS: s[j][e] is row accumulator_row(lane, e), column 8j + accumulator_column(lane, e).
 #pragma once
 
+#include <type_traits>
+
 #include "line.cuh"
 
 namespace fastsupcon::cuda {
@@ -134,9 +136,10 @@ FASTSUPCON_DEVICE bool is_set(std::uint64_t bits, int place) {  // of one word, 
   return (static_cast<std::uint32_t>(bits >> (place / 32 * 32)) & (1u << place % 32)) != 0;
 }
 
-// For the lane's rows `row` and row + 8. Offsets are of columns, from the lane's first on.
+// For the lane's rows `row` and row + 8. Offsets are of columns, from the lane's first on. `fields` are those of the tile, and there.
 template <int COLUMNS>
-FASTSUPCON_DEVICE Special special_of(const Work& work, const Pass& pass, const Row (&rows)[2], int row, int first_column, int lane) {
+FASTSUPCON_DEVICE Special special_of(const Work& work, const Pass& pass, const Row (&rows)[2], int row, int first_column, const Columns& fields,
+                                     int lane) {
   const int first = first_column + accumulator_column(lane, 0), columns = pass.y.count - first;
   const std::int64_t* const own = work.exclusion == Exclusion::own ? pass.y.own : nullptr;
   Special found;
@@ -154,17 +157,29 @@ FASTSUPCON_DEVICE Special special_of(const Work& work, const Pass& pass, const R
       if (offset >= 0 && offset < COLUMNS && offset % 8 < 2) found.excluded |= std::uint64_t{1} << (offset / 8 * 4 + 2 * r + offset % 8);
     }
   }
-  const bool ambiguous = is_ambiguous(rows[0]) || is_ambiguous(rows[1]);
-  if (own || ambiguous) {
+  if (own) {
 #pragma unroll 1
     for (int place = 0; place < COLUMNS / 2; ++place) {
       const int at = row + place / 2 % 2 * 8, column = first + place / 4 * 8 + place % 2;
-      if (at >= pass.x.count || column >= pass.y.count) continue;
-      const auto bit = std::uint64_t{1} << place;
-      if (own && own[column] == at) found.excluded |= bit;
-      if (ambiguous && pass.x.keys[at] != pass.y.keys[column]) found.unequal |= bit;
+      if (column < pass.y.count && own[column] == at) found.excluded |= std::uint64_t{1} << place;
     }
   }
+  if (is_ambiguous(rows[0]) || is_ambiguous(rows[1])) {
+    // Keys are far away, and few pairs of a tile have equal codes: only theirs are compared.
+#pragma unroll 1
+    for (int group = 0; group < COLUMNS / 16; ++group) {
+      const auto codes = fields.four<std::uint32_t>(1, group, lane);
+      std::uint32_t equal = 0;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) equal |= codes.of[i / 4 * 2 + i % 2] == rows[i / 2 % 2].code ? 1u << i : 0;
+      for (; equal; equal &= equal - 1) {
+        const int i = ptx::first_set(equal), at = row + i / 2 % 2 * 8, column = first + 16 * group + i / 4 * 8 + i % 2;
+        const bool is_pair = at < pass.x.count && column < pass.y.count;
+        if (is_pair && pass.x.keys[at] != pass.y.keys[column]) found.unequal |= std::uint64_t{1} << (8 * group + i);
+      }
+    }
+  }
+  ptx::sync_warp();  // lanes took turns of their own, and warpgroup instructions follow
   found.unequal |= found.excluded;
   return found;
 }
@@ -412,12 +427,7 @@ FASTSUPCON_DEVICE float weight_unit(const Pass& pass) {
         if (side) factor = fmaxf(factor, of.largest[2 * i + 1]);
       }
     }
-    const auto over_lanes = [](float value) {
-#pragma unroll
-      for (int mask = 16; mask > 0; mask /= 2) value = fmaxf(value, ptx::shuffle_xor(value, mask));
-      return value;
-    };
-    const float bound = (over_lanes(largest[0]) + over_lanes(largest[1])) * over_lanes(factor);
+    const float bound = (warp_largest(largest[0]) + warp_largest(largest[1])) * warp_largest(factor);
     const int exponent = static_cast<int>((ptx::bits(bound) >> 23) & 0xff);  // biased; 2^(exponent - 127) ≤ bound
     const int wanted = 127 + 14 - (exponent - 127);                          // of the unit, biased
     return ptx::from_bits(static_cast<std::uint32_t>(wanted < 1 ? 1 : wanted > 253 ? 253 : wanted) << 23);

@@ -1,4 +1,4 @@
-// The kernels for Hopper: half rows, depth up to 256, TMA and wgmma, one producer and two or four consumer warpgroups.
+// The kernels for Hopper: half rows, depth up to 256, TMA and wgmma, one producer and up to four consumer warpgroups.
 //
 // A block owns 64 rows x per consumer, fetched once; where rows are few, a block has fewer consumers, so that there are more blocks. One
 // thread of the producer keeps a ring of tiles of y and of their fields filled.
@@ -23,7 +23,7 @@ template <int PANELS, bool BACKWARD, bool APART>
 struct WgmmaShape {
   static constexpr int consumers = BACKWARD ? 2 : 4;  // at most
   static constexpr int rows = 64 * consumers;
-  // A tile of 128 columns at a depth of 256 would need 64 accumulators beside the result's 128 and W's 32: it does not fit 232 registers.
+  // A tile of 128 columns at a depth of 256 would need 64 accumulators beside the result's 128 and W's 32: it does not fit 240 registers.
   static constexpr int columns = PANELS == 4 ? 64 : 128;
   static constexpr int stages = PANELS == 4 && !BACKWARD ? 3 : 4;
   static constexpr int threads = 128 * (consumers + 1);
@@ -112,7 +112,7 @@ struct WgmmaBlock {
     return cuda::needs_mask(work, pass, row - accumulator_row(ptx::lane(), 0), 16, tile * tile_columns, tile_columns);
   }
   FASTSUPCON_DEVICE Special special(bool is_special, const Row (&rows)[2], int row, int tile) const {
-    return is_special ? special_of<tile_columns>(work, pass, rows, row, tile * tile_columns, ptx::lane()) : Special{};
+    return is_special ? special_of<tile_columns>(work, pass, rows, row, tile * tile_columns, columns(tile), ptx::lane()) : Special{};
   }
 
   // s = x yᵀ of this consumer's 64 rows, under way on return.

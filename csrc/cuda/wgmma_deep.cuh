@@ -1,7 +1,8 @@
 // Hopper kernels for depths of 257 to 1024, half: what their forward and backward share.
 //
-// Shared memory holds the block's rows x for good, and a ring of slabs of tiles of y: whole tiles would be too few. A slab is a panel (64 of
-// the depth), of tiles of 32 columns two panels: the wait for it and the address arithmetic took longer than the products of one. Its place is given back as soon as its last product has read it. How much fits depends on the depth alone and is decided on the host
+// Shared memory holds the block's rows x for good, and a ring of slabs of tiles of y: whole tiles would be too few. A slab is a panel, 64 of
+// the depth; of tiles of 32 columns it is two panels, as the wait for one and its addresses took longer than its products. A slab's place in
+// the ring is given back as soon as its last product has read it. How much fits depends on the depth alone and is decided on the host
 // (DeepLayout), so that one kernel serves all depths that need as many registers.
 #pragma once
 
@@ -21,7 +22,7 @@ struct DeepLayout {
 
 template <bool BACKWARD, bool APART, int COLUMNS>
 struct DeepShape {
-  static constexpr int columns = COLUMNS;                  // of a tile
+  static constexpr int columns = COLUMNS;                // of a tile
   static constexpr int slots_places = BACKWARD ? 4 : 1;  // tiles whose slots are held
   static constexpr int slab_panels = COLUMNS == 32 ? 2 : 1, slab_depth = slab_panels * kPanelDepth;
   static constexpr int most_places = 20;
@@ -181,8 +182,8 @@ struct DeepBlock {
   FASTSUPCON_DEVICE bool needs_mask(int row, int tile) const {
     return cuda::needs_mask(work, pass, row - accumulator_row(ptx::lane(), 0), 16, tile * columns, columns);
   }
-  FASTSUPCON_DEVICE Special special(bool is_special, const Row (&rows)[2], int row, int tile) const {
-    return is_special ? special_of<columns>(work, pass, rows, row, tile * columns, ptx::lane()) : Special{};
+  FASTSUPCON_DEVICE Special special(bool is_special, const Row (&rows)[2], int row, int tile, const Columns& of_tile) const {
+    return is_special ? special_of<columns>(work, pass, rows, row, tile * columns, of_tile, ptx::lane()) : Special{};
   }
 
   // s (+)= x yᵀ over one slab of the depth, of 64 rows from `row` on; under way on return.

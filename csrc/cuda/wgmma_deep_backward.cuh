@@ -3,7 +3,7 @@
 //
 // The result of 64 rows fills the registers of two consumers: each owns a slice of OUT_PANELS · 64 columns. They take turns with the tiles
 // (narrow, so that the ring holds several): the owner of tile j computes its logits and weights W, publishes W through shared memory,
-// and both multiply it with their own panels of y. In steady state one consumer's exps run under the other's products:
+// and both multiply it with their own slabs of y. In steady state one consumer's exps run under the other's products:
 //   consumer 0   logits 2   W₁y₁   exps 2 → W₂   W₂y₂             logits 4   W₃y₃   exps 4 → W₄ …
 //   consumer 1              logits 3      W₂y₂   exps 3 → W₃   W₃y₃            logits 5   W₄y₄ …
 // One named barrier per consumer says "W of my tile is written, and I have read yours before it". (With the other's W after the own product no
@@ -19,7 +19,7 @@ template <Product PRODUCT, int OUT_PANELS, bool APART, int COLUMNS>
 struct DeepSlice {
   using Block = DeepBlock<PRODUCT, true, APART, COLUMNS>;
   using Product64 = ptx::Wgmma<PRODUCT == Product::bf16, 64>;
-  static constexpr int own_written = 4;              // named barriers own_written + consumer
+  static constexpr int own_written = 4;  // named barriers own_written + consumer: all four warps have written W, which each product reads
   static constexpr int steps = Block::columns / 16;  // of the second product, 16 columns of the tile each
   static constexpr int slab_panels = Block::Shape::slab_panels, slabs = OUT_PANELS / slab_panels;
 
@@ -79,7 +79,7 @@ struct DeepSlice {
       ptx::wgmma_commit();
     }
   }
-  // Writes the A fragments of this warp's 16 rows into the panel of weights, and makes them visible to wgmma.
+  // Writes the A fragments of this warp's 16 rows into this consumer's part of the weights, and makes them visible to wgmma.
   FASTSUPCON_DEVICE void publish(const std::uint32_t (&w)[steps][4]) const {
     const int lane = ptx::lane(), row = ptx::warp() % 4 * 16 + accumulator_row(lane, 0);
 #pragma unroll
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(DeepShape<true, APART, COLUMNS>::most_threads,
       const int of_block = row - block.block.first_row;
       const Row rows[2] = {load_row<true>(fields, 64, of_block), load_row<true>(fields, 64, of_block + 8)};  // each time: registers are short
       const bool is_special = ambiguous || block.needs_mask(row, tile);
-      const Special what = block.special(is_special, rows, row, tile);
+      const Special what = block.special(is_special, rows, row, tile, of_tile);
       with_special(is_special, [&](auto special) {
         weigh_tile<false, special, APART, columns>(unused, s, rows, block.scale, unit, false, of_tile, what, lane);
       });

@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(DeepShape<false, APART, COLUMNS>::most_threads
   const auto add = [&](int tile) {
     block.with_columns(tile, [&](const Columns& of_tile) {
       const bool is_special = ambiguous || block.needs_mask(row, tile);
-      const Special what = block.special(is_special, rows, row, tile);
+      const Special what = block.special(is_special, rows, row, tile, of_tile);
       with_special(is_special, [&](auto special) {
         add_tile<false, special, APART, columns>(sums, s, rows, block.scale, of_tile, what, lane);
       });

@@ -49,7 +49,7 @@ constexpr int kForwardFields = kBias + 1, kBackwardFields = kScaledEqual + 1, kF
 // Where a row's word lies in its field: the four of 16 columns that a lane holds of an accumulator fragment (layout.h) lie together.
 __host__ __device__ constexpr int field_place(int row) { return row / 16 * 16 + row % 8 / 2 * 4 + row % 16 / 8 * 2 + row % 2; }
 
-constexpr int kFieldRows = 768;  // fields are there for a multiple of so many rows, and of every block's and tile's; zero past the last
+constexpr int kFieldRows = 768;  // fields are there for a multiple of so many rows, and of every block's and tile's; without weight past the last
 constexpr int kLargestRows = 256;  // that one of `largest` is of
 
 struct Side {

@@ -55,7 +55,6 @@ FASTSUPCON_DEVICE T shuffle_xor(T value, int mask) {
 FASTSUPCON_DEVICE bool any(bool of_lane) { return __any_sync(0xffffffff, of_lane); }
 FASTSUPCON_DEVICE int atomic_add(int* sum, int value) { return atomicAdd(sum, value); }  // what was there before
 FASTSUPCON_DEVICE void fence_device() { __threadfence(); }
-FASTSUPCON_DEVICE void fence_block() { asm volatile("fence.acq_rel.cta;" ::: "memory"); }
 FASTSUPCON_DEVICE void store_two(float* to, float first, float second) { *reinterpret_cast<float2*>(to) = make_float2(first, second); }
 FASTSUPCON_DEVICE void store_two_words(void* to, std::uint32_t first, std::uint32_t second) {
   *static_cast<uint2*>(to) = make_uint2(first, second);
@@ -91,6 +90,7 @@ FASTSUPCON_DEVICE std::uint32_t round_to_tf32(float x) {
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
   return y;
 }
+FASTSUPCON_DEVICE int first_set(std::uint32_t x) { return __ffs(static_cast<int>(x)) - 1; }  // of x ≠ 0
 FASTSUPCON_DEVICE std::uint32_t bits(float x) { return __float_as_uint(x); }
 FASTSUPCON_DEVICE float from_bits(std::uint32_t x) { return __uint_as_float(x); }
 FASTSUPCON_DEVICE float from_f16(std::uint16_t x) {

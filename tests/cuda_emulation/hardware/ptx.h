@@ -114,7 +114,6 @@ inline void load_two_words(std::uint32_t (&to)[2], const void* from) { load_wide
 inline void load_four(float (&to)[4], const float* from) { load_wide(to, from, sizeof to); }
 inline int atomic_add(int* sum, int value) { return std::exchange(*sum, *sum + value); }
 inline void fence_device() {}
-inline void fence_block() {}
 inline float load_fresh(const float* from) { return *from; }
 template <class T>
 T shuffle_xor(T value, int mask) {
@@ -138,6 +137,7 @@ inline float from_bits(std::uint32_t x) {
   std::memcpy(&y, &x, 4);
   return y;
 }
+inline int first_set(std::uint32_t x) { return __builtin_ctz(x); }
 inline std::uint32_t bits(float x) {
   std::uint32_t y;
   std::memcpy(&y, &x, 4);
