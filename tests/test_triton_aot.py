@@ -25,6 +25,7 @@ CASES = [
     *itertools.product(("SCL",), [90], ["fp16", "fp32"], [128]),
     *itertools.product(("SCL", "PSC, 1000 classes"), [90], ["bf16"], [256, 512]),
     ("everything", 90, "bf16", 128),
+    ("rows alone", 90, "bf16", 128),
     ("SCL", 90, "bf16", 100),  # D is no power of two
 ]
 #: Bytes, of what the epilogue needs: stored before the loop and loaded after it, of the last three numbers a tile; at depth 256 on Hopper

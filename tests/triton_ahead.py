@@ -60,6 +60,7 @@ FORMS = {
     "PSC, running": Form(1024, 1000, PSC, scale=100.0),
     "CLIP": Form(4096, 4096, SCL, SCL, learned=True),
     "BCL": Form(2048, 0, ("different", "equal", "similarity", "count"), bias=True),
+    "rows alone": Form(2048, 0, ("all",), unit=False, keys=False),
     "everything": Form(2048, 1024, ("all", "different", "equal", "similarity", "count"), ("all",), True, False, True, True, True),
 }
 

@@ -43,7 +43,7 @@ from .tiles import (
     load_rows,
     load_sides,
     narrowed,
-    numbers_of,
+    numbers_at,
     one_of,
     pair_mask,
     pair_of,
@@ -213,7 +213,7 @@ def load_all(
         inverse = load_inverse(a_inverse_ptr, b_inverse_ptr, first, count, of_columns, ROWS)
         code = code_of(load_keys(a_key_ptr, b_key_ptr, first, count, of_columns, ROWS))
     else:
-        ptr = numbers_of(numbers_ptr, n, of_columns, CROSS)
+        ptr = numbers_ptr + numbers_at(n, of_columns, CROSS)
         inverse, code = load_pair(ptr, first, count, ROWS, MASKED)
         c, linear = load_pair(ptr + size, first, count, ROWS, MASKED)
         q, q_equal = load_pair(ptr + 2 * size, first, count, ROWS, MASKED)

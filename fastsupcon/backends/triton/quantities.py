@@ -31,7 +31,7 @@ from .tiles import (
     load_rows,
     load_sides,
     log_sum,
-    numbers_of,
+    numbers_at,
     one_of,
     pair_mask,
     product,
@@ -100,9 +100,8 @@ def forward_kernel(
     x_ptr = one_of(a_ptr, b_ptr, swap)
     y_ptr = one_of(a_ptr, b_ptr, swap == 0)
     scale, bounded = scale_of(scale_ptr, scale, BOUNDED)
-    x_numbers_ptr = numbers_of(numbers_ptr, n, swap, DIAGONAL == 0)
-    y_numbers_ptr = numbers_of(numbers_ptr, n, swap == 0, DIAGONAL == 0)
-    x_inverse, x_code = load_numbers(x_numbers_ptr, x_first, x_count, OWNED, UNIT)
+    x_numbers, y_numbers = numbers_at(n, swap, DIAGONAL == 0), numbers_at(n, swap == 0, DIAGONAL == 0)
+    x_inverse, x_code = load_numbers(numbers_ptr, x_numbers, x_first, x_count, OWNED, UNIT)
     x = load_rows(x_ptr, x_inverse, x_first, x_count, 0, D, OWNED, DEPTH, UNIT)
     x_own, x_bias = load_sides(own_ptr, bias_ptr, x_first, x_count, swap, OWNED)
     factor = scale * tl.where(bounded, LOG2_E, 1.0)
@@ -124,7 +123,7 @@ def forward_kernel(
         for u in range(number * PIECES):
             y_first = tile_at(u // PIECES, start, lo, hi, stop, MASKED) * STREAMED
             # they feed no product, so nothing fetches them ahead: before the product their latency is under its time
-            y_inverse, y_code = load_numbers(y_numbers_ptr, y_first, y_count, STREAMED, UNIT, MASKED)
+            y_inverse, y_code = load_numbers(numbers_ptr, y_numbers, y_first, y_count, STREAMED, UNIT, MASKED)
             piece = u % PIECES * DEPTH
             if PIECES > 1:
                 x = load_rows(x_ptr, x_inverse, x_first, x_count, piece, D, OWNED, DEPTH, UNIT)
@@ -132,7 +131,7 @@ def forward_kernel(
             raw = product(x, tl.trans(y), raw, PRECISION)
             if (u + 1) % PIECES == 0:
                 if PIECES > 1:
-                    y_inverse, y_code = load_numbers(y_numbers_ptr, y_first, y_count, STREAMED, UNIT, MASKED)
+                    y_inverse, y_code = load_numbers(numbers_ptr, y_numbers, y_first, y_count, STREAMED, UNIT, MASKED)
                 y_key = load_keys(a_key_ptr, b_key_ptr, y_first, y_count, swap == 0, STREAMED) if MASKED else y_code
                 y_own, y_bias = load_sides(own_ptr, bias_ptr, y_first, y_count, swap == 0, STREAMED)
                 c = raw * (x_factor[:, None] * y_inverse[None, :]) if UNIT == FACTORS else raw

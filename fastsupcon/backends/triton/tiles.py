@@ -83,12 +83,12 @@ def load_pair(ptr, first, count, ROWS: tl.constexpr, MASKED: tl.constexpr = True
 
 
 @triton.jit
-def load_numbers(ptr, first, count, ROWS: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr = True):
+def load_numbers(ptr, at, first, count, ROWS: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr = True):
     """Inverse norms, 1 for rows that stay as they are, and codes of keys, 0 where there are none."""
     if ptr is None:
         return tl.full([ROWS], 1.0, tl.float32), tl.zeros([ROWS], tl.float32)
     else:
-        inverse, code = load_pair(ptr, first, count, ROWS, MASKED)
+        inverse, code = load_pair(ptr + at, first, count, ROWS, MASKED)
         return tl.full([ROWS], 1.0, tl.float32) if UNIT == AS_THEY_ARE else inverse, code
 
 
@@ -99,12 +99,9 @@ def aligned(n):
 
 
 @triton.jit
-def numbers_of(ptr, n, of_columns, CROSS: tl.constexpr):
-    """The numbers of rows or of columns, which are the same in the self shape."""
-    if ptr is None or not CROSS:
-        return ptr
-    else:
-        return ptr + tl.where(of_columns, aligned(n), 0)
+def numbers_at(n, of_columns, CROSS: tl.constexpr):
+    """Where the numbers of rows or of columns begin, which are the same in the self shape. No pointer, as Triton 3.6 returns no None."""
+    return tl.where(of_columns, aligned(n), 0) if CROSS else 0
 
 
 @triton.jit
