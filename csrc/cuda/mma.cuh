@@ -25,7 +25,7 @@ constexpr int kUnroll = PRODUCT == Product::f32 ? 1 : 16;
 template <Product PRODUCT, int PANELS, bool BACKWARD>
 struct MmaShape {
   // Registers decide, 255 of a thread: a backward of 32 rows × 64 columns (64 accumulators, 64 logits) spilled 3 KiB.
-  static constexpr int m_tiles = kElementBytes<PRODUCT> == 2 && (PANELS == 1 || PANELS == 2) && !BACKWARD ? 2 : 1;
+  static constexpr int m_tiles = kIsHalf<PRODUCT> && (PANELS == 1 || PANELS == 2) && !BACKWARD ? 2 : 1;
   static constexpr int rows = 4 * 16 * m_tiles;
   // Of a tile. In the backward 64 would not do: two tiles of four panels and their slots pass 99 KiB (with 48, 104 bytes were spilled).
   static constexpr int columns = PANELS == 4 && BACKWARD ? 32 : 64;
@@ -96,7 +96,7 @@ FASTSUPCON_DEVICE Operand<PRODUCT, N> operand(const std::uint32_t (&raw)[N]) {
   Operand<PRODUCT, N> result;
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    if constexpr (kElementBytes<PRODUCT> == 2) {
+    if constexpr (kIsHalf<PRODUCT>) {
       result.high[i] = raw[i];
     } else if constexpr (PRODUCT == Product::tf32) {
       result.high[i] = ptx::round_to_tf32(ptx::from_bits(raw[i]));
@@ -409,7 +409,7 @@ template <Product PRODUCT, int PANELS>
 __global__ void __launch_bounds__(kMmaThreads) mma_backward(const __grid_constant__ Work work) {
   using Block = MmaBlock<PRODUCT, PANELS, true>;
   using Shape = typename Block::Shape;
-  constexpr bool half = kElementBytes<PRODUCT> == 2;
+  constexpr bool half = kIsHalf<PRODUCT>;
   Block block(work);
   const Pass& pass = block.pass;
   const int lane = ptx::lane();

@@ -32,7 +32,7 @@ auto with_mma_variant(std::int64_t depth, bool backward, Use use) {
     return backward ? use(MmaVariant<PRODUCT, PANELS, true>{}) : use(MmaVariant<PRODUCT, PANELS, false>{});
   };
   const std::int64_t panels = ceil_div(depth * kElementBytes<PRODUCT>, kPanelBytes);
-  if constexpr (kElementBytes<PRODUCT> == 2) {
+  if constexpr (kIsHalf<PRODUCT>) {
     if (panels == 1) return of_panels(std::integral_constant<int, 1>{});
   }
   if (panels <= 2) return of_panels(std::integral_constant<int, 2>{});

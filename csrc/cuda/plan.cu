@@ -156,10 +156,11 @@ const Family& family_of(const Work& work, const Device& device) {
   throw std::runtime_error("fastsupcon CUDA: FASTSUPCON_CUDA=" + std::string(wanted) + " serves no such rows on this device");
 }
 
-// Shares the tiles of y out, and chooses how many consumers a block has, so that the launch takes the fewest clocks: its waves of blocks, each
-// as long as a block's tiles and what a block costs beside them, and, backward, what the sums of the splits cost to write and to add up. The
-// rates are an H200's: 1,300 products a clock and multiprocessor, but no more than 10 pairs; a consumer alone takes 5/3 of its share of two, as
-// nothing runs under its exponentials; 1,700 bytes a clock. The sums of several splits take no more than 64 MiB.
+// Shares the tiles of y out, and chooses how many consumers a block has, so that the launch takes the fewest clocks: its waves of blocks,
+// each as long as a block's tiles and what a block costs beside them, and, backward, what the sums of the splits cost to write and to add
+// up. The rates are an H200's: 1,300 products a clock and multiprocessor, but no more than 10 pairs; a consumer alone takes 5/3 of its
+// share of two, as nothing runs under its exponentials (where there is no choice the factor weighs on all splits alike); 1,700 bytes a
+// clock. The sums of several splits take no more than 64 MiB.
 int share_out(Work& work, const Family& family, bool backward, const Device& device) {
   constexpr std::int64_t of_block = 3000, most_splits = 64, most_sums = (64 << 20) / sizeof(float);
   std::int64_t least = std::numeric_limits<std::int64_t>::max();

@@ -12,8 +12,6 @@ constexpr int kRowsThreads = 256;
 constexpr int kRowsWarps = kRowsThreads / 32;
 static_assert(kRowsThreads == kLargestRows);
 
-template <Product PRODUCT>
-constexpr bool kIsHalf = kElementBytes<PRODUCT> == 2;
 
 // Whether every four of a row's elements lie at a multiple of their size.
 template <Product PRODUCT>
@@ -107,8 +105,8 @@ FASTSUPCON_DEVICE SideBlock side_block(std::int64_t rows_of_first, int rows) {
   return block < of_first ? SideBlock{0, block * rows} : SideBlock{1, (block - of_first) * rows};
 }
 
-// A key of 31 bits with its sign is its own code, below 2^31. Any other's has the highest bit, and may stand for more keys than one: rows with
-// such a code look at the keys too. Without keys no two rows have the same.
+// A key of 31 bits with its sign is its own code, below 2^31. Any other's has the highest bit, and may stand for more keys than one: rows
+// with such a code look at the keys too. Without keys no two rows have the same.
 FASTSUPCON_DEVICE std::uint32_t code_of(const RowsWork& work, int side, std::int64_t row) {
   const std::int64_t* keys = work.sides[side].keys;
   if (!keys) return static_cast<std::uint32_t>(work.self ? row : side);
@@ -323,7 +321,8 @@ FASTSUPCON_DEVICE void finish_row(const FinishWork& work, const Finish& side, st
   }
 }
 
-// As many warps for each row as its columns keep busy.
+// As many warps for each row as its columns keep busy. Four blocks to a multiprocessor, as loads in flight are all that counts here: the
+// bound keeps ptxas from taking registers that leave room for fewer.
 template <Product PRODUCT>
 __global__ void __launch_bounds__(kRowsThreads, 4) finish_gradients(const __grid_constant__ FinishWork work) {
   const SideBlock at = side_block(work.sides[0].count, kRowsWarps / work.row_warps);

@@ -9,7 +9,9 @@
 namespace fastsupcon::cuda {
 
 template <Product PRODUCT>
-constexpr int kElementBytes = PRODUCT == Product::f16 || PRODUCT == Product::bf16 ? 2 : 4;
+constexpr bool kIsHalf = PRODUCT == Product::f16 || PRODUCT == Product::bf16;
+template <Product PRODUCT>
+constexpr int kElementBytes = kIsHalf<PRODUCT> ? 2 : 4;
 
 // ---- Which work -----------------------------------------------------------------------------------------------------------------
 
@@ -36,8 +38,8 @@ FASTSUPCON_DEVICE BlockWork block_work(const Work& work, int rows, int columns) 
 
 FASTSUPCON_DEVICE float scale_of(const Scale& scale) { return scale.address ? *scale.address : static_cast<float>(scale.value); }
 
-// Whether exp(t) stays a normal number for all |t| ≤ |scale|, and so do the weights: 2 |scale| < 126 ln 2, less a margin of 2 % for rounded
-// rows. NaN is not bounded: running maxima show it.
+// Whether exp(t) stays a normal number for all |t| ≤ |scale|, and so do the weights, of incoming gradients that are no smaller than 1e-14
+// beside a row's length: 2 |scale| < 126 ln 2, less a margin of 2 % for rounded rows. NaN is not bounded: running maxima show it.
 __host__ __device__ constexpr bool in_bounds(float scale) { return 2 * 1.02f * (scale < 0 ? -scale : scale) < 126 * kLn2; }
 FASTSUPCON_DEVICE bool is_bounded(const Scale& scale) { return scale.may_bound && in_bounds(scale_of(scale)); }
 
@@ -138,8 +140,8 @@ FASTSUPCON_DEVICE bool is_set(std::uint64_t bits, int place) {  // of one word, 
 
 // For the lane's rows `row` and row + 8. Offsets are of columns, from the lane's first on. `fields` are those of the tile, and there.
 template <int COLUMNS>
-FASTSUPCON_DEVICE Special special_of(const Work& work, const Pass& pass, const Row (&rows)[2], int row, int first_column, const Columns& fields,
-                                     int lane) {
+FASTSUPCON_DEVICE Special special_of(const Work& work, const Pass& pass, const Row (&rows)[2], int row, int first_column,
+                                     const Columns& fields, int lane) {
   const int first = first_column + accumulator_column(lane, 0), columns = pass.y.count - first;
   const std::int64_t* const own = work.exclusion == Exclusion::own ? pass.y.own : nullptr;
   Special found;
@@ -355,8 +357,8 @@ struct PairSums {
 
 // s becomes w · factor_j · unit, what the rows y are summed with. Running forms are apart.
 template <bool RUNNING, bool SPECIAL, bool APART, int COLUMNS>
-FASTSUPCON_DEVICE void weigh_tile(PairSums (&sums)[2], float (&s)[COLUMNS / 8][4], const Row (&rows)[2], float scale, float unit, bool summed,
-                                  const Columns& columns, const Special& special, int lane) {
+FASTSUPCON_DEVICE void weigh_tile(PairSums (&sums)[2], float (&s)[COLUMNS / 8][4], const Row (&rows)[2], float scale, float unit,
+                                  bool summed, const Columns& columns, const Special& special, int lane) {
 #pragma unroll
   for (int group = 0; group < COLUMNS / 16; ++group) {
     const auto four = [&](int slot) { return columns.four(slot, group, lane); };
@@ -413,7 +415,8 @@ FASTSUPCON_DEVICE void pack_weights(std::uint32_t (&packed)[COLUMNS / 16][4], co
 }
 
 // Range. 16-bit floats hold w factor as an operand of the second product. Half: |w| ≤ largest weights + linear of either side; a power of
-// two brings that times the largest factor just below 2^15, so that what is 2^-29 of it keeps full precision. bfloat16 and single need none.
+// two brings that times the largest factor just below 2^15, so that what is 2^-29 of it keeps full precision. bfloat16 and single need
+// none.
 template <Product PRODUCT>
 FASTSUPCON_DEVICE float weight_unit(const Pass& pass) {
   if constexpr (PRODUCT != Product::f16) {

@@ -23,7 +23,8 @@ template <int PANELS, bool BACKWARD, bool APART>
 struct WgmmaShape {
   static constexpr int consumers = BACKWARD ? 2 : 4;  // at most
   static constexpr int rows = 64 * consumers;
-  // A tile of 128 columns at a depth of 256 would need 64 accumulators beside the result's 128 and W's 32: it does not fit 240 registers.
+  // A tile of 128 columns at a depth of 256 would need 64 accumulators beside the backward's result, 128, and W, 32: it does not fit 240
+  // registers; and 64 KiB for each stage beside the forward's 128 KiB of x.
   static constexpr int columns = PANELS == 4 ? 64 : 128;
   static constexpr int stages = PANELS == 4 && !BACKWARD ? 3 : 4;
   static constexpr int threads = 128 * (consumers + 1);

@@ -1,9 +1,9 @@
 // Hopper kernels for depths of 257 to 1024, half: what their forward and backward share.
 //
-// Shared memory holds the block's rows x for good, and a ring of slabs of tiles of y: whole tiles would be too few. A slab is a panel, 64 of
-// the depth; of tiles of 32 columns it is two panels, as the wait for one and its addresses took longer than its products. A slab's place in
-// the ring is given back as soon as its last product has read it. How much fits depends on the depth alone and is decided on the host
-// (DeepLayout), so that one kernel serves all depths that need as many registers.
+// Shared memory holds the block's rows x for good, and a ring of slabs of tiles of y: whole tiles would be too few. A slab is a panel, 64
+// of the depth; of tiles of 32 columns it is two panels, as the wait for one and its addresses took longer than its products. A slab's
+// place in the ring is given back as soon as its last product has read it. How much fits depends on the depth alone and is decided on the
+// host (DeepLayout), so that one kernel serves all depths that need as many registers.
 #pragma once
 
 #include "wgmma.cuh"

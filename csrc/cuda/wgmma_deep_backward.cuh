@@ -6,8 +6,8 @@
 // and both multiply it with their own slabs of y. In steady state one consumer's exps run under the other's products:
 //   consumer 0   logits 2   W₁y₁   exps 2 → W₂   W₂y₂             logits 4   W₃y₃   exps 4 → W₄ …
 //   consumer 1              logits 3      W₂y₂   exps 3 → W₃   W₃y₃            logits 5   W₄y₄ …
-// One named barrier per consumer says "W of my tile is written, and I have read yours before it". (With the other's W after the own product no
-// tile's exps wait for another's, but the ring gets its slabs back later: H200, depth 768, 41 ms instead of 33, 1024 99 instead of 87.)
+// One named barrier per consumer says "W of my tile is written, and I have read yours before it". (With the other's W after the own product
+// no tile's exps wait for another's, but the ring gets its slabs back later: H200, depth 768, 41 ms instead of 33, 1024 99 instead of 87.)
 #pragma once
 
 #include "wgmma_deep.cuh"
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(DeepShape<true, APART, COLUMNS>::most_threads,
   const float unit = weight_unit<PRODUCT>(pass), per_unit = 1.0f / unit;
   float out[OUT_PANELS][8][4] = {};
 #pragma unroll
-  for (int p = 0; p < OUT_PANELS; ++p) ptx::hold(out[p]);
+  for (int p = 0; p < OUT_PANELS; ++p) ptx::hold(out[p]);  // zeros that no compiler may put off into the loop, between its wgmmas
   float s[columns / 8][4];
   std::uint32_t packed[Slice::steps][4] = {};
 
@@ -153,7 +153,8 @@ __global__ void __launch_bounds__(DeepShape<true, APART, COLUMNS>::most_threads,
       PairSums unused[2];
       const void* const fields = block.shared + Shape::x_slots_at;
       const int of_block = row - block.block.first_row;
-      const Row rows[2] = {load_row<true>(fields, 64, of_block), load_row<true>(fields, 64, of_block + 8)};  // each time: registers are short
+      // Each time: registers are short.
+      const Row rows[2] = {load_row<true>(fields, 64, of_block), load_row<true>(fields, 64, of_block + 8)};
       const bool is_special = ambiguous || block.needs_mask(row, tile);
       const Special what = block.special(is_special, rows, row, tile, of_tile);
       with_special(is_special, [&](auto special) {
@@ -163,8 +164,8 @@ __global__ void __launch_bounds__(DeepShape<true, APART, COLUMNS>::most_threads,
     pack_weights<PRODUCT, columns>(packed, s);
   };
 
-  // Before consumer 0's first tile stands one whose W is zero, so that every tile is treated alike; its y is the end of the first: slabs of a
-  // slice, at every depth, so none that release_unsliced gives back under this product.
+  // Before consumer 0's first tile stands one whose W is zero, so that every tile is treated alike; its y is the end of the first: slabs of
+  // a slice, at every depth, so none that release_unsliced gives back under this product.
   const int other = 1 - consumer;
   int tile = block.block.first_tile + consumer;
   Place before{0, 0};  // tile − 1, the other consumer's
@@ -213,7 +214,8 @@ __global__ void __launch_bounds__(DeepShape<true, APART, COLUMNS>::most_threads,
     for (int p = 0; p < OUT_PANELS; ++p) {
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
-        const std::int64_t column = std::int64_t{slice.first_slab() * Slice::slab_panels + p} * kPanelDepth + 8 * n + accumulator_column(lane, 0);
+        const int panel = slice.first_slab() * Slice::slab_panels + p;
+        const std::int64_t column = panel * kPanelDepth + 8 * n + accumulator_column(lane, 0);
         store_pair(to, work.depth, column, out[p][n][2 * r] * per_unit, out[p][n][2 * r + 1] * per_unit);
       }
     }

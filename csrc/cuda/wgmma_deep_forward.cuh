@@ -1,6 +1,6 @@
 // The forward for depths of 257 to 1024 on Hopper: 2N²D flops. Two consumers own 64 rows each, so that 128 flops come of each byte of y;
-// at depth > 768 shared memory holds x of 64 rows only, and there is one. At depth 513 to 768 the ring holds two panels of 128 columns, too few
-// to fetch ahead, or four of 64. The first slabs of the next tile run under this one's exps.
+// at depth > 768 shared memory holds x of 64 rows only, and there is one. At depth 513 to 768 the ring holds two panels of 128 columns, too
+// few to fetch ahead, or four of 64. The first slabs of the next tile run under this one's exps.
 #pragma once
 
 #include "wgmma_deep.cuh"

@@ -55,8 +55,8 @@ struct WgmmaVariant {
       cuda::launch("wgmma_backward", shape, wgmma_backward<PRODUCT, PANELS, APART>, grid, threads, Shape::shared_bytes, where, work,
                    consumers, maps);
     } else {
-      cuda::launch("wgmma_forward", shape, wgmma_forward<PRODUCT, PANELS, APART>, grid, threads, Shape::shared_bytes, where, work, consumers,
-                   maps);
+      cuda::launch("wgmma_forward", shape, wgmma_forward<PRODUCT, PANELS, APART>, grid, threads, Shape::shared_bytes, where, work,
+                   consumers, maps);
     }
   }
 };
@@ -83,10 +83,11 @@ struct DeepVariant {
     const auto shape = [&] { return shape_of(work); };
     const Maps maps = maps_of<PRODUCT>(work, tiling);
     if constexpr (BACKWARD) {
-      cuda::launch("wgmma_deep_backward", shape, wgmma_deep_backward<PRODUCT, OUT_PANELS, APART, COLUMNS>, grid, threads, shared_bytes, where, work,
-                   layout, maps);
+      cuda::launch("wgmma_deep_backward", shape, wgmma_deep_backward<PRODUCT, OUT_PANELS, APART, COLUMNS>, grid, threads, shared_bytes,
+                   where, work, layout, maps);
     } else {
-      cuda::launch("wgmma_deep_forward", shape, wgmma_deep_forward<PRODUCT, APART, COLUMNS>, grid, threads, shared_bytes, where, work, layout, maps);
+      cuda::launch("wgmma_deep_forward", shape, wgmma_deep_forward<PRODUCT, APART, COLUMNS>, grid, threads, shared_bytes, where, work,
+                   layout, maps);
     }
   }
 };

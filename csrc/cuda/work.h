@@ -15,7 +15,8 @@
 //
 // Bounded: every |t| is known to be so small that exp(t) can be summed as it is. Then a weight is weight · exp(shift), a pair takes one
 // exp, and factor_j w = exp(t) (weight_i factor_j + weight_j factor_j) + … is two fused multiply-adds from the products in fields of y.
-// Apart: pairs of different and of equal keys are summed, and weighed, apart; else the sums over `different` and the weights are all pairs'.
+// Apart: pairs of different and of equal keys are summed, and weighed, apart; else the sums over `different` and the weights are all
+// pairs'.
 #pragma once
 
 #include <cstdint>
@@ -49,7 +50,8 @@ constexpr int kForwardFields = kBias + 1, kBackwardFields = kScaledEqual + 1, kF
 // Where a row's word lies in its field: the four of 16 columns that a lane holds of an accumulator fragment (layout.h) lie together.
 __host__ __device__ constexpr int field_place(int row) { return row / 16 * 16 + row % 8 / 2 * 4 + row % 16 / 8 * 2 + row % 2; }
 
-constexpr int kFieldRows = 768;  // fields are there for a multiple of so many rows, and of every block's and tile's; without weight past the last
+// Fields are there for a multiple of so many rows, and so of every block's and tile's; without weight past the last.
+constexpr int kFieldRows = 768;
 constexpr int kLargestRows = 256;  // that one of `largest` is of
 
 struct Side {
