@@ -52,8 +52,8 @@ def standard(out: Path, scratch: Path) -> dict[str, list[Part]]:
             Part("compiling", 75, [PYTHON, "-m", "bench.gpu_kernels", str(scratch / "compiling.json"), "triton"]),
         ],
         "kernels": [Part("kernels", 45, [PYTHON, "-m", "bench.gpu_kernels", str(out / "kernels.json")])],
-        "suite": [Part("suite", 205, [PYTHON, "-m", "bench", "gpu", "--quick", "--seconds", "170", "--out", str(out / "suite.json")])],
-        "tests": [Part("tests", 90, [PYTHON, *tests])],
+        "suite": [Part("suite", 180, [PYTHON, "-m", "bench", "gpu", "--quick", "--seconds", "145", "--out", str(out / "suite.json")])],
+        "tests": [Part("tests", 115, [PYTHON, *tests])],
         "memcheck": [sanitizer("memcheck")],
         "racecheck": [sanitizer("racecheck")],
     }

@@ -93,6 +93,8 @@ RUNGS = [
     Rung("mma bf16 cross", "cuda", cross((70, 150, 100), (300, 3000, 128), whole=True, bias=True, own=True), family="mma"),
     Rung("mma bf16, running sums", "cuda", rows((300, 128), (2000, 64), scale=1000.0) + rows((300, 128), learned=True), family="mma"),
     Rung("mma f32", "cuda", rows((65, 40), (130, 128), (300, 320), dtype=F32) + cross((200, 5000, 128), dtype=F32, own=True), family="mma"),
+    Rung("far keys", "cuda", [Case(300, d=d, dtype=BF16, scale=10.0, keys="int64", rows=ALL) for d in (128, 320, 768)], family="wgmma"),
+    Rung("triton rows alone", "triton", [Case(300, d=128, dtype=BF16, scale=0.1, unit=False, rows=("all",))]),
     Rung("triton bf16", "triton", rows((300, 128), (5000, 128), (300, 256)) + cross((200, 5000, 128))),
     Rung("triton bf16 deep", "triton", rows((300, 512), (200, 768)) + cross((70, 150, 320), whole=True, bias=True, own=True)),
     Rung("triton f32", "triton", rows((300, 128), dtype=F32) + cross((70, 150, 128), dtype=F32, own=True)),
