@@ -77,7 +77,7 @@ def quick_cases(device: str) -> list[Case]:
     if device == "cpu":
         cases = [Case("scl", 256, 128), Case("psc", 1024, 128, 10), Case("scl", 1024, 128, threads=os.cpu_count() or 1)]
         return [replace(case, only=("naive", "torch.compile", "chunked", "cpu")) for case in cases]
-    cases = [("scl", 65536, 128), ("scl", 1024, 128), ("scl", 8192, 128), ("psc", 1024, 128, 10), ("scl", 256, 128), ("scl", 2048, 128)]
+    cases = [("scl", 1024, 128), ("scl", 8192, 128), ("scl", 65536, 128), ("psc", 1024, 128, 10), ("scl", 256, 128), ("scl", 2048, 128)]
     cases += [("scl", 65536, 512), ("clip", 65536, 384, 65536), ("psc", 1024, 128, 1000), ("scl", 4096, 128), ("scl", 512, 128)]
     cases += [("psc", 1024, 128, 100_000)]
     fast = tuple(name for name in CONTENDERS if name != "chunked")  # which takes seconds a step at the largest
