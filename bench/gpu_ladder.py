@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,8 +19,9 @@ import torch
 
 from fastsupcon import functional as F
 from fastsupcon.backends import BACKENDS
-from tests.contract import ALL, BF16, F16, F32, PSC, Case, check, check_some, problem, run
+from tests.contract import ALL, BF16, F16, F32, PSC, Case, check, check_bits, check_some, problem
 
+from .gpu import PYTHON, Part, ended
 from .report import write_whole
 
 LIMIT = 40  # seconds for a rung, the import of torch included
@@ -45,15 +45,6 @@ def cross(*shapes: tuple[int, int, int], dtype=BF16, whole=False, **options) -> 
     """With the quantities of PSC, or all of both sides."""
     quantities = {"rows": ALL, "columns": ALL} if whole else {"rows": PSC}
     return [Case(n, m, d=d, dtype=dtype, scale=10.0, keys="few", **quantities, **options) for n, m, d in shapes]
-
-
-def same_bits(backend, case: Case, device: torch.device) -> None:
-    pairs, first = problem(case, device), None
-    for turn in range(20):
-        terms, _, _, gradients = run(backend, pairs, case)
-        first = first or (terms.rows, gradients.rows)
-        assert torch.equal(terms.rows, first[0]), f"values differ in turn {turn}"
-        assert torch.equal(gradients.rows, first[1]), f"gradients differ in turn {turn}"
 
 
 def in_a_graph(backend, case: Case, device: torch.device) -> None:
@@ -98,7 +89,7 @@ RUNGS = [
     Rung("triton bf16", "triton", rows((300, 128), (5000, 128), (300, 256)) + cross((200, 5000, 128))),
     Rung("triton bf16 deep", "triton", rows((300, 512), (200, 768)) + cross((70, 150, 320), whole=True, bias=True, own=True)),
     Rung("triton f32", "triton", rows((300, 128), dtype=F32) + cross((70, 150, 128), dtype=F32, own=True)),
-    Rung("cuda same bits", "cuda", rows((5000, 128), (700, 64), (400, 512), (2000, 1024)), same_bits),
+    Rung("cuda same bits", "cuda", rows((5000, 128), (700, 64), (400, 512), (2000, 1024)), check_bits),
     Rung("cuda large", "cuda", rows((20000, 128), (65536, 128), (65536, 512)), check_some),
     Rung("triton large", "triton", rows((20000, 128), (65536, 128)), check_some),
     Rung("cuda loss in a graph", "cuda", rows((1000, 128), (3000, 300)), in_a_graph),
@@ -125,34 +116,20 @@ def climb(rung: Rung) -> None:
 
 def main(out: Path) -> int:
     results: dict[str, dict] = {}
-    waiting = list(range(len(RUNGS)))
-    running: dict[int, tuple[subprocess.Popen, float]] = {}
+    parts = [
+        Part(str(i), LIMIT, [PYTHON, "-m", "bench.gpu_ladder", str(i)], {"FASTSUPCON_CUDA": rung.family} if rung.family else {})
+        for i, rung in enumerate(RUNGS)
+    ]
     with tempfile.TemporaryDirectory() as scratch:
-        while waiting or running:
-            while waiting and len(running) < AT_ONCE:
-                index = waiting.pop(0)
-                with open(f"{scratch}/{index}", "w") as log:
-                    command = [sys.executable, "-m", "bench.gpu_ladder", str(index)]
-                    family = {"FASTSUPCON_CUDA": RUNGS[index].family} if RUNGS[index].family else {}
-                    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | family)
-                running[index] = process, time.monotonic()
-            time.sleep(0.05)
-            for index, (process, start) in list(running.items()):
-                late = time.monotonic() - start > LIMIT
-                if process.poll() is None and not late:
-                    continue
-                end = f"exit status {process.returncode}" if process.poll() is not None else f"hung, stopped after {LIMIT} s"
-                process.kill()
-                del running[index]
-                rung, lines = RUNGS[index], Path(f"{scratch}/{index}").read_text().splitlines()
-                good = [line for line in lines if line.startswith("ok ")]
-                bad = [line for line in lines if line.startswith("BAD ")]
-                passed = len(good) == len(rung.cases) and process.returncode == 0
-                results[rung.name] = {"passed": passed, "end": end, "ok": good, "bad": bad, "log": [] if passed or bad else lines[-12:]}
-                print(f"{'ok ' if passed else 'BAD'} {rung.name}: {len(good)} of {len(rung.cases)} cases, {end}", flush=True)
-                for line in [*bad, *results[rung.name]["log"]]:
-                    print(f"      {line[:240]}", flush=True)
-                write_whole(out, json.dumps(results, indent=1).encode())
+        for part, end, _, text in ended([parts[i : i + AT_ONCE] for i in range(0, len(parts), AT_ONCE)], Path(scratch)):
+            rung, lines = RUNGS[int(part.name)], text.decode(errors="replace").splitlines()
+            good, bad = ([line for line in lines if line.startswith(word)] for word in ("ok ", "BAD "))
+            passed = end == "passed" and len(good) == len(rung.cases)
+            results[rung.name] = {"passed": passed, "end": end, "ok": good, "bad": bad, "log": [] if passed or bad else lines[-12:]}
+            print(f"{'ok ' if passed else 'BAD'} {rung.name}: {len(good)} of {len(rung.cases)} cases, {end}", flush=True)
+            for line in [*bad, *results[rung.name]["log"]]:
+                print(f"      {line[:240]}", flush=True)
+            write_whole(out, json.dumps(results, indent=1).encode())
     return 0 if all(result["passed"] for result in results.values()) else 1
 
 

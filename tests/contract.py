@@ -203,6 +203,16 @@ def check_some(backend, case: Case, device: torch.device, some: int = 64) -> Non
     assert off <= allowed, f"gradient of rows: off by {off:.2e}, allowed {allowed:.2e}"
 
 
+def check_bits(backend, case: Case, device: torch.device) -> None:
+    """Values and gradients of 20 runs are the same to the bit."""
+    pairs, first = problem(case, device), None
+    for turn in range(20):
+        terms, _, _, gradients = run(backend, pairs, case)
+        first = first or (terms.rows, gradients.rows)
+        assert torch.equal(terms.rows, first[0]), f"values differ in turn {turn}"
+        assert torch.equal(gradients.rows, first[1]), f"gradients differ in turn {turn}"
+
+
 F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
 
 #: fp32 cases, ragged on purpose; :func:`cases` adds the other dtypes.

@@ -42,6 +42,7 @@ from .tiles import (
     load_pair,
     load_rows,
     load_sides,
+    logits,
     narrowed,
     numbers_at,
     one_of,
@@ -335,11 +336,8 @@ def gradient_kernel(
                 )  # fmt: skip
                 y_key = load_keys(a_key_ptr, b_key_ptr, y_first, y_count, swap == 0, STREAMED) if MASKED else y_code
                 y_own, y_bias = load_sides(own_ptr, bias_ptr, y_first, y_count, swap == 0, STREAMED)
-                c = raw * (x_factor[:, None] * y_factor[None, :]) if UNIT == FACTORS else raw
-                t = c if FOLD else c * factor
+                c, t = logits(raw, x_factor, y_factor, factor, x_bias, y_bias, bias_ptr is not None, UNIT, FOLD)
                 equal = equal_keys(x_key, y_key, OWNED, STREAMED, a_key_ptr is not None)
-                if bias_ptr is not None:
-                    t += x_bias[:, None] + y_bias[None, :]
                 w = weights(t, equal, x_q, x_c, x_q_equal, x_c_equal, y_q, y_c, y_q_equal, y_c_equal, bounded, KIND, ONE_SIDED)
                 # what is no pair is cleared in the weights, be they infinite: t and the comparison of keys need not live as long
                 if KIND == DIFFERENT:

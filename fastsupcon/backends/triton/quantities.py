@@ -18,7 +18,6 @@ import triton.language as tl
 from .rows import store_quantity
 from .tiles import (
     DIFFERENT,
-    FACTORS,
     LN_2,
     LOG2_E,
     SPLIT,
@@ -31,6 +30,7 @@ from .tiles import (
     load_rows,
     load_sides,
     log_sum,
+    logits,
     numbers_at,
     one_of,
     pair_mask,
@@ -134,11 +134,8 @@ def forward_kernel(
                     y_inverse, y_code = load_numbers(numbers_ptr, y_numbers, y_first, y_count, STREAMED, UNIT, MASKED)
                 y_key = load_keys(a_key_ptr, b_key_ptr, y_first, y_count, swap == 0, STREAMED) if MASKED else y_code
                 y_own, y_bias = load_sides(own_ptr, bias_ptr, y_first, y_count, swap == 0, STREAMED)
-                c = raw * (x_factor[:, None] * y_inverse[None, :]) if UNIT == FACTORS else raw
-                t = c if FOLD else c * factor
+                c, t = logits(raw, x_factor, y_inverse, factor, x_bias, y_bias, bias_ptr is not None, UNIT, FOLD)
                 equal = equal_keys(x_key, y_key, OWNED, STREAMED, a_key_ptr is not None)
-                if bias_ptr is not None:
-                    t += x_bias[:, None] + y_bias[None, :]
                 if own_ptr is not None:
                     other = x_own[:, None] != y_own[None, :]
                     t = tl.where(other, t, float("-inf"))

@@ -234,6 +234,16 @@ def is_narrow(code):
 
 
 @triton.jit
+def logits(raw, x_factor, y_factor, factor, x_bias, y_bias, BIASED: tl.constexpr, UNIT: tl.constexpr, FOLD: tl.constexpr):
+    """Of raw products x . y: with the factors of rows and columns, and the logits with scale and bias. FOLD: x_factor holds the scale."""
+    c = raw * (x_factor[:, None] * y_factor[None, :]) if UNIT == FACTORS else raw
+    t = c if FOLD else c * factor
+    if BIASED:
+        t += x_bias[:, None] + y_bias[None, :]
+    return c, t
+
+
+@triton.jit
 def equal_keys(x_key, y_key, OWNED: tl.constexpr, STREAMED: tl.constexpr, KEYS: tl.constexpr):
     """Of keys or of their codes."""
     if KEYS:
