@@ -126,7 +126,8 @@ def main(out: Path) -> int:
             good, bad = ([line for line in lines if line.startswith(word)] for word in ("ok ", "BAD "))
             passed = end == "passed" and len(good) == len(rung.cases)
             results[rung.name] = {"passed": passed, "end": end, "ok": good, "bad": bad, "log": [] if passed or bad else lines[-12:]}
-            print(f"{'ok ' if passed else 'BAD'} {rung.name}: {len(good)} of {len(rung.cases)} cases, {end}", flush=True)
+            ending = "" if end == "passed" else f", {end}"  # its process ended well, be its cases as they may
+            print(f"{'ok ' if passed else 'BAD'} {rung.name}: {len(good)} of {len(rung.cases)} cases{ending}", flush=True)
             for line in [*bad, *results[rung.name]["log"]]:
                 print(f"      {line[:240]}", flush=True)
             write_whole(out, json.dumps(results, indent=1).encode())
