@@ -186,6 +186,32 @@ def check(backend, case: Case, device: torch.device) -> None:
         assert off <= allowed, f"gradient of {name}: off by {off:.2e}, allowed {allowed:.2e}, of {want.norm():.2e}"
 
 
+def check_loss(backend, case: Case, line: Line, device: torch.device) -> None:
+    """A backend's own loss, and its gradients, on rows of which three are lone."""
+    pairs = problem(case, device)
+    pairs.row_keys[:3] = torch.tensor([100, 101, 102], device=device)
+    wide = pairs._replace(**{name: x.double() for name, x in pairs._asdict().items() if isinstance(x, Tensor) and x.is_floating_point()})
+    values, nothing, norms, kept = reference.forward(wide, case.rows, (), False)
+    want = reference.line(case.rows, values, line)
+    size = 1000 if line.reduction == "mean" else 10  # a gradient of fp16 has to hold the result
+    grad = size * (1 + torch.rand(want.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)).to(device)
+    sides = Side(case.rows, values, reference.line_backward(case.rows, values, grad, line)), Side((), nothing, nothing)
+    needs = (True, case.m is not None, case.bias, case.learned)
+    expected = reference.backward(wide, *sides, norms, kept, needs)
+    loss, mine = backend.loss(pairs, case.rows, line)
+    torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-5, equal_nan=True)
+    found = backend.loss_backward(pairs, case.rows, line, mine, grad.float(), needs)
+    for name, got, exact, need in zip(found._fields, found, expected, needs, strict=True):
+        assert (got is not None) == need
+        if not need:
+            continue
+        if exact.isnan().any():  # of lone rows, to whatever they meet
+            assert torch.equal(got.isnan(), exact.isnan()), name
+            continue
+        allowed = 2e-5 + (torch.finfo(case.dtype).eps if name in ("rows", "columns") else 0)
+        assert error(got, exact) <= allowed, f"gradient of {name}: off by {error(got, exact):.2e}, allowed {allowed:.2e}"
+
+
 def check_some(backend, case: Case, device: torch.device, some: int = 64) -> None:
     """The same for a self shape too large for its matrix in float64: ``some`` of its rows against all."""
     pairs = problem(case, device)

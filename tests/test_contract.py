@@ -1,8 +1,10 @@
 """Every backend against float64 definitions, value and gradient (contract.py)."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from contract import CASES, LINES, Case, cases, check, incoming, problem, run
+from contract import CASES, LINES, Case, cases, check, check_loss, incoming, problem, run
 
 from fastsupcon.backends import BACKENDS, reference
 from fastsupcon.problem import Pairs, Side
@@ -22,6 +24,8 @@ def test_values_and_gradients(name, case, device):
 
 @pytest.mark.parametrize("line", LINES, ids=str)
 def test_lines(backend, line, device):
+    if not hasattr(BACKENDS[backend], "line"):
+        pytest.skip(f"{backend} makes a loss at once: test_losses")
     case = Case(70, keys="few", rows=line.names)
     module, values = BACKENDS[backend], reference.forward(problem(case, device), line.names, (), False).rows
     values[line.names.index("count"), :3] = 0  # lone rows
@@ -36,6 +40,27 @@ def test_lines(backend, line, device):
     count = line.names.index("count")
     got[count] = expected[count] = 0
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7, equal_nan=True)
+
+
+LOSS_CASES = [
+    Case(70, d=24),
+    Case(70, d=24, learned=True, dtype=torch.bfloat16),
+    Case(150, d=24, unit=False, scale=20.0),
+    Case(70, d=24, dtype=torch.float16),
+    Case(70, d=24, bias=True, learned=True),
+    Case(70, 41, d=24),
+    Case(33, 200, d=24, own=True, scale=100.0, dtype=torch.float16),
+]
+
+
+@pytest.mark.parametrize("line", LINES, ids=str)
+@pytest.mark.parametrize("case", LOSS_CASES, ids=str)
+def test_losses(backend, case, line, device):
+    """Of the backends that make a loss and its gradient at once, against float64. Rows 0, 1 and 2 are lone."""
+    module = BACKENDS[backend]
+    if not hasattr(module, "loss"):
+        pytest.skip(f"{backend} makes a loss from its terms: test_lines")
+    check_loss(module, replace(case, rows=line.names, keys="few"), line, device)
 
 
 @pytest.mark.parametrize("keys", ["", "few"])

@@ -26,7 +26,7 @@ class Allocations(TorchDispatchMode):
     """Refuses every operator but those that launch nothing."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func.overloadpacket.__name__ in ("empty", "new_empty", "empty_like", "slice", "select", "view"), func
+        assert func.overloadpacket.__name__ in ("empty", "new_empty", "empty_like", "slice", "view", "detach"), func
         return func(*args, **(kwargs or {}))
 
 
@@ -37,11 +37,11 @@ def test_launches_of_a_step(dtype, n, m):
     """As planned for a GPU of 132 multiprocessors: at most eight, seven for few pairs, and no operator of torch's that launches."""
     from triton_ahead import Form, recorded, step
 
-    gpu = triton._Gpu("hopper", 132, dict.fromkeys((False, True), "tf32x3"))
+    gpu = triton._Gpu("hopper", 132, ("tf32x3", "tf32x3"))
     with recorded(gpu) as launches, Allocations():
         step(Form(n, m, PSC if m else SCL), dtype, 128)
     names = [kernel.__name__ for kernel, _ in launches]
-    assert 6 <= len(names) <= (7 if n * (m or n) <= 2**22 else 8), names
+    assert 4 <= len(names) <= 5, names
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

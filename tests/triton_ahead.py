@@ -98,7 +98,7 @@ def recorded(gpu):
 
 
 def step(form: Form, dtype: torch.dtype, depth: int) -> None:
-    """A forward and a backward of a loss over meta tensors."""
+    """A forward and a backward over meta tensors: of a loss, or of terms that are none's."""
     empty = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
     n, m = form.n, form.m or form.n
     keys = lambda count, some: empty(count, dtype=torch.int64) if some else None  # noqa: E731
@@ -106,26 +106,29 @@ def step(form: Form, dtype: torch.dtype, depth: int) -> None:
         empty(n, depth, dtype=dtype), empty(m, depth, dtype=dtype) if form.m else None, empty() if form.learned else form.scale, form.unit,
         empty(m) if form.bias else None, keys(n, form.keys), keys(m, form.keys and form.m), keys(n, form.own),
     )  # fmt: skip
-    terms = backend.forward(pairs, form.rows, form.columns, False)
-    line = Line(**{name: 1.0 for name in LOG_SUMS if name in form.rows}, similarity=-1.0)
-    backend.line(line.names, terms.rows, line)
-    backend.line_backward(line.names, terms.rows, empty(), line)
-    rows, columns = Side(form.rows, terms.rows, terms.rows), Side(form.columns, terms.columns, terms.columns)
-    backend.backward(pairs, rows, columns, terms.norms, terms.kept, (True, bool(form.m), form.bias, form.learned))
+    needs = (True, bool(form.m), form.bias, form.learned)
+    if not form.columns and "count" in form.rows:
+        line = Line(**{name: 1.0 for name in LOG_SUMS if name in form.rows}, similarity=-1.0)
+        _, kept = backend.loss(pairs, line.names, line)
+        backend.loss_backward(pairs, line.names, line, kept, empty(), needs)
+    else:
+        terms = backend.forward(pairs, form.rows, form.columns, False)
+        rows, columns = Side(form.rows, terms.rows, terms.rows), Side(form.columns, terms.columns, terms.columns)
+        backend.backward(pairs, rows, columns, terms.norms, terms.kept, needs)
 
 
 def compile_ahead(form: str, arch: int | str, dtype: str, depth: int, kernels: tuple[str, ...] = ()) -> list[Reading]:
     """Every kernel of a step (or those named) for GPU ``arch``, once."""
     target = GPUTarget("hip", arch, 64) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)
     full, units = ("ieee", 304) if target.backend == "hip" else ("tf32x3", 132)
-    gpu = backend._Gpu(family(target.backend, arch), units, {False: full, True: full})
+    gpu = backend._Gpu(family(target.backend, arch), units, (full, full))
     with recorded(gpu) as launches:
         step(FORMS[form], DTYPES[dtype], depth)
     return [compiled(kernel, arguments, target) for kernel, arguments in launches if not kernels or kernel.__name__ in kernels]
 
 
 def compiled(kernel, arguments: dict, target: GPUTarget) -> Reading:
-    types = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
+    types = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32"}
     options = {name: arguments[name] for name in ("num_warps", "num_stages", "enable_fp_fusion") if name in arguments}
     constant = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
     signature, values, attributes = {}, {}, {}

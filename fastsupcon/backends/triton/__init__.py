@@ -1,12 +1,13 @@
 """The Triton kernels on NVIDIA, AMD and Intel GPUs: which of them serve a call, on which grids. They are in the files beside this one.
 
+    loss            rows_kernel, forward_kernel, loss_kernel
+    loss_backward   gradient_kernel; finish_kernel if there are parts to sum
     forward         rows_kernel if unit or with keys; forward_kernel; join_kernel if a side's stream has splits
-    line            line_kernel
-    line_backward   line_backward_kernel
-    backward        weights_kernel but for few pairs; gradient_kernel; finish_kernel if there are parts to sum
+    backward        weights_kernel, gradient_kernel; finish_kernel if there are parts to sum
 
-So a step is six to eight launches, and no operator of torch's launches beside them. Nothing here waits for the device or looks at values
-in it, and every sum has a fixed order. Triton is imported by the first call.
+So a step of a loss is four or five launches, of other terms four to six, and no operator of torch's launches beside them. They are planned
+once for a form of problems (launch.py). Nothing here waits for the device or looks at values in it, and every sum has a fixed order.
+Triton is imported by the first call.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import importlib.util
 import math
 import os
 import shutil
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -24,11 +26,11 @@ from torch import Tensor
 
 from ...problem import LOG_SUMS, QUANTITIES, Gradients, Line, Pairs, Side, Terms
 from .._dtypes import is_bounded, tf32_allowed
+from .launch import At, Launch, Number, run
 from .table import family, gradient_width, padded, tile
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_DEPTH = 1024
-_FEW_PAIRS = 1 << 22  # for which a launch that makes the weights of rows costs more than it saves; heavy gradients lack the registers
 _FEW = 64  # terms in a sum, whose roundings to half precision do not average out
 
 
@@ -71,13 +73,13 @@ def unusable(device: torch.device, dtype: torch.dtype, depth: int) -> str | None
 class _Gpu(NamedTuple):
     family: str  # of table.py
     units: int  # multiprocessors
-    precision: dict[bool, str]  # of fp32 products, by whether they may use TF32
+    precision: tuple[str, str]  # of fp32 products, and where they may use TF32
 
 
 @functools.cache
 def _gpu(device: torch.device) -> _Gpu:
     if device.type == "cpu":
-        return _Gpu("interpreter", 1, dict.fromkeys((False, True), "interpreter"))
+        return _Gpu("interpreter", 1, ("interpreter", "interpreter"))
     from triton.runtime import driver
 
     target = driver.active.get_current_target()
@@ -85,7 +87,7 @@ def _gpu(device: torch.device) -> _Gpu:
     kind = family(target.backend, target.arch)
     # three TF32 products of the operands' upper and lower halves are as accurate as fp32, and several times faster than fp32's own units
     full, tf32 = ("ieee", "ieee") if target.backend != "cuda" else ("tf32x3", "tf32")
-    return _Gpu(kind, units, {False: full, True: tf32})
+    return _Gpu(kind, units, (full, tf32))
 
 
 def _precision(gpu: _Gpu, dtype: torch.dtype) -> str:
@@ -121,32 +123,83 @@ def _places(names: tuple[str, ...]) -> int:
     return sum((names.index(name) if name in names else 15) << 4 * k for k, name in enumerate(QUANTITIES)) | len(names) << 20
 
 
-def _kind(names: set[str]):
+class _Form(NamedTuple):
+    """What of a problem decides its launches: all but addresses and the scale."""
+
+    gpu: _Gpu
+    device: torch.device
+    dtype: torch.dtype
+    shape: tuple[int, int, int]
+    cross: bool
+    unit: bool
+    learned: bool
+    bounded: bool
+    bias: bool
+    keys: bool
+    own: bool
+    precision: str  # of products
+
+    @property
+    def biased_self(self) -> bool:
+        """A cross shape of the rows with themselves."""
+        return self.bias and not self.cross
+
+    @property
+    def symmetric(self) -> bool:
+        return not self.bias and not self.cross
+
+    @property
+    def alone(self) -> bool:
+        """At most one pair a row: "all" is its similarity to the bit, by running maxima, t rounded before the maximum is taken off."""
+        return self.shape[1] <= (1 if self.cross and not self.own else 2)
+
+
+def _form(pairs: Pairs) -> _Form:
+    rows, columns, scale, unit, bias, row_keys, _, own = pairs
+    device, dtype, learned = rows.device, rows.dtype, isinstance(scale, Tensor)
+    gpu = _gpu(device)
+    form = _Form(
+        gpu, device, dtype, pairs.shape, columns is not None, unit, learned, False, bias is not None, row_keys is not None, own is not None,
+        _precision(gpu, dtype),
+    )  # fmt: skip
+    if unit and bias is None and (learned or is_bounded(abs(scale))) and not form.alone:
+        form = form._replace(bounded=True)
+    return form
+
+
+def _kind(names: Iterable[str]) -> int:
     from .tiles import ALL, DIFFERENT, SPLIT
 
-    log_sums = names & set(LOG_SUMS)
+    log_sums = set(LOG_SUMS).intersection(names)
     return (ALL if log_sums <= {"all"} else DIFFERENT if log_sums == {"different"} else SPLIT).value
 
 
-def _problem(pairs: Pairs, gpu: _Gpu) -> dict:
-    """What forward_kernel and gradient_kernel share. A self shape with a bias is a cross shape of the rows with themselves."""
+def _inputs(form: _Form) -> dict:
+    """The arguments of a problem's tensors and numbers."""
+    f32, i64 = torch.float32, torch.int64
+    columns = "columns" if form.cross else "rows" if form.biased_self else None
+    column_keys = "column_keys" if form.cross else "row_keys" if form.biased_self else None
+    return {
+        "a_ptr": At("rows", form.dtype), "b_ptr": columns and At(columns, form.dtype),
+        "a_key_ptr": At("row_keys", i64) if form.keys else None, "b_key_ptr": At(column_keys, i64) if form.keys and column_keys else None,
+        "bias_ptr": At("bias", f32) if form.bias else None, "own_ptr": At("own_column", i64) if form.own else None,
+        "scale_ptr": At("scale", f32) if form.learned else None, "scale": 0.0 if form.learned else Number("scale"),
+        "n": form.shape[0], "m": form.shape[1],
+    }  # fmt: skip
+
+
+def _of(names: tuple[str, ...], arguments: dict) -> dict:
+    return {name: arguments[name] for name in names}
+
+
+def _tiles(form: _Form) -> dict:
+    """The constants that forward_kernel and gradient_kernel share."""
     from .tiles import AS_THEY_ARE, FACTORS, SCALED
 
-    n, m, depth = pairs.shape
-    cross = pairs.columns is not None
-    biased_self = not cross and pairs.bias is not None
-    learned = isinstance(pairs.scale, Tensor)
-    # with at most one pair a row, "all" is its similarity to the bit: by running maxima, and t is rounded before the maximum is taken off
-    alone = m <= (1 if cross and pairs.own_column is None else 2)
-    bounded = pairs.unit and pairs.bias is None and not alone and (learned or is_bounded(abs(pairs.scale)))
+    wide = form.dtype == torch.float32
     return {
-        "a_ptr": pairs.rows, "b_ptr": pairs.columns if cross else pairs.rows if biased_self else None,
-        "a_key_ptr": pairs.row_keys, "b_key_ptr": pairs.column_keys if cross else pairs.row_keys if biased_self else None,
-        "own_ptr": pairs.own_column, "bias_ptr": pairs.bias,
-        "scale_ptr": pairs.scale if learned else None, "scale": 0.0 if learned else float(pairs.scale), "n": n, "m": m, "D": depth,
-        "UNIT": AS_THEY_ARE if not pairs.unit else SCALED if pairs.rows.dtype == torch.float32 else FACTORS, "DIAGONAL": not cross,
-        "BOUNDED": bounded, "FOLD": bounded and not learned and pairs.rows.dtype != torch.float32,
-        "PRECISION": _precision(gpu, pairs.rows.dtype), "enable_fp_fusion": not alone,
+        "D": form.shape[2], "UNIT": (AS_THEY_ARE if not form.unit else SCALED if wide else FACTORS).value, "DIAGONAL": not form.cross,
+        "BOUNDED": form.bounded, "FOLD": form.bounded and not form.learned and not wide, "PRECISION": form.precision,
     }  # fmt: skip
 
 
@@ -180,160 +233,306 @@ def _grid(gpu: _Gpu, t, n: int, m: int, sides: tuple[bool, bool], chunks: int = 
     return _Grid(tuple(owners), tuple(splits), tuple(tiles))
 
 
-def _empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return like.new_empty(shape, dtype=dtype)
-
-
-def _numbers(pairs: Pairs) -> tuple[Tensor, Tensor | None]:
-    """Inverse norms of rows and after them columns if they become unit vectors, and what the forward's loop reads of each: one launch."""
-    from .rows import rows_kernel
-
-    n, m, depth = pairs.shape
-    m = 0 if pairs.columns is None else m
-    inverse = _empty(pairs.rows, n + m if pairs.unit else 0)
-    if not pairs.unit and pairs.row_keys is None:
-        return inverse, None
-    numbers = _empty(pairs.rows, _numbers_size(n, m), dtype=torch.int64)
-    rows = max(1, 4096 // padded(depth))
-    programs = _cdiv(n, rows)
-    rows_kernel[(programs + _cdiv(m, rows),)](
-        pairs.rows, pairs.columns, pairs.row_keys, pairs.column_keys, inverse if pairs.unit else None, numbers, n, m, programs,
-        D=depth, DEPTH=padded(depth), ROWS=rows, num_warps=4,
-    )  # fmt: skip
-    return inverse, numbers
-
-
 def _numbers_size(n: int, m: int) -> int:
     """Of a number for each row and after them each column, both aligned as tiles.aligned says."""
     return _cdiv(n, 16) * 16 + _cdiv(m, 16) * 16
 
 
-def forward(pairs: Pairs, row_names: tuple[str, ...], column_names: tuple[str, ...], keep: bool) -> Terms:
-    from .quantities import forward_kernel, join_kernel
+class _Scratch:
+    """Where things lie in a buffer, 16 bytes aligned."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.bytes = name, 0
+
+    def take(self, elements: int, dtype: torch.dtype = torch.float32) -> At:
+        at = At(self.name, dtype, self.bytes)
+        self.bytes += _cdiv(elements * dtype.itemsize, 16) * 16
+        return at
+
+    def empty(self, like: Tensor) -> Tensor:
+        return like.new_empty(self.bytes, dtype=torch.uint8)
+
+
+class _Plan(NamedTuple):
+    launches: list[Launch]
+    scratch: _Scratch
+    kept: _Scratch | None = None  # of a loss' forward
+    outputs: tuple[bool, bool] = (False, False)  # whether a backward writes gradients of rows, of columns
+
+
+def _rows_launch(form: _Form, m: int, numbers: At, inverse: At | None, done: At | None = None) -> Launch:
+    """Inverse norms of rows and after them of m columns if they become unit vectors, and what the forward's loop reads of each."""
+    from .rows import rows_kernel
+
+    n, _, depth = form.shape
+    rows = max(1, 4096 // padded(depth))
+    programs = _cdiv(n, rows)
+    arguments = _of(("a_ptr", "b_ptr", "a_key_ptr", "b_key_ptr"), _inputs(form))
+    arguments |= {"inverse_ptr": inverse, "numbers_ptr": numbers, "done_ptr": done, "n": n, "m": m, "row_programs": programs}
+    return Launch(rows_kernel, (programs + _cdiv(m, rows),), {**arguments, "D": depth, "DEPTH": padded(depth), "ROWS": rows}, num_warps=4)
+
+
+class _Sums(NamedTuple):
+    """Where forward_kernel leaves the quantities of rows and of columns, or their parts, and constants that say which there are."""
+
+    rows: At
+    columns: At
+    splits: tuple[int, int]
+    places: dict
+
+
+def _sums(form: _Form, names: tuple[tuple[str, ...], tuple[str, ...]], numbers: At | None, scratch: _Scratch, join: bool):
+    """forward_kernel's launch and _Sums: parts where a side's stream has splits, or if they are asked for as parts (``join``)."""
+    from .quantities import forward_kernel
     from .tiles import SPLIT
 
-    n, m, depth = pairs.shape
-    a = pairs.rows
-    names = {*row_names, *column_names} if pairs.row_keys is not None else set()  # without keys all pairs are of different keys
-    kind, linear = _kind(names), not names.isdisjoint(("similarity", "count"))
-    rows, columns = _empty(a, len(row_names), n), _empty(a, len(column_names), m)
-    with _on(a.device):
-        gpu = _gpu(a.device)
-        norms, numbers = _numbers(pairs)
-        t = tile("forward", gpu.family, a.dtype, depth)
-        grid = _grid(gpu, t, n, m, (bool(row_names), bool(column_names)))
-        split = max(grid.splits) > 1
+    n, m, depth = form.shape
+    asked = {*names[0], *names[1]} if form.keys else set()  # without keys all pairs are of different keys
+    kind, linear = _kind(asked), not asked.isdisjoint(("similarity", "count"))
+    t = tile("forward", form.gpu.family, form.dtype, depth)
+    grid = _grid(form.gpu, t, n, m, (bool(names[0]), bool(names[1])))
+    rows, columns = At("row_values", torch.float32), At("column_values", torch.float32)
+    parts = ()
+    if join or max(grid.splits) > 1:
         parts = ("different", *(("equal",) if kind == SPLIT.value else ()), *(("similarity", "count") if linear else ()))
-        places = {"KIND": kind, "ROW_PLACES": _places(row_names), "COLUMN_PLACES": _places(column_names)}
-        places["PARTS"] = _places(parts) if split else 0
-        out = [_empty(a, s, len(parts), k) for s, k in zip(grid.splits, (n, m), strict=True)] if split else (rows, columns)
-        forward_kernel[(grid.programs,)](
-            **_problem(pairs, gpu), **grid.arguments, **places, rows_ptr=out[0], columns_ptr=out[1], SIMILARITY=linear,
-            numbers_ptr=numbers,
-            OWNED=t.owned, STREAMED=t.streamed, DEPTH=t.depth, num_warps=t.warps, num_stages=t.stages,
-        )  # fmt: skip
-        if split:
-            programs = [_cdiv(k, 32) if s else 0 for s, k in zip(grid.splits, (n, m), strict=True)]
-            join_kernel[(sum(programs),)](
-                *out, rows, columns, n, m, *grid.splits, programs[0], **places, ROWS=32, SPLITS=padded(max(grid.splits)), num_warps=4
-            )
-    return Terms(rows, columns, norms, _empty(a, 0))
+        rows, columns = (scratch.take(splits * len(parts) * count) for splits, count in zip(grid.splits, (n, m), strict=True))
+    places = {
+        "KIND": kind, "ROW_PLACES": _places(names[0]), "COLUMN_PLACES": _places(names[1]), "PARTS": _places(parts) if parts else 0,
+    }  # fmt: skip
+    arguments = {
+        **_inputs(form), **_tiles(form), **grid.arguments, **places, "numbers_ptr": numbers, "rows_ptr": rows, "columns_ptr": columns,
+        "SIMILARITY": linear, "OWNED": t.owned, "STREAMED": t.streamed, "DEPTH": t.depth,
+    }  # fmt: skip
+    options = {"num_warps": t.warps, "num_stages": t.stages, "enable_fp_fusion": not form.alone}
+    return Launch(forward_kernel, (grid.programs,), arguments, **options), _Sums(rows, columns, grid.splits, places)
 
 
-def backward(pairs: Pairs, rows: Side, columns: Side, norms: Tensor, kept: Tensor, needs: tuple[bool, bool, bool, bool]) -> Gradients:
-    from .gradients import BOTH_SIDES, OF_COLUMNS, OF_ROWS, finish_kernel, gradient_kernel, weights_kernel
+@functools.lru_cache(maxsize=1024)
+def _forward_plan(form: _Form, row_names: tuple[str, ...], column_names: tuple[str, ...]) -> _Plan:
+    from .quantities import join_kernel
+
+    n, m, _ = form.shape
+    scratch, numbers, launches = _Scratch("scratch"), None, []
+    if form.unit or form.keys:
+        columns = m if form.cross else 0
+        numbers = scratch.take(_numbers_size(n, columns), torch.int64)
+        launches.append(_rows_launch(form, columns, numbers, At("norms", torch.float32) if form.unit else None))
+    launch, sums = _sums(form, (row_names, column_names), numbers, scratch, join=False)
+    launches.append(launch)
+    if sums.places["PARTS"]:
+        programs = [_cdiv(count, 32) if splits else 0 for splits, count in zip(sums.splits, (n, m), strict=True)]
+        arguments = {
+            "row_parts_ptr": sums.rows, "column_parts_ptr": sums.columns,
+            "rows_ptr": At("row_values", torch.float32), "columns_ptr": At("column_values", torch.float32),
+            "n": n, "m": m, "row_splits": sums.splits[0], "column_splits": sums.splits[1], "row_programs": programs[0],
+            **sums.places, "ROWS": 32, "SPLITS": padded(max(sums.splits)),
+        }  # fmt: skip
+        launches.append(Launch(join_kernel, (sum(programs),), arguments, num_warps=4))
+    return _Plan(launches, scratch)
+
+
+def forward(pairs: Pairs, row_names: tuple[str, ...], column_names: tuple[str, ...], keep: bool) -> Terms:
+    n, m, _ = pairs.shape
+    like, f32 = pairs.rows, torch.float32
+    with _on(like.device):
+        plan = _forward_plan(_form(pairs), row_names, column_names)
+        rows, columns = like.new_empty((len(row_names), n), dtype=f32), like.new_empty((len(column_names), m), dtype=f32)
+        norms = like.new_empty((n if pairs.columns is None else n + m) if pairs.unit else 0, dtype=f32)
+        outputs = {"row_values": rows, "column_values": columns, "norms": norms, "scratch": plan.scratch.empty(like)}
+        run(plan.launches, {**pairs._asdict(), **outputs}, like.device)
+    return Terms(rows, columns, norms, like.new_empty(0, dtype=f32))
+
+
+class _Weights(NamedTuple):
+    """How gradient_kernel finds the weights of pairs: the rows' numbers, and of a loss its gradient (``each``: a row's)."""
+
+    kind: int
+    one_sided: int
+    similarity: bool
+    numbers: At
+    inverse: tuple[At | None, At | None]
+    grad: At | None = None
+    each: bool = False
+
+
+def _gradient(form: _Form, weights: _Weights, needs: tuple[bool, bool, bool, bool], scratch: _Scratch) -> _Plan:
+    from .gradients import finish_kernel, gradient_kernel
     from .tiles import SPLIT
 
-    n, m, depth = pairs.shape
-    a = pairs.rows
-    symmetric = pairs.columns is None and pairs.bias is None
-    biased_self = pairs.columns is None and not symmetric  # a row's gradient comes from both of its places, as parts of one sum
-    sides = (needs[0] or needs[3], not symmetric and (needs[1] or needs[2] or (biased_self and needs[0])))
-    names = {*rows.names, *columns.names}
-    kind = _kind(names)
-    of_rows, of_columns = (not set(LOG_SUMS).isdisjoint(side.names) for side in (rows, columns))
-    light = not needs[3] and pairs.bias is None and pairs.own_column is None and kind != SPLIT.value
-    with _on(a.device):
-        gpu = _gpu(a.device)
-        t = tile("gradient" if light else "heavy gradient", gpu.family, a.dtype, depth)
-        width = gradient_width(a.dtype, depth, t)
-        chunks = _cdiv(depth, width)
-        grid = _grid(gpu, t, n, m, sides, chunks)
-        row_splits, column_splits = grid.splits
-        split = max(grid.splits) > 1 or chunks > 1 or (biased_self and all(sides))
-        da = _empty(a, n, depth, dtype=a.dtype) if sides[0] or biased_self else None
-        db = _empty(a, m, depth, dtype=a.dtype) if sides[1] and not biased_self else None
-        dbias = _empty(a, m) if needs[2] else None
-        dscale = _empty(a) if needs[3] else None
-        # a side that is not asked for has no programs: any pointer serves
-        da_parts, db_parts, dbias_parts = db if da is None else da, da if db is None else db, dbias
-        if split:
-            da_parts = _empty(a, (row_splits * n + column_splits * m) * depth)
-            db_parts = da_parts[row_splits * n * depth :]
-            dbias_parts = _empty(a, column_splits, m) if needs[2] else None
-        dscale_parts = _empty(a, row_splits, n) if needs[3] else None
-        problem = _problem(pairs, gpu)
-        inverse = (norms, norms if pairs.columns is None else norms[n:]) if pairs.unit else (None, None)
-        sides_of = {
-            "row_values_ptr": rows.values, "row_grads_ptr": rows.grads, "column_values_ptr": None if symmetric else columns.values,
-            "column_grads_ptr": None if symmetric else columns.grads, "a_inverse_ptr": inverse[0], "b_inverse_ptr": inverse[1],
-            "KIND": kind, "ONE_SIDED": BOTH_SIDES if symmetric or of_rows == of_columns else OF_ROWS if of_rows else OF_COLUMNS,
-            "ROW_PLACES": _places(rows.names), "COLUMN_PLACES": _places(rows.names if symmetric else columns.names),
+    n, m, depth = form.shape
+    # of the self shape with a bias, a row's gradient comes from both of its places, as parts of one sum
+    sides = (needs[0] or needs[3], not form.symmetric and (needs[1] or needs[2] or (form.biased_self and needs[0])))
+    light = not (needs[3] or form.bias or form.own or weights.kind == SPLIT.value)
+    t = tile("gradient" if light else "heavy gradient", form.gpu.family, form.dtype, depth)
+    width = gradient_width(form.dtype, depth, t)
+    chunks = _cdiv(depth, width)
+    grid = _grid(form.gpu, t, n, m, sides, chunks)
+    row_splits, column_splits = grid.splits
+    split = max(grid.splits) > 1 or chunks > 1 or (form.biased_self and all(sides))
+    outputs = sides[0] or form.biased_self, sides[1] and not form.biased_self
+    # a side that is not asked for has no programs: any pointer serves
+    da, db = (At(name if exists else other, form.dtype) for name, other, exists in zip(("da", "db"), ("db", "da"), outputs, strict=True))
+    dbias, dscale = (At(name, torch.float32) if need else None for name, need in zip(("dbias", "dscale"), needs[2:], strict=True))
+    da_parts, db_parts, dbias_parts = da, db, dbias
+    if split:
+        da_parts = scratch.take((row_splits * n + column_splits * m) * depth)
+        db_parts = da_parts.after(row_splits * n * depth)
+        dbias_parts = scratch.take(column_splits * m) if needs[2] else None
+    dscale_parts = scratch.take(row_splits * n) if needs[3] else None
+    inputs, tiles = _inputs(form), _tiles(form)
+    inverse = dict(zip(("a_inverse_ptr", "b_inverse_ptr"), weights.inverse, strict=True))
+    arguments = {
+        **inputs, **tiles, **grid.arguments, **inverse, "numbers_ptr": weights.numbers, "grad_ptr": weights.grad,
+        "da_ptr": da_parts, "db_ptr": None if form.symmetric else db_parts, "dbias_ptr": dbias_parts, "dscale_ptr": dscale_parts,
+        "KIND": weights.kind, "ONE_SIDED": weights.one_sided, "SIMILARITY": weights.similarity, "EACH": weights.each, "PARTS": split,
+        "RESIDUAL": form.dtype != torch.float32 and min(n, m) <= _FEW,
+        "OWNED": t.owned, "STREAMED": t.streamed, "DEPTH": t.depth, "WIDTH": width,
+    }  # fmt: skip
+    options = {"num_warps": t.warps, "num_stages": t.stages, "enable_fp_fusion": not form.alone}
+    launches = [Launch(gradient_kernel, (grid.programs, chunks), arguments, **options)]
+    if split or needs[3]:
+        block = max(1, 4096 // padded(depth))
+        programs = _cdiv(n, block) if split and outputs[0] else 0, _cdiv(m, block) if split and outputs[1] else 0
+        cross = form.cross
+        arguments = {
+            "a_ptr": inputs["a_ptr"], "b_ptr": inputs["b_ptr"] if cross else None, **inverse,
+            "da_parts_ptr": da_parts, "db_parts_ptr": db_parts if cross else None, "dbias_parts_ptr": dbias_parts,
+            "dscale_parts_ptr": dscale_parts, "da_ptr": da, "db_ptr": db if cross else None, "dbias_ptr": dbias, "dscale_ptr": dscale,
+            "n": n, "m": m, "row_splits": row_splits + column_splits * form.biased_self, "column_splits": column_splits,
+            "row_programs": programs[0], "row_and_column_programs": sum(programs), "scale_numbers": row_splits * n,
+            "share": 0.5 if form.symmetric else 1.0,
+            "D": depth, "ROWS": block, "WIDTH": padded(depth), "UNIT": tiles["UNIT"], "PRECISION": form.precision,
         }  # fmt: skip
-        numbers = None
-        if not light or max(grid.splits) == 1 or n * m > _FEW_PAIRS:
-            numbers = _empty(a, 4 * _numbers_size(n, 0 if symmetric else m) + 2, dtype=torch.int64)
-            programs = _cdiv(n, 128), 0 if symmetric else _cdiv(m, 128)
-            shared = {name: problem[name] for name in ("a_key_ptr", "b_key_ptr", "scale_ptr", "n", "m", "scale", "BOUNDED")}
-            weights_kernel[(sum(programs),)](
-                **sides_of, **shared, numbers_ptr=numbers, row_programs=programs[0], HALF=a.dtype == torch.float16, BLOCK=128, num_warps=4
-            )
-        gradient_kernel[(grid.programs, chunks)](
-            **problem, **grid.arguments, **sides_of, numbers_ptr=numbers,
-            da_ptr=da_parts, db_ptr=None if symmetric else db_parts, dbias_ptr=dbias_parts, dscale_ptr=dscale_parts,
-            SIMILARITY=pairs.row_keys is not None and "similarity" in names, PARTS=split,
-            RESIDUAL=a.dtype != torch.float32 and min(n, m) <= _FEW,
-            OWNED=t.owned, STREAMED=t.streamed, DEPTH=t.depth, WIDTH=width, num_warps=t.warps, num_stages=t.stages,
-        )  # fmt: skip
-        if split or needs[3]:
-            block = max(1, 4096 // padded(depth))
-            row_programs = _cdiv(n, block) if split and da is not None else 0
-            column_programs = _cdiv(m, block) if split and db is not None else 0
-            finish_kernel[(row_programs + column_programs + needs[3],)](
-                a, pairs.columns, *inverse,
-                da_parts, None if pairs.columns is None else db_parts, dbias_parts, dscale_parts,
-                db if da is None else da, None if pairs.columns is None else da if db is None else db, dbias, dscale,
-                n, m, row_splits + column_splits * biased_self, column_splits, row_programs, row_programs + column_programs,
-                row_splits * n, 0.5 if symmetric else 1.0,
-                D=depth, ROWS=block, WIDTH=padded(depth), UNIT=problem["UNIT"], PRECISION=problem["PRECISION"], num_warps=4,
-            )  # fmt: skip
+        launches.append(Launch(finish_kernel, (sum(programs) + needs[3],), arguments, num_warps=4))
+    return _Plan(launches, scratch, outputs=outputs)
+
+
+def _gradients(pairs: Pairs, plan: _Plan, needs: tuple[bool, bool, bool, bool], values: dict) -> Gradients:
+    like, outputs = pairs.rows, plan.outputs
+    da = torch.empty_like(like) if outputs[0] else None
+    db = torch.empty_like(pairs.columns) if outputs[1] else None
+    dbias = torch.empty_like(pairs.bias) if needs[2] else None
+    dscale = torch.empty_like(pairs.scale) if needs[3] else None
+    made = {"da": da, "db": db, "dbias": dbias, "dscale": dscale, "scratch": plan.scratch.empty(like) if plan.scratch.bytes else None}
+    run(plan.launches, {**pairs._asdict(), **values, **made}, like.device)
     return Gradients(da if needs[0] else None, db if needs[1] else None, dbias, dscale)
 
 
-def _line(names: tuple[str, ...], line: Line) -> dict:
-    return {
-        "all": float(line.all), "different": float(line.different), "equal": float(line.equal), "similarity": float(line.similarity),
-        "factor": float(line.factor), "lone": math.nan if line.lone == "nan" else 0.0, "PLACES": _places(names),
-        "REDUCTION": line.reduction, "SKIP": line.lone == "skip",
+@functools.lru_cache(maxsize=1024)
+def _backward_plan(form: _Form, row_names: tuple[str, ...], column_names: tuple[str, ...], needs: tuple[bool, bool, bool, bool]) -> _Plan:
+    from .gradients import BOTH_SIDES, OF_COLUMNS, OF_ROWS, weights_kernel
+
+    n, m, _ = form.shape
+    names = {*row_names, *column_names}
+    of_rows, of_columns = (not set(LOG_SUMS).isdisjoint(side) for side in (row_names, column_names))
+    one_sided = BOTH_SIDES if form.symmetric or of_rows == of_columns else OF_ROWS if of_rows else OF_COLUMNS
+    scratch, other = _Scratch("scratch"), 0 if form.symmetric else m
+    numbers = scratch.take(4 * _numbers_size(n, other) + 2, torch.int64)
+    norms = At("norms", torch.float32)
+    inverse = (norms, norms.after(n) if form.cross else norms) if form.unit else (None, None)
+    weights = _Weights(_kind(names), one_sided.value, form.keys and "similarity" in names, numbers, inverse)
+    sides = {f"{of}_ptr": At(of, torch.float32) for of in ("row_values", "row_grads", "column_values", "column_grads")}
+    if form.symmetric:
+        sides |= {"column_values_ptr": None, "column_grads_ptr": None}
+    programs = _cdiv(n, 128), _cdiv(other, 128)
+    arguments = {
+        **sides, **_of(("a_key_ptr", "b_key_ptr", "scale_ptr", "scale", "n", "m"), _inputs(form)),
+        "a_inverse_ptr": inverse[0], "b_inverse_ptr": inverse[1], "numbers_ptr": numbers, "row_programs": programs[0],
+        "BOUNDED": form.bounded, "KIND": weights.kind, "ONE_SIDED": weights.one_sided, "ROW_PLACES": _places(row_names),
+        "COLUMN_PLACES": _places(row_names if form.symmetric else column_names), "HALF": form.dtype == torch.float16, "BLOCK": 128,
     }  # fmt: skip
+    plan = _gradient(form, weights, needs, scratch)
+    return plan._replace(launches=[Launch(weights_kernel, (sum(programs),), arguments, num_warps=4), *plan.launches])
 
 
-def line(names: tuple[str, ...], values: Tensor, line: Line) -> Tensor:
-    from .rows import line_kernel
-
-    n = values.shape[1]
-    loss = values.new_empty(n if line.reduction == "none" else ())
-    with _on(values.device):
-        programs = _cdiv(n, 1024) if line.reduction == "none" else 1
-        line_kernel[(programs,)](values, loss, n, log_count=float(line.log_count), **_line(names, line), BLOCK=1024, num_warps=4)
-    return loss
+def backward(pairs: Pairs, rows: Side, columns: Side, norms: Tensor, kept: Tensor, needs: tuple[bool, bool, bool, bool]) -> Gradients:
+    values = {
+        "row_values": rows.values, "row_grads": rows.grads, "column_values": columns.values, "column_grads": columns.grads, "norms": norms,
+    }  # fmt: skip
+    with _on(norms.device):
+        return _gradients(pairs, _backward_plan(_form(pairs), rows.names, columns.names, tuple(needs)), needs, values)
 
 
-def line_backward(names: tuple[str, ...], values: Tensor, grad: Tensor, line: Line) -> Tensor:
-    from .rows import line_backward_kernel
+class _LineForm(NamedTuple):
+    """What of a line decides the launches: all but its numbers."""
 
-    n = values.shape[1]
-    grads = torch.empty_like(values)
-    with _on(values.device):
-        line_backward_kernel[(_cdiv(n, 1024),)](values, grad, grads, n, **_line(names, line), BLOCK=1024, num_warps=4)
-    return grads
+    names: tuple[str, ...]
+    reduction: str
+    skip: bool
+
+
+@functools.lru_cache(maxsize=256)
+def _line_numbers(line: Line, half: bool) -> dict[str, float]:
+    """LIFT makes weights of fp16 as large as fit, whose coefficients come from a row and from a column."""
+    from .gradients import LIFT
+
+    of = {f"of_{name}": float(getattr(line, name)) for name in (*QUANTITIES[:4], "log_count")}
+    lift = LIFT.value / max(2 * sum(abs(of[f"of_{name}"]) for name in QUANTITIES[:4]), 1e-30) if half else 1.0
+    lone = math.nan if line.lone == "nan" else 0.0
+    return {**of, "factor": float(line.factor), "lone": lone, "lift": lift, "unlift": float(line.factor) / lift}
+
+
+def _kept(form: _Form) -> tuple[_Scratch, At, At | None, int]:
+    """What a loss' forward leaves for its backward: the rows' numbers, the inverse norms; and of how many columns."""
+    n, m, _ = form.shape
+    kept, columns = _Scratch("kept"), 0 if form.symmetric else m
+    numbers = kept.take(4 * _numbers_size(n, columns) + 2, torch.int64)
+    return kept, numbers, kept.take(n + columns) if form.unit else None, columns
+
+
+@functools.lru_cache(maxsize=1024)
+def _loss_plan(form: _Form, line: _LineForm) -> _Plan:
+    from .lines import loss_kernel
+
+    n = form.shape[0]
+    kept, numbers, inverse, columns = _kept(form)
+    scratch = _Scratch("scratch")
+    done = scratch.take(1, torch.int32)
+    launch, sums = _sums(form, (line.names, ()), numbers, scratch, join=True)
+    splits = 1 << (sums.splits[0] - 1).bit_length()
+    rows = max(16, 1024 // splits)
+    programs = _cdiv(n, rows)
+    arguments = {
+        "parts_ptr": sums.rows, "numbers_ptr": numbers, "inverse_ptr": inverse,
+        **_of(("scale_ptr", "scale", "n"), _inputs(form)), "m": columns, "splits": sums.splits[0], "row_programs": programs,
+        "sums_ptr": scratch.take(2 * programs), "done_ptr": done, "loss_ptr": At("loss", torch.float32),
+        **{name: Number(name) for name in _line_numbers(Line(), False)},
+        "PARTS": sums.places["PARTS"], "KIND": sums.places["KIND"], "BOUNDED": form.bounded,
+        "NAMES": sum(1 << QUANTITIES.index(name) for name in line.names), "REDUCTION": line.reduction, "SKIP": line.skip,
+        "HALF": form.unit and form.dtype == torch.float16, "CROSS": columns > 0, "ROWS": rows, "SPLITS": splits,
+    }  # fmt: skip
+    last = Launch(loss_kernel, (programs + _cdiv(columns, rows),), arguments, num_warps=4)
+    return _Plan([_rows_launch(form, columns, numbers, inverse, done), launch, last], scratch, kept)
+
+
+def loss(pairs: Pairs, names: tuple[str, ...], line: Line) -> tuple[Tensor, tuple[Tensor]]:
+    """What is kept is one array, of what the gradient needs of each row and column (gradients.py)."""
+    like, n = pairs.rows, pairs.shape[0]
+    with _on(like.device):
+        plan = _loss_plan(_form(pairs), _LineForm(names, line.reduction, line.lone == "skip"))
+        loss = like.new_empty(n if line.reduction == "none" else (), dtype=torch.float32)
+        kept = plan.kept.empty(like)
+        numbers = _line_numbers(line, like.dtype == torch.float16)
+        run(plan.launches, {**pairs._asdict(), **numbers, "kept": kept, "loss": loss, "scratch": plan.scratch.empty(like)}, like.device)
+    return loss, (kept,)
+
+
+@functools.lru_cache(maxsize=1024)
+def _loss_backward_plan(form: _Form, line: _LineForm, needs: tuple[bool, bool, bool, bool]) -> _Plan:
+    from .gradients import BOTH_SIDES, OF_ROWS
+
+    _, numbers, inverse, _ = _kept(form)
+    asked = line.names if form.keys else ()
+    one_sided = BOTH_SIDES if form.symmetric or set(LOG_SUMS).isdisjoint(line.names) else OF_ROWS
+    sides = inverse, inverse and (inverse.after(form.shape[0]) if form.cross else inverse)
+    grad = At("grad", torch.float32)
+    weights = _Weights(_kind(asked), one_sided.value, "similarity" in asked, numbers, sides, grad, line.reduction == "none")
+    return _gradient(form, weights, needs, _Scratch("scratch"))
+
+
+def loss_backward(
+    pairs: Pairs, names: tuple[str, ...], line: Line, kept: tuple[Tensor], grad: Tensor, needs: tuple[bool, bool, bool, bool]
+) -> Gradients:
+    with _on(grad.device):
+        plan = _loss_backward_plan(_form(pairs), _LineForm(names, line.reduction, line.lone == "skip"), tuple(needs))
+        return _gradients(pairs, plan, needs, {"kept": kept[0], "grad": grad})

@@ -2,8 +2,8 @@
 
 w_ij is, over the log-sums q that (i, j) is in, g_i exp(t_ij - q_i) + h_j exp(t_ij - q'_j), and [equal keys] (u_i + v_j). The symmetric self
 shape has h = g, q' = q, v = u. One recomputed tile, one second product from the same tile of y, no atomics: 4 N M D flops a side, and
-2 N M D more for each further chunk of D. What depends on a row alone, :func:`weights_kernel` makes once,
-but for few pairs, where a launch costs more.
+2 N M D more for each further chunk of D. What depends on a row alone is made once: of a loss by the forward's last launch (lines.py), else
+by :func:`weights_kernel`.
 
     program  a tile of rows (or of columns), a split of the other side's tiles; second index: a chunk of D
     writes   the gradient itself, or where the stream has splits or D has chunks its parts [splits, n, D], which :func:`finish_kernel` sums;
@@ -16,8 +16,8 @@ for every c from 2^-40 to 2^40.
 
 w enters the product in the rows' dtype, y's inverse norms as a factor of it. fp16 could not hold g P (about 1/N^2): there the incoming
 gradients are divided by the largest of them and lifted by 2^15, inverse norms divided by the largest, which leaves w between 2^15 and a
-subnormal 2^-24; all come back in the epilogue, in fp32. Where a sum has few terms (RESIDUAL) their roundings do not average out, and what w
-lost goes in as well.
+subnormal 2^-24; all come back in the epilogue, in fp32. So does the gradient of a loss, which is one number: until there, w is that of the
+line's coefficients alone. Where a sum has few terms (RESIDUAL) their roundings do not average out, and what w lost goes in as well.
 """
 
 from __future__ import annotations
@@ -77,31 +77,19 @@ def load_incoming(
 
 
 @triton.jit
-def load_weights(
-    values_ptr, grads_ptr, first, count, of_columns, bounded, lift,
-    ROWS: tl.constexpr, KIND: tl.constexpr, ONE_SIDED: tl.constexpr, ROW_PLACES: tl.constexpr, COLUMN_PLACES: tl.constexpr,
-):  # fmt: skip
-    """(q, c) of each row for its pairs of different keys, (q, c) for those of equal keys, and the similarity's gradient.
+def weights_of(first, second, whole, g_first, g_second, g_whole, nothing, bounded, KIND: tl.constexpr):
+    """(q, c) of a row for its pairs of different keys, (q, c) for those of equal keys.
 
-    Such that c exp(t - q) is the weight of a pair; or c exp(t), where exp(t) is bounded. c and the gradient are lifted. A log-sum of -inf
-    is over no pair and passes nothing: c = 0 and q = +inf; q = 0 on the side that has no log-sums, where the other's is added to it.
+    From the log-sums of either and of all, and their gradients; first alone if KIND is not SPLIT. Such that c exp(t - q) is the weight of a
+    pair; or c exp(t), where exp(t) is bounded. A log-sum of -inf is over no pair and passes nothing: c = 0 and q = ``nothing``.
     """
     no_pair = float("-inf")
-    nothing = float("inf")
-    if ONE_SIDED != BOTH_SIDES:
-        nothing = tl.where(of_columns == (ONE_SIDED == OF_ROWS), 0.0, float("inf"))
     if KIND == SPLIT:
-        whole = load_incoming(values_ptr, no_pair, first, count, of_columns, ROWS, 0, ROW_PLACES, COLUMN_PLACES)
-        different = load_incoming(values_ptr, no_pair, first, count, of_columns, ROWS, 1, ROW_PLACES, COLUMN_PLACES)
-        equal = load_incoming(values_ptr, no_pair, first, count, of_columns, ROWS, 2, ROW_PLACES, COLUMN_PLACES)
-        g_whole = load_incoming(grads_ptr, 0.0, first, count, of_columns, ROWS, 0, ROW_PLACES, COLUMN_PLACES)
-        g_different = load_incoming(grads_ptr, 0.0, first, count, of_columns, ROWS, 1, ROW_PLACES, COLUMN_PLACES)
-        g_equal = load_incoming(grads_ptr, 0.0, first, count, of_columns, ROWS, 2, ROW_PLACES, COLUMN_PLACES)
         g_whole = tl.where(whole == no_pair, 0.0, g_whole)
-        q = tl.where(different == no_pair, whole, different)
-        c = tl.where(different == no_pair, 0.0, g_different) + tl.where(g_whole == 0, 0.0, g_whole * tl.exp2((q - whole) * LOG2_E))
-        q_equal = tl.where(equal == no_pair, whole, equal)
-        c_equal = tl.where(equal == no_pair, 0.0, g_equal) + tl.where(g_whole == 0, 0.0, g_whole * tl.exp2((q_equal - whole) * LOG2_E))
+        q = tl.where(first == no_pair, whole, first)
+        c = tl.where(first == no_pair, 0.0, g_first) + tl.where(g_whole == 0, 0.0, g_whole * tl.exp2((q - whole) * LOG2_E))
+        q_equal = tl.where(second == no_pair, whole, second)
+        c_equal = tl.where(second == no_pair, 0.0, g_second) + tl.where(g_whole == 0, 0.0, g_whole * tl.exp2((q_equal - whole) * LOG2_E))
         q_equal = tl.where(q_equal == no_pair, nothing, q_equal)
         if bounded:
             c_equal *= tl.exp2(-q_equal * LOG2_E)
@@ -109,17 +97,23 @@ def load_weights(
         if bounded:
             c *= tl.exp2(-q * LOG2_E)
     else:
-        q = load_incoming(values_ptr, 0.0, first, count, of_columns, ROWS, KIND, ROW_PLACES, COLUMN_PLACES)
-        c = load_incoming(grads_ptr, 0.0, first, count, of_columns, ROWS, KIND, ROW_PLACES, COLUMN_PLACES)
+        q = first
         if bounded:
-            c = tl.where(q == no_pair, 0.0, c * tl.exp2(-q * LOG2_E))
+            c = tl.where(q == no_pair, 0.0, g_first * tl.exp2(-q * LOG2_E))
         else:
-            c = tl.where(q == no_pair, 0.0, c)
+            c = tl.where(q == no_pair, 0.0, g_first)
             q = tl.where(q == no_pair, float("inf"), q)
         q_equal = q
         c_equal = c
-    linear = load_incoming(grads_ptr, 0.0, first, count, of_columns, ROWS, 3, ROW_PLACES, COLUMN_PLACES)
-    return q, c * lift, q_equal, c_equal * lift, linear * lift
+    return q, c, q_equal, c_equal
+
+
+@triton.jit
+def store_weights(numbers_ptr, size, row, inside, q, c, q_equal, c_equal, linear, lift):
+    """Of the numbers [4, size] of a row all but the first, lifted: (c, similarity's gradient), (q, q_equal), (c_equal, c)."""
+    tl.store(numbers_ptr + size + row, pair_of(c * lift, linear * lift), mask=inside)
+    tl.store(numbers_ptr + 2 * size + row, pair_of(q, q_equal), mask=inside)
+    tl.store(numbers_ptr + 3 * size + row, pair_of(c_equal * lift, c * lift), mask=inside)
 
 
 @triton.jit
@@ -146,11 +140,12 @@ def largest_incoming(row_grads_ptr, column_grads_ptr, n, m, ROW_PLACES: tl.const
 
 
 @triton.jit
-def largest_inverse(ptr, n, BLOCK: tl.constexpr):
+def largest_of(ptr, n, BLOCK: tl.constexpr):
+    """The largest |value| of values [n]."""
     largest = tl.zeros([BLOCK], tl.float32)
     for first in range(0, n, BLOCK):
         row = first + tl.arange(0, BLOCK)
-        largest = tl.maximum(largest, tl.load(ptr + row, mask=row < n, other=0.0))
+        largest = tl.maximum(largest, tl.abs(tl.load(ptr + row, mask=row < n, other=0.0)))
     return tl.maximum(tl.max(largest, 0), 1e-30)
 
 
@@ -177,21 +172,31 @@ def weights_kernel(
         if program == 0:
             tl.store(numbers_ptr + 4 * size, pair_of(largest / LIFT, largest))
             if a_inverse_ptr is not None:
-                longest = pair_of(largest_inverse(a_inverse_ptr, n, 1024), largest_inverse(b_inverse_ptr, m, 1024))
-                tl.store(numbers_ptr + 4 * size + 1, longest)
-    q, c, q_equal, c_equal, linear = load_weights(
-        one_of(row_values_ptr, column_values_ptr, swap), one_of(row_grads_ptr, column_grads_ptr, swap), first, count, swap, bounded, lift,
-        BLOCK, KIND, ONE_SIDED, ROW_PLACES, COLUMN_PLACES,
-    )  # fmt: skip
+                tl.store(numbers_ptr + 4 * size + 1, pair_of(largest_of(a_inverse_ptr, n, 1024), largest_of(b_inverse_ptr, m, 1024)))
+    values_ptr = one_of(row_values_ptr, column_values_ptr, swap)
+    grads_ptr = one_of(row_grads_ptr, column_grads_ptr, swap)
+    no_pair = float("-inf")
+    nothing = float("inf")  # q = 0 on the side that has no log-sums, where the other's is added to it
+    if ONE_SIDED != BOTH_SIDES:
+        nothing = tl.where(swap == (ONE_SIDED == OF_ROWS), 0.0, float("inf"))
+    FIRST: tl.constexpr = 1 if KIND == SPLIT else KIND  # its quantity
+    log_sum = load_incoming(values_ptr, no_pair if KIND == SPLIT else 0.0, first, count, swap, BLOCK, FIRST, ROW_PLACES, COLUMN_PLACES)
+    gradient = load_incoming(grads_ptr, 0.0, first, count, swap, BLOCK, FIRST, ROW_PLACES, COLUMN_PLACES)
+    second, whole, g_second, g_whole = log_sum, log_sum, gradient, gradient
+    if KIND == SPLIT:
+        whole = load_incoming(values_ptr, no_pair, first, count, swap, BLOCK, 0, ROW_PLACES, COLUMN_PLACES)
+        second = load_incoming(values_ptr, no_pair, first, count, swap, BLOCK, 2, ROW_PLACES, COLUMN_PLACES)
+        g_whole = load_incoming(grads_ptr, 0.0, first, count, swap, BLOCK, 0, ROW_PLACES, COLUMN_PLACES)
+        g_second = load_incoming(grads_ptr, 0.0, first, count, swap, BLOCK, 2, ROW_PLACES, COLUMN_PLACES)
+    q, c, q_equal, c_equal = weights_of(log_sum, second, whole, gradient, g_second, g_whole, nothing, bounded, KIND)
+    linear = load_incoming(grads_ptr, 0.0, first, count, swap, BLOCK, 3, ROW_PLACES, COLUMN_PLACES)
     row = first + tl.arange(0, BLOCK)
     inside = row < count
-    numbers_ptr += tl.where(swap, aligned(n), 0) + row
+    numbers_ptr += tl.where(swap, aligned(n), 0)
     inverse = load_inverse(a_inverse_ptr, b_inverse_ptr, first, count, swap, BLOCK)
     code = code_of(load_keys(a_key_ptr, b_key_ptr, first, count, swap, BLOCK))
-    tl.store(numbers_ptr, pair_of(inverse, code), mask=inside)
-    tl.store(numbers_ptr + size, pair_of(c, linear), mask=inside)
-    tl.store(numbers_ptr + 2 * size, pair_of(q, q_equal), mask=inside)
-    tl.store(numbers_ptr + 3 * size, pair_of(c_equal, c), mask=inside)
+    tl.store(numbers_ptr + row, pair_of(inverse, code), mask=inside)
+    store_weights(numbers_ptr, size, row, inside, q, c, q_equal, c_equal, linear, lift)
 
 
 @triton.jit
@@ -201,27 +206,29 @@ def numbers_size(n, m, CROSS: tl.constexpr):
 
 @triton.jit
 def load_all(
-    numbers_ptr, size, row_values_ptr, column_values_ptr, row_grads_ptr, column_grads_ptr, a_key_ptr, b_key_ptr, a_inverse_ptr,
-    b_inverse_ptr, n, first, count, of_columns, bounded, lift, ROWS: tl.constexpr, CROSS: tl.constexpr, KIND: tl.constexpr,
-    ONE_SIDED: tl.constexpr, ROW_PLACES: tl.constexpr, COLUMN_PLACES: tl.constexpr, MASKED: tl.constexpr,
+    numbers_ptr, size, grad_ptr, share, n, first, count, of_columns,
+    ROWS: tl.constexpr, CROSS: tl.constexpr, KIND: tl.constexpr, EACH: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Inverse, code, (q, c), (q_equal, c_equal) and the similarity's gradient: of weights_kernel, or else made here."""
-    if numbers_ptr is None:
-        q, c, q_equal, c_equal, linear = load_weights(
-            one_of(row_values_ptr, column_values_ptr, of_columns), one_of(row_grads_ptr, column_grads_ptr, of_columns), first, count,
-            of_columns, bounded, lift, ROWS, KIND, ONE_SIDED, ROW_PLACES, COLUMN_PLACES,
-        )  # fmt: skip
-        inverse = load_inverse(a_inverse_ptr, b_inverse_ptr, first, count, of_columns, ROWS)
-        code = code_of(load_keys(a_key_ptr, b_key_ptr, first, count, of_columns, ROWS))
-    else:
-        ptr = numbers_ptr + numbers_at(n, of_columns, CROSS)
-        inverse, code = load_pair(ptr, first, count, ROWS, MASKED)
-        c, linear = load_pair(ptr + size, first, count, ROWS, MASKED)
-        q, q_equal = load_pair(ptr + 2 * size, first, count, ROWS, MASKED)
-        c_equal = c
-        if KIND == SPLIT:
-            c_equal, _ = load_pair(ptr + 3 * size, first, count, ROWS, MASKED)
+    """Inverse, code, (q, c), (q_equal, c_equal) and the similarity's gradient."""
+    ptr = numbers_ptr + numbers_at(n, of_columns, CROSS)
+    inverse, code = load_pair(ptr, first, count, ROWS, MASKED)
+    c, linear = load_pair(ptr + size, first, count, ROWS, MASKED)
+    q, q_equal = load_pair(ptr + 2 * size, first, count, ROWS, MASKED)
+    c_equal = c
+    if KIND == SPLIT:
+        c_equal, _ = load_pair(ptr + 3 * size, first, count, ROWS, MASKED)
+    if EACH:  # columns have no loss, and weights of 0
+        row = tl.arange(0, ROWS)
+        rows = tl.where(of_columns, 0, count - first) if CROSS else count - first
+        g = share * tl.load(grad_ptr + first + row, mask=row < rows, other=0.0)
+        c, c_equal, linear = times(c, g), times(c_equal, g), times(linear, g)
     return inverse, code, q, c, q_equal, c_equal, linear
+
+
+@triton.jit
+def times(c, g):
+    """What passes nothing does so whatever it is asked to pass."""
+    return tl.where(c == 0, 0.0, c * g)
 
 
 @triton.jit
@@ -265,14 +272,13 @@ def one_sided(t, equal, q, c, q_equal, c_equal, KIND: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n", "m", "row_owners", "column_owners", "row_programs", "row_tiles", "column_tiles"])
 def gradient_kernel(
-    a_ptr, b_ptr, bias_ptr, a_key_ptr, b_key_ptr, own_ptr, scale_ptr, a_inverse_ptr, b_inverse_ptr, numbers_ptr,
-    row_values_ptr, row_grads_ptr, column_values_ptr, column_grads_ptr, da_ptr, db_ptr, dbias_ptr, dscale_ptr,
-    n, m, scale, row_owners, column_owners, row_programs, row_tiles, column_tiles,
+    a_ptr, b_ptr, bias_ptr, a_key_ptr, b_key_ptr, own_ptr, scale_ptr, a_inverse_ptr, b_inverse_ptr, numbers_ptr, grad_ptr,
+    da_ptr, db_ptr, dbias_ptr, dscale_ptr, n, m, scale, row_owners, column_owners, row_programs, row_tiles, column_tiles,
     D: tl.constexpr, OWNED: tl.constexpr, STREAMED: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr,
     DIAGONAL: tl.constexpr, BOUNDED: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr, KIND: tl.constexpr,
-    SIMILARITY: tl.constexpr, ONE_SIDED: tl.constexpr, ROW_PLACES: tl.constexpr, COLUMN_PLACES: tl.constexpr,
-    RESIDUAL: tl.constexpr, PARTS: tl.constexpr,
+    SIMILARITY: tl.constexpr, ONE_SIDED: tl.constexpr, EACH: tl.constexpr, RESIDUAL: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
+    """grad: that of the loss, or with EACH of each row's, where the numbers are of a line's coefficients; None where they are all of w."""
     swap, x_first, split, tiles, x_count, y_count = program_of(
         n, m, row_owners, column_owners, row_programs, row_tiles, column_tiles, OWNED
     )
@@ -281,28 +287,20 @@ def gradient_kernel(
     y_ptr = one_of(a_ptr, b_ptr, swap == 0)
     size = numbers_size(n, m, b_ptr is not None)
     scale, bounded = scale_of(scale_ptr, scale, BOUNDED)
-    lift = 1.0
-    unlift = 1.0
+    HALF: tl.constexpr = a_ptr.dtype.element_ty == tl.float16
     longest = 1.0
-    if a_ptr.dtype.element_ty == tl.float16:
-        if numbers_ptr is None:
-            largest = largest_incoming(row_grads_ptr, column_grads_ptr, n, m, ROW_PLACES, COLUMN_PLACES)
-            lift = LIFT / largest
-            unlift = largest / LIFT
-            if UNIT == FACTORS:
-                longest = largest_inverse(one_of(a_inverse_ptr, b_inverse_ptr, swap == 0), y_count, 1024)
-        else:
-            largest, _ = load_pair(numbers_ptr, 4 * size, 0, 1, False)
-            unlift = tl.max(largest, 0)
-            if UNIT == FACTORS:
-                of_rows, of_columns = load_pair(numbers_ptr, 4 * size + 1, 0, 1, False)
-                longest = tl.max(tl.where(swap, of_rows, of_columns), 0)
+    if HALF and UNIT == FACTORS:
+        of_rows, of_columns = load_pair(numbers_ptr, 4 * size + 1, 0, 1, False)
+        longest = tl.max(tl.where(swap, of_rows, of_columns), 0)
+    largest = 1.0
+    if HALF and EACH:
+        largest = largest_of(grad_ptr, n, 1024)
+    share = 1.0 / largest
     narrow = 1.0 / longest
     CROSS: tl.constexpr = b_ptr is not None
     x_inverse, x_code, x_q, x_c, x_q_equal, x_c_equal, x_linear = load_all(
-        numbers_ptr, size, row_values_ptr, column_values_ptr, row_grads_ptr, column_grads_ptr, a_key_ptr, b_key_ptr, a_inverse_ptr,
-        b_inverse_ptr, n, x_first, x_count, swap, bounded, lift, OWNED, CROSS, KIND, ONE_SIDED, ROW_PLACES, COLUMN_PLACES, True,
-    )  # fmt: skip
+        numbers_ptr, size, grad_ptr, share, n, x_first, x_count, swap, OWNED, CROSS, KIND, EACH, True
+    )
     x = load_rows(x_ptr, x_inverse, x_first, x_count, 0, D, OWNED, DEPTH, UNIT)
     x_own, x_bias = load_sides(own_ptr, bias_ptr, x_first, x_count, swap, OWNED)
     factor = scale * tl.where(bounded, LOG2_E, 1.0)
@@ -330,10 +328,8 @@ def gradient_kernel(
             if (u + 1) % PIECES == 0:
                 z = load_rows(y_ptr, y_inverse, y_first, y_count, chunk, D, STREAMED, WIDTH, UNIT, MASKED) if CHUNKED else y
                 y_factor, y_code, y_q, y_c, y_q_equal, y_c_equal, y_linear = load_all(
-                    numbers_ptr, size, row_values_ptr, column_values_ptr, row_grads_ptr, column_grads_ptr, a_key_ptr, b_key_ptr,
-                    a_inverse_ptr, b_inverse_ptr, n, y_first, y_count, swap == 0, bounded, lift,
-                    STREAMED, CROSS, KIND, ONE_SIDED, ROW_PLACES, COLUMN_PLACES, MASKED,
-                )  # fmt: skip
+                    numbers_ptr, size, grad_ptr, share, n, y_first, y_count, swap == 0, STREAMED, CROSS, KIND, EACH, MASKED
+                )
                 y_key = load_keys(a_key_ptr, b_key_ptr, y_first, y_count, swap == 0, STREAMED) if MASKED else y_code
                 y_own, y_bias = load_sides(own_ptr, bias_ptr, y_first, y_count, swap == 0, STREAMED)
                 c, t = logits(raw, x_factor, y_factor, factor, x_bias, y_bias, bias_ptr is not None, UNIT, FOLD)
@@ -364,6 +360,12 @@ def gradient_kernel(
                     dx = product(narrowed(w - rounded.to(tl.float32), z.dtype, PRECISION), z, dx, PRECISION)
                 raw = tl.zeros([OWNED, STREAMED], tl.float32)
 
+    unlift = largest
+    if HALF or grad_ptr is not None:
+        undo, _ = load_pair(numbers_ptr, 4 * size, 0, 1, False)
+        unlift *= tl.max(undo, 0)
+    if grad_ptr is not None and not EACH:
+        unlift *= tl.load(grad_ptr)
     row = tl.arange(0, OWNED)
     exists = row < x_count - x_first
     column = chunk + tl.arange(0, WIDTH)[None, :]

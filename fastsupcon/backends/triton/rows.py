@@ -1,4 +1,4 @@
-"""Kernels over rows alone: inverse norms and codes of keys, and the loss line by line (problem.Line)."""
+"""What comes before the pairs, of rows alone: inverse norms and codes of keys. And quantities of rows, as every kernel finds them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from .tiles import aligned, code_of, one_of, pair_of
 
 @triton.jit(do_not_specialize=["n", "m", "row_programs"])
 def rows_kernel(
-    a_ptr, b_ptr, a_key_ptr, b_key_ptr, inverse_ptr, numbers_ptr, n, m, row_programs,
+    a_ptr, b_ptr, a_key_ptr, b_key_ptr, inverse_ptr, numbers_ptr, done_ptr, n, m, row_programs,
     D: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """1 / |a_i| and after them 1 / |b_j|: inverse [n + m] if asked for, and the numbers of rows, of columns: (inverse, code of key).
 
     An inverse is 0 for a row without a number in fp32's normal range, which stays zero. The largest element's power of two is divided out
-    first: squares of rows near 1e20 or 1e-23 leave fp32's range.
+    first: squares of rows near 1e20 or 1e-23 leave fp32's range. done is made 0, if there is one.
     """
     pid = tl.program_id(0)
+    if done_ptr is not None:
+        tl.store(done_ptr, 0, mask=pid == 0)
     of_columns = pid >= row_programs
     count = tl.where(of_columns, m, n)
     row = tl.where(of_columns, pid - row_programs, pid) * ROWS + tl.arange(0, ROWS)
@@ -47,67 +49,6 @@ def load_quantity(ptr, row, n, QUANTITY: tl.constexpr, PLACES: tl.constexpr):
         return tl.zeros([row.shape[0]], tl.float32)
     else:
         return tl.load(ptr + PLACE * n + row, mask=row < n, other=0.0)
-
-
-@triton.jit(do_not_specialize=["n"])
-def line_kernel(
-    values_ptr, loss_ptr, n, all, different, equal, similarity, log_count, factor, lone,
-    PLACES: tl.constexpr, REDUCTION: tl.constexpr, SKIP: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One program sums all rows, in one order; without reduction, a program for each BLOCK of rows."""
-    total = tl.zeros([BLOCK], tl.float32)
-    paired_rows = tl.zeros([BLOCK], tl.int32)
-    blocks = 1 if REDUCTION == "none" else tl.cdiv(n, BLOCK)
-    for block in range(blocks):
-        row = (tl.program_id(0) + block) * BLOCK + tl.arange(0, BLOCK)
-        count = load_quantity(values_ptr, row, n, 4, PLACES)
-        paired = count > 0
-        some = tl.where(paired, count, 1.0)
-        loss = similarity * (load_quantity(values_ptr, row, n, 3, PLACES) / some)
-        if log_count != 0:
-            loss += log_count * tl.log(some)
-        # a quantity that is not asked for is 0 with coefficient 0
-        all_value, different_value = load_quantity(values_ptr, row, n, 0, PLACES), load_quantity(values_ptr, row, n, 1, PLACES)
-        infinite = tl.maximum(all_value, different_value) + tl.zeros([BLOCK], tl.float32)
-        loss += all * all_value
-        loss += different * different_value
-        loss += equal * load_quantity(values_ptr, row, n, 2, PLACES)
-        loss *= factor
-        loss = tl.where(row < n, tl.where(paired | (loss != loss) | (infinite == float("inf")), loss, lone), 0.0)
-        if REDUCTION == "none":
-            tl.store(loss_ptr + row, loss, mask=row < n)
-        total += loss
-        paired_rows += ((row < n) & paired).to(tl.int32)
-    if REDUCTION != "none":
-        loss = tl.sum(total, 0)
-        if REDUCTION == "mean":
-            loss /= tl.maximum(tl.sum(paired_rows, 0), 1) if SKIP else n
-        tl.store(loss_ptr, loss)
-
-
-@triton.jit(do_not_specialize=["n"])
-def line_backward_kernel(
-    values_ptr, grad_ptr, grads_ptr, n, all, different, equal, similarity, factor, lone,
-    PLACES: tl.constexpr, REDUCTION: tl.constexpr, SKIP: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Gradients of the quantities, 0 for count."""
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    count = load_quantity(values_ptr, row, n, 4, PLACES)
-    grad = factor * tl.load(grad_ptr + (row if REDUCTION == "none" else row * 0), mask=row < n, other=0.0)
-    if REDUCTION == "mean":
-        divisor = n
-        if SKIP:
-            paired_rows = tl.zeros([BLOCK], tl.int32)
-            for block in range(tl.cdiv(n, BLOCK)):
-                paired_rows += (load_quantity(values_ptr, block * BLOCK + tl.arange(0, BLOCK), n, 4, PLACES) > 0).to(tl.int32)
-            divisor = tl.maximum(tl.sum(paired_rows, 0), 1)
-        grad /= divisor
-    grad = tl.where(count > 0, grad, lone)
-    store_quantity(grads_ptr, row, n, all * grad, 0, PLACES)
-    store_quantity(grads_ptr, row, n, different * grad, 1, PLACES)
-    store_quantity(grads_ptr, row, n, equal * grad, 2, PLACES)
-    store_quantity(grads_ptr, row, n, similarity * grad / tl.where(count > 0, count, 1.0), 3, PLACES)
-    store_quantity(grads_ptr, row, n, grad * 0, 4, PLACES)
 
 
 @triton.jit

@@ -1,0 +1,111 @@
+"""The launches of a call: planned once for a form of problems, then made with nothing but addresses.
+
+``kernel[grid](...)`` binds, inspects and hashes every argument each time, which takes longer than a kernel of a thousand rows runs. It
+returns the kernel it compiled, which is launched with the same arguments in a tenth of that time, launch hooks and all. What it is compiled
+for follows from the plan: dtypes, constants, which pointers there are, and that addresses are multiples of 16. Where these are not, or
+Triton specialises on more (AMD: on a tensor's size), or wants other arguments (before 3.3), each launch is an ordinary one.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_ALIGNED = 16  # bytes: what Triton looks at in an address
+_kept: dict[tuple, object] = {}  # compiled kernels, by what they are compiled for
+
+
+class At(NamedTuple):
+    """A pointer to elements of ``dtype``, ``offset`` bytes behind the beginning of the call's tensor ``name``."""
+
+    name: str
+    dtype: torch.dtype
+    offset: int = 0
+
+    def after(self, elements: int) -> At:
+        return self._replace(offset=self.offset + elements * self.dtype.itemsize)
+
+    def tensor(self, values: dict) -> Tensor:
+        x = values[self.name]
+        if self.offset or x.dtype != self.dtype:
+            x = x.view(torch.uint8)[self.offset :].view(self.dtype)
+        return x
+
+
+class Number(NamedTuple):
+    """The call's float ``name``."""
+
+    name: str
+
+
+class Launch:
+    """``arguments`` by name: At, Number, None, integers, floats, constants."""
+
+    def __init__(self, kernel, grid: tuple[int, ...], arguments: dict, **options) -> None:
+        self.kernel, self.grid, self.arguments, self.options = kernel, (*grid, 1, 1)[:3], arguments, options
+        self.run = None  # the kept kernel
+        self.given = [(name, x) for name, x in arguments.items() if isinstance(x, (At, Number))]
+
+    def ordinarily(self, values: dict):
+        given = {name: x.tensor(values) if isinstance(x, At) else values[x.name] for name, x in self.given}
+        return self.kernel[self.grid](**{**self.arguments, **given}, **self.options)
+
+    def keep(self, compiled=None, device: torch.device | None = None) -> None:
+        """From now on launch ``compiled``, or what another plan has kept of the same."""
+        if self.run is None:
+            constants = {parameter.name for parameter in self.kernel.params if parameter.is_constexpr}
+            of = (x if name in constants else _specialised(x) for name, x in self.arguments.items())
+            key = (self.kernel, device, *self.options.items(), *self.arguments, *of)
+            compiled = _kept.setdefault(key, compiled) if compiled is not None else _kept.get(key)
+            if compiled is not None:
+                names = self.kernel.arg_names
+                self.template = [self.arguments[name] for name in names]
+                self.places = [(names.index(name), x.name, getattr(x, "offset", 0)) for name, x in self.given]
+                self.run = compiled[self.grid]
+
+
+def _specialised(x):
+    """What of an argument that is no constant decides how the kernel is compiled. Our kernels are not specialised on integers."""
+    if isinstance(x, At):
+        return x.dtype, x.offset % _ALIGNED == 0
+    if isinstance(x, int):
+        return x.bit_length() > 31
+    return None if x is None else float
+
+
+@functools.cache
+def _keeps(device: torch.device) -> bool:
+    import triton
+
+    return device.type == "cuda" and torch.version.hip is None and tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
+
+
+def run(launches: list[Launch], values: dict[str, Tensor | float | None], device: torch.device) -> None:
+    """On the device's current stream, with the call's tensors and numbers. The device is current."""
+    if not _keeps(device):
+        for launch in launches:
+            launch.ordinarily(values)
+        return
+    addresses, bits = {}, 0
+    for name, x in values.items():
+        if isinstance(x, Tensor):
+            x = x.data_ptr()
+            bits |= x
+        addresses[name] = x
+    aligned = bits % _ALIGNED == 0
+    stream = torch._C._cuda_getCurrentRawStream(device.index)
+    for launch in launches:
+        if aligned and launch.run is None:
+            launch.keep(None, device)
+        if not aligned or launch.run is None or launch.kernel.pre_run_hooks:
+            compiled = launch.ordinarily(values)
+            if aligned and compiled is not None:  # None: by Triton's interpreter, or a hook of its compiler
+                launch.keep(compiled, device)
+            continue
+        arguments = launch.template.copy()
+        for place, name, offset in launch.places:
+            arguments[place] = addresses[name] + offset
+        launch.run(*arguments, stream=stream)
