@@ -25,7 +25,7 @@ import os, sys
 import torch
 from fastsupcon.backends import triton
 from fastsupcon.backends._dtypes import tf32_allowed
-gpu = triton._Gpu("hopper", 132, {False: "tf32x3", True: "tf32"})
+gpu = triton.Gpu("hopper", 132, {False: "tf32x3", True: "tf32"})
 for setting in sys.argv[1:]:
     child = os.fork()
     if child == 0:

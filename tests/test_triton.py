@@ -5,15 +5,18 @@ On a GPU, or else in Triton's interpreter (conftest.py). That of Triton 3.6 need
 
 from __future__ import annotations
 
+import contextlib
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
-from contract import Case, check, problem, run
+from contract import Case, check, check_loss, problem, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsupcon.backends import reference, triton
-from fastsupcon.problem import Side
+from fastsupcon.backends.triton import launch, plans
+from fastsupcon.problem import Line, Side
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 UNUSABLE = triton.unusable(DEVICE, torch.float32, 8)
@@ -23,9 +26,12 @@ SCL, PSC = ("all", "similarity", "count"), ("different", "similarity", "count")
 
 
 class Allocations(TorchDispatchMode):
-    """Refuses every operator but those that launch nothing."""
+    """Counts allocations, and refuses every operator but these and views, which launch nothing."""
+
+    count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += "empty" in func.overloadpacket.__name__
         assert func.overloadpacket.__name__ in ("empty", "new_empty", "empty_like", "slice", "view", "detach"), func
         return func(*args, **(kwargs or {}))
 
@@ -34,14 +40,74 @@ class Allocations(TorchDispatchMode):
 @pytest.mark.parametrize("n", [2, 256, 1024, 4096, 20000, 65536])
 @pytest.mark.parametrize("m", [0, 10, 100, 1000])
 def test_launches_of_a_step(dtype, n, m):
-    """As planned for a GPU of 132 multiprocessors: at most eight, seven for few pairs, and no operator of torch's that launches."""
+    """As planned for a GPU of 132 multiprocessors: three launches forward, one or two backward; memory for the loss, what it keeps, scratch
+    and gradients."""
     from triton_ahead import Form, recorded, step
 
-    gpu = triton._Gpu("hopper", 132, ("tf32x3", "tf32x3"))
-    with recorded(gpu) as launches, Allocations():
+    gpu = triton.Gpu("hopper", 132, ("tf32x3", "tf32x3"))
+    with recorded(gpu) as launches, Allocations() as allocations:
         step(Form(n, m, PSC if m else SCL), dtype, 128)
     names = [kernel.__name__ for kernel, _ in launches]
-    assert 4 <= len(names) <= 5, names
+    assert names[:3] == ["rows_kernel", "forward_kernel", "loss_kernel"]
+    assert names[3:] in (["gradient_kernel"], ["gradient_kernel", "finish_kernel"])
+    inputs, outputs = (5, 2) if m else (3, 1)
+    assert allocations.count <= inputs + 3 + 1 + outputs
+
+
+class Compiled:
+    """A kernel that notes what it is launched with."""
+
+    def __init__(self, notes):
+        self.notes = notes
+
+    def __getitem__(self, grid):
+        return lambda *arguments, stream: self.notes.append((grid, arguments, stream))
+
+
+class Kernel:
+    """What launch.py knows of a jitted function; an ordinary launch notes the addresses of its arguments."""
+
+    arg_names = ("a_ptr", "b_ptr", "n", "scale", "none_ptr", "BLOCK")
+    params = tuple(SimpleNamespace(name=name, is_constexpr=name.isupper()) for name in arg_names)
+
+    def __init__(self):
+        self.pre_run_hooks, self.fn, self.ordinary, self.kept = [], object(), [], []
+
+    def __getitem__(self, grid):
+        def launch(num_warps, **named):
+            values = [named[name] for name in self.arg_names]
+            self.ordinary.append((grid, tuple(x.data_ptr() if isinstance(x, torch.Tensor) else x for x in values), 7))
+            return Compiled(self.kept)
+
+        return launch
+
+
+def test_kept_launches_are_the_ordinary_ones(monkeypatch):
+    """Launches after the first of a plan, and the first of a plan like another, hand the compiled kernel the same arguments."""
+    monkeypatch.setattr(launch, "_keeps", lambda device: True)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
+    kernel, scratch = Kernel(), launch.Scratch("scratch")
+    scratch.take(3)
+    place = scratch.take(8, torch.int64)
+    values = {"a": torch.zeros(16), "scale": 0.5, "unused": None, "scratch": scratch.empty(torch.zeros(1))}
+
+    def run(n, **changed):
+        arguments = {"b_ptr": place.after(1), "a_ptr": launch.At("a", torch.float32), "none_ptr": None, "BLOCK": 16}
+        made = launch.Launch(kernel, (n, 2), {**arguments, "n": n, "scale": launch.Number("scale")}, num_warps=4)
+        plan = launch.Plan([made], scratch)
+        for _ in range(2):
+            plan.run({**values, **changed}, torch.device("cpu"))
+
+    run(3)
+    arguments = values["a"].data_ptr(), values["scratch"].data_ptr() + place.offset + 8, 3, 0.5, None, 16
+    assert kernel.kept == kernel.ordinary == [((3, 2, 1), arguments, 7)]
+    run(4, scale=2.0)
+    assert len(kernel.ordinary) == 1
+    assert [arguments[2:4] for _, arguments, _ in kernel.kept[1:]] == [(4, 2.0)] * 2
+    run(3, a=torch.zeros(17)[1:])  # 4 bytes off: Triton compiles another kernel
+    kernel.pre_run_hooks.append(print)
+    run(3)
+    assert len(kernel.kept) == 3 and len(kernel.ordinary) == 5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -57,6 +123,26 @@ SPLIT_CASES = [
 ]
 
 
+@contextlib.contextmanager
+def planned(per_split):
+    """With so many tiles per split, in plans of one's own."""
+    caches = plans.forward_plan, plans.backward_plan, plans.loss_plan, plans.loss_backward_plan
+    with mock.patch.object(plans, "_tiles_per_split", per_split):
+        for cache in caches:
+            cache.cache_clear()
+        yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.mark.parametrize("line", [Line(all=1, similarity=-1, lone="skip"), Line(different=1, similarity=-1)], ids=["skip", "zero"])
+@pytest.mark.parametrize("split", [False, True])
+def test_a_loss_of_many_programs(line, split):
+    """Whichever is the last to be done adds what all of them found."""
+    with planned((lambda owners, tiles, slots: 1) if split else (lambda owners, tiles, slots: tiles)):
+        check_loss(triton, Case(1100, d=8, keys="few", rows=line.names), line, DEVICE)
+
+
 @pytest.mark.parametrize("needs", [None, (True, False, False, False), (False, True, True, False)], ids=["all", "rows", "columns"])
 @pytest.mark.parametrize("case", SPLIT_CASES, ids=str)
 def test_splits_change_nothing(case, needs):
@@ -65,7 +151,7 @@ def test_splits_change_nothing(case, needs):
         needs = (False, False, case.bias, False)
     results = []
     for per_split in (lambda owners, tiles, slots: tiles, lambda owners, tiles, slots: 1):
-        with mock.patch.object(triton, "_tiles_per_split", per_split):
+        with planned(per_split):
             terms, row_grads, column_grads, gradients = run(triton, pairs, case)
             if needs is not None and any(needs):
                 sides = Side(case.rows, terms.rows, row_grads), Side(case.columns, terms.columns, column_grads)

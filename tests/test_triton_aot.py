@@ -16,7 +16,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from triton_ahead import SHARED, TENSOR_CORES, compile_ahead
+import torch
+from triton_ahead import FORMS, SHARED, TENSOR_CORES, backend, compile_ahead, recorded, step
 
 NVIDIA = (80, 90, 100)
 CASES = [
@@ -75,3 +76,15 @@ def test_single_precision_is_not_summed_in_the_tensor_cores(gpu):
             assert len(loops) > 0
             assert not set(sums) & {name for carried in loops for name in re.findall(r"%([\w#]+) =", carried)}
             assert len(re.findall(r"add(?:\.rn)?(?:\.ftz)?\.f32", reading.machine_code)) >= 16  # of a thread's sums
+
+
+@compiles
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_kernels_are_not_specialised_on_integers(form):
+    """Launches of other sizes go to the kernels that are kept (launch.py), and no size compiles anew."""
+    with recorded(backend.Gpu("hopper", 132, ("tf32x3", "tf32x3"))) as launches:
+        step(form, torch.float16, 128)
+    for kernel, arguments in launches:
+        for parameter in kernel.params:
+            if type(arguments[parameter.name]) is int and not parameter.is_constexpr:
+                assert parameter.do_not_specialize, (kernel.__name__, parameter.name)

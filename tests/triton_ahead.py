@@ -121,7 +121,7 @@ def compile_ahead(form: str, arch: int | str, dtype: str, depth: int, kernels: t
     """Every kernel of a step (or those named) for GPU ``arch``, once."""
     target = GPUTarget("hip", arch, 64) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)
     full, units = ("ieee", 304) if target.backend == "hip" else ("tf32x3", 132)
-    gpu = backend._Gpu(family(target.backend, arch), units, (full, full))
+    gpu = backend.Gpu(family(target.backend, arch), units, (full, full))
     with recorded(gpu) as launches:
         step(FORMS[form], DTYPES[dtype], depth)
     return [compiled(kernel, arguments, target) for kernel, arguments in launches if not kernels or kernel.__name__ in kernels]

@@ -9,6 +9,7 @@ Triton specialises on more (AMD: on a tensor's size), or wants other arguments (
 from __future__ import annotations
 
 import functools
+import operator
 from typing import NamedTuple
 
 import torch
@@ -58,7 +59,7 @@ class Launch:
         if self.run is None:
             constants = {parameter.name for parameter in self.kernel.params if parameter.is_constexpr}
             of = (x if name in constants else _specialised(x) for name, x in self.arguments.items())
-            key = (self.kernel, device, *self.options.items(), *self.arguments, *of)
+            key = (self.kernel.fn, device, *self.options.items(), *self.arguments, *of)
             compiled = _kept.setdefault(key, compiled) if compiled is not None else _kept.get(key)
             if compiled is not None:
                 names = self.kernel.arg_names
@@ -83,29 +84,49 @@ def _keeps(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
 
 
-def run(launches: list[Launch], values: dict[str, Tensor | float | None], device: torch.device) -> None:
-    """On the device's current stream, with the call's tensors and numbers. The device is current."""
-    if not _keeps(device):
-        for launch in launches:
-            launch.ordinarily(values)
-        return
-    addresses, bits = {}, 0
-    for name, x in values.items():
-        if isinstance(x, Tensor):
-            x = x.data_ptr()
-            bits |= x
-        addresses[name] = x
-    aligned = bits % _ALIGNED == 0
-    stream = torch._C._cuda_getCurrentRawStream(device.index)
-    for launch in launches:
-        if aligned and launch.run is None:
-            launch.keep(None, device)
-        if not aligned or launch.run is None or launch.kernel.pre_run_hooks:
-            compiled = launch.ordinarily(values)
-            if aligned and compiled is not None:  # None: by Triton's interpreter, or a hook of its compiler
-                launch.keep(compiled, device)
-            continue
-        arguments = launch.template.copy()
-        for place, name, offset in launch.places:
-            arguments[place] = addresses[name] + offset
-        launch.run(*arguments, stream=stream)
+class Scratch:
+    """What lies in a buffer, each 16 bytes aligned."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.bytes = name, 0
+
+    def take(self, elements: int, dtype: torch.dtype = torch.float32) -> At:
+        at = At(self.name, dtype, self.bytes)
+        self.bytes += -(-elements * dtype.itemsize // _ALIGNED) * _ALIGNED
+        return at
+
+    def empty(self, like: Tensor) -> Tensor:
+        return like.new_empty(self.bytes, dtype=torch.uint8)
+
+
+class Plan:
+    """``kept``: what a loss' forward leaves for its backward; ``outputs``: whether a backward writes gradients of rows, of columns."""
+
+    def __init__(
+        self, launches: list[Launch], scratch: Scratch, kept: Scratch | None = None, outputs: tuple[bool, bool] = (False, False)
+    ) -> None:
+        self.launches, self.scratch, self.kept, self.outputs = launches, scratch, kept, outputs
+        given = [x for launch in launches for x in launch.arguments.values()]
+        self.tensors = sorted({x.name for x in given if isinstance(x, At)})
+        self.numbers = sorted({x.name for x in given if isinstance(x, Number)})
+
+    def run(self, values: dict[str, Tensor | float | None], device: torch.device) -> None:
+        """With the call's tensors and numbers, on the current stream of the device, which is current."""
+        aligned, addresses = _keeps(device), None
+        if aligned:
+            addresses = {name: values[name].data_ptr() for name in self.tensors}
+            aligned = functools.reduce(operator.or_, addresses.values()) % _ALIGNED == 0
+            addresses.update((name, values[name]) for name in self.numbers)
+            stream = torch._C._cuda_getCurrentRawStream(device.index)
+        for launch in self.launches:
+            if aligned and launch.run is None:
+                launch.keep(None, device)
+            if not aligned or launch.run is None or launch.kernel.pre_run_hooks:
+                compiled = launch.ordinarily(values)
+                if aligned and compiled is not None:  # None: by Triton's interpreter, or a hook of its compiler
+                    launch.keep(compiled, device)
+                continue
+            arguments = launch.template.copy()
+            for place, name, offset in launch.places:
+                arguments[place] = addresses[name] + offset
+            launch.run(*arguments, stream=stream)
