@@ -135,8 +135,7 @@ def planned(per_split):
         cache.cache_clear()
 
 
-@pytest.mark.parametrize("line", [Line(all=1, similarity=-1, lone="skip"), Line(different=1, similarity=-1)], ids=["skip", "zero"])
-@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("line, split", [(Line(all=1, similarity=-1, lone="skip"), True), (Line(different=1, similarity=-1), False)])
 def test_a_loss_of_many_programs(line, split):
     """Whichever is the last to be done adds what all of them found."""
     with planned((lambda owners, tiles, slots: 1) if split else (lambda owners, tiles, slots: tiles)):
