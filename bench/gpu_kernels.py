@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from fastsupcon.backends import BACKENDS
+from fastsupcon.backends import BACKENDS, reference
 from fastsupcon.problem import Line, Pairs, Side
 
 from .report import write_whole
@@ -52,7 +52,7 @@ def kernels(name: str, count: int, depth: int, rate: float) -> dict:
     if reason := backend.unusable(z.device, z.dtype, depth):
         return {"absent": reason}
     terms = backend.forward(pairs, line.names, (), False)
-    grads = backend.line_backward(line.names, terms.rows, torch.ones((), device="cuda"), line)
+    grads = reference.line_backward(line.names, terms.rows, torch.ones((), device="cuda"), line)
     sides = Side(line.names, terms.rows, grads), Side((), terms.columns, terms.columns)
     forward = milliseconds(lambda: backend.forward(pairs, line.names, (), False))
     backward = milliseconds(lambda: backend.backward(pairs, *sides, terms.norms, terms.kept, (True, False, False, False)))

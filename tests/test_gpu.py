@@ -12,7 +12,8 @@ from contract import ALL, PSC, Case, check, check_bits, error, problem, run
 
 from fastsupcon import PSCLoss, SupConLoss
 from fastsupcon import functional as F
-from fastsupcon.backends import BACKENDS, _extension, reference
+from fastsupcon.backends import BACKENDS, _extension, reference, triton
+from fastsupcon.backends.triton import launch
 from fastsupcon.problem import Pairs, Side
 
 pytestmark = pytest.mark.gpu
@@ -119,6 +120,15 @@ def test_cuda_graph(name, batch, warm):
     graph.replay()
     torch.cuda.synchronize()
     for mine, expected in zip(captured, scl(z, labels, name), strict=True):
+        assert torch.equal(mine, expected)
+
+
+def test_kept_launches_give_the_bits_of_ordinary_ones(batch, monkeypatch):
+    if reason := triton.unusable(GPU, BF16, 128):
+        pytest.skip(f"triton: {reason}")
+    kept = [scl(*batch, "triton") for _ in range(2)][1]
+    monkeypatch.setattr(launch, "_keeps", lambda device: False)
+    for mine, expected in zip(kept, scl(*batch, "triton"), strict=True):
         assert torch.equal(mine, expected)
 
 

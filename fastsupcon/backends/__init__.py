@@ -43,7 +43,7 @@ class Backend(Protocol):
     def line_backward(self, names: tuple[str, ...], values: Tensor, grad: Tensor, line: Line) -> Tensor:
         """Gradients of those quantities [len(names), N] from that of the loss."""
 
-    # Two more that a backend may have, where a Python call takes longer than a kernel of few rows:
+    # Beside these two or in their place, where a Python call takes longer than a kernel of few rows:
     #   loss(pairs, names, line) -> loss, kept            forward and line in one; kept is a tuple of tensors in a form of the backend's own
     #   loss_backward(pairs, names, line, kept, grad, needs) -> Gradients                          line_backward and backward in one
 
