@@ -50,6 +50,7 @@ def standard(out: Path, scratch: Path) -> dict[str, list[Part]]:
         "ladder": [
             Part("ladder", 75, [PYTHON, "-m", "bench.gpu_ladder", str(out / "ladder.json")]),
             Part("compiling", 75, [PYTHON, "-m", "bench.gpu_kernels", str(scratch / "compiling.json"), "triton"]),
+            Part("compiling peers", 75, [PYTHON, "-m", "bench.gpu_compile"]),
         ],
         "kernels": [Part("kernels", 45, [PYTHON, "-m", "bench.gpu_kernels", str(out / "kernels.json")])],
         "suite": [Part("suite", 180, [PYTHON, "-m", "bench", "gpu", "--quick", "--seconds", "145", "--out", str(out / "suite.json")])],
@@ -182,7 +183,8 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        os.environ.setdefault("TRITON_CACHE_DIR", f"{scratch}/triton")  # shared by the parts: each kernel is compiled once
+        for cache in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):  # shared by the parts: each kernel is compiled once
+            os.environ.setdefault(cache, f"{scratch}/{cache.lower()}")
         stages = [stage for name, stage in standard(out, scratch).items() if name in options.parts or not options.parts]
         stages += variants(out, scratch, [extension.resolve() for extension in options.extensions])
         if options.data:
