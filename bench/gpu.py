@@ -78,10 +78,19 @@ def variants(out: Path, scratch: Path, extensions: list[Path]) -> list[list[Part
     return stages
 
 
+TRAINED = {
+    "sc": "--loss sc",
+    "psc": "--loss psc",
+    "ce": "--loss ce",
+    "ce-balanced": "--loss ce --sampler class-balanced",
+    "logit-adjustment": "--loss ce --logit-adjustment 1",
+}
+
+
 def training(out: Path, data: Path, seconds: float, epochs: int) -> list[Part]:
-    """The paper's CIFAR-10-LT from JPEG copies, all losses at the same time. A run that is stopped can be resumed from its folder."""
+    """The paper's CIFAR-10-LT from JPEG copies, all methods at the same time. A run that is stopped can be resumed from its folder."""
     command = [PYTHON, "train/hybrid.py", "--data", "cifar10-jpeg", "--root", str(data), "--epochs", str(epochs), "--no-pictures"]
-    return [Part(f"train-{loss}", seconds, [*command, "--loss", loss, "--out", str(out / f"train-{loss}")]) for loss in ("sc", "psc", "ce")]
+    return [Part(f"train-{name}", seconds, [*command, *how.split(), "--out", str(out / f"train-{name}")]) for name, how in TRAINED.items()]
 
 
 def start(part: Part, log: Path) -> subprocess.Popen | str:
