@@ -22,6 +22,7 @@
 #include <cstdint>
 
 #include "../problem.h"
+#include "triangle.h"
 
 namespace fastsupcon::cuda {
 
@@ -115,6 +116,7 @@ struct Work {
   bool apart;                    // see above
   Exclusion exclusion;
   Scale scale;
+  Triangle triangle;
 };
 
 }  // namespace fastsupcon::cuda
