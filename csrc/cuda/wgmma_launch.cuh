@@ -149,9 +149,12 @@ Family wgmma_family() {
               using Shape = TriangleShape<decltype(panels)::value>;
               const Side& side = work.passes[0].x;
               const auto shape = [&] { return shape_of(work); };
-              const auto map = make_tensor_map(side.rows, side.count, work.depth, PRODUCT == Product::bf16, 64, shape);
+              const auto map = [&](int rows) {
+                return make_tensor_map(side.rows, side.count, work.depth, PRODUCT == Product::bf16, rows, shape);
+              };
               launch("wgmma_triangle", shape, wgmma_triangle<PRODUCT, decltype(panels)::value>,
-                     {std::int64_t{work.triangle.folds()} * work.triangle.length}, Shape::threads, Shape::shared_bytes, where, work, map);
+                     {std::int64_t{work.triangle.folds()} * work.triangle.length}, Shape::threads, Shape::shared_bytes, where, work, map(64),
+                     map(Shape::columns));
             });
           }};
 }

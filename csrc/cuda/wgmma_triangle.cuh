@@ -15,7 +15,8 @@ template <int PANELS>
 struct TriangleShape {
   static constexpr int blocks = 2;                         // of 64 rows, of a consumer
   static constexpr int consumers = PANELS == 4 ? 2 : 3;    // what shared memory holds the rows of
-  static constexpr int warps = 4 * consumers, rows = 64 * blocks * consumers, columns = 64;
+  static constexpr int warps = 4 * consumers, rows = 64 * blocks * consumers;
+  static constexpr int columns = PANELS == 4 ? 64 : 96;    // more ask less of shared memory for a product, fewer leave room for the ring
   static constexpr int stages = PANELS == 4 ? 2 : 4;
   static constexpr int threads = 128 * (consumers + 1);
   static constexpr int producer_registers = PANELS == 4 ? 40 : 32;
@@ -72,7 +73,7 @@ struct TriangleRows {
 template <bool BEYOND, bool SPECIAL, int BLOCKS, int COLUMNS>
 FASTSUPCON_DEVICE void add_pairs(TriangleRows<BLOCKS>& of, float (&s)[BLOCKS][COLUMNS / 8][4], float scale, const Columns& columns,
                                  const Special (&special)[BLOCKS], float* to, int lane) {
-  std::uint32_t counts[COLUMNS / 16];
+  std::uint32_t counts[COLUMNS > 64 ? 8 : 4] = {};
 #pragma unroll
   for (int twice = 0; twice < COLUMNS / 32; ++twice) {  // 32 columns, so that the butterfly leaves each lane with one
     float exponentials[8], similarities[8];
@@ -122,7 +123,8 @@ FASTSUPCON_DEVICE void add_pairs(TriangleRows<BLOCKS>& of, float (&s)[BLOCKS][CO
   }
   if (BEYOND) {
     const std::uint32_t count = butterfly(counts, lane);
-    if (lane / 4 % 2 == 0) reinterpret_cast<std::uint32_t*>(to)[2 * COLUMNS + lane / 8 * 4 + lane % 4] = count;
+    const int group = COLUMNS > 64 ? lane / 4 : lane / 8;
+    if (COLUMNS > 64 ? group < COLUMNS / 16 : lane / 4 % 2 == 0) reinterpret_cast<std::uint32_t*>(to)[2 * COLUMNS + 4 * group + lane % 4] = count;
   }
 }
 
@@ -136,17 +138,15 @@ struct TriangleBlock {
   const Side& side = work.passes[0].x;
   unsigned char* shared = ptx::shared_memory();
   ptx::Address x_at = ptx::address(shared), y_at = x_at + Shape::x_bytes, barriers = x_at + Shape::barriers_at;
-  int group, first_tile, last_tile = 0, first_block, last_block = 0;
+  int group, first_tile, last_tile = 0;
 
   FASTSUPCON_DEVICE explicit TriangleBlock(const Work& work) : work(work) {
     const auto index = static_cast<int>(ptx::block_x());
     const int fold = index / triangle.length, place = index % triangle.length, of_fold = triangle.chunks(fold);
     group = place < of_fold ? fold : triangle.groups - 1 - fold;
     const int chunk = place < of_fold ? place : place - of_fold;
-    first_block = group * triangle.group;
     first_tile = triangle.first_tile(group) + chunk * triangle.chunk;
     if (group < fold || (group == fold && place >= of_fold) || chunk >= triangle.chunks(group)) return;  // an idle place
-    last_block = least(first_block + triangle.group, triangle.row_blocks());
     last_tile = least(first_tile + triangle.chunk, triangle.tiles());
     if (ptx::thread() == 0) {
       for (int stage = 0; stage < Shape::stages; ++stage) {
@@ -181,23 +181,25 @@ struct TriangleBlock {
   }
   FASTSUPCON_DEVICE Columns columns_in(int stage) const { return {shared + Shape::slots_at + stage * Shape::slots_bytes, columns}; }
 
+  FASTSUPCON_DEVICE int first_block() const { return group * triangle.group; }
+  FASTSUPCON_DEVICE int last_block() const { return least(first_block() + triangle.group, (side.count + Shape::rows - 1) / Shape::rows); }
   // The first tile of the chunk that a row block meets, and the first beyond the diagonal.
   FASTSUPCON_DEVICE int first_of(int row_block) const { return most(first_tile, row_block * (Shape::rows / columns)); }
   FASTSUPCON_DEVICE int beyond(int row_block) const { return (row_block + 1) * (Shape::rows / columns); }
 
   // By one thread.
-  FASTSUPCON_DEVICE void produce(const ptx::TensorMap& map) const {
+  FASTSUPCON_DEVICE void produce(const ptx::TensorMap& x_map, const ptx::TensorMap& y_map) const {
     int step = 0;
 #pragma unroll 1
-    for (int row_block = first_block; row_block < last_block; ++row_block) {
+    for (int row_block = first_block(); row_block < last_block(); ++row_block) {
 #pragma unroll 1
       for (int consumer = 0; consumer < Shape::consumers; ++consumer) {
-        ptx::barrier_wait(x_empty(consumer), (row_block - first_block + 1) % 2);
+        ptx::barrier_wait(x_empty(consumer), (row_block - first_block() + 1) % 2);
         ptx::barrier_arrive_expecting(x_full(consumer), PANELS * 64 * Shape::blocks * kPanelBytes);
 #pragma unroll 1
         for (int block = Shape::blocks * consumer; block < Shape::blocks * (consumer + 1); ++block) {
           for (int p = 0; p < PANELS; ++p) {
-            ptx::copy_box_async(x_at + p * Shape::x_panel_bytes + block * 64 * kPanelBytes, map, 64 * p, row_block * Shape::rows + 64 * block,
+            ptx::copy_box_async(x_at + p * Shape::x_panel_bytes + block * 64 * kPanelBytes, x_map, 64 * p, row_block * Shape::rows + 64 * block,
                                 x_full(consumer));
           }
         }
@@ -208,7 +210,7 @@ struct TriangleBlock {
         ptx::barrier_wait(empty(stage), (step / Shape::stages + 1) % 2);
         ptx::barrier_arrive_expecting(full(stage), Shape::y_bytes + Shape::slots_bytes);
         for (int p = 0; p < PANELS; ++p) {
-          ptx::copy_box_async(y_at + stage * Shape::y_bytes + p * Shape::y_panel_bytes, map, 64 * p, tile * columns, full(stage));
+          ptx::copy_box_async(y_at + stage * Shape::y_bytes + p * Shape::y_panel_bytes, y_map, 64 * p, tile * columns, full(stage));
         }
         fetch_slots(x_at + Shape::slots_at + stage * Shape::slots_bytes, side, tile * columns, columns, Shape::slots, false, false,
                     full(stage));
@@ -219,22 +221,22 @@ struct TriangleBlock {
   // By one thread for each column of a tile: adds up the warps' sums of it, and those of the group's row blocks before.
   FASTSUPCON_DEVICE void reduce(int column) const {
     const std::int64_t of_quantity = triangle.columns_of(group);
-    float* const out = triangle.column_sums + kTriangleSums * triangle.columns_before(group) + column;
     const CountPlace at = count_place(column);
-    int step = 0;
+    unsigned step = 0;
 #pragma unroll 1
-    for (int row_block = first_block; row_block < last_block; ++row_block) {
+    for (int row_block = first_block(); row_block < last_block(); ++row_block) {
+      int tile = most(first_tile, beyond(row_block));
+      float* to = triangle.column_sums + kTriangleSums * triangle.columns_before(group) + (tile - triangle.first_tile(group)) * columns + column;
 #pragma unroll 1
-      for (int tile = most(first_tile, beyond(row_block)); tile < last_tile; ++tile, ++step) {
-        float* const to = out + (tile - triangle.first_tile(group)) * columns;
+      for (; tile < last_tile; ++tile, ++step, to += columns) {
         float total[kTriangleSums] = {};
-        if (row_block > first_block) {
+        if (row_block > first_block()) {
           for (int i = 0; i < kTriangleSums; ++i) total[i] = to[i * of_quantity];
         }
-        const int place = step % Shape::sums_places;
-        ptx::barrier_wait(sums_full(place), step / Shape::sums_places % 2);
+        const int place = static_cast<int>(step % Shape::sums_places);
+        ptx::barrier_wait(sums_full(place), static_cast<int>(step / Shape::sums_places % 2));
         std::uint32_t count = 0;
-#pragma unroll
+#pragma unroll 2  // the producer's registers are few
         for (int warp = 0; warp < Shape::warps; ++warp) {
           const float* const of_warp = sums(place, warp);
           total[0] += of_warp[column];
@@ -270,7 +272,7 @@ struct TriangleBlock {
 
 template <Product PRODUCT, int PANELS>
 __global__ void __launch_bounds__(TriangleShape<PANELS>::threads, 1)
-    wgmma_triangle(const __grid_constant__ Work work, const __grid_constant__ ptx::TensorMap map) {
+    wgmma_triangle(const __grid_constant__ Work work, const __grid_constant__ ptx::TensorMap x_map, const __grid_constant__ ptx::TensorMap y_map) {
   using Block = TriangleBlock<PRODUCT, PANELS>;
   using Shape = typename Block::Shape;
   constexpr int columns = Shape::columns, blocks = Shape::blocks;
@@ -279,7 +281,7 @@ __global__ void __launch_bounds__(TriangleShape<PANELS>::threads, 1)
   if (block.last_tile == 0) return;
   if (consumer < 0) {
     ptx::lower_registers<Shape::producer_registers>();
-    if (ptx::thread() == 0) block.produce(map);
+    if (ptx::thread() == 0) block.produce(x_map, y_map);
     else if (warp > 0 && warp <= columns / 32) block.reduce(ptx::thread() - 32);
     return;
   }
@@ -292,7 +294,7 @@ __global__ void __launch_bounds__(TriangleShape<PANELS>::threads, 1)
   float s[blocks][columns / 8][4];
   unsigned step = 0, sums_step = 0;
 #pragma unroll 1
-  for (int row_block = block.first_block; row_block < block.last_block; ++row_block) {
+  for (int row_block = block.first_block(); row_block < block.last_block(); ++row_block) {
     const int row = row_block * Shape::rows + consumer * 64 * blocks + warp % 4 * 16 + accumulator_row(lane, 0);
     TriangleRows<blocks> of;
     bool is_any_ambiguous = false;
@@ -307,7 +309,7 @@ __global__ void __launch_bounds__(TriangleShape<PANELS>::threads, 1)
       }
     }
     const bool ambiguous = ptx::any(is_any_ambiguous);
-    ptx::barrier_wait(block.x_full(consumer), (row_block - block.first_block) % 2);
+    ptx::barrier_wait(block.x_full(consumer), (row_block - block.first_block()) % 2);
     const int beyond = block.beyond(row_block), whole_tiles = pass.y.count / columns;
 #pragma unroll 1
     for (int tile = block.first_of(row_block); tile < block.last_tile; ++tile, ++step) {
@@ -350,7 +352,7 @@ __global__ void __launch_bounds__(TriangleShape<PANELS>::threads, 1)
         for (int i = 0; i < kTriangleSums; ++i) {
           sums[i] += ptx::shuffle_xor(sums[i], 1);
           sums[i] += ptx::shuffle_xor(sums[i], 2);
-          if (lane % 4 == 0) out[i * triangle.group_rows() + row + 64 * b + 8 * r - block.first_block * Shape::rows] = sums[i];
+          if (lane % 4 == 0) out[i * triangle.group_rows() + row + 64 * b + 8 * r - block.first_block() * Shape::rows] = sums[i];
         }
       }
     }
