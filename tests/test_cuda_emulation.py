@@ -161,7 +161,7 @@ def test_splits(on, emulated, capability, case):
 @pytest.mark.parametrize("loss", ["SCL", "PSC"])
 @pytest.mark.parametrize("learned", [False, True])
 def test_launches_of_a_step(on, emulated, capability, dtype, loss, learned):
-    """Five, and one more for the gradient of a learned temperature; however few or many the rows."""
+    """Five, and one more for the gradient of a learned temperature; one for sums of columns where rows are many on Hopper."""
     backend = on(capability, multiprocessors=132)
     line = Line(all=1, similarity=-1) if loss == "SCL" else Line(different=1, similarity=-1)
     case = Case(70, None if loss == "SCL" else 10, d=64, dtype=dtype, keys="few", learned=learned, rows=line.names)

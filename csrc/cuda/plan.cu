@@ -156,14 +156,6 @@ const Family& family_of(const Work& work, const Device& device) {
   throw std::runtime_error("fastsupcon CUDA: FASTSUPCON_CUDA=" + std::string(wanted) + " serves no such rows on this device");
 }
 
-struct TriangleBytes {
-  std::int64_t rows, columns;  // of their sums
-};
-TriangleBytes triangle_bytes(const Triangle& of) {
-  constexpr std::int64_t each = sizeof(float) * kTriangleSums;
-  return {each * of.folds() * of.length * of.group_rows(), each * of.columns_before(of.groups)};
-}
-
 struct Share {
   int consumers;
   std::int64_t clocks;
@@ -213,48 +205,55 @@ Share share_out(Work& work, const Family& family, bool backward, const Device& d
   return {chosen, least};
 }
 
-// Cuts a forward in the self shape as triangle.h says, for the fewest clocks, if they are fewer than `clocks`; else, and where that serves
-// not, into nothing. A tile is bound by what its columns' sums cost too: 7.5 pairs a clock. Combining is a launch more. The sums take no
-// more than 64 MiB, or than those of the backward.
+struct TriangleBytes {
+  std::int64_t rows, columns;  // of their sums
+};
+TriangleBytes triangle_bytes(const Triangle& of) {
+  constexpr std::int64_t each = sizeof(float) * kTriangleSums;
+  return {each * of.folds() * of.length * of.group_rows(), each * of.columns_before(of.groups)};
+}
+
+// Cuts a forward in the self shape as triangle.h says, for the fewest clocks, if they are fewer than `clocks`; else, and where that does
+// not serve, into nothing. A tile is bound by what its columns' sums cost too: 7.5 pairs a clock; combining is one launch more. The sums
+// take no more than 64 MiB, or than those of the backward. FASTSUPCON_TRIANGLE=0 is never, another number always, of as many row blocks to
+// a group or more.
 Triangle cut_triangle(const Work& work, const Family& family, const Device& device, std::int64_t clocks) {
+  constexpr std::int64_t of_block = 3000, of_launch = 5000, most_waves = 12, most_rows = 1 << 30;  // in ints with room for a group
   const Tiling tiling = family.triangle_tiling ? family.triangle_tiling(work.depth) : Tiling{};
   const Pass& pass = work.passes[0];
-  if (!tiling.rows || work.exclusion != Exclusion::diagonal || work.count != 1 || work.apart || pass.x.rows != pass.y.rows) return {};
-  const char* forced = std::getenv("FASTSUPCON_TRIANGLE");
-  constexpr std::int64_t of_block = 3000, of_launch = 5000, most_waves = 12;
+  const char* const forced = std::getenv("FASTSUPCON_TRIANGLE");
+  const int least_group = forced ? std::atoi(forced) : 1;
+  const bool serves = tiling.rows > 0 && work.exclusion == Exclusion::diagonal && work.count == 1 && !work.apart;
+  if (!serves || pass.x.count > most_rows || least_group == 0) return {};
   const std::int64_t pairs = std::int64_t{tiling.rows} * tiling.columns, of_tile = std::max(pairs * work.depth / 1300, pairs * 2 / 15);
   const std::int64_t most_sums = std::max(std::int64_t{64} << 20, std::int64_t{sizeof(float)} * pass.x.count * work.depth);
-  const int least_group = forced ? std::atoi(forced) : 1;  // 0: never
   std::int64_t least = forced ? std::numeric_limits<std::int64_t>::max() : clocks;
-  if (least_group == 0) return {};
   Triangle best{}, cut{};
   cut.rows = tiling.rows;
   cut.columns = tiling.columns;
   cut.count = pass.x.count;
-  for (cut.group = least_group;; cut.group *= 2) {
+  for (cut.group = least_group; cut.groups != 1; cut.group *= 2) {
     cut.groups = static_cast<int>(ceil_div(cut.row_blocks(), cut.group));
-    if (triangle_bytes(cut).columns <= most_sums) {
-      const std::int64_t tiles = cut.columns_before(cut.groups) / cut.columns;
-      for (std::int64_t waves = 1; waves <= most_waves; ++waves) {
-        const std::int64_t ragged = cut.groups / 2, wanted = std::max(waves * device.multiprocessors - ragged, std::int64_t{1});
-        cut.chunk = static_cast<int>(std::min(ceil_div(tiles, wanted), std::int64_t{cut.tiles()}));
-        cut.length = 0;
-        for (int fold = 0; fold < cut.folds(); ++fold) {
-          const int other = cut.groups - 1 - fold;
-          cut.length = std::max(cut.length, cut.chunks(fold) + (other > fold ? cut.chunks(other) : 0));
-        }
-        const TriangleBytes bytes = triangle_bytes(cut);
-        if (bytes.rows + bytes.columns > most_sums) continue;
-        const std::int64_t blocks = std::int64_t{cut.folds()} * cut.length, in_turn = ceil_div(blocks, device.multiprocessors);
-        const std::int64_t cost = in_turn * cut.group * (cut.chunk * of_tile + of_block) + of_launch;
-        if (cost < least) {
-          least = cost;
-          best = cut;
-        }
+    if (triangle_bytes(cut).columns > most_sums) continue;
+    const std::int64_t tiles = cut.columns_before(cut.groups) / cut.columns;
+    for (std::int64_t waves = 1; waves <= most_waves; ++waves) {
+      const std::int64_t ragged = cut.groups / 2, wanted = std::max(waves * device.multiprocessors - ragged, std::int64_t{1});
+      cut.chunk = static_cast<int>(std::min(ceil_div(tiles, wanted), std::int64_t{cut.tiles()}));
+      cut.length = 0;
+      for (int fold = 0; fold < cut.folds(); ++fold) {
+        const int other = cut.groups - 1 - fold;
+        cut.length = std::max(cut.length, cut.chunks(fold) + (other > fold ? cut.chunks(other) : 0));
+      }
+      const TriangleBytes bytes = triangle_bytes(cut);
+      const std::int64_t places = std::int64_t{cut.folds()} * cut.length;
+      const std::int64_t cost = ceil_div(places, device.multiprocessors) * cut.group * (cut.chunk * of_tile + of_block) + of_launch;
+      if (bytes.rows + bytes.columns <= most_sums && cost < least) {
+        least = cost;
+        best = cut;
       }
     }
-    if (cut.groups == 1) return best;
   }
+  return best;
 }
 
 // With a line, the tiles of the rows end with its loss.
@@ -311,8 +310,8 @@ Plan plan_forward(const Problem& problem, const Quantities<void*>& rows, const Q
       of.triangle.row_sums = reinterpret_cast<float*>(scratch + row_sums_at);
       of.triangle.column_sums = reinterpret_cast<float*>(scratch + column_sums_at);
       family.launch_triangle(of, where);
-      launch("combine_triangle", [&] { return shape_of(of); }, combine_triangle, {ceil_div(of.triangle.count, kRowsThreads)}, kRowsThreads, 0,
-             where, of);
+      launch("combine_triangle", [&] { return shape_of(of); }, combine_triangle, {ceil_div(of.triangle.count, kRowsThreads)}, kRowsThreads,
+             0, where, of);
     });
   });
   return plan;

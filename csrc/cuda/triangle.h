@@ -1,12 +1,11 @@
-// The self shape's forward with each pair of rows visited once: how the upper triangle of pairs is cut into blocks.
+// The self shape's forward with each pair of rows visited once: how the upper triangle of pairs is cut into blocks of a launch.
 //
-// A row block meets the columns from its own first row on. The square on the diagonal counts for its rows alone, each pair seen from both
-// of them; a tile beyond it for the rows, whose sums stay in registers, and for the columns, whose sums over the row block go to memory.
-// Row blocks next to each other are a group: where one block of the launch visits them one after the other, it adds their columns' sums
-// up, so that there are fewer of them to keep. A group's columns are cut into chunks; a block of the launch does a chunk of a group.
+// A row block meets the columns from its own first row on. In the square on the diagonal it sees each pair from both of its rows, and only
+// rows are summed. A tile beyond counts for its rows, whose sums stay in registers, and for its columns, whose sums over the row block go to
+// memory. A group is some row blocks next to each other, whose columns' sums are added up as they are made, so that there are fewer to keep:
+// the more rows, the larger the groups. A block of the launch takes a chunk of the columns with all row blocks of a group.
 //
-// Group g has the fewer chunks the greater g, so that groups g and groups - 1 - g have about equally many together: `length` places of the
-// launch belong to the two, the last of which may be idle.
+// Groups g and groups − 1 − g have about as many chunks together for every g: `length` places of the launch, the last of which may be idle.
 #pragma once
 
 #include <cstdint>
@@ -30,7 +29,9 @@ struct Triangle {
   __host__ __device__ int first_tile(int of_group) const { return of_group * (group_rows() / columns); }
   __host__ __device__ int chunks(int of_group) const { return (tiles() - first_tile(of_group) + chunk - 1) / chunk; }
 
-  __host__ __device__ std::int64_t columns_of(int of_group) const { return std::int64_t{tiles()} * columns - std::int64_t{of_group} * group_rows(); }
+  __host__ __device__ std::int64_t columns_of(int of_group) const {
+    return std::int64_t{tiles()} * columns - std::int64_t{of_group} * group_rows();
+  }
   __host__ __device__ std::int64_t columns_before(int of_group) const {  // of all groups before this one
     return std::int64_t{of_group} * tiles() * columns - std::int64_t{group_rows()} * of_group * (of_group - 1) / 2;
   }

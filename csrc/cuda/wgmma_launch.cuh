@@ -119,7 +119,8 @@ inline std::vector<int> wgmma_consumers(std::int64_t depth, bool backward) {
   return {backward || depth <= 12 * kPanelDepth ? 2 : 1};
 }
 
-template <Product PRODUCT, class Use>
+// use(std::integral_constant<int, PANELS>{})
+template <class Use>
 auto with_triangle_variant(std::int64_t depth, Use use) {
   if (depth <= 64) return use(std::integral_constant<int, 1>{});
   if (depth <= 128) return use(std::integral_constant<int, 2>{});
@@ -139,13 +140,13 @@ Family wgmma_family() {
           },
           [](std::int64_t depth) {
             if (depth > 4 * kPanelDepth) return Tiling{};
-            return with_triangle_variant<PRODUCT>(depth, [](auto panels) {
+            return with_triangle_variant(depth, [](auto panels) {
               using Shape = TriangleShape<decltype(panels)::value>;
               return Tiling{Shape::rows, Shape::columns, 1, 1};
             });
           },
           [](const Work& work, const Where& where) {
-            with_triangle_variant<PRODUCT>(work.depth, [&](auto panels) {
+            with_triangle_variant(work.depth, [&](auto panels) {
               using Shape = TriangleShape<decltype(panels)::value>;
               const Side& side = work.passes[0].x;
               const auto shape = [&] { return shape_of(work); };
@@ -153,8 +154,8 @@ Family wgmma_family() {
                 return make_tensor_map(side.rows, side.count, work.depth, PRODUCT == Product::bf16, rows, shape);
               };
               launch("wgmma_triangle", shape, wgmma_triangle<PRODUCT, decltype(panels)::value>,
-                     {std::int64_t{work.triangle.folds()} * work.triangle.length}, Shape::threads, Shape::shared_bytes, where, work, map(64),
-                     map(Shape::columns));
+                     {std::int64_t{work.triangle.folds()} * work.triangle.length}, Shape::threads, Shape::shared_bytes, where, work,
+                     map(64), map(Shape::columns));
             });
           }};
 }

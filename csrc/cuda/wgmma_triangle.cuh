@@ -62,6 +62,7 @@ FASTSUPCON_DEVICE CountPlace count_place(int column) {
   return {column / 16 * 4 + of_group % 8 / 2, kColumnCountBits * (of_group / 8 * 2 + of_group % 2)};
 }
 
+// A lane's rows, and its share of their sums.
 template <int BLOCKS>
 struct TriangleRows {
   Row rows[BLOCKS][2];
@@ -124,7 +125,8 @@ FASTSUPCON_DEVICE void add_pairs(TriangleRows<BLOCKS>& of, float (&s)[BLOCKS][CO
   if (BEYOND) {
     const std::uint32_t count = butterfly(counts, lane);
     const int group = COLUMNS > 64 ? lane / 4 : lane / 8;
-    if (COLUMNS > 64 ? group < COLUMNS / 16 : lane / 4 % 2 == 0) reinterpret_cast<std::uint32_t*>(to)[2 * COLUMNS + 4 * group + lane % 4] = count;
+    const bool is_mine = COLUMNS > 64 ? group < COLUMNS / 16 : lane / 4 % 2 == 0;
+    if (is_mine) reinterpret_cast<std::uint32_t*>(to)[2 * COLUMNS + 4 * group + lane % 4] = count;
   }
 }
 
@@ -199,8 +201,8 @@ struct TriangleBlock {
 #pragma unroll 1
         for (int block = Shape::blocks * consumer; block < Shape::blocks * (consumer + 1); ++block) {
           for (int p = 0; p < PANELS; ++p) {
-            ptx::copy_box_async(x_at + p * Shape::x_panel_bytes + block * 64 * kPanelBytes, x_map, 64 * p, row_block * Shape::rows + 64 * block,
-                                x_full(consumer));
+            ptx::copy_box_async(x_at + p * Shape::x_panel_bytes + block * 64 * kPanelBytes, x_map, 64 * p,
+                                row_block * Shape::rows + 64 * block, x_full(consumer));
           }
         }
       }
@@ -226,7 +228,8 @@ struct TriangleBlock {
 #pragma unroll 1
     for (int row_block = first_block(); row_block < last_block(); ++row_block) {
       int tile = most(first_tile, beyond(row_block));
-      float* to = triangle.column_sums + kTriangleSums * triangle.columns_before(group) + (tile - triangle.first_tile(group)) * columns + column;
+      float* to = triangle.column_sums + kTriangleSums * triangle.columns_before(group) +
+                  (tile - triangle.first_tile(group)) * columns + column;
 #pragma unroll 1
       for (; tile < last_tile; ++tile, ++step, to += columns) {
         float total[kTriangleSums] = {};
@@ -272,7 +275,8 @@ struct TriangleBlock {
 
 template <Product PRODUCT, int PANELS>
 __global__ void __launch_bounds__(TriangleShape<PANELS>::threads, 1)
-    wgmma_triangle(const __grid_constant__ Work work, const __grid_constant__ ptx::TensorMap x_map, const __grid_constant__ ptx::TensorMap y_map) {
+    wgmma_triangle(const __grid_constant__ Work work, const __grid_constant__ ptx::TensorMap x_map,
+                   const __grid_constant__ ptx::TensorMap y_map) {
   using Block = TriangleBlock<PRODUCT, PANELS>;
   using Shape = typename Block::Shape;
   constexpr int columns = Shape::columns, blocks = Shape::blocks;
@@ -326,7 +330,9 @@ __global__ void __launch_bounds__(TriangleShape<PANELS>::threads, 1)
       const bool is_special = !is_beyond || ambiguous || tile >= whole_tiles;
       if (is_special) {
 #pragma unroll
-        for (int b = 0; b < blocks; ++b) special[b] = special_of<columns>(work, pass, of.rows[b], row + 64 * b, tile * columns, fields, lane);
+        for (int b = 0; b < blocks; ++b) {
+          special[b] = special_of<columns>(work, pass, of.rows[b], row + 64 * b, tile * columns, fields, lane);
+        }
       }
       const int place = static_cast<int>(sums_step % Shape::sums_places);
       float* const to = block.sums(place, warp - 4);

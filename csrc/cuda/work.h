@@ -116,7 +116,7 @@ struct Work {
   bool apart;                    // see above
   Exclusion exclusion;
   Scale scale;
-  Triangle triangle;
+  Triangle triangle;             // forward: of one pass; without row blocks in a group the pass is visited as it stands
 };
 
 }  // namespace fastsupcon::cuda
