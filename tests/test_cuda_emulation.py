@@ -113,7 +113,7 @@ def test_deep_rows_on_hopper(on, emulated, n, m, depth):
     assert {"wgmma_deep_forward", "wgmma_deep_backward"} <= set(names(emulated))
 
 
-# Blocks of 384 rows and tiles of 96 columns, at depth > 128 of 256 and 64: whole and ragged ones, the diagonal alone, codes of several keys.
+# Blocks of 384 rows and tiles of 96 columns, at depth > 128 of 256 and 64: whole and ragged, the diagonal alone, codes of several keys.
 @pytest.mark.parametrize("group", [1, 2])  # row blocks whose columns' sums are added up
 @pytest.mark.parametrize(
     ("n", "depth", "keys"),
