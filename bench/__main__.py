@@ -41,8 +41,13 @@ PROTOTYPES = (10, 100, 1000)  # PSC with N = 1,024,
 WIDE = ((256, 384), (256, 768), (1024, 384), (1024, 768), (2048, 768), (4096, 768))  # and what encoders without a head give
 
 
+def cores() -> int:
+    """That this process may use: taskset and containers give it fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cpu_cases() -> list[Case]:
-    all_cores = os.cpu_count() or 1
+    all_cores = cores()
     cases = [Case("scl", rows, 128) for rows in SMALL] + [Case("psc", 1024, 128, prototypes) for prototypes in PROTOTYPES]
     cases += [Case("self", *shape) for shape in WIDE] + [Case("cross", *shape, shape[0]) for shape in WIDE]
     cases += [Case("psc all", 1024, 128, 1000), Case("psc all", 2048, 128, 2048)]  # the second is one direction of CLIP
@@ -75,7 +80,7 @@ def gpu_cases() -> list[Case]:
 def quick_cases(device: str) -> list[Case]:
     """Small ones on a CPU, those that matter most on a GPU."""
     if device == "cpu":
-        cases = [Case("scl", 256, 128), Case("psc", 1024, 128, 10), Case("scl", 1024, 128, threads=os.cpu_count() or 1)]
+        cases = [Case("scl", 256, 128), Case("psc", 1024, 128, 10), Case("scl", 1024, 128, threads=cores())]
         return [replace(case, only=("naive", "torch.compile", "chunked", "cpu")) for case in cases]
     cases = [("scl", 1024, 128), ("scl", 8192, 128), ("scl", 65536, 128), ("psc", 1024, 128, 10), ("scl", 256, 128), ("scl", 2048, 128)]
     cases += [("scl", 65536, 512), ("clip", 65536, 384, 65536), ("psc", 1024, 128, 1000), ("scl", 4096, 128), ("scl", 512, 128)]
@@ -274,7 +279,7 @@ def spread(samples: list[float]) -> dict[str, float]:
 
 
 def machine(device: str) -> dict:
-    described = {"processor": processor(), "cores": os.cpu_count(), "device": device}
+    described = {"processor": processor(), "cores": cores(), "device": device}
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         described["device"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {properties.multi_processor_count} SMs"

@@ -50,6 +50,7 @@ def standard(out: Path, scratch: Path) -> dict[str, list[Part]]:
         "ladder": [
             Part("ladder", 75, [PYTHON, "-m", "bench.gpu_ladder", str(out / "ladder.json")]),
             Part("compiling", 75, [PYTHON, "-m", "bench.gpu_kernels", str(scratch / "compiling.json"), "triton"]),
+            Part("compiling peers", 75, [PYTHON, "-m", "bench.gpu_compile"]),
         ],
         "kernels": [Part("kernels", 45, [PYTHON, "-m", "bench.gpu_kernels", str(out / "kernels.json")])],
         "suite": [Part("suite", 180, [PYTHON, "-m", "bench", "gpu", "--quick", "--seconds", "145", "--out", str(out / "suite.json")])],
@@ -77,10 +78,19 @@ def variants(out: Path, scratch: Path, extensions: list[Path]) -> list[list[Part
     return stages
 
 
+TRAINED = {
+    "sc": "--loss sc",
+    "psc": "--loss psc",
+    "ce": "--loss ce",
+    "ce-balanced": "--loss ce --sampler class-balanced",
+    "logit-adjustment": "--loss ce --logit-adjustment 1",
+}
+
+
 def training(out: Path, data: Path, seconds: float, epochs: int) -> list[Part]:
-    """The paper's CIFAR-10-LT from JPEG copies, all losses at the same time. A run that is stopped can be resumed from its folder."""
+    """The paper's CIFAR-10-LT from JPEG copies, all methods at the same time. A run that is stopped can be resumed from its folder."""
     command = [PYTHON, "train/hybrid.py", "--data", "cifar10-jpeg", "--root", str(data), "--epochs", str(epochs), "--no-pictures"]
-    return [Part(f"train-{loss}", seconds, [*command, "--loss", loss, "--out", str(out / f"train-{loss}")]) for loss in ("sc", "psc", "ce")]
+    return [Part(f"train-{name}", seconds, [*command, *how.split(), "--out", str(out / f"train-{name}")]) for name, how in TRAINED.items()]
 
 
 def start(part: Part, log: Path) -> subprocess.Popen | str:
@@ -182,7 +192,8 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        os.environ.setdefault("TRITON_CACHE_DIR", f"{scratch}/triton")  # shared by the parts: each kernel is compiled once
+        for cache in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):  # shared by the parts: each kernel is compiled once
+            os.environ.setdefault(cache, f"{scratch}/{cache.lower()}")
         stages = [stage for name, stage in standard(out, scratch).items() if name in options.parts or not options.parts]
         stages += variants(out, scratch, [extension.resolve() for extension in options.extensions])
         if options.data:

@@ -113,6 +113,27 @@ def test_deep_rows_on_hopper(on, emulated, n, m, depth):
     assert {"wgmma_deep_forward", "wgmma_deep_backward"} <= set(names(emulated))
 
 
+# Blocks of 384 rows and tiles of 96 columns, at depth > 128 of 256 and 64: whole and ragged, the diagonal alone, codes of several keys.
+@pytest.mark.parametrize("group", [1, 2])  # row blocks whose columns' sums are added up
+@pytest.mark.parametrize(
+    ("n", "depth", "keys"),
+    [(3, 64, "few"), (384, 8, "few"), (500, 128, "one"), (770, 72, "int64"), (1160, 40, "few"), (520, 256, "few"), (770, 136, "int64")],
+)
+def test_each_pair_once(on, emulated, monkeypatch, n, depth, keys, group):
+    monkeypatch.setenv("FASTSUPCON_TRIANGLE", str(group))
+    pairs = problem(Case(n, d=depth, dtype=F16 if n % 3 else BF16, keys=keys, scale=-10.0 if n == 520 else 10.0), HOST)
+    if keys == "one":
+        pairs = pairs._replace(row_keys=torch.full((n,), 7))
+    backend, line = on(WGMMA, multiprocessors=n % 7 + 1), Line(all=1, similarity=-1)
+    found = backend.forward(pairs, SCL, (), False).rows
+    assert names(emulated) == ["prepare_forward", "wgmma_triangle", "combine_triangle"]
+    exact = reference.forward(pairs._replace(rows=pairs.rows.double()), SCL, (), False).rows
+    torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=2e-6 * n**0.5)
+    loss, (kept,) = backend.loss(pairs, SCL, line)
+    assert torch.equal(kept[: 3 * n].view(3, n), found), "the same bits every time"
+    torch.testing.assert_close(loss.double(), reference.line(SCL, exact, line), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("capability", [MMA, WGMMA])
 @pytest.mark.parametrize("scale", [-10.0, -1.0, 0.0])
 @pytest.mark.parametrize("m", [None, 41])
@@ -140,7 +161,7 @@ def test_splits(on, emulated, capability, case):
 @pytest.mark.parametrize("loss", ["SCL", "PSC"])
 @pytest.mark.parametrize("learned", [False, True])
 def test_launches_of_a_step(on, emulated, capability, dtype, loss, learned):
-    """Five, and one more for the gradient of a learned temperature; however few or many the rows."""
+    """Five, and one more for the gradient of a learned temperature; one for sums of columns where rows are many on Hopper."""
     backend = on(capability, multiprocessors=132)
     line = Line(all=1, similarity=-1) if loss == "SCL" else Line(different=1, similarity=-1)
     case = Case(70, None if loss == "SCL" else 10, d=64, dtype=dtype, keys="few", learned=learned, rows=line.names)

@@ -22,6 +22,9 @@ struct Family {
   std::vector<int> (*consumers)(std::int64_t depth, bool backward);  // numbers to choose from
   Tiling (*tiling)(const Work& work, bool backward, int consumers);
   void (*launch)(const Work& work, bool backward, int consumers, const Where& where);
+  // Of the forward of triangle.h: no rows, or null, where there is none.
+  Tiling (*triangle_tiling)(std::int64_t depth) = nullptr;
+  void (*launch_triangle)(const Work& work, const Where& where) = nullptr;
 };
 
 std::string shape_of(const Work& work);  // for error texts

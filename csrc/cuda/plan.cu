@@ -156,12 +156,17 @@ const Family& family_of(const Work& work, const Device& device) {
   throw std::runtime_error("fastsupcon CUDA: FASTSUPCON_CUDA=" + std::string(wanted) + " serves no such rows on this device");
 }
 
+struct Share {
+  int consumers;
+  std::int64_t clocks;
+};
+
 // Shares the tiles of y out, and chooses how many consumers a block has, so that the launch takes the fewest clocks: its waves of blocks,
 // each as long as a block's tiles and what a block costs beside them, and, backward, what the sums of the splits cost to write and to add
 // up. The rates are an H200's: 1,300 products a clock and multiprocessor, but no more than 10 pairs; a consumer alone takes 5/3 of its
 // share of two, as nothing runs under its exponentials (where there is no choice the factor weighs on all splits alike); 1,700 bytes a
 // clock. The sums of several splits take no more than 64 MiB.
-int share_out(Work& work, const Family& family, bool backward, const Device& device) {
+Share share_out(Work& work, const Family& family, bool backward, const Device& device) {
   constexpr std::int64_t of_block = 3000, most_splits = 64, most_sums = (64 << 20) / sizeof(float);
   std::int64_t least = std::numeric_limits<std::int64_t>::max();
   int chosen = 0;
@@ -197,7 +202,58 @@ int share_out(Work& work, const Family& family, bool backward, const Device& dev
     }
   }
   std::copy(best, best + 2, work.passes);
-  return chosen;
+  return {chosen, least};
+}
+
+struct TriangleBytes {
+  std::int64_t rows, columns;  // of their sums
+};
+TriangleBytes triangle_bytes(const Triangle& of) {
+  constexpr std::int64_t each = sizeof(float) * kTriangleSums;
+  return {each * of.folds() * of.length * of.group_rows(), each * of.columns_before(of.groups)};
+}
+
+// Cuts a forward in the self shape as triangle.h says, for the fewest clocks, if they are fewer than `clocks`; else, and where that does
+// not serve, into nothing. A tile is bound by what its columns' sums cost too: 7.5 pairs a clock; combining is one launch more. The sums
+// take no more than 64 MiB, or than those of the backward. FASTSUPCON_TRIANGLE=0 is never, another number always, of as many row blocks to
+// a group or more.
+Triangle cut_triangle(const Work& work, const Family& family, const Device& device, std::int64_t clocks) {
+  constexpr std::int64_t of_block = 3000, of_launch = 5000, most_waves = 12, most_rows = 1 << 30;  // in ints with room for a group
+  const Tiling tiling = family.triangle_tiling ? family.triangle_tiling(work.depth) : Tiling{};
+  const Pass& pass = work.passes[0];
+  const char* const forced = std::getenv("FASTSUPCON_TRIANGLE");
+  const int least_group = forced ? std::atoi(forced) : 1;
+  const bool serves = tiling.rows > 0 && work.exclusion == Exclusion::diagonal && work.count == 1 && !work.apart;
+  if (!serves || pass.x.count > most_rows || least_group == 0) return {};
+  const std::int64_t pairs = std::int64_t{tiling.rows} * tiling.columns, of_tile = std::max(pairs * work.depth / 1300, pairs * 2 / 15);
+  const std::int64_t most_sums = std::max(std::int64_t{64} << 20, std::int64_t{sizeof(float)} * pass.x.count * work.depth);
+  std::int64_t least = forced ? std::numeric_limits<std::int64_t>::max() : clocks;
+  Triangle best{}, cut{};
+  cut.rows = tiling.rows;
+  cut.columns = tiling.columns;
+  cut.count = pass.x.count;
+  for (cut.group = least_group; cut.groups != 1; cut.group *= 2) {
+    cut.groups = static_cast<int>(ceil_div(cut.row_blocks(), cut.group));
+    if (triangle_bytes(cut).columns > most_sums) continue;
+    const std::int64_t tiles = cut.columns_before(cut.groups) / cut.columns;
+    for (std::int64_t waves = 1; waves <= most_waves; ++waves) {
+      const std::int64_t ragged = cut.groups / 2, wanted = std::max(waves * device.multiprocessors - ragged, std::int64_t{1});
+      cut.chunk = static_cast<int>(std::min(ceil_div(tiles, wanted), std::int64_t{cut.tiles()}));
+      cut.length = 0;
+      for (int fold = 0; fold < cut.folds(); ++fold) {
+        const int other = cut.groups - 1 - fold;
+        cut.length = std::max(cut.length, cut.chunks(fold) + (other > fold ? cut.chunks(other) : 0));
+      }
+      const TriangleBytes bytes = triangle_bytes(cut);
+      const std::int64_t places = std::int64_t{cut.folds()} * cut.length;
+      const std::int64_t cost = ceil_div(places, device.multiprocessors) * cut.group * (cut.chunk * of_tile + of_block) + of_launch;
+      if (bytes.rows + bytes.columns <= most_sums && cost < least) {
+        least = cost;
+        best = cut;
+      }
+    }
+  }
+  return best;
 }
 
 // With a line, the tiles of the rows end with its loss.
@@ -214,7 +270,10 @@ Plan plan_forward(const Problem& problem, const Quantities<void*>& rows, const Q
     const Device info = device_info(device);
     const Family& family = family_of<PRODUCT>(sides.work, info);
     Work& work = sides.work;
-    const int consumers = share_out(work, family, false, info);
+    const Share share = share_out(work, family, false, info);
+    const int consumers = share.consumers;
+    work.triangle = cut_triangle(work, family, info, share.clocks);
+    const bool is_triangle = work.triangle.group > 0;
     std::size_t partial_at[2] = {}, done_at[2] = {};
     const std::size_t first_done = plan.bytes;
     for (int i = 0; i < work.count; ++i) done_at[i] = reserve(plan, sizeof(int) * static_cast<std::size_t>(work.passes[i].row_blocks));
@@ -222,8 +281,11 @@ Plan plan_forward(const Problem& problem, const Quantities<void*>& rows, const Q
     const std::int64_t done_count = static_cast<std::int64_t>((plan.bytes - first_done) / sizeof(int));
     for (int i = 0; i < work.count; ++i) {
       const Pass& pass = work.passes[i];
-      partial_at[i] = reserve(plan, sizeof(float) * kPartials * pass.splits * pass.x.count);
+      if (!is_triangle) partial_at[i] = reserve(plan, sizeof(float) * kPartials * pass.splits * pass.x.count);
     }
+    const TriangleBytes triangle_sums = is_triangle ? triangle_bytes(work.triangle) : TriangleBytes{};
+    const std::size_t row_sums_at = reserve(plan, static_cast<std::size_t>(triangle_sums.rows));
+    const std::size_t column_sums_at = reserve(plan, static_cast<std::size_t>(triangle_sums.columns));
     const std::size_t line_sums_at = reserve(plan, 2 * sizeof(float) * static_cast<std::size_t>(ceil_div(line.rows, 32)));
     plan.launches.push_back([=](char* scratch, const Where& where) {
       RowsWork of = sides.rows_work(scratch);
@@ -244,7 +306,12 @@ Plan plan_forward(const Problem& problem, const Quantities<void*>& rows, const Q
       LineWork& of_line = of.passes[0].line = line;
       of_line.sums = reinterpret_cast<float*>(scratch + line_sums_at);
       of_line.done = reinterpret_cast<int*>(scratch + line_done_at);
-      family.launch(of, false, consumers, where);
+      if (!is_triangle) return family.launch(of, false, consumers, where);
+      of.triangle.row_sums = reinterpret_cast<float*>(scratch + row_sums_at);
+      of.triangle.column_sums = reinterpret_cast<float*>(scratch + column_sums_at);
+      family.launch_triangle(of, where);
+      launch("combine_triangle", [&] { return shape_of(of); }, combine_triangle, {ceil_div(of.triangle.count, kRowsThreads)}, kRowsThreads,
+             0, where, of);
     });
   });
   return plan;
@@ -292,7 +359,7 @@ Plan plan_backward(const Problem& problem, const Incoming& rows, const Incoming&
     const Device info = device_info(device);
     const Family& family = family_of<PRODUCT>(sides.work, info);
     Work& work = sides.work;
-    const int consumers = share_out(work, family, true, info);
+    const int consumers = share_out(work, family, true, info).consumers;
     std::size_t largest_at[2] = {}, weight_sums_at = 0, products_at = 0;
     if (PRODUCT == Product::f16) {
       for (int i = 0; i < sides.count; ++i) {

@@ -173,6 +173,49 @@ __global__ void __launch_bounds__(kRowsThreads) prepare_forward(const __grid_con
   if (place < work.done_count) work.done[place] = 0;
 }
 
+template <int COUNT>
+struct Sums {
+  float of[COUNT];
+};
+
+// One thread for each row, once the blocks of triangle.h have written their sums of it: of its group's chunks as a row, and of the groups
+// up to its own as a column. Sums over all pairs alone, bounded.
+__global__ void __launch_bounds__(kRowsThreads) combine_triangle(const __grid_constant__ Work work) {
+  const Triangle& triangle = work.triangle;
+  const Pass& pass = work.passes[0];
+  const int row = static_cast<int>(ptx::block_x()) * kRowsThreads + ptx::thread();
+  LineRow found{row < triangle.count, {}};
+  if (found.is_row) {
+    const int group_rows = triangle.group_rows(), group = row / group_rows, in_group = row - group * group_rows;
+    Sums<kTriangleSums> total{};
+    const auto add = [&](const Sums<kTriangleSums>& more) {
+#pragma unroll
+      for (int i = 0; i < kTriangleSums; ++i) total.of[i] += more.of[i];
+    };
+    load_ahead<4>(
+        0, triangle.chunks(group), 1,
+        [&](int chunk) {
+          const float* from = triangle.row_sums + triangle.place(group, chunk) * kTriangleSums * group_rows + in_group;
+          return Sums<kTriangleSums>{from[0], from[group_rows], from[2 * group_rows]};
+        },
+        add);
+    // The first row block of a group has columns in the groups before alone.
+    load_ahead<8>(
+        0, group + (in_group >= triangle.rows), 1,
+        [&](int other) {
+          const std::int64_t columns = triangle.columns_of(other);
+          const float* from = triangle.column_sums + kTriangleSums * triangle.columns_before(other) + row - other * group_rows;
+          return Sums<kTriangleSums>{from[0], from[columns], from[2 * columns]};
+        },
+        add);
+    const auto& out = pass.quantities;
+    if (out.all) out.all[row] = found.q.all = log(total.of[0]);
+    if (out.similarity) out.similarity[row] = found.q.similarity = total.of[1] * kLn2;
+    if (out.count) out.count[row] = found.q.count = total.of[2];
+  }
+  if (pass.line.loss) add_to_loss(pass.line, found, row);
+}
+
 // weight · exp(shift + t) is the gradient that a pair of one kind takes from the log-sums that it is in: over that kind, and over all.
 struct PairWeight {
   float weight = 0.0f, shift = -kInfinity;

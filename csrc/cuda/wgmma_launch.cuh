@@ -5,6 +5,7 @@
 #include "wgmma.cuh"
 #include "wgmma_deep_backward.cuh"
 #include "wgmma_deep_forward.cuh"
+#include "wgmma_triangle.cuh"
 
 namespace fastsupcon::cuda {
 
@@ -118,6 +119,14 @@ inline std::vector<int> wgmma_consumers(std::int64_t depth, bool backward) {
   return {backward || depth <= 12 * kPanelDepth ? 2 : 1};
 }
 
+// use(std::integral_constant<int, PANELS>{})
+template <class Use>
+auto with_triangle_variant(std::int64_t depth, Use use) {
+  if (depth <= 64) return use(std::integral_constant<int, 1>{});
+  if (depth <= 128) return use(std::integral_constant<int, 2>{});
+  return use(std::integral_constant<int, 4>{});
+}
+
 template <Product PRODUCT>
 Family wgmma_family() {
   return {"wgmma", wgmma_serves, wgmma_consumers,
@@ -128,6 +137,26 @@ Family wgmma_family() {
           [](const Work& work, bool backward, int consumers, const Where& where) {
             with_wgmma_variant<PRODUCT>(work.depth, backward, work.apart,
                                         [&](auto variant) { decltype(variant)::launch(work, consumers, where); });
+          },
+          [](std::int64_t depth) {
+            if (depth > 4 * kPanelDepth) return Tiling{};
+            return with_triangle_variant(depth, [](auto panels) {
+              using Shape = TriangleShape<decltype(panels)::value>;
+              return Tiling{Shape::rows, Shape::columns, 1, 1};
+            });
+          },
+          [](const Work& work, const Where& where) {
+            with_triangle_variant(work.depth, [&](auto panels) {
+              using Shape = TriangleShape<decltype(panels)::value>;
+              const Side& side = work.passes[0].x;
+              const auto shape = [&] { return shape_of(work); };
+              const auto map = [&](int rows) {
+                return make_tensor_map(side.rows, side.count, work.depth, PRODUCT == Product::bf16, rows, shape);
+              };
+              launch("wgmma_triangle", shape, wgmma_triangle<PRODUCT, decltype(panels)::value>,
+                     {std::int64_t{work.triangle.folds()} * work.triangle.length}, Shape::threads, Shape::shared_bytes, where, work,
+                     map(64), map(Shape::columns));
+            });
           }};
 }
 

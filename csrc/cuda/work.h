@@ -22,6 +22,7 @@
 #include <cstdint>
 
 #include "../problem.h"
+#include "triangle.h"
 
 namespace fastsupcon::cuda {
 
@@ -115,6 +116,7 @@ struct Work {
   bool apart;                    // see above
   Exclusion exclusion;
   Scale scale;
+  Triangle triangle;             // forward: of one pass; without row blocks in a group the pass is visited as it stands
 };
 
 }  // namespace fastsupcon::cuda

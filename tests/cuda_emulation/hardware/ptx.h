@@ -137,6 +137,10 @@ inline float from_bits(std::uint32_t x) {
   std::memcpy(&y, &x, 4);
   return y;
 }
+template <class T>
+T select(bool condition, T yes, T no) {
+  return condition ? yes : no;
+}
 inline int first_set(std::uint32_t x) { return __builtin_ctz(x); }
 inline std::uint32_t bits(float x) {
   std::uint32_t y;
