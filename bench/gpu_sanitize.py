@@ -1,8 +1,10 @@
-"""A few small calls of every kernel, for compute-sanitizer: ``compute-sanitizer --tool memcheck python -m bench.gpu_sanitize``.
+"""A few small calls of every kernel, for compute-sanitizer: ``compute-sanitizer --tool memcheck python -m bench.gpu_sanitize [DTYPE ...]``.
 
 With PYTORCH_NO_CUDA_MEMORY_CACHING=1: out of a block of torch's cache, the neighbour's memory is no error to see.
 """
 
+import sys
+from collections.abc import Sequence
 from itertools import product
 
 import torch
@@ -12,6 +14,7 @@ from fastsupcon.problem import QUANTITIES, Line, Pairs, Side
 
 SHAPES = [(70, 33), (300, 64), (300, 128), (150, 256), (100, 320), (70, 768), (40, 1024)]
 COLUMNS = 77
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 def rows(count: int, depth: int, dtype: torch.dtype, offset: int = 0) -> torch.Tensor:
@@ -49,16 +52,19 @@ def call(name: str, count: int, depth: int, dtype: torch.dtype, offset: int = 0)
         backend.line_backward(line.names, values, backend.line(line.names, values, line), line)
 
 
-def main() -> None:
-    for dtype, shape in product((torch.bfloat16, torch.float16, torch.float32), SHAPES):
+def main(names: Sequence[str]) -> None:
+    dtypes = [getattr(torch, name) for name in names or DTYPES]
+    for dtype, shape in product(dtypes, SHAPES):
         call("cuda", *shape, dtype)
-    call("cuda", 300, 128, torch.bfloat16, offset=1)
-    for offset in (0, 1):
-        call("triton", 300, 128, torch.bfloat16, offset)
-    call("triton", 100, 320, torch.float32)
+    if torch.bfloat16 in dtypes:
+        call("cuda", 300, 128, torch.bfloat16, offset=1)
+        for offset in (0, 1):
+            call("triton", 300, 128, torch.bfloat16, offset)
+    if torch.float32 in dtypes:
+        call("triton", 100, 320, torch.float32)
     torch.cuda.synchronize()
     print("ran")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
