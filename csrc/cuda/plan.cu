@@ -173,7 +173,8 @@ int share_out(Work& work, const Family& family, bool backward, const Device& dev
     const std::int64_t of_tile = std::max(products / 1300, pairs / 10) * tiling.blocks_per_multiprocessor * (consumers == 1 ? 5 : 3) / 3;
     std::int64_t tiles[2] = {}, longest = 1;
     for (int i = 0; i < work.count; ++i) {
-      work.passes[i].row_blocks = static_cast<int>(ceil_div(work.passes[i].x.count, tiling.rows));
+      const std::int64_t clusters = ceil_div(work.passes[i].x.count, std::int64_t{tiling.rows} * tiling.cluster);
+      work.passes[i].row_blocks = static_cast<int>(clusters * tiling.cluster);
       tiles[i] = ceil_div(work.passes[i].y.count, tiling.columns);
       longest = std::max(longest, tiles[i]);
     }

@@ -4,6 +4,9 @@
 // of the depth; of tiles of 32 columns it is two panels, as the wait for one and its addresses took longer than its products. A slab's
 // place in the ring is given back as soon as its last product has read it. How much fits depends on the depth alone and is decided on the
 // host (DeepLayout), so that one kernel serves all depths that need as many registers.
+//
+// Two blocks of neighbouring rows are a cluster and go through the same tiles of y: each fetches half of every slab for both, which halves
+// what L2 has to give. A place is fetched anew when the consumers of both blocks have given it back; fields and x are each block's own.
 #pragma once
 
 #include "wgmma.cuh"
@@ -12,6 +15,7 @@ namespace fastsupcon::cuda {
 
 constexpr int kDeepDepth = 1024;  // the largest
 constexpr int kPanelDepth = 64;
+constexpr int kDeepCluster = 2;
 
 struct DeepLayout {
   int slabs;      // of the depth
@@ -31,6 +35,10 @@ struct DeepShape {
   static_assert(producer_registers + 2 * consumer_registers <= 3 * (65536 / most_threads / 8 * 8),
                 "setmaxnreg hands out what the block was launched with, and waits forever for more");
   static constexpr int panel_bytes = columns * kPanelBytes, slab_bytes = slab_panels * panel_bytes;
+  // A slab comes as boxes, of one panel or a part of it; a block of the cluster asks for every so manieth.
+  static constexpr int cluster = kDeepCluster, boxes = slab_panels > cluster ? slab_panels : cluster;
+  static constexpr int box_rows = columns * slab_panels / boxes, box_bytes = box_rows * kPanelBytes;
+  static_assert(boxes % cluster == 0 && columns % box_rows == 0 && box_bytes % 1024 == 0, "swizzled boxes begin at multiples of 1024");
   static constexpr int slots = cuda::slots(BACKWARD, false, APART), slots_bytes = slots * columns * kFieldBytes;
   static constexpr int x_slots = BACKWARD ? kEqual + 1 : 0;  // fields of x; the forward holds those of a lane's rows in registers
   // Shared memory: W of two tiles; slots of tiles and of x; barriers; x; the ring.
@@ -84,12 +92,15 @@ struct DeepBlock {
       }
       for (int place = 0; place < layout.places; ++place) {
         ptx::barrier_init(full(place), 1);
-        ptx::barrier_init(empty(place), releases);
+        ptx::barrier_init(empty(place), releases * Shape::cluster);
       }
       ptx::barrier_init_done();
     }
-    ptx::sync_block();
+    ptx::sync_cluster();  // the other block's barriers are counted on, too
   }
+  // Ends a thread's part. The other block may still fetch into this one's ring, or give places back to it: neither may be gone before both
+  // are done.
+  FASTSUPCON_DEVICE void finish() const { ptx::sync_cluster(); }
 
   FASTSUPCON_DEVICE ptx::Address x_full() const { return barriers; }
   FASTSUPCON_DEVICE ptx::Address slots_full(int place) const { return barriers + 8 * (1 + place); }
@@ -136,6 +147,7 @@ struct DeepBlock {
     for (int p = 0; p < panels; ++p) {
       ptx::copy_box_async(x_panel(p), x_map, kPanelDepth * p, block.first_row, x_full());
     }
+    const int rank = ptx::cluster_rank();
     Place at{0, 0};
 #pragma unroll 1  // the producer has few registers
     for (int tile = block.first_tile; tile < block.last_tile; ++tile) {
@@ -144,9 +156,12 @@ struct DeepBlock {
       for (int i = 0; i < layout.slabs; ++i) {
         ptx::barrier_wait(empty(at.index), at.parity ^ 1);
         ptx::barrier_arrive_expecting(full(at.index), Shape::slab_bytes);
-        for (int h = 0; h < Shape::slab_panels; ++h) {
-          ptx::copy_box_async(y_slab(at) + h * Shape::panel_bytes, y_map, Shape::slab_depth * slab + kPanelDepth * h, tile * columns,
-                              full(at.index));
+#pragma unroll
+        for (int i = 0; i < Shape::boxes; i += Shape::cluster) {
+          const int first = (i + rank) * Shape::box_rows, panel = first / columns;
+          ptx::copy_box_to_cluster_async<Shape::cluster>(y_slab(at) + (i + rank) * Shape::box_bytes, y_map,
+                                                         Shape::slab_depth * slab + kPanelDepth * panel, tile * columns + first % columns,
+                                                         full(at.index));
         }
         at = after(at, 1);
         slab = next_slab(slab);
@@ -165,8 +180,8 @@ struct DeepBlock {
   }
 
   FASTSUPCON_DEVICE void wait_for(Place at) const { ptx::barrier_wait(full(at.index), at.parity); }
-  FASTSUPCON_DEVICE void release(Place at) const {
-    if (ptx::lane() == 0) ptx::barrier_arrive(empty(at.index));
+  FASTSUPCON_DEVICE void release(Place at) const {  // to each block of the cluster
+    if (ptx::lane() < Shape::cluster) ptx::barrier_arrive_at(empty(at.index), ptx::lane());
   }
 
   // use(the tile's columns).

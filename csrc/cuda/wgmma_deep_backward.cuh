@@ -108,6 +108,7 @@ __global__ void __launch_bounds__(DeepShape<true, APART, COLUMNS>::most_threads,
   if (consumer < 0) {
     ptx::lower_registers<Shape::producer_registers>();
     block.produce(maps);
+    block.finish();
     return;
   }
   ptx::raise_registers<Shape::consumer_registers>();
@@ -220,6 +221,7 @@ __global__ void __launch_bounds__(DeepShape<true, APART, COLUMNS>::most_threads,
       }
     }
   }
+  block.finish();
 }
 
 }  // namespace fastsupcon::cuda

@@ -19,6 +19,7 @@ __global__ void __launch_bounds__(DeepShape<false, APART, COLUMNS>::most_threads
   if (consumer < 0) {
     ptx::lower_registers<Shape::producer_registers>();
     block.produce(maps);
+    block.finish();
     return;
   }
   ptx::raise_registers<Shape::consumer_registers>();
@@ -87,6 +88,7 @@ __global__ void __launch_bounds__(DeepShape<false, APART, COLUMNS>::most_threads
   const auto sync = [&] { ptx::sync_named(1, 128 * layout.consumers); };
   sync();
   if (is_last_split(pass, block.block, thread, sync) && thread < block.rows) combine_splits(pass, block.block.first_row + thread);
+  block.finish();
 }
 
 }  // namespace fastsupcon::cuda

@@ -10,7 +10,7 @@ namespace fastsupcon::cuda {
 
 // Sides of the same rows in boxes of the same height share a map, as the driver takes its time to make one.
 template <Product PRODUCT>
-Maps maps_of(const Work& work, const Tiling& tiling) {
+Maps maps_of(const Work& work, int x_rows, int y_rows) {
   struct Made {
     const Side* side;
     int rows;
@@ -27,8 +27,8 @@ Maps maps_of(const Work& work, const Tiling& tiling) {
   };
   Maps maps;
   for (int i = 0; i < work.count; ++i) {
-    maps.x[i] = map_of(work.passes[i].x, tiling.rows);
-    maps.y[i] = map_of(work.passes[i].y, tiling.columns);
+    maps.x[i] = map_of(work.passes[i].x, x_rows);
+    maps.y[i] = map_of(work.passes[i].y, y_rows);
   }
   return maps;
 }
@@ -49,7 +49,7 @@ struct WgmmaVariant {
     const Tiling tiling = WgmmaVariant::tiling(work.depth, consumers);
     const Grid grid = tile_grid(work, tiling);
     const auto shape = [&] { return shape_of(work); };
-    const Maps maps = maps_of<PRODUCT>(work, tiling);
+    const Maps maps = maps_of<PRODUCT>(work, tiling.rows, tiling.columns);
     const int threads = 128 * (consumers + 1);
     if constexpr (BACKWARD) {
       cuda::launch("wgmma_backward", shape, wgmma_backward<PRODUCT, PANELS, APART>, grid, threads, Shape::shared_bytes, where, work,
@@ -72,7 +72,7 @@ struct DeepVariant {
   static Tiling tiling(std::int64_t depth, int consumers) {
     const DeepLayout layout = DeepVariant::layout(depth, consumers);
     const int out_chunks = BACKWARD ? static_cast<int>(ceil_div(layout.slabs, 2 * layout.slice)) : 1;
-    return {Shape::rows(layout.consumers), Shape::columns, 1, out_chunks};
+    return {Shape::rows(layout.consumers), Shape::columns, 1, out_chunks, Shape::cluster};
   }
   static void launch(const Work& work, int consumers, const Where& where) {
     const DeepLayout layout = DeepVariant::layout(work.depth, consumers);
@@ -81,7 +81,7 @@ struct DeepVariant {
     const int threads = 128 * (layout.consumers + 1);
     const int shared_bytes = Shape::ring_at(layout.slabs, layout.consumers) + layout.places * Shape::slab_bytes;
     const auto shape = [&] { return shape_of(work); };
-    const Maps maps = maps_of<PRODUCT>(work, tiling);
+    const Maps maps = maps_of<PRODUCT>(work, tiling.rows, Shape::box_rows);
     if constexpr (BACKWARD) {
       cuda::launch("wgmma_deep_backward", shape, wgmma_deep_backward<PRODUCT, OUT_PANELS, APART, COLUMNS>, grid, threads, shared_bytes,
                    where, work, layout, maps);

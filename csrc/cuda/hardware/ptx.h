@@ -18,6 +18,11 @@ FASTSUPCON_DEVICE int lane() { return threadIdx.x % 32; }
 FASTSUPCON_DEVICE int warp() { return __shfl_sync(0xffffffff, threadIdx.x / 32, 0); }  // the shuffle tells the compiler it is uniform
 FASTSUPCON_DEVICE std::int64_t block_x() { return blockIdx.x; }
 FASTSUPCON_DEVICE int block_z() { return blockIdx.z; }
+FASTSUPCON_DEVICE int cluster_rank() {  // of this block in its cluster
+  int rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
 
 // ---- Shared memory --------------------------------------------------------------------------------------------------------------
 
@@ -44,6 +49,9 @@ FASTSUPCON_DEVICE void store_word(Address to, std::uint32_t word) {
 
 FASTSUPCON_DEVICE void sync_block() { __syncthreads(); }
 FASTSUPCON_DEVICE void sync_warp() { __syncwarp(); }
+FASTSUPCON_DEVICE void sync_cluster() {  // all threads of all its blocks
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
 FASTSUPCON_DEVICE void sync_named(int barrier, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
 FASTSUPCON_DEVICE void arrive_named(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
@@ -169,6 +177,14 @@ FASTSUPCON_DEVICE void barrier_arrive(Address barrier) {
 FASTSUPCON_DEVICE void barrier_arrive_expecting(Address barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
+FASTSUPCON_DEVICE void barrier_arrive_at(Address barrier, int rank) {  // at the same barrier of that block of the cluster
+  asm volatile(
+      "{\n.reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
 FASTSUPCON_DEVICE void barrier_wait(Address barrier, int parity) {  // returns once the phase of this parity has ended
   asm volatile(
       "{\n.reg .pred done;\n"
@@ -183,6 +199,16 @@ FASTSUPCON_DEVICE void copy_box_async(Address to, const TensorMap& map, int colu
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
                "l"(reinterpret_cast<std::uint64_t>(&map)), "r"(column), "r"(row), "r"(barrier)
                : "memory");
+}
+
+// The same into every block of the cluster, at the same address and counted on the same barrier of each.
+template <int BLOCKS>
+FASTSUPCON_DEVICE void copy_box_to_cluster_async(Address to, const TensorMap& map, int column, int row, Address barrier) {
+  constexpr std::uint16_t blocks = (1 << BLOCKS) - 1;
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::
+          "r"(to), "l"(reinterpret_cast<std::uint64_t>(&map)), "r"(column), "r"(row), "r"(barrier), "h"(blocks)
+      : "memory");
 }
 
 // Copies `bytes`, a multiple of 16 as both addresses are, and counts them on the barrier.
