@@ -17,7 +17,7 @@ SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
 # Forward and backward of each depth for each of four products, and three kernels of rows for which two are there for each product.
 SMALL = 4
 MMA = 4 + 4 + 3 + 3  # depths of f16, bf16, tf32, f32
-KERNELS = {"sm_80": 2 * MMA + 2 * 4 + SMALL, "sm_90a": 2 * MMA + 2 * 4 + SMALL + 2 * 2 * (2 * 3 + 2 + 3)}
+KERNELS = {"sm_80": 2 * MMA + 2 * 4 + SMALL, "sm_90a": 2 * MMA + 2 * 4 + SMALL + 2 * 2 * (2 * 3 + 2 + 4)}
 
 
 def cuobjdump(*arguments: str) -> str:
@@ -62,11 +62,11 @@ def test_kernels_keep_to_registers():
 
 
 def test_wgmma_is_asynchronous(hopper):
-    """At least four products for each wait: where ptxas serialises them, one waits for the other."""
+    """At least three products for each wait: where ptxas serialises them, one waits for the other."""
     found = {name: code for name, code in hopper.items() if "wgmma" in name}
-    assert len(found) == 2 * 2 * (2 * 3 + 2 + 3)  # of f16 and bf16, apart and not: 1, 2, 4 panels each way, and the deep ones
+    assert len(found) == 2 * 2 * (2 * 3 + 2 + 4)  # of f16 and bf16, apart and not: 1, 2, 4 panels each way, and the deep ones
     for name, code in found.items():
-        assert code.count("HGMMA") >= 4 * code.count("WARPGROUP.DEPBAR") > 0, name
+        assert code.count("HGMMA") >= 3 * code.count("WARPGROUP.DEPBAR") > 0, name
         assert "UTMALDG" in code, name
         assert ("backward" not in name) or ".tnspB" in code, name  # the second product's row-major operand
 

@@ -105,12 +105,25 @@ def test_boxes_at_and_outside_the_edges(on, emulated, depth, m):
 # Beyond the registers of one consumer: 5 … 16 panels of 64. Tiles of 32 columns: one, even and odd numbers of them, ragged and whole.
 @pytest.mark.parametrize(
     ("n", "m", "depth"),
-    [(3, None, 264), (70, None, 512), (64, None, 520), (97, None, 768), (90, None, 776), (33, 150, 1024), (70, 150, 320)],
+    [
+        *((3, None, 264), (70, None, 512), (64, None, 520), (97, None, 768), (90, None, 776), (33, 150, 1024), (70, 150, 320)),
+        *((150, None, 384), (130, 300, 512), (200, None, 1024)),  # clusters of two blocks, one of them beyond the rows
+    ],
 )
 def test_deep_rows_on_hopper(on, emulated, n, m, depth):
     case = Case(n, m, d=depth, dtype=F16 if n % 2 else BF16, keys="few", rows=SCL if m is None else PSC, scale=10.0, own=m is not None)
     check(on(WGMMA, multiprocessors=1), case, HOST)
     assert {"wgmma_deep_forward", "wgmma_deep_backward"} <= set(names(emulated))
+
+
+@pytest.mark.parametrize(("n", "m", "depth"), [(70, None, 512), (20, 700, 768), (400, 30, 1024)])
+def test_splits_of_deep_rows(on, emulated, n, m, depth):
+    """Clusters share rows' neighbourhood and split: both blocks of one visit the same tiles."""
+    case = Case(n, m, d=depth, dtype=BF16, keys="few", rows=SCL, columns=() if m is None else SCL)
+    check(on(WGMMA, multiprocessors=16), case, HOST)
+    deep = [grid for name, grid in emulated.launched() if name.startswith("wgmma_deep")]
+    assert len(deep) == 2
+    assert all(x % 2 == 0 and x > 2 for x, _, _ in deep)
 
 
 @pytest.mark.parametrize("capability", [MMA, WGMMA])

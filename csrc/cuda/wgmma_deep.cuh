@@ -28,7 +28,7 @@ template <bool BACKWARD, bool APART, int COLUMNS>
 struct DeepShape {
   static constexpr int columns = COLUMNS;                // of a tile
   static constexpr int slots_places = BACKWARD ? 4 : 1;  // tiles whose slots are held
-  static constexpr int slab_panels = COLUMNS == 32 ? 2 : 1, slab_depth = slab_panels * kPanelDepth;
+  static constexpr int slab_panels = COLUMNS < 64 ? 2 : 1, slab_depth = slab_panels * kPanelDepth;
   static constexpr int most_places = 20;
   static constexpr int most_threads = 3 * 128;
   static constexpr int producer_registers = BACKWARD ? 24 : 40, consumer_registers = BACKWARD ? 240 : 232;
@@ -42,7 +42,8 @@ struct DeepShape {
   static constexpr int slots = cuda::slots(BACKWARD, false, APART), slots_bytes = slots * columns * kFieldBytes;
   static constexpr int x_slots = BACKWARD ? kEqual + 1 : 0;  // fields of x; the forward holds those of a lane's rows in registers
   // Shared memory: W of two tiles; slots of tiles and of x; barriers; x; the ring.
-  static constexpr int slots_at = BACKWARD ? 2 * 64 * COLUMNS * 2 : 0;
+  static constexpr int weights_panels = 2 * COLUMNS > kPanelDepth ? 2 : 1;
+  static constexpr int slots_at = BACKWARD ? weights_panels * 64 * kPanelBytes : 0;
   static constexpr int x_slots_at = slots_at + slots_places * slots_bytes, x_slots_bytes = x_slots * 64 * kFieldBytes;
   static constexpr int barriers_at = x_slots_at + x_slots_bytes;
   static constexpr int x_at = (barriers_at + 8 * (1 + 2 * slots_places + 2 * most_places) + 1023) / 1024 * 1024;

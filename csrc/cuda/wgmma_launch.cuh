@@ -103,6 +103,7 @@ auto with_wgmma_variant(std::int64_t depth, bool backward, bool apart, Use use) 
       if (depth > 512 && depth <= 768) return use(DeepVariant<PRODUCT, 0, false, APART, 64>{});
       return use(DeepVariant<PRODUCT, 0, false, APART, 128>{});
     } else {
+      if (depth <= 384) return use(DeepVariant<PRODUCT, 3, true, APART, 64>{});
       if (depth <= 512) return use(DeepVariant<PRODUCT, 4, true, APART, 64>{});
       if (depth <= 768) return use(DeepVariant<PRODUCT, 6, true, APART, 32>{});
       return use(DeepVariant<PRODUCT, 4, true, APART, 32>{});

@@ -227,6 +227,12 @@ template <int PENDING>
 FASTSUPCON_DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
+FASTSUPCON_DEVICE void wgmma_wait_but(int pending) {  // of at most three groups, a constant once inlined
+  if (pending == 0) wgmma_wait<0>();
+  else if (pending == 1) wgmma_wait<1>();
+  else if (pending == 2) wgmma_wait<2>();
+  else wgmma_wait<3>();
+}
 // Keeps the compiler from moving reads and writes of registers that a wgmma in flight uses.
 template <int N>
 FASTSUPCON_DEVICE void hold(float (&d)[N][4]) {

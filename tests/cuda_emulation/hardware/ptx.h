@@ -428,6 +428,10 @@ void wgmma_wait() {
     }
   });
 }
+inline void wgmma_wait_but(int pending) {
+  if (pending > 3) em::fail("not so many groups are known");
+  pending == 0 ? wgmma_wait<0>() : pending == 1 ? wgmma_wait<1>() : pending == 2 ? wgmma_wait<2>() : wgmma_wait<3>();
+}
 template <class T, int N>
 void hold(T (&)[N][4]) {}
 
