@@ -116,14 +116,14 @@ def test_deep_rows_on_hopper(on, emulated, n, m, depth):
     assert {"wgmma_deep_forward", "wgmma_deep_backward"} <= set(names(emulated))
 
 
-@pytest.mark.parametrize(("n", "m", "depth"), [(70, None, 512), (20, 700, 768), (400, 30, 1024)])
+@pytest.mark.parametrize(("n", "m", "depth"), [(200, None, 512), (20, 700, 768), (300, 30, 1024)])
 def test_splits_of_deep_rows(on, emulated, n, m, depth):
-    """Clusters share rows' neighbourhood and split: both blocks of one visit the same tiles."""
+    """Splits are shared out to whole clusters, whose blocks go through the same tiles."""
     case = Case(n, m, d=depth, dtype=BF16, keys="few", rows=SCL, columns=() if m is None else SCL)
-    check(on(WGMMA, multiprocessors=16), case, HOST)
-    deep = [grid for name, grid in emulated.launched() if name.startswith("wgmma_deep")]
-    assert len(deep) == 2
-    assert all(x % 2 == 0 and x > 2 for x, _, _ in deep)
+    check(on(WGMMA, multiprocessors=64), case, HOST)
+    blocks = [x for name, (x, _, _) in emulated.launched() if name.startswith("wgmma_deep")]
+    assert all(x % 2 == 0 for x in blocks)
+    assert max(blocks) > 2 * (-(-n // 128) + (-(-m // 128) if m else 0))
 
 
 @pytest.mark.parametrize("capability", [MMA, WGMMA])

@@ -215,6 +215,16 @@ struct DeepBlock {
     }
     ptx::wgmma_commit();
   }
+  // The same with x in registers, as the A fragments of this warp's rows; a slab is one panel.
+  FASTSUPCON_DEVICE void issue_logits_of_slab(float (&s)[columns / 8][4], const std::uint32_t (&x)[4][4], Place at, bool accumulate) const {
+    static_assert(Shape::slab_panels == 1);
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      ptx::Wgmma<PRODUCT == Product::bf16, columns>::registers_depth_major(s, x[step], depth_major_descriptor(y_slab(at), step),
+                                                                           accumulate || step > 0);
+    }
+    ptx::wgmma_commit();
+  }
 };
 
 }  // namespace fastsupcon::cuda

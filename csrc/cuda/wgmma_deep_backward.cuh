@@ -128,17 +128,45 @@ __global__ void __launch_bounds__(DeepShape<true, APART, COLUMNS>::most_threads,
   float s[columns / 8][4];
   std::uint32_t packed[Slice::steps][4] = {};
 
+  // Of x, the slabs with which this consumer's tiles begin: in registers, they spare shared memory half of what these products read.
+  constexpr int x_slabs = Shape::slab_panels > 1 ? 0 : OUT_PANELS > 3 ? 2 : 4;
+  std::uint32_t x[x_slabs > 0 ? x_slabs : 1][4][4];
+  const auto load_x = [&](int slab) {
+#pragma unroll
+    for (int i = 0; i < x_slabs; ++i) {
+#pragma unroll
+      for (int step = 0; step < 4; ++step) {
+        const MatrixRow from = fragment_rows(lane);
+        ptx::load_matrices(x[i][step], block.x_panel(slab) + panel_offset(warp % 4 * 16 + from.row, 2 * step + from.chunk));
+      }
+      slab = block.next_slab(slab);
+    }
+  };
+
   const auto issue_logits_of_slab = [&](int slab, Place at, bool accumulate) {
     block.wait_for(at);
     ptx::wgmma_fence();
     block.issue_logits_of_slab(s, 0, slab, at, accumulate);
   };
-  // The first slab stands apart, and the loop waits for all but the last groups: else ptxas serialises (C7515) or adds fences (C7519).
+  // The first slabs stand apart, and the loop waits for all but the last groups: else ptxas serialises (C7515) or adds fences (C7519).
   const auto issue_logits = [&](int tile, Place at) {
     int slab = block.first_slab(tile);
-    issue_logits_of_slab(slab, at, false);
+    if constexpr (x_slabs == 0) {
+      issue_logits_of_slab(slab, at, false);
+    } else {
+#pragma unroll
+      for (int i = 0; i < x_slabs; ++i) {
+        if (i > 0) {
+          slab = block.next_slab(slab);
+          at = block.after(at, 1);
+        }
+        block.wait_for(at);
+        ptx::wgmma_fence();
+        block.issue_logits_of_slab(s, x[i], at, i > 0);
+      }
+    }
 #pragma unroll 1
-    for (int i = 1; i < layout.slabs; ++i) {
+    for (int i = x_slabs > 0 ? x_slabs : 1; i < layout.slabs; ++i) {
       slab = block.next_slab(slab);
       at = block.after(at, 1);
       ptx::wgmma_wait<1>();
@@ -185,6 +213,7 @@ __global__ void __launch_bounds__(DeepShape<true, APART, COLUMNS>::most_threads,
     ptx::arrive_named(published + consumer, 256);
   }
   ptx::barrier_wait(block.x_full(), 0);
+  load_x(block.first_slab(tile));
 #pragma unroll 1
   for (; tile < block.block.last_tile; tile += 2) {
     issue_logits(tile, at);

@@ -249,6 +249,7 @@ FASTSUPCON_DEVICE void hold(std::uint32_t (&a)[N][4]) {
 //   shared            a and b in shared memory, depth-major both
 //   shared_row_major  the same, b (16 × N) row-major, which the descriptor's transpose bit says; always adds
 //   registers         a in registers, b row-major; always adds
+//   registers_depth_major  the same, b depth-major
 template <bool BF16, int N>
 struct Wgmma;
 
@@ -270,9 +271,9 @@ struct Wgmma;
   "%107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, " \
   "%125, %126, %127"
 
-// The instruction and its accumulators. J = N / 8; I0 = N / 2 … I4: the numbers of the operands behind the accumulators.
+// The instruction and its accumulators. J = N / 8; I0 = N / 2 … I5: the numbers of the operands behind the accumulators.
 #define FASTSUPCON_WGMMA_D(N, TYPE, I0) "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" FASTSUPCON_R##I0 "}"
-#define FASTSUPCON_WGMMA(BF16, TYPE, N, J, I0, I1, I2, I3, I4)                                                         \
+#define FASTSUPCON_WGMMA(BF16, TYPE, N, J, I0, I1, I2, I3, I4, I5)                                                     \
   template <>                                                                                                          \
   struct Wgmma<BF16, N> {                                                                                              \
     using Accumulators = float[N / 8][4];                                                                              \
@@ -292,14 +293,22 @@ struct Wgmma;
                    : FASTSUPCON_D##J(0)                                                                                \
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                              \
     }                                                                                                                  \
+    static FASTSUPCON_DEVICE void registers_depth_major(Accumulators& d, const std::uint32_t (&a)[4], std::uint64_t b, \
+                                                        bool accumulate) {                                             \
+      asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #I5 ", 0;\n"                                               \
+                   FASTSUPCON_WGMMA_D(N, TYPE, I0) ", {%" #I0 ", %" #I1 ", %" #I2 ", %" #I3 "}, %" #I4                 \
+                   ", add, 1, 1, 0;\n}"                                                                                \
+                   : FASTSUPCON_D##J(0)                                                                                \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));           \
+    }                                                                                                                  \
   };
 #define FASTSUPCON_WGMMA_BOTH(N, ...)                                                                                  \
   FASTSUPCON_WGMMA(false, "f16", N, __VA_ARGS__)                                                                       \
   FASTSUPCON_WGMMA(true, "bf16", N, __VA_ARGS__)
-FASTSUPCON_WGMMA_BOTH(32, 4, 16, 17, 18, 19, 20)
-FASTSUPCON_WGMMA_BOTH(64, 8, 32, 33, 34, 35, 36)
-FASTSUPCON_WGMMA_BOTH(128, 16, 64, 65, 66, 67, 68)
-FASTSUPCON_WGMMA_BOTH(256, 32, 128, 129, 130, 131, 132)
+FASTSUPCON_WGMMA_BOTH(32, 4, 16, 17, 18, 19, 20, 21)
+FASTSUPCON_WGMMA_BOTH(64, 8, 32, 33, 34, 35, 36, 37)
+FASTSUPCON_WGMMA_BOTH(128, 16, 64, 65, 66, 67, 68, 69)
+FASTSUPCON_WGMMA_BOTH(256, 32, 128, 129, 130, 131, 132, 133)
 #undef FASTSUPCON_WGMMA_BOTH
 #undef FASTSUPCON_WGMMA
 #undef FASTSUPCON_WGMMA_D
