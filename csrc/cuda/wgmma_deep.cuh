@@ -29,6 +29,7 @@ struct DeepShape {
   static constexpr int columns = COLUMNS;                // of a tile
   static constexpr int slots_places = BACKWARD ? 4 : 1;  // tiles whose slots are held
   static constexpr int slab_panels = COLUMNS < 64 ? 2 : 1, slab_depth = slab_panels * kPanelDepth;
+  static constexpr int held = BACKWARD ? 0 : 6;  // panels of x that are in the consumers' registers alone
   static constexpr int most_places = 20;
   static constexpr int most_threads = 3 * 128;
   static constexpr int producer_registers = BACKWARD ? 24 : 40, consumer_registers = BACKWARD ? 240 : 232;
@@ -50,7 +51,7 @@ struct DeepShape {
 
   __host__ __device__ static constexpr int rows(int consumers) { return BACKWARD ? 64 : 64 * consumers; }
   __host__ __device__ static constexpr int ring_at(int slabs, int consumers) {
-    return x_at + slabs * slab_panels * rows(consumers) * kPanelBytes;
+    return x_at + (slabs * slab_panels - held) * rows(consumers) * kPanelBytes;
   }
   static constexpr int fitting_places(int slabs, int consumers) {
     const int fitting = (kBlockSharedBytes - ring_at(slabs, consumers)) / slab_bytes;
@@ -109,7 +110,7 @@ struct DeepBlock {
   FASTSUPCON_DEVICE ptx::Address full(int place) const { return barriers + 8 * (1 + 2 * Shape::slots_places + place); }
   FASTSUPCON_DEVICE ptx::Address empty(int place) const { return full(Shape::most_places + place); }
 
-  FASTSUPCON_DEVICE ptx::Address x_panel(int panel) const { return x_at + panel * rows * kPanelBytes; }
+  FASTSUPCON_DEVICE ptx::Address x_panel(int panel) const { return x_at + (panel - Shape::held) * rows * kPanelBytes; }
   FASTSUPCON_DEVICE ptx::Address y_slab(Place at) const { return ring + at.index * Shape::slab_bytes; }
   FASTSUPCON_DEVICE Place after(Place at, int slabs) const {  // slabs ≤ places
     const int index = at.index + slabs;
@@ -143,9 +144,9 @@ struct DeepBlock {
   }
   FASTSUPCON_DEVICE void fetch_slabs(const ptx::TensorMap& x_map, const ptx::TensorMap& y_map) const {
     const int panels = layout.slabs * Shape::slab_panels;
-    ptx::barrier_arrive_expecting(x_full(), panels * rows * kPanelBytes + Shape::x_slots_bytes);
+    ptx::barrier_arrive_expecting(x_full(), (panels - Shape::held) * rows * kPanelBytes + Shape::x_slots_bytes);
     fetch_slots(weights + Shape::x_slots_at, pass.x, block.first_row, 64, Shape::x_slots, true, true, x_full());
-    for (int p = 0; p < panels; ++p) {
+    for (int p = Shape::held; p < panels; ++p) {
       ptx::copy_box_async(x_panel(p), x_map, kPanelDepth * p, block.first_row, x_full());
     }
     const int rank = ptx::cluster_rank();

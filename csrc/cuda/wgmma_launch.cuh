@@ -1,6 +1,8 @@
 // Picks the instantiation of wgmma.cuh, or of the kernels for more depth, for a depth.
 #pragma once
 
+#include <algorithm>
+
 #include "families.h"
 #include "wgmma.cuh"
 #include "wgmma_deep_backward.cuh"
@@ -66,7 +68,7 @@ template <Product PRODUCT, int OUT_PANELS, bool BACKWARD, bool APART, int COLUMN
 struct DeepVariant {
   using Shape = DeepShape<BACKWARD, APART, COLUMNS>;
   static DeepLayout layout(std::int64_t depth, int consumers) {
-    const int slabs = static_cast<int>(ceil_div(depth, Shape::slab_depth));
+    const int slabs = std::max(static_cast<int>(ceil_div(depth, Shape::slab_depth)), Shape::held);
     return {slabs, OUT_PANELS / Shape::slab_panels, consumers, Shape::fitting_places(slabs, consumers)};
   }
   static Tiling tiling(std::int64_t depth, int consumers) {
@@ -100,8 +102,7 @@ auto with_wgmma_variant(std::int64_t depth, bool backward, bool apart, Use use) 
     if (depth <= 128) return use(WgmmaVariant<PRODUCT, 2, BACKWARD, APART>{});
     if (depth <= 256) return use(WgmmaVariant<PRODUCT, 4, BACKWARD, APART>{});
     if constexpr (!BACKWARD) {
-      if (depth > 512 && depth <= 768) return use(DeepVariant<PRODUCT, 0, false, APART, 64>{});
-      return use(DeepVariant<PRODUCT, 0, false, APART, 128>{});
+      return use(DeepVariant<PRODUCT, 0, false, APART, 64>{});
     } else {
       if (depth <= 384) return use(DeepVariant<PRODUCT, 3, true, APART, 64>{});
       if (depth <= 512) return use(DeepVariant<PRODUCT, 4, true, APART, 64>{});
@@ -116,7 +117,7 @@ auto with_wgmma_variant(std::int64_t depth, bool backward, bool apart, Use use) 
 // Consumers that a block may have, most first.
 inline std::vector<int> wgmma_consumers(std::int64_t depth, bool backward) {
   if (depth <= 256) return backward ? std::vector<int>{2, 1} : std::vector<int>{4, 2, 1};
-  return {backward || depth <= 12 * kPanelDepth ? 2 : 1};
+  return {2};
 }
 
 template <Product PRODUCT>
