@@ -56,7 +56,13 @@ def test_kernels_keep_to_registers():
         ]
     assert {arch: len(kernels) for arch, kernels in found.items()} == KERNELS
     spilled = {name: size for kernels in found.values() for name, size in kernels if size}
-    few = {r"\d+mma_\w+ILN\w+ELi0E": 40, r"11mma_forward\w+E3ELi4E": 56, "deep_backward.*ELi6E": 112, "deep_backward.*ELi64E": 40, r"14wgmma_backward\w+E0ELi4ELb0E": 8}
+    few = {
+        r"\d+mma_\w+ILN\w+ELi0E": 40,
+        r"11mma_forward\w+E3ELi4E": 56,
+        "deep_backward.*ELi6E": 112,
+        "deep_backward.*ELi64E": 40,
+        r"14wgmma_backward\w+E0ELi4ELb0E": 8,
+    }
     for name, size in spilled.items():
         assert any(re.search(kernel, name) and size <= most for kernel, most in few.items()), (name, size)
 
