@@ -18,10 +18,9 @@ constexpr int kPanelDepth = 64;
 constexpr int kDeepCluster = 2;
 
 struct DeepLayout {
-  int slabs;      // of the depth
-  int slice;      // slabs of the result that a consumer of the backward owns; 0 in the forward
-  int consumers;  // warpgroups beside the producer
-  int places;     // of the ring
+  int slabs;   // of the depth
+  int slice;   // slabs of the result that a consumer of the backward owns; 0 in the forward
+  int places;  // of the ring
 };
 
 template <bool BACKWARD, bool APART, int COLUMNS>
@@ -31,9 +30,10 @@ struct DeepShape {
   static constexpr int slab_panels = COLUMNS < 64 ? 2 : 1, slab_depth = slab_panels * kPanelDepth;
   static constexpr int held = BACKWARD ? 0 : 6;  // panels of x that are in the consumers' registers alone
   static constexpr int most_places = 20;
-  static constexpr int most_threads = 3 * 128;
+  static constexpr int consumers = 2, threads = 128 * (consumers + 1);  // warpgroups, and those of the producer too
+  static constexpr int rows = BACKWARD ? 64 : 64 * consumers;
   static constexpr int producer_registers = BACKWARD ? 24 : 40, consumer_registers = BACKWARD ? 240 : 232;
-  static_assert(producer_registers + 2 * consumer_registers <= 3 * (65536 / most_threads / 8 * 8),
+  static_assert(producer_registers + consumers * consumer_registers <= (consumers + 1) * (65536 / threads / 8 * 8),
                 "setmaxnreg hands out what the block was launched with, and waits forever for more");
   static constexpr int panel_bytes = columns * kPanelBytes, slab_bytes = slab_panels * panel_bytes;
   // A slab comes as boxes, of one panel or a part of it; a block of the cluster asks for every so manieth.
@@ -49,12 +49,11 @@ struct DeepShape {
   static constexpr int barriers_at = x_slots_at + x_slots_bytes;
   static constexpr int x_at = (barriers_at + 8 * (1 + 2 * slots_places + 2 * most_places) + 1023) / 1024 * 1024;
 
-  __host__ __device__ static constexpr int rows(int consumers) { return BACKWARD ? 64 : 64 * consumers; }
-  __host__ __device__ static constexpr int ring_at(int slabs, int consumers) {
-    return x_at + (slabs * slab_panels - held) * rows(consumers) * kPanelBytes;
+  __host__ __device__ static constexpr int ring_at(int slabs) {
+    return x_at + (slabs * slab_panels - held) * rows * kPanelBytes;
   }
-  static constexpr int fitting_places(int slabs, int consumers) {
-    const int fitting = (kBlockSharedBytes - ring_at(slabs, consumers)) / slab_bytes;
+  static constexpr int fitting_places(int slabs) {
+    const int fitting = (kBlockSharedBytes - ring_at(slabs)) / slab_bytes;
     return fitting < most_places ? fitting : most_places;
   }
 };
@@ -71,7 +70,6 @@ struct DeepBlock {
 
   const Work& work;
   const DeepLayout& layout;
-  int rows;
   BlockWork block;
   const Pass& pass;
   float scale = static_cast<float>(work.scale.value) * logit_unit(true);  // of logits, in their unit
@@ -81,12 +79,11 @@ struct DeepBlock {
   FASTSUPCON_DEVICE DeepBlock(const Work& work, const DeepLayout& layout)
       : work(work),
         layout(layout),
-        rows(Shape::rows(layout.consumers)),
-        block(block_work(work, rows, columns)),
+        block(block_work(work, Shape::rows, columns)),
         pass(work.passes[block.pass]),
-        ring(weights + Shape::ring_at(layout.slabs, layout.consumers)) {
+        ring(weights + Shape::ring_at(layout.slabs)) {
     if (ptx::thread() == 0) {
-      const int releases = BACKWARD ? 4 : 4 * layout.consumers;  // by warps: of the one consumer that reads last, or of all
+      const int releases = BACKWARD ? 4 : 4 * Shape::consumers;  // by warps: of the one consumer that reads last, or of all
       ptx::barrier_init(x_full(), 1);
       for (int place = 0; place < Shape::slots_places; ++place) {
         ptx::barrier_init(slots_full(place), 1);
@@ -110,7 +107,7 @@ struct DeepBlock {
   FASTSUPCON_DEVICE ptx::Address full(int place) const { return barriers + 8 * (1 + 2 * Shape::slots_places + place); }
   FASTSUPCON_DEVICE ptx::Address empty(int place) const { return full(Shape::most_places + place); }
 
-  FASTSUPCON_DEVICE ptx::Address x_panel(int panel) const { return x_at + (panel - Shape::held) * rows * kPanelBytes; }
+  FASTSUPCON_DEVICE ptx::Address x_panel(int panel) const { return x_at + (panel - Shape::held) * Shape::rows * kPanelBytes; }
   FASTSUPCON_DEVICE ptx::Address y_slab(Place at) const { return ring + at.index * Shape::slab_bytes; }
   FASTSUPCON_DEVICE Place after(Place at, int slabs) const {  // slabs ≤ places
     const int index = at.index + slabs;
@@ -144,7 +141,7 @@ struct DeepBlock {
   }
   FASTSUPCON_DEVICE void fetch_slabs(const ptx::TensorMap& x_map, const ptx::TensorMap& y_map) const {
     const int panels = layout.slabs * Shape::slab_panels;
-    ptx::barrier_arrive_expecting(x_full(), (panels - Shape::held) * rows * kPanelBytes + Shape::x_slots_bytes);
+    ptx::barrier_arrive_expecting(x_full(), (panels - Shape::held) * Shape::rows * kPanelBytes + Shape::x_slots_bytes);
     fetch_slots(weights + Shape::x_slots_at, pass.x, block.first_row, 64, Shape::x_slots, true, true, x_full());
     for (int p = Shape::held; p < panels; ++p) {
       ptx::copy_box_async(x_panel(p), x_map, kPanelDepth * p, block.first_row, x_full());

@@ -99,7 +99,7 @@ struct DeepSlice {
 };
 
 template <Product PRODUCT, int OUT_PANELS, bool APART, int COLUMNS>
-__global__ void __launch_bounds__(DeepShape<true, APART, COLUMNS>::most_threads, 1)
+__global__ void __launch_bounds__(DeepShape<true, APART, COLUMNS>::threads, 1)
     wgmma_deep_backward(const __grid_constant__ Work work, const __grid_constant__ DeepLayout layout,
                         const __grid_constant__ Maps maps) {
   using Block = DeepBlock<PRODUCT, true, APART, COLUMNS>;

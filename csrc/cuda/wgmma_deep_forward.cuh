@@ -8,7 +8,7 @@
 namespace fastsupcon::cuda {
 
 template <Product PRODUCT, bool APART, int COLUMNS>
-__global__ void __launch_bounds__(DeepShape<false, APART, COLUMNS>::most_threads, 1)
+__global__ void __launch_bounds__(DeepShape<false, APART, COLUMNS>::threads, 1)
     wgmma_deep_forward(const __grid_constant__ Work work, const __grid_constant__ DeepLayout layout,
                        const __grid_constant__ Maps maps) {
   using Block = DeepBlock<PRODUCT, false, APART, COLUMNS>;
@@ -113,9 +113,9 @@ __global__ void __launch_bounds__(DeepShape<false, APART, COLUMNS>::most_threads
 #pragma unroll
   for (int r = 0; r < 2; ++r) store_sums(pass, block.block, sums[r], row + 8 * r, true, lane);
   const int thread = ptx::thread() - 128;
-  const auto sync = [&] { ptx::sync_named(1, 128 * layout.consumers); };
+  const auto sync = [&] { ptx::sync_named(1, 128 * Shape::consumers); };
   sync();
-  if (is_last_split(pass, block.block, thread, sync) && thread < block.rows) combine_splits(pass, block.block.first_row + thread);
+  if (is_last_split(pass, block.block, thread, sync) && thread < Shape::rows) combine_splits(pass, block.block.first_row + thread);
   block.finish();
 }
 

@@ -67,28 +67,27 @@ struct WgmmaVariant {
 template <Product PRODUCT, int OUT_PANELS, bool BACKWARD, bool APART, int COLUMNS>
 struct DeepVariant {
   using Shape = DeepShape<BACKWARD, APART, COLUMNS>;
-  static DeepLayout layout(std::int64_t depth, int consumers) {
+  static DeepLayout layout(std::int64_t depth) {
     const int slabs = std::max(static_cast<int>(ceil_div(depth, Shape::slab_depth)), Shape::held);
-    return {slabs, OUT_PANELS / Shape::slab_panels, consumers, Shape::fitting_places(slabs, consumers)};
+    return {slabs, OUT_PANELS / Shape::slab_panels, Shape::fitting_places(slabs)};
   }
-  static Tiling tiling(std::int64_t depth, int consumers) {
-    const DeepLayout layout = DeepVariant::layout(depth, consumers);
+  static Tiling tiling(std::int64_t depth, int) {
+    const DeepLayout layout = DeepVariant::layout(depth);
     const int out_chunks = BACKWARD ? static_cast<int>(ceil_div(layout.slabs, 2 * layout.slice)) : 1;
-    return {Shape::rows(layout.consumers), Shape::columns, 1, out_chunks, Shape::cluster};
+    return {Shape::rows, Shape::columns, 1, out_chunks, Shape::cluster};
   }
   static void launch(const Work& work, int consumers, const Where& where) {
-    const DeepLayout layout = DeepVariant::layout(work.depth, consumers);
+    const DeepLayout layout = DeepVariant::layout(work.depth);
     const Tiling tiling = DeepVariant::tiling(work.depth, consumers);
     const Grid grid = tile_grid(work, tiling);
-    const int threads = 128 * (layout.consumers + 1);
-    const int shared_bytes = Shape::ring_at(layout.slabs, layout.consumers) + layout.places * Shape::slab_bytes;
+    const int shared_bytes = Shape::ring_at(layout.slabs) + layout.places * Shape::slab_bytes;
     const auto shape = [&] { return shape_of(work); };
     const Maps maps = maps_of<PRODUCT>(work, tiling.rows, Shape::box_rows);
     if constexpr (BACKWARD) {
-      cuda::launch("wgmma_deep_backward", shape, wgmma_deep_backward<PRODUCT, OUT_PANELS, APART, COLUMNS>, grid, threads, shared_bytes,
+      cuda::launch("wgmma_deep_backward", shape, wgmma_deep_backward<PRODUCT, OUT_PANELS, APART, COLUMNS>, grid, Shape::threads, shared_bytes,
                    where, work, layout, maps);
     } else {
-      cuda::launch("wgmma_deep_forward", shape, wgmma_deep_forward<PRODUCT, APART, COLUMNS>, grid, threads, shared_bytes, where, work,
+      cuda::launch("wgmma_deep_forward", shape, wgmma_deep_forward<PRODUCT, APART, COLUMNS>, grid, Shape::threads, shared_bytes, where, work,
                    layout, maps);
     }
   }
