@@ -28,7 +28,7 @@ struct DeepSlice {
   int consumer;
 
   FASTSUPCON_DEVICE int first_slab() const { return (ptx::block_z() * 2 + consumer) * slabs; }
-  // A slice may reach past the depth: it then multiplies the last slab again, and stores nothing of that.
+  // A slice may reach past the depth: it then multiplies the last slab again, given back or not, and stores nothing of that.
   FASTSUPCON_DEVICE Place place_of(int tile, Place tile_at, int i) const {
     const int slab = first_slab() + i, last = block.layout.slabs - 1;
     return block.place_of(tile, tile_at, slab < last ? slab : last);

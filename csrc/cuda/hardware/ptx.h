@@ -50,7 +50,8 @@ FASTSUPCON_DEVICE void store_word(Address to, std::uint32_t word) {
 FASTSUPCON_DEVICE void sync_block() { __syncthreads(); }
 FASTSUPCON_DEVICE void sync_warp() { __syncwarp(); }
 FASTSUPCON_DEVICE void sync_cluster() {  // all threads of all its blocks
-  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+  __syncwarp();                          // lanes may come one by one, the barrier is for whole warps
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 FASTSUPCON_DEVICE void sync_named(int barrier, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
 FASTSUPCON_DEVICE void arrive_named(int barrier, int threads) {
