@@ -178,36 +178,45 @@ struct Sums {
   float of[COUNT];
 };
 
-// One thread for each row, once the blocks of triangle.h have written their sums of it: of its group's chunks as a row, and of the groups
-// up to its own as a column. Sums over all pairs alone, bounded.
+// A block for 32 rows, once the blocks of triangle.h have written their sums of them: of the group's chunks as rows, and of the groups up to
+// its own as columns. Its warps share these out, a lane for each row: one thread for a row would wait for half of a launch of 8,192 rows'
+// time. Sums over all pairs alone, bounded.
 __global__ void __launch_bounds__(kRowsThreads) combine_triangle(const __grid_constant__ Work work) {
+  using Total = Sums<kTriangleSums>;
   const Triangle& triangle = work.triangle;
   const Pass& pass = work.passes[0];
-  const int row = static_cast<int>(ptx::block_x()) * kRowsThreads + ptx::thread();
+  const int row = static_cast<int>(ptx::block_x()) * 32 + ptx::lane(), warp = ptx::warp();
+  auto* const of_warps = reinterpret_cast<Total*>(ptx::shared_memory());  // [kRowsWarps, 32]
   LineRow found{row < triangle.count, {}};
+  Total total{};
+  const auto add = [&](const Total& more) {
+#pragma unroll
+    for (int i = 0; i < kTriangleSums; ++i) total.of[i] += more.of[i];
+  };
   if (found.is_row) {
     const int group_rows = triangle.group_rows(), group = row / group_rows, in_group = row - group * group_rows;
-    Sums<kTriangleSums> total{};
-    const auto add = [&](const Sums<kTriangleSums>& more) {
-#pragma unroll
-      for (int i = 0; i < kTriangleSums; ++i) total.of[i] += more.of[i];
-    };
     load_ahead<4>(
-        0, triangle.chunks(group), 1,
+        warp, triangle.chunks(group), kRowsWarps,
         [&](int chunk) {
           const float* from = triangle.row_sums + triangle.place(group, chunk) * kTriangleSums * group_rows + in_group;
-          return Sums<kTriangleSums>{from[0], from[group_rows], from[2 * group_rows]};
+          return Total{from[0], from[group_rows], from[2 * group_rows]};
         },
         add);
     // The first row block of a group has columns in the groups before alone.
     load_ahead<8>(
-        0, group + (in_group >= triangle.rows), 1,
+        warp, group + (in_group >= triangle.rows), kRowsWarps,
         [&](int other) {
           const std::int64_t columns = triangle.columns_of(other);
           const float* from = triangle.column_sums + kTriangleSums * triangle.columns_before(other) + row - other * group_rows;
-          return Sums<kTriangleSums>{from[0], from[columns], from[2 * columns]};
+          return Total{from[0], from[columns], from[2 * columns]};
         },
         add);
+  }
+  of_warps[32 * warp + ptx::lane()] = total;
+  ptx::sync_block();
+  if (warp > 0) return;
+  for (int other = 1; other < kRowsWarps; ++other) add(of_warps[32 * other + ptx::lane()]);
+  if (found.is_row) {
     const auto& out = pass.quantities;
     if (out.all) out.all[row] = found.q.all = log(total.of[0]);
     if (out.similarity) out.similarity[row] = found.q.similarity = total.of[1] * kLn2;
@@ -215,6 +224,7 @@ __global__ void __launch_bounds__(kRowsThreads) combine_triangle(const __grid_co
   }
   if (pass.line.loss) add_to_loss(pass.line, found, row);
 }
+constexpr int kCombineBytes = 32 * kRowsWarps * static_cast<int>(sizeof(Sums<kTriangleSums>));
 
 // weight · exp(shift + t) is the gradient that a pair of one kind takes from the log-sums that it is in: over that kind, and over all.
 struct PairWeight {
