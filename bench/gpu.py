@@ -134,9 +134,15 @@ def ended(stages: list[list[Part]], scratch: Path) -> Iterator[tuple[Part, str, 
     """Each part as it ends: how, after how many seconds, and the end of what it printed."""
     for stage in stages:
         begin = time.monotonic()
-        for part, process in [(part, start(part, scratch / f"{part.name}.log")) for part in stage]:
-            result = process if isinstance(process, str) else end(process, part.limit - (time.monotonic() - begin))
-            yield part, result, time.monotonic() - begin, tail(scratch / f"{part.name}.log")
+        running = [(part, start(part, scratch / f"{part.name}.log")) for part in stage]
+        try:
+            for part, process in running:
+                result = process if isinstance(process, str) else end(process, part.limit - (time.monotonic() - begin))
+                yield part, result, time.monotonic() - begin, tail(scratch / f"{part.name}.log")
+        finally:  # one that outlives an interrupted driver would disturb what is measured next
+            for _, process in running:
+                if not isinstance(process, str):
+                    kill(process, signal.SIGKILL)
 
 
 def tail(log: Path) -> bytes:
@@ -149,7 +155,8 @@ def tail(log: Path) -> bytes:
 
 def drive(stages: list[list[Part]], out: Path, scratch: Path) -> bool:
     """Whether all that could run passed. log.txt and parts.json are written anew after each part."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and would leave that to the parts
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background job ignores the first, and would leave that to the parts
+        signal.signal(number, signal.default_int_handler)
     results, begin = [], time.monotonic()
     log = b"\n".join([f"{datetime.datetime.now(datetime.timezone.utc):%FT%TZ}".encode(), *map(said, DESCRIBED)]) + b"\n"
     print(log.decode(errors="replace"), end="", flush=True)

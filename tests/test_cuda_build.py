@@ -17,7 +17,7 @@ SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
 # Forward and backward of each depth for each of four products, and four kernels of rows, two of which are there for each product.
 SMALL = 5
 MMA = 4 + 4 + 3 + 3  # depths of f16, bf16, tf32, f32
-WGMMA = 2 * 2 * (2 * 3 + 1 + 4) + 2 * 3  # of f16 and bf16, apart and not: 1, 2, 4 panels each way, and the deep ones; triangles
+WGMMA = 2 * 2 * (2 * 3 + 2 + 3) + 2 * 3  # of f16 and bf16, apart and not: 1, 2, 4 panels each way, and the deep ones; triangles
 KERNELS = {"sm_80": 2 * MMA + 2 * 4 + SMALL, "sm_90a": 2 * MMA + 2 * 4 + SMALL + WGMMA}
 
 
@@ -46,8 +46,8 @@ def hopper() -> dict[str, str]:
 
 
 def test_kernels_keep_to_registers():
-    """None is spilled, but for a few that do not change and are read again once a tile: in the rings, where the result of 6 panels, or x
-    beside that of 4, leaves no more, in single precision at 4 panels, and one of f16's factors."""
+    """None is spilled, but for a few that do not change and are read again once a tile: in the rings, where the result of 6 panels leaves
+    no more, in single precision at 4 panels, and one of f16's factors."""
     found = {arch: [] for arch in KERNELS}
     for part in cuobjdump("-res-usage").split("arch = ")[1:]:
         arch = part.split("\n", 1)[0]
@@ -57,23 +57,17 @@ def test_kernels_keep_to_registers():
         ]
     assert {arch: len(kernels) for arch, kernels in found.items()} == KERNELS
     spilled = {name: size for kernels in found.values() for name, size in kernels if size}
-    few = {
-        r"\d+mma_\w+ILN\w+ELi0E": 40,
-        r"11mma_forward\w+E3ELi4E": 56,
-        "deep_backward.*ELi6E": 112,
-        "deep_backward.*ELi64E": 40,
-        r"14wgmma_backward\w+E0ELi4ELb0E": 8,
-    }
+    few = {r"\d+mma_\w+ILN\w+ELi0E": 40, r"11mma_forward\w+E3ELi4E": 56, "deep_backward.*ELi6E": 112, r"14wgmma_backward\w+E0ELi4ELb0E": 8}
     for name, size in spilled.items():
         assert any(re.search(kernel, name) and size <= most for kernel, most in few.items()), (name, size)
 
 
 def test_wgmma_is_asynchronous(hopper):
-    """At least three products for each wait: where ptxas serialises them, one waits for the other."""
+    """At least four products for each wait: where ptxas serialises them, one waits for the other."""
     found = {name: code for name, code in hopper.items() if "wgmma" in name}
     assert len(found) == WGMMA
     for name, code in found.items():
-        assert code.count("HGMMA") >= 3 * code.count("WARPGROUP.DEPBAR") > 0, name
+        assert code.count("HGMMA") >= 4 * code.count("WARPGROUP.DEPBAR") > 0, name
         assert "UTMALDG" in code, name
         assert ("backward" not in name) or ".tnspB" in code, name  # the second product's row-major operand
 

@@ -13,7 +13,6 @@ struct Tiling {
   int rows, columns;  // of x that a block owns, and of y in a tile
   int blocks_per_multiprocessor;
   int out_chunks;     // blocks that share the columns of the result
-  int cluster = 1;    // blocks of neighbouring rows that fetch y together; row blocks are whole clusters
 };
 
 // A family can cut the same work into blocks of more or fewer consumers: groups of warps that own rows of their own.
@@ -31,7 +30,7 @@ struct Family {
 std::string shape_of(const Work& work);  // for error texts
 
 inline Grid tile_grid(const Work& work, const Tiling& tiling) {
-  Grid grid{0, 1, tiling.out_chunks, tiling.cluster};
+  Grid grid{0, 1, tiling.out_chunks};
   for (int i = 0; i < work.count; ++i) grid.x += std::int64_t{work.passes[i].row_blocks} * work.passes[i].splits;
   return grid;
 }

@@ -178,8 +178,7 @@ Share share_out(Work& work, const Family& family, bool backward, const Device& d
     const std::int64_t of_tile = std::max(products / 1300, pairs / 10) * tiling.blocks_per_multiprocessor * (consumers == 1 ? 5 : 3) / 3;
     std::int64_t tiles[2] = {}, longest = 1;
     for (int i = 0; i < work.count; ++i) {
-      const std::int64_t clusters = ceil_div(work.passes[i].x.count, std::int64_t{tiling.rows} * tiling.cluster);
-      work.passes[i].row_blocks = static_cast<int>(clusters * tiling.cluster);
+      work.passes[i].row_blocks = static_cast<int>(ceil_div(work.passes[i].x.count, tiling.rows));
       tiles[i] = ceil_div(work.passes[i].y.count, tiling.columns);
       longest = std::max(longest, tiles[i]);
     }
@@ -215,8 +214,8 @@ TriangleBytes triangle_bytes(const Triangle& of) {
 }
 
 // Cuts a forward in the self shape as triangle.h says, for the fewest clocks, if they are fewer than `clocks`; else, and where that does
-// not serve, into nothing. A tile is bound by what its columns' sums cost too: 5.7 pairs a clock, 950 products (an H100's, as optimistic as
-// those of share_out); combining is one launch more. The sums take no more than 64 MiB, or than those of the backward.
+// not serve, into nothing. The rates are an H100's, as optimistic as those of share_out: 1,050 products a clock and multiprocessor, but no
+// more than 6 pairs, as columns' sums take instructions too. The sums take no more than 64 MiB, or than those of the backward.
 // FASTSUPCON_TRIANGLE=0 is never, another number always, of as many row blocks to a group or more.
 Triangle cut_triangle(const Work& work, const Family& family, const Device& device, std::int64_t clocks) {
   constexpr std::int64_t of_block = 3000, of_launch = 5000, most_waves = 12, most_rows = 1 << 30;  // in ints with room for a group
@@ -226,7 +225,7 @@ Triangle cut_triangle(const Work& work, const Family& family, const Device& devi
   const int least_group = forced ? std::atoi(forced) : 1;
   const bool serves = tiling.rows > 0 && work.exclusion == Exclusion::diagonal && work.count == 1 && !work.apart;
   if (!serves || pass.x.count > most_rows || least_group == 0) return {};
-  const std::int64_t pairs = std::int64_t{tiling.rows} * tiling.columns, of_tile = std::max(pairs * work.depth / 950, pairs * 4 / 23);
+  const std::int64_t pairs = std::int64_t{tiling.rows} * tiling.columns, of_tile = std::max(pairs * work.depth / 1050, pairs / 6);
   const std::int64_t most_sums = std::max(std::int64_t{64} << 20, std::int64_t{sizeof(float)} * pass.x.count * work.depth);
   std::int64_t least = forced ? std::numeric_limits<std::int64_t>::max() : clocks;
   Triangle best{}, cut{};
@@ -248,7 +247,7 @@ Triangle cut_triangle(const Work& work, const Family& family, const Device& devi
       const TriangleBytes bytes = triangle_bytes(cut);
       const std::int64_t places = std::int64_t{cut.folds()} * cut.length;
       const std::int64_t cost = ceil_div(places, device.multiprocessors) * cut.group * (cut.chunk * of_tile + of_block) + of_launch +
-                                (bytes.rows + bytes.columns) * 2 / 1700;
+                                (bytes.rows + bytes.columns) / 1700;
       if (bytes.rows + bytes.columns <= most_sums && cost < least) {
         least = cost;
         best = cut;

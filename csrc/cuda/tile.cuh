@@ -355,14 +355,10 @@ struct PairSums {
   float products = 0.0f;  // w x·y factor_j · unit
 };
 
-struct Nothing {
-  FASTSUPCON_DEVICE void operator()(int) const {}
-};
-
-// s becomes w · factor_j · unit, what the rows y are summed with. Running forms are apart. after(number of groups of 16 columns done).
-template <bool RUNNING, bool SPECIAL, bool APART, int COLUMNS, class After = Nothing>
+// s becomes w · factor_j · unit, what the rows y are summed with. Running forms are apart.
+template <bool RUNNING, bool SPECIAL, bool APART, int COLUMNS>
 FASTSUPCON_DEVICE void weigh_tile(PairSums (&sums)[2], float (&s)[COLUMNS / 8][4], const Row (&rows)[2], float scale, float unit,
-                                  bool summed, const Columns& columns, const Special& special, int lane, After after = {}) {
+                                  bool summed, const Columns& columns, const Special& special, int lane) {
 #pragma unroll
   for (int group = 0; group < COLUMNS / 16; ++group) {
     const auto four = [&](int slot) { return columns.four(slot, group, lane); };
@@ -402,7 +398,6 @@ FASTSUPCON_DEVICE void weigh_tile(PairSums (&sums)[2], float (&s)[COLUMNS / 8][4
       if (summed) sums[r].products += w * product;
       s[j][e] = w;
     }
-    after(group + 1);
   }
 }
 

@@ -4,9 +4,6 @@
 // of the depth; of tiles of 32 columns it is two panels, as the wait for one and its addresses took longer than its products. A slab's
 // place in the ring is given back as soon as its last product has read it. How much fits depends on the depth alone and is decided on the
 // host (DeepLayout), so that one kernel serves all depths that need as many registers.
-//
-// Two blocks of neighbouring rows are a cluster and go through the same tiles of y: each fetches half of every slab for both, which halves
-// what L2 has to give. A place is fetched anew when the consumers of both blocks have given it back; fields and x are each block's own.
 #pragma once
 
 #include "wgmma.cuh"
@@ -15,45 +12,39 @@ namespace fastsupcon::cuda {
 
 constexpr int kDeepDepth = 1024;  // the largest
 constexpr int kPanelDepth = 64;
-constexpr int kDeepCluster = 2;
 
 struct DeepLayout {
-  int slabs;   // of the depth
-  int slice;   // slabs of the result that a consumer of the backward owns; 0 in the forward
-  int places;  // of the ring
+  int slabs;      // of the depth
+  int slice;      // slabs of the result that a consumer of the backward owns; 0 in the forward
+  int consumers;  // warpgroups beside the producer
+  int places;     // of the ring
 };
 
 template <bool BACKWARD, bool APART, int COLUMNS>
 struct DeepShape {
   static constexpr int columns = COLUMNS;                // of a tile
   static constexpr int slots_places = BACKWARD ? 4 : 1;  // tiles whose slots are held
-  static constexpr int slab_panels = COLUMNS < 64 ? 2 : 1, slab_depth = slab_panels * kPanelDepth;
-  static constexpr int held = BACKWARD ? 0 : 6;  // panels of x that are in the consumers' registers alone
+  static constexpr int slab_panels = COLUMNS == 32 ? 2 : 1, slab_depth = slab_panels * kPanelDepth;
   static constexpr int most_places = 20;
-  static constexpr int consumers = 2, threads = 128 * (consumers + 1);  // warpgroups, and those of the producer too
-  static constexpr int rows = BACKWARD ? 64 : 64 * consumers;
+  static constexpr int most_threads = 3 * 128;
   static constexpr int producer_registers = BACKWARD ? 24 : 40, consumer_registers = BACKWARD ? 240 : 232;
-  static_assert(producer_registers + consumers * consumer_registers <= (consumers + 1) * (65536 / threads / 8 * 8),
+  static_assert(producer_registers + 2 * consumer_registers <= 3 * (65536 / most_threads / 8 * 8),
                 "setmaxnreg hands out what the block was launched with, and waits forever for more");
   static constexpr int panel_bytes = columns * kPanelBytes, slab_bytes = slab_panels * panel_bytes;
-  // A slab comes as boxes, of one panel or a part of it; a block of the cluster asks for every so manieth.
-  static constexpr int cluster = kDeepCluster, boxes = slab_panels > cluster ? slab_panels : cluster;
-  static constexpr int box_rows = columns * slab_panels / boxes, box_bytes = box_rows * kPanelBytes;
-  static_assert(boxes % cluster == 0 && columns % box_rows == 0 && box_bytes % 1024 == 0, "swizzled boxes begin at multiples of 1024");
   static constexpr int slots = cuda::slots(BACKWARD, false, APART), slots_bytes = slots * columns * kFieldBytes;
   static constexpr int x_slots = BACKWARD ? kEqual + 1 : 0;  // fields of x; the forward holds those of a lane's rows in registers
   // Shared memory: W of two tiles; slots of tiles and of x; barriers; x; the ring.
-  static constexpr int weights_panels = 2 * COLUMNS > kPanelDepth ? 2 : 1;
-  static constexpr int slots_at = BACKWARD ? weights_panels * 64 * kPanelBytes : 0;
+  static constexpr int slots_at = BACKWARD ? 2 * 64 * COLUMNS * 2 : 0;
   static constexpr int x_slots_at = slots_at + slots_places * slots_bytes, x_slots_bytes = x_slots * 64 * kFieldBytes;
   static constexpr int barriers_at = x_slots_at + x_slots_bytes;
   static constexpr int x_at = (barriers_at + 8 * (1 + 2 * slots_places + 2 * most_places) + 1023) / 1024 * 1024;
 
-  __host__ __device__ static constexpr int ring_at(int slabs) {
-    return x_at + (slabs * slab_panels - held) * rows * kPanelBytes;
+  __host__ __device__ static constexpr int rows(int consumers) { return BACKWARD ? 64 : 64 * consumers; }
+  __host__ __device__ static constexpr int ring_at(int slabs, int consumers) {
+    return x_at + slabs * slab_panels * rows(consumers) * kPanelBytes;
   }
-  static constexpr int fitting_places(int slabs) {
-    const int fitting = (kBlockSharedBytes - ring_at(slabs)) / slab_bytes;
+  static constexpr int fitting_places(int slabs, int consumers) {
+    const int fitting = (kBlockSharedBytes - ring_at(slabs, consumers)) / slab_bytes;
     return fitting < most_places ? fitting : most_places;
   }
 };
@@ -70,6 +61,7 @@ struct DeepBlock {
 
   const Work& work;
   const DeepLayout& layout;
+  int rows;
   BlockWork block;
   const Pass& pass;
   float scale = static_cast<float>(work.scale.value) * logit_unit(true);  // of logits, in their unit
@@ -79,11 +71,12 @@ struct DeepBlock {
   FASTSUPCON_DEVICE DeepBlock(const Work& work, const DeepLayout& layout)
       : work(work),
         layout(layout),
-        block(block_work(work, Shape::rows, columns)),
+        rows(Shape::rows(layout.consumers)),
+        block(block_work(work, rows, columns)),
         pass(work.passes[block.pass]),
-        ring(weights + Shape::ring_at(layout.slabs)) {
+        ring(weights + Shape::ring_at(layout.slabs, layout.consumers)) {
     if (ptx::thread() == 0) {
-      const int releases = BACKWARD ? 4 : 4 * Shape::consumers;  // by warps: of the one consumer that reads last, or of all
+      const int releases = BACKWARD ? 4 : 4 * layout.consumers;  // by warps: of the one consumer that reads last, or of all
       ptx::barrier_init(x_full(), 1);
       for (int place = 0; place < Shape::slots_places; ++place) {
         ptx::barrier_init(slots_full(place), 1);
@@ -91,15 +84,12 @@ struct DeepBlock {
       }
       for (int place = 0; place < layout.places; ++place) {
         ptx::barrier_init(full(place), 1);
-        ptx::barrier_init(empty(place), releases * Shape::cluster);
+        ptx::barrier_init(empty(place), releases);
       }
       ptx::barrier_init_done();
     }
-    ptx::sync_cluster();  // the other block's barriers are counted on, too
+    ptx::sync_block();
   }
-  // Ends a thread's part. The other block may still fetch into this one's ring, or give places back to it: neither may be gone before both
-  // are done.
-  FASTSUPCON_DEVICE void finish() const { ptx::sync_cluster(); }
 
   FASTSUPCON_DEVICE ptx::Address x_full() const { return barriers; }
   FASTSUPCON_DEVICE ptx::Address slots_full(int place) const { return barriers + 8 * (1 + place); }
@@ -107,7 +97,7 @@ struct DeepBlock {
   FASTSUPCON_DEVICE ptx::Address full(int place) const { return barriers + 8 * (1 + 2 * Shape::slots_places + place); }
   FASTSUPCON_DEVICE ptx::Address empty(int place) const { return full(Shape::most_places + place); }
 
-  FASTSUPCON_DEVICE ptx::Address x_panel(int panel) const { return x_at + (panel - Shape::held) * Shape::rows * kPanelBytes; }
+  FASTSUPCON_DEVICE ptx::Address x_panel(int panel) const { return x_at + panel * rows * kPanelBytes; }
   FASTSUPCON_DEVICE ptx::Address y_slab(Place at) const { return ring + at.index * Shape::slab_bytes; }
   FASTSUPCON_DEVICE Place after(Place at, int slabs) const {  // slabs ≤ places
     const int index = at.index + slabs;
@@ -141,12 +131,11 @@ struct DeepBlock {
   }
   FASTSUPCON_DEVICE void fetch_slabs(const ptx::TensorMap& x_map, const ptx::TensorMap& y_map) const {
     const int panels = layout.slabs * Shape::slab_panels;
-    ptx::barrier_arrive_expecting(x_full(), (panels - Shape::held) * Shape::rows * kPanelBytes + Shape::x_slots_bytes);
+    ptx::barrier_arrive_expecting(x_full(), panels * rows * kPanelBytes + Shape::x_slots_bytes);
     fetch_slots(weights + Shape::x_slots_at, pass.x, block.first_row, 64, Shape::x_slots, true, true, x_full());
-    for (int p = Shape::held; p < panels; ++p) {
+    for (int p = 0; p < panels; ++p) {
       ptx::copy_box_async(x_panel(p), x_map, kPanelDepth * p, block.first_row, x_full());
     }
-    const int rank = ptx::cluster_rank();
     Place at{0, 0};
 #pragma unroll 1  // the producer has few registers
     for (int tile = block.first_tile; tile < block.last_tile; ++tile) {
@@ -155,12 +144,9 @@ struct DeepBlock {
       for (int i = 0; i < layout.slabs; ++i) {
         ptx::barrier_wait(empty(at.index), at.parity ^ 1);
         ptx::barrier_arrive_expecting(full(at.index), Shape::slab_bytes);
-#pragma unroll
-        for (int i = 0; i < Shape::boxes; i += Shape::cluster) {
-          const int first = (i + rank) * Shape::box_rows, panel = first / columns;
-          ptx::copy_box_to_cluster_async<Shape::cluster>(y_slab(at) + (i + rank) * Shape::box_bytes, y_map,
-                                                         Shape::slab_depth * slab + kPanelDepth * panel, tile * columns + first % columns,
-                                                         full(at.index));
+        for (int h = 0; h < Shape::slab_panels; ++h) {
+          ptx::copy_box_async(y_slab(at) + h * Shape::panel_bytes, y_map, Shape::slab_depth * slab + kPanelDepth * h, tile * columns,
+                              full(at.index));
         }
         at = after(at, 1);
         slab = next_slab(slab);
@@ -179,8 +165,8 @@ struct DeepBlock {
   }
 
   FASTSUPCON_DEVICE void wait_for(Place at) const { ptx::barrier_wait(full(at.index), at.parity); }
-  FASTSUPCON_DEVICE void release(Place at) const {  // to each block of the cluster
-    if (ptx::lane() < Shape::cluster) ptx::barrier_arrive_at(empty(at.index), ptx::lane());
+  FASTSUPCON_DEVICE void release(Place at) const {
+    if (ptx::lane() == 0) ptx::barrier_arrive(empty(at.index));
   }
 
   // use(the tile's columns).
@@ -210,16 +196,6 @@ struct DeepBlock {
         ptx::Wgmma<PRODUCT == Product::bf16, columns>::shared(s, depth_major_descriptor(x, step), depth_major_descriptor(y, step),
                                                               accumulate || h + step > 0);
       }
-    }
-    ptx::wgmma_commit();
-  }
-  // The same with x in registers, as the A fragments of this warp's rows; a slab is one panel.
-  FASTSUPCON_DEVICE void issue_logits_of_slab(float (&s)[columns / 8][4], const std::uint32_t (&x)[4][4], Place at, bool accumulate) const {
-    static_assert(Shape::slab_panels == 1);
-#pragma unroll
-    for (int step = 0; step < 4; ++step) {
-      ptx::Wgmma<PRODUCT == Product::bf16, columns>::registers_depth_major(s, x[step], depth_major_descriptor(y_slab(at), step),
-                                                                           accumulate || step > 0);
     }
     ptx::wgmma_commit();
   }

@@ -18,17 +18,16 @@ namespace fastsupcon::cuda {
 template <Product PRODUCT, int OUT_PANELS, bool APART, int COLUMNS>
 struct DeepSlice {
   using Block = DeepBlock<PRODUCT, true, APART, COLUMNS>;
-  using Shape = typename Block::Shape;
+  using Product64 = ptx::Wgmma<PRODUCT == Product::bf16, 64>;
+  static constexpr int own_written = 4;  // named barriers own_written + consumer: all four warps have written W, which each product reads
   static constexpr int steps = Block::columns / 16;  // of the second product, 16 columns of the tile each
-  static constexpr int slabs = OUT_PANELS / Shape::slab_panels;
-  using SlabProduct = ptx::Wgmma<PRODUCT == Product::bf16, Shape::slab_depth>;
-  using Out = float[slabs][Shape::slab_depth / 8][4];
+  static constexpr int slab_panels = Block::Shape::slab_panels, slabs = OUT_PANELS / slab_panels;
 
   const Block& block;
   int consumer;
 
   FASTSUPCON_DEVICE int first_slab() const { return (ptx::block_z() * 2 + consumer) * slabs; }
-  // A slice may reach past the depth: it then multiplies the last slab again, given back or not, and stores nothing of that.
+  // A slice may reach past the depth: it then multiplies the last slab again, and stores nothing of that.
   FASTSUPCON_DEVICE Place place_of(int tile, Place tile_at, int i) const {
     const int slab = first_slab() + i, last = block.layout.slabs - 1;
     return block.place_of(tile, tile_at, slab < last ? slab : last);
@@ -38,50 +37,47 @@ struct DeepSlice {
 #pragma unroll
     for (int i = 0; i < slabs; ++i) block.wait_for(place_of(tile, tile_at, i));
   }
-  // Waits for the products with slabs first … last − 1 of the tile issued last, and gives each back as soon as it is read. The tile before
-  // the first holds nothing of its own.
-  FASTSUPCON_DEVICE void finish(int first, int last, int tile, Place tile_at) const {
+  FASTSUPCON_DEVICE void release(int tile, Place tile_at) const {
 #pragma unroll
     for (int i = 0; i < slabs; ++i) {
-      if (i < first || i >= last) continue;
-      ptx::wgmma_wait_but(slabs - 1 - i);
-      if (tile >= block.block.first_tile && first_slab() + i < block.layout.slabs) block.release(place_of(tile, tile_at, i));
+      if (first_slab() + i < block.layout.slabs) block.release(place_of(tile, tile_at, i));
     }
   }
-  // So many of the slabs have been multiplied when a tile's weights are done for so many groups of 16 columns: waits cost nothing then.
-  __host__ __device__ static constexpr int multiplied_after(int groups) {
-    return (2 * slabs * groups - steps) / (2 * steps);
-  }
 
-  // use(slab of the slice, where it is, step) for all products of a tile; a group of wgmmas for each slab.
+  // use(panel of the result, panel of y, step) for all products of a tile.
   template <class Use>
   FASTSUPCON_DEVICE void for_each_product(int tile, Place tile_at, Use use) const {
 #pragma unroll
     for (int i = 0; i < slabs; ++i) {
       const ptx::Address slab = block.y_slab(place_of(tile, tile_at, i));
 #pragma unroll
-      for (int k = 0; k < steps; ++k) use(i, slab, k);
-      ptx::wgmma_commit();
+      for (int h = 0; h < slab_panels; ++h) {
+#pragma unroll
+        for (int k = 0; k < steps; ++k) use(i * slab_panels + h, slab + h * Block::Shape::panel_bytes, k);
+      }
     }
   }
-  FASTSUPCON_DEVICE int weights_step(int owner) const { return Shape::weights_panels == 1 ? owner * steps : 0; }  // in its panel
-  FASTSUPCON_DEVICE ptx::Address weights_panel(int owner) const {
-    return block.weights + (Shape::weights_panels == 1 ? 0 : owner * 64 * kPanelBytes);
-  }
   // out += W y with W published by the tile's owner, under way on return.
-  FASTSUPCON_DEVICE void issue_published(Out& out, int tile, Place tile_at) const {
-    const int owner = block.owner(tile), first_step = weights_step(owner);
-    const ptx::Address w = weights_panel(owner);
-    for_each_product(tile, tile_at, [&](int i, ptx::Address y, int k) {
-      SlabProduct::shared_row_major(out[i], depth_major_descriptor(w, first_step + k), row_major_descriptor(y, k, Shape::panel_bytes));
+  FASTSUPCON_DEVICE void issue_published(float (&out)[OUT_PANELS][8][4], int tile, Place tile_at) const {
+    const int first_step = block.owner(tile) * steps;
+    const ptx::Address w = block.weights + first_step / 4 * 64 * kPanelBytes;
+    for_each_product(tile, tile_at, [&](int p, ptx::Address y, int k) {
+      Product64::shared_row_major(out[p], depth_major_descriptor(w, first_step % 4 + k), row_major_descriptor(y, k, 0));
     });
+    ptx::wgmma_commit();
   }
-  // The same with W of this consumer's own tile: from registers, which spares shared memory a third of what the product reads.
-  FASTSUPCON_DEVICE void issue_own(Out& out, const std::uint32_t (&w)[steps][4], int tile, Place tile_at) const {
-    ptx::wgmma_fence();
-    for_each_product(tile, tile_at, [&](int i, ptx::Address y, int k) {
-      SlabProduct::registers(out[i], w[k], row_major_descriptor(y, k, Shape::panel_bytes));
-    });
+  // The same with W of this consumer's own tile: from registers, which spares shared memory a sixth of its reads, where there are enough.
+  FASTSUPCON_DEVICE void issue_own(float (&out)[OUT_PANELS][8][4], const std::uint32_t (&w)[steps][4], int tile, Place tile_at) const {
+    if constexpr (OUT_PANELS > 4) {
+      ptx::sync_named(own_written + consumer, 128);
+      ptx::wgmma_fence();
+      issue_published(out, tile, tile_at);
+    } else {
+      ptx::wgmma_fence();
+      for_each_product(tile, tile_at,
+                       [&](int p, ptx::Address y, int k) { Product64::registers(out[p], w[k], row_major_descriptor(y, k, 0)); });
+      ptx::wgmma_commit();
+    }
   }
   // Writes the A fragments of this warp's 16 rows into this consumer's part of the weights, and makes them visible to wgmma.
   FASTSUPCON_DEVICE void publish(const std::uint32_t (&w)[steps][4]) const {
@@ -90,8 +86,8 @@ struct DeepSlice {
     for (int k = 0; k < steps; ++k) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int chunk = 2 * (weights_step(consumer) + k) + i / 2;
-        ptx::store_word(weights_panel(consumer) + panel_offset(row + 8 * (i % 2), chunk) + 2 * accumulator_column(lane, 0), w[k][i]);
+        const int step = consumer * steps + k, panel = step / 4 * 64 * kPanelBytes, chunk = 2 * (step % 4) + i / 2;
+        ptx::store_word(block.weights + panel + panel_offset(row + 8 * (i % 2), chunk) + 2 * accumulator_column(lane, 0), w[k][i]);
       }
     }
     ptx::fence_async_proxy();
@@ -99,7 +95,7 @@ struct DeepSlice {
 };
 
 template <Product PRODUCT, int OUT_PANELS, bool APART, int COLUMNS>
-__global__ void __launch_bounds__(DeepShape<true, APART, COLUMNS>::threads, 1)
+__global__ void __launch_bounds__(DeepShape<true, APART, COLUMNS>::most_threads, 1)
     wgmma_deep_backward(const __grid_constant__ Work work, const __grid_constant__ DeepLayout layout,
                         const __grid_constant__ Maps maps) {
   using Block = DeepBlock<PRODUCT, true, APART, COLUMNS>;
@@ -112,7 +108,6 @@ __global__ void __launch_bounds__(DeepShape<true, APART, COLUMNS>::threads, 1)
   if (consumer < 0) {
     ptx::lower_registers<Shape::producer_registers>();
     block.produce(maps);
-    block.finish();
     return;
   }
   ptx::raise_registers<Shape::consumer_registers>();
@@ -122,51 +117,23 @@ __global__ void __launch_bounds__(DeepShape<true, APART, COLUMNS>::threads, 1)
   const int row = block.block.first_row + warp % 4 * 16 + accumulator_row(lane, 0);
   const bool ambiguous = ptx::any(is_ambiguous(load_row<true>(pass.x, row)) || is_ambiguous(load_row<true>(pass.x, row + 8)));
   const float unit = weight_unit<PRODUCT>(pass), per_unit = 1.0f / unit;
-  typename Slice::Out out = {};
+  float out[OUT_PANELS][8][4] = {};
 #pragma unroll
-  for (int i = 0; i < Slice::slabs; ++i) ptx::hold(out[i]);  // zeros that no compiler may put off into the loop, between its wgmmas
+  for (int p = 0; p < OUT_PANELS; ++p) ptx::hold(out[p]);  // zeros that no compiler may put off into the loop, between its wgmmas
   float s[columns / 8][4];
   std::uint32_t packed[Slice::steps][4] = {};
-
-  // Of x, the slabs with which this consumer's tiles begin: in registers, they spare shared memory half of what these products read.
-  constexpr int x_slabs = Shape::slab_panels > 1 ? 0 : OUT_PANELS > 3 ? 2 : 4;
-  std::uint32_t x[x_slabs > 0 ? x_slabs : 1][4][4];
-  const auto load_x = [&](int slab) {
-#pragma unroll
-    for (int i = 0; i < x_slabs; ++i) {
-#pragma unroll
-      for (int step = 0; step < 4; ++step) {
-        const MatrixRow from = fragment_rows(lane);
-        ptx::load_matrices(x[i][step], block.x_panel(slab) + panel_offset(warp % 4 * 16 + from.row, 2 * step + from.chunk));
-      }
-      slab = block.next_slab(slab);
-    }
-  };
 
   const auto issue_logits_of_slab = [&](int slab, Place at, bool accumulate) {
     block.wait_for(at);
     ptx::wgmma_fence();
     block.issue_logits_of_slab(s, 0, slab, at, accumulate);
   };
-  // The first slabs stand apart, and the loop waits for all but the last groups: else ptxas serialises (C7515) or adds fences (C7519).
+  // The first slab stands apart, and the loop waits for all but the last groups: else ptxas serialises (C7515) or adds fences (C7519).
   const auto issue_logits = [&](int tile, Place at) {
     int slab = block.first_slab(tile);
-    if constexpr (x_slabs == 0) {
-      issue_logits_of_slab(slab, at, false);
-    } else {
-#pragma unroll
-      for (int i = 0; i < x_slabs; ++i) {
-        if (i > 0) {
-          slab = block.next_slab(slab);
-          at = block.after(at, 1);
-        }
-        block.wait_for(at);
-        ptx::wgmma_fence();
-        block.issue_logits_of_slab(s, x[i], at, i > 0);
-      }
-    }
+    issue_logits_of_slab(slab, at, false);
 #pragma unroll 1
-    for (int i = x_slabs > 0 ? x_slabs : 1; i < layout.slabs; ++i) {
+    for (int i = 1; i < layout.slabs; ++i) {
       slab = block.next_slab(slab);
       at = block.after(at, 1);
       ptx::wgmma_wait<1>();
@@ -181,11 +148,7 @@ __global__ void __launch_bounds__(DeepShape<true, APART, COLUMNS>::threads, 1)
       if (slab < first_sliced || slab >= last_sliced) block.release(block.place_of(tile, at, slab));
     }
   };
-  // Under this the product with the tile before runs, whose slabs are given back one by one.
-  const auto weigh = [&](int tile, Place before) {
-    const auto after = [&](int groups) {
-      slice.finish(Slice::multiplied_after(groups - 1), Slice::multiplied_after(groups), tile - 1, before);
-    };
+  const auto weigh = [&](int tile) {
     block.with_columns(tile, [&](const Columns& of_tile) {
       PairSums unused[2];
       const void* const fields = block.shared + Shape::x_slots_at;
@@ -195,10 +158,9 @@ __global__ void __launch_bounds__(DeepShape<true, APART, COLUMNS>::threads, 1)
       const bool is_special = ambiguous || block.needs_mask(row, tile);
       const Special what = block.special(is_special, rows, row, tile, of_tile);
       with_special(is_special, [&](auto special) {
-        weigh_tile<false, special, APART, columns>(unused, s, rows, block.scale, unit, false, of_tile, what, lane, after);
+        weigh_tile<false, special, APART, columns>(unused, s, rows, block.scale, unit, false, of_tile, what, lane);
       });
     });
-    slice.finish(Slice::multiplied_after(Slice::steps), Slice::slabs, tile - 1, before);
     pack_weights<PRODUCT, columns>(packed, s);
   };
 
@@ -213,7 +175,6 @@ __global__ void __launch_bounds__(DeepShape<true, APART, COLUMNS>::threads, 1)
     ptx::arrive_named(published + consumer, 256);
   }
   ptx::barrier_wait(block.x_full(), 0);
-  load_x(block.first_slab(tile));
 #pragma unroll 1
   for (; tile < block.block.last_tile; tile += 2) {
     issue_logits(tile, at);
@@ -221,14 +182,17 @@ __global__ void __launch_bounds__(DeepShape<true, APART, COLUMNS>::threads, 1)
     ptx::sync_named(published + other, 256);
     ptx::wgmma_fence();
     slice.issue_published(out, tile - 1, before);
-    ptx::wgmma_wait<Slice::slabs>();
+    ptx::wgmma_wait<1>();
     ptx::hold(s);
     release_unsliced(tile, at);
-    weigh(tile, before);
+    weigh(tile);
+    ptx::wgmma_wait<0>();
+    if (tile > block.block.first_tile) slice.release(tile - 1, before);
     slice.publish(packed);
     ptx::arrive_named(published + consumer, 256);
     slice.issue_own(out, packed, tile, at);
-    slice.finish(0, Slice::slabs, tile, at);
+    ptx::wgmma_wait<0>();
+    slice.release(tile, at);
     before = block.after(at, layout.slabs);
     at = block.after(before, layout.slabs);
   }
@@ -240,22 +204,22 @@ __global__ void __launch_bounds__(DeepShape<true, APART, COLUMNS>::threads, 1)
     ptx::wgmma_wait<0>();
   }
 #pragma unroll
-  for (int i = 0; i < Slice::slabs; ++i) ptx::hold(out[i]);
+  for (int p = 0; p < OUT_PANELS; ++p) ptx::hold(out[p]);
 
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     if (row + 8 * r >= pass.x.count) continue;
     float* to = pass.out + block.block.place(pass, row + 8 * r) * work.depth;
 #pragma unroll
-    for (int i = 0; i < Slice::slabs; ++i) {
+    for (int p = 0; p < OUT_PANELS; ++p) {
 #pragma unroll
-      for (int n = 0; n < Shape::slab_depth / 8; ++n) {
-        const std::int64_t column = (slice.first_slab() + i) * Shape::slab_depth + 8 * n + accumulator_column(lane, 0);
-        store_pair(to, work.depth, column, out[i][n][2 * r] * per_unit, out[i][n][2 * r + 1] * per_unit);
+      for (int n = 0; n < 8; ++n) {
+        const int panel = slice.first_slab() * Slice::slab_panels + p;
+        const std::int64_t column = panel * kPanelDepth + 8 * n + accumulator_column(lane, 0);
+        store_pair(to, work.depth, column, out[p][n][2 * r] * per_unit, out[p][n][2 * r + 1] * per_unit);
       }
     }
   }
-  block.finish();
 }
 
 }  // namespace fastsupcon::cuda

@@ -1,6 +1,6 @@
-// The forward for depths of 257 to 1024 on Hopper: 2N²D flops. Two consumers own 64 rows each, so that 128 flops come of each byte of y.
-// Each holds the first panels of its rows in registers, as the A operand of their products: this halves what these read of shared memory,
-// and leaves the room of these panels to the ring. The first slabs of the next tile run under this one's exps.
+// The forward for depths of 257 to 1024 on Hopper: 2N²D flops. Two consumers own 64 rows each, so that 128 flops come of each byte of y;
+// at depth > 768 shared memory holds x of 64 rows only, and there is one. At depth 513 to 768 the ring holds two panels of 128 columns, too
+// few to fetch ahead, or four of 64. The first slabs of the next tile run under this one's exps.
 #pragma once
 
 #include "wgmma_deep.cuh"
@@ -8,7 +8,7 @@
 namespace fastsupcon::cuda {
 
 template <Product PRODUCT, bool APART, int COLUMNS>
-__global__ void __launch_bounds__(DeepShape<false, APART, COLUMNS>::threads, 1)
+__global__ void __launch_bounds__(DeepShape<false, APART, COLUMNS>::most_threads, 1)
     wgmma_deep_forward(const __grid_constant__ Work work, const __grid_constant__ DeepLayout layout,
                        const __grid_constant__ Maps maps) {
   using Block = DeepBlock<PRODUCT, false, APART, COLUMNS>;
@@ -19,7 +19,6 @@ __global__ void __launch_bounds__(DeepShape<false, APART, COLUMNS>::threads, 1)
   if (consumer < 0) {
     ptx::lower_registers<Shape::producer_registers>();
     block.produce(maps);
-    block.finish();
     return;
   }
   ptx::raise_registers<Shape::consumer_registers>();
@@ -31,59 +30,31 @@ __global__ void __launch_bounds__(DeepShape<false, APART, COLUMNS>::threads, 1)
   RowSums sums[2];
   float s[columns / 8][4], next[columns / 8][4];
   Place at{0, 0}, read{0, 0};  // the slab that is issued next, and that is given back next
-  std::uint32_t x[Shape::held][4][4];
-  // From global memory: all of x at once has no room in shared memory at depth 1024.
-#pragma unroll
-  for (int p = 0; p < Shape::held; ++p) {
-#pragma unroll
-    for (int step = 0; step < 4; ++step) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int of_row = row + 8 * (i % 2), column = p * kPanelDepth + 16 * step + 8 * (i / 2) + accumulator_column(lane, 0);
-        const auto* words = static_cast<const std::uint32_t*>(pass.x.rows) + (of_row * work.depth + column) / 2;
-        x[p][step][i] = of_row < pass.x.count && column < work.depth ? *words : 0;
-      }
-    }
-    ptx::hold(x[p]);  // read once
-  }
 
-  const auto issue_held_slab = [&](int slab) {
-    block.wait_for(at);
-    ptx::wgmma_fence();
-    block.issue_logits_of_slab(next, x[slab], at, slab > 0);
-    at = block.after(at, 1);
-  };
   const auto issue_slab = [&](int slab) {
     block.wait_for(at);
     ptx::wgmma_fence();
-    block.issue_logits_of_slab(next, consumer * 64, slab, at, true);
+    block.issue_logits_of_slab(next, consumer * 64, slab, at, slab > 0);
     at = block.after(at, 1);
   };
   const auto release_slab = [&] {
     block.release(read);
     read = block.after(read, 1);
   };
-  constexpr int first_slabs = 4;  // half of the least that the ring holds
-  const auto issue_first_slabs = [&] {
-#pragma unroll
-    for (int slab = 0; slab < first_slabs; ++slab) issue_held_slab(slab);
+  const auto issue_first_slabs = [&] {  // two: the least that the ring holds
+    issue_slab(0);
+    issue_slab(1);
   };
   const auto finish = [&] {
-#pragma unroll
-    for (int slab = first_slabs; slab < Shape::held; ++slab) {
-      ptx::wgmma_wait<first_slabs - 1>();
-      release_slab();
-      issue_held_slab(slab);
-    }
 #pragma unroll 1
-    for (int slab = Shape::held; slab < layout.slabs; ++slab) {
-      ptx::wgmma_wait<first_slabs - 1>();
+    for (int slab = 2; slab < layout.slabs; ++slab) {
+      ptx::wgmma_wait<1>();
       release_slab();
       issue_slab(slab);
     }
     ptx::wgmma_wait<0>();
-#pragma unroll
-    for (int i = 0; i < first_slabs; ++i) release_slab();
+    release_slab();
+    release_slab();
     ptx::hold(next);
 #pragma unroll
     for (int j = 0; j < columns / 8; ++j) {
@@ -113,10 +84,9 @@ __global__ void __launch_bounds__(DeepShape<false, APART, COLUMNS>::threads, 1)
 #pragma unroll
   for (int r = 0; r < 2; ++r) store_sums(pass, block.block, sums[r], row + 8 * r, true, lane);
   const int thread = ptx::thread() - 128;
-  const auto sync = [&] { ptx::sync_named(1, 128 * Shape::consumers); };
+  const auto sync = [&] { ptx::sync_named(1, 128 * layout.consumers); };
   sync();
-  if (is_last_split(pass, block.block, thread, sync) && thread < Shape::rows) combine_splits(pass, block.block.first_row + thread);
-  block.finish();
+  if (is_last_split(pass, block.block, thread, sync) && thread < block.rows) combine_splits(pass, block.block.first_row + thread);
 }
 
 }  // namespace fastsupcon::cuda

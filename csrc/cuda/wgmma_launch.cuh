@@ -1,8 +1,6 @@
 // Picks the instantiation of wgmma.cuh, or of the kernels for more depth, for a depth.
 #pragma once
 
-#include <algorithm>
-
 #include "families.h"
 #include "wgmma.cuh"
 #include "wgmma_deep_backward.cuh"
@@ -13,7 +11,7 @@ namespace fastsupcon::cuda {
 
 // Sides of the same rows in boxes of the same height share a map, as the driver takes its time to make one.
 template <Product PRODUCT>
-Maps maps_of(const Work& work, int x_rows, int y_rows) {
+Maps maps_of(const Work& work, const Tiling& tiling) {
   struct Made {
     const Side* side;
     int rows;
@@ -30,8 +28,8 @@ Maps maps_of(const Work& work, int x_rows, int y_rows) {
   };
   Maps maps;
   for (int i = 0; i < work.count; ++i) {
-    maps.x[i] = map_of(work.passes[i].x, x_rows);
-    maps.y[i] = map_of(work.passes[i].y, y_rows);
+    maps.x[i] = map_of(work.passes[i].x, tiling.rows);
+    maps.y[i] = map_of(work.passes[i].y, tiling.columns);
   }
   return maps;
 }
@@ -52,7 +50,7 @@ struct WgmmaVariant {
     const Tiling tiling = WgmmaVariant::tiling(work.depth, consumers);
     const Grid grid = tile_grid(work, tiling);
     const auto shape = [&] { return shape_of(work); };
-    const Maps maps = maps_of<PRODUCT>(work, tiling.rows, tiling.columns);
+    const Maps maps = maps_of<PRODUCT>(work, tiling);
     const int threads = 128 * (consumers + 1);
     if constexpr (BACKWARD) {
       cuda::launch("wgmma_backward", shape, wgmma_backward<PRODUCT, PANELS, APART>, grid, threads, Shape::shared_bytes, where, work,
@@ -68,27 +66,28 @@ struct WgmmaVariant {
 template <Product PRODUCT, int OUT_PANELS, bool BACKWARD, bool APART, int COLUMNS>
 struct DeepVariant {
   using Shape = DeepShape<BACKWARD, APART, COLUMNS>;
-  static DeepLayout layout(std::int64_t depth) {
-    const int slabs = std::max(static_cast<int>(ceil_div(depth, Shape::slab_depth)), Shape::held);
-    return {slabs, OUT_PANELS / Shape::slab_panels, Shape::fitting_places(slabs)};
+  static DeepLayout layout(std::int64_t depth, int consumers) {
+    const int slabs = static_cast<int>(ceil_div(depth, Shape::slab_depth));
+    return {slabs, OUT_PANELS / Shape::slab_panels, consumers, Shape::fitting_places(slabs, consumers)};
   }
-  static Tiling tiling(std::int64_t depth, int) {
-    const DeepLayout layout = DeepVariant::layout(depth);
+  static Tiling tiling(std::int64_t depth, int consumers) {
+    const DeepLayout layout = DeepVariant::layout(depth, consumers);
     const int out_chunks = BACKWARD ? static_cast<int>(ceil_div(layout.slabs, 2 * layout.slice)) : 1;
-    return {Shape::rows, Shape::columns, 1, out_chunks, Shape::cluster};
+    return {Shape::rows(layout.consumers), Shape::columns, 1, out_chunks};
   }
   static void launch(const Work& work, int consumers, const Where& where) {
-    const DeepLayout layout = DeepVariant::layout(work.depth);
+    const DeepLayout layout = DeepVariant::layout(work.depth, consumers);
     const Tiling tiling = DeepVariant::tiling(work.depth, consumers);
     const Grid grid = tile_grid(work, tiling);
-    const int shared_bytes = Shape::ring_at(layout.slabs) + layout.places * Shape::slab_bytes;
+    const int threads = 128 * (layout.consumers + 1);
+    const int shared_bytes = Shape::ring_at(layout.slabs, layout.consumers) + layout.places * Shape::slab_bytes;
     const auto shape = [&] { return shape_of(work); };
-    const Maps maps = maps_of<PRODUCT>(work, tiling.rows, Shape::box_rows);
+    const Maps maps = maps_of<PRODUCT>(work, tiling);
     if constexpr (BACKWARD) {
-      cuda::launch("wgmma_deep_backward", shape, wgmma_deep_backward<PRODUCT, OUT_PANELS, APART, COLUMNS>, grid, Shape::threads, shared_bytes,
+      cuda::launch("wgmma_deep_backward", shape, wgmma_deep_backward<PRODUCT, OUT_PANELS, APART, COLUMNS>, grid, threads, shared_bytes,
                    where, work, layout, maps);
     } else {
-      cuda::launch("wgmma_deep_forward", shape, wgmma_deep_forward<PRODUCT, APART, COLUMNS>, grid, Shape::threads, shared_bytes, where, work,
+      cuda::launch("wgmma_deep_forward", shape, wgmma_deep_forward<PRODUCT, APART, COLUMNS>, grid, threads, shared_bytes, where, work,
                    layout, maps);
     }
   }
@@ -102,9 +101,9 @@ auto with_wgmma_variant(std::int64_t depth, bool backward, bool apart, Use use) 
     if (depth <= 128) return use(WgmmaVariant<PRODUCT, 2, BACKWARD, APART>{});
     if (depth <= 256) return use(WgmmaVariant<PRODUCT, 4, BACKWARD, APART>{});
     if constexpr (!BACKWARD) {
-      return use(DeepVariant<PRODUCT, 0, false, APART, 64>{});
+      if (depth > 512 && depth <= 768) return use(DeepVariant<PRODUCT, 0, false, APART, 64>{});
+      return use(DeepVariant<PRODUCT, 0, false, APART, 128>{});
     } else {
-      if (depth <= 384) return use(DeepVariant<PRODUCT, 3, true, APART, 64>{});
       if (depth <= 512) return use(DeepVariant<PRODUCT, 4, true, APART, 64>{});
       if (depth <= 768) return use(DeepVariant<PRODUCT, 6, true, APART, 32>{});
       return use(DeepVariant<PRODUCT, 4, true, APART, 32>{});
@@ -117,7 +116,7 @@ auto with_wgmma_variant(std::int64_t depth, bool backward, bool apart, Use use) 
 // Consumers that a block may have, most first.
 inline std::vector<int> wgmma_consumers(std::int64_t depth, bool backward) {
   if (depth <= 256) return backward ? std::vector<int>{2, 1} : std::vector<int>{4, 2, 1};
-  return {2};
+  return {backward || depth <= 12 * kPanelDepth ? 2 : 1};
 }
 
 // use(std::integral_constant<int, PANELS>{})

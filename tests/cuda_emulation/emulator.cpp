@@ -21,7 +21,6 @@ const std::function<void()>* entry = nullptr;
 void fiber_main() {
   (*entry)();
   block->fibers[thread].finished = true;
-  --block->left;
   ++progress;
   _longjmp(scheduler, 1);
 }
@@ -33,63 +32,42 @@ void resume(int which, std::vector<ucontext_t>& contexts, std::vector<std::uniqu
   if (_setjmp(scheduler)) return;
   if (fiber.started) _longjmp(fiber.context, 1);
   fiber.started = true;
-  const int place = block->rank * block->threads + which;
-  getcontext(&contexts[place]);
-  contexts[place].uc_stack.ss_sp = stacks[place].get();
-  contexts[place].uc_stack.ss_size = kStackBytes;
-  contexts[place].uc_link = nullptr;
-  makecontext(&contexts[place], fiber_main, 0);
-  setcontext(&contexts[place]);
+  getcontext(&contexts[which]);
+  contexts[which].uc_stack.ss_sp = stacks[which].get();
+  contexts[which].uc_stack.ss_size = kStackBytes;
+  contexts[which].uc_link = nullptr;
+  makecontext(&contexts[which], fiber_main, 0);
+  setcontext(&contexts[which]);
 }
 
-// One round: the blocks in random order, each for so many turns of its warps. Warps have no order either; lanes meet too often for theirs
-// to matter.
-void run_round(Cluster& cluster, int most_turns, std::mt19937& random, std::vector<ucontext_t>& contexts,
-               std::vector<std::unique_ptr<char[]>>& stacks) {
-  std::vector<Block*> order;
-  for (const auto& of : cluster.blocks) order.push_back(of.get());
-  std::shuffle(order.begin(), order.end(), random);
-  std::vector<int> warps(order[0]->threads / 32);
+void run_block() {
+  static std::vector<std::unique_ptr<char[]>> stacks;
+  while (static_cast<int>(stacks.size()) < block->threads) stacks.emplace_back(new char[kStackBytes]);
+  std::vector<ucontext_t> contexts(block->threads);
+  std::vector<int> warps(block->threads / 32);
   std::iota(warps.begin(), warps.end(), 0);
-  for (Block* of : order) {
-    for (int turns = most_turns == 1 ? 1 : static_cast<int>(random() % (most_turns + 1)); turns > 0; --turns) {
-      std::shuffle(warps.begin(), warps.end(), random);
-      for (const int warp : warps) {
-        for (int lane = 0; lane < 32; ++lane) {
-          block = of;
-          if (block->fibers[warp * 32 + lane].finished) continue;
-          resume(warp * 32 + lane, contexts, stacks);
-          if (!failure.empty()) throw std::runtime_error(failure);
-        }
+  std::mt19937 random(static_cast<unsigned>(block->block.x * 7919 + block->block.y));
+  int left = block->threads;
+  while (left > 0) {
+    const std::size_t before = progress;
+    std::shuffle(warps.begin(), warps.end(), random);  // warps have no order; lanes meet too often for theirs to matter
+    for (const int warp : warps) {
+      for (int lane = 0; lane < 32; ++lane) {
+        const int which = warp * 32 + lane;
+        if (block->fibers[which].finished) continue;
+        resume(which, contexts, stacks);
+        if (!failure.empty()) throw std::runtime_error(failure);
+        if (block->fibers[which].finished) --left;
       }
     }
+    if (progress == before) {
+      if (block->in_flight.empty()) throw std::runtime_error("deadlock: " + std::to_string(left) + " threads wait for what nobody will do");
+      const auto copy = block->in_flight.front();
+      block->in_flight.pop_front();
+      copy();
+    }
   }
-}
-
-void run_cluster(Cluster& cluster) {
-  static std::vector<std::unique_ptr<char[]>> stacks;
-  const int threads = cluster.blocks[0]->threads * static_cast<int>(cluster.blocks.size());
-  while (static_cast<int>(stacks.size()) < threads) stacks.emplace_back(new char[kStackBytes]);
-  std::vector<ucontext_t> contexts(threads);
-  std::mt19937 random(static_cast<unsigned>(cluster.blocks[0]->block.x * 7919 + cluster.blocks[0]->block.y));
-  const auto left = [&] {
-    int sum = 0;
-    for (const auto& of : cluster.blocks) sum += of->left;
-    return sum;
-  };
-  while (left() > 0) {
-    std::size_t before = progress;
-    if (cluster.blocks.size() > 1) run_round(cluster, 8, random, contexts, stacks);
-    if (progress != before) continue;
-    run_round(cluster, 1, random, contexts, stacks);  // with all threads
-    if (progress != before) continue;
-    if (cluster.in_flight.empty()) throw std::runtime_error("deadlock: " + std::to_string(left()) + " threads wait for what nobody will do");
-    const auto copy = cluster.in_flight.front();
-    cluster.in_flight.pop_front();
-    copy();
-    if (!failure.empty()) throw std::runtime_error(failure);
-  }
-  if (!cluster.in_flight.empty()) throw std::runtime_error("the block ended with TMA copies in flight");
+  if (!block->in_flight.empty()) throw std::runtime_error("the block ended with TMA copies in flight");
 }
 }  // namespace
 
@@ -98,34 +76,30 @@ void yield() {
 }
 
 void fail(const std::string& what) {
-  failure = "thread " + std::to_string(thread) + " of block " + std::to_string(block->block.x) + ": " + what;
+  failure = "thread " + std::to_string(thread) + ": " + what;
   _longjmp(scheduler, 1);
 }
 
-void run_grid(Index grid, int cluster_blocks, int threads, int shared_bytes, const std::function<void()>& kernel) {
+void run_grid(Index grid, int threads, int shared_bytes, const std::function<void()>& kernel) {
   if (threads % 32) throw std::runtime_error("threads must be whole warps");
-  if (grid.x % cluster_blocks) throw std::runtime_error("a grid must be whole clusters");
-  std::vector<std::vector<unsigned char>> memory(cluster_blocks);
+  std::vector<unsigned char> memory(static_cast<std::size_t>(shared_bytes) + 2048);
+  auto* aligned = reinterpret_cast<unsigned char*>((reinterpret_cast<std::uintptr_t>(memory.data()) + 1023) / 1024 * 1024);
   entry = &kernel;
   failure.clear();
   for (std::int64_t z = 0; z < grid.z; ++z) {
     for (std::int64_t y = 0; y < grid.y; ++y) {
-      for (std::int64_t x = 0; x < grid.x; x += cluster_blocks) {
-        Cluster cluster;
-        for (int rank = 0; rank < cluster_blocks; ++rank) {
-          memory[rank].assign(static_cast<std::size_t>(shared_bytes) + 2048, 0xff);  // shared memory starts as NaN
-          Block& one = *cluster.blocks.emplace_back(std::make_unique<Block>());
-          one.cluster = &cluster;
-          one.rank = rank;
-          one.block = {x + rank, y, z};
-          one.grid = grid;
-          one.threads = one.left = threads;
-          one.shared = reinterpret_cast<unsigned char*>((reinterpret_cast<std::uintptr_t>(memory[rank].data()) + 1023) / 1024 * 1024);
-          one.fibers.resize(static_cast<std::size_t>(threads));
-          one.warps.resize(static_cast<std::size_t>(threads / 32));
-          one.warpgroups.resize(static_cast<std::size_t>((threads + 127) / 128));
-        }
-        run_cluster(cluster);
+      for (std::int64_t x = 0; x < grid.x; ++x) {
+        std::memset(aligned, 0xff, static_cast<std::size_t>(shared_bytes));  // shared memory starts as NaN
+        Block one;
+        one.block = {x, y, z};
+        one.grid = grid;
+        one.threads = threads;
+        one.shared = aligned;
+        one.fibers.resize(static_cast<std::size_t>(threads));
+        one.warps.resize(static_cast<std::size_t>(threads / 32));
+        one.warpgroups.resize(static_cast<std::size_t>((threads + 127) / 128));
+        block = &one;
+        run_block();
         block = nullptr;
       }
     }

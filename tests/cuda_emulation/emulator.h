@@ -1,9 +1,8 @@
-// One thread block, or one cluster of them, on the CPU: every GPU thread is a fiber, and runs until it must wait for others.
+// One thread block on the CPU: every GPU thread is a fiber, and runs until it must wait for others.
 //
 // What is asynchronous on the GPU happens as late as the rules allow, and until then its destination holds NaN: a copy is made when someone
 // waits for it (cp.async) or when nobody can go on (TMA), a wgmma is computed at its wait_group. A missing wait, a stage given back too early
-// or a barrier too few therefore shows as NaN or as wrong numbers, and a barrier too many as a deadlock, which is reported. The blocks of a
-// cluster take turns of random lengths; what one does to another that has not begun or has ended is an error.
+// or a barrier too few therefore shows as NaN or as wrong numbers, and a barrier too many as a deadlock, which is reported.
 #pragma once
 
 #include <csetjmp>
@@ -63,17 +62,7 @@ struct Fiber {
   std::deque<std::vector<Copy>> committed;
 };
 
-struct Block;
-
-struct Cluster {
-  std::vector<std::unique_ptr<Block>> blocks;
-  Meeting everyone;
-  std::deque<std::function<void()>> in_flight;  // TMA, in the order in which it was asked for
-};
-
 struct Block {
-  Cluster* cluster = nullptr;
-  int rank = 0, left = 0;  // threads that have not finished
   Index block, grid;
   int threads = 0;
   unsigned char* shared = nullptr;
@@ -83,6 +72,7 @@ struct Block {
   Meeting everyone;
   std::map<int, NamedBarrier> named;
   std::map<std::uint32_t, Transaction> transactions;
+  std::deque<std::function<void()>> in_flight;  // TMA
   std::map<std::uint32_t, int> unfenced;        // words of shared memory that the asynchronous proxy may not see yet, and who wrote them
 };
 
@@ -92,18 +82,7 @@ extern std::size_t progress;  // counts whatever a waiting thread could be waiti
 
 void yield();
 [[noreturn]] void fail(const std::string& what);
-void run_grid(Index grid, int cluster, int threads, int shared_bytes, const std::function<void()>& kernel);
-
-// act() as if by a thread of `of`.
-template <class Act>
-auto as(Block& of, Act act) {
-  struct Restored {
-    Block* before = block;
-    ~Restored() { block = before; }
-  } restored;
-  block = &of;
-  return act();
-}
+void run_grid(Index grid, int threads, int shared_bytes, const std::function<void()>& kernel);
 
 template <class Condition>
 void wait_until(Condition condition) {

@@ -21,7 +21,6 @@ namespace fastsupcon::cuda {
 struct Grid {
   std::int64_t x;
   int y = 1, z = 1;
-  int cluster = 1;  // blocks, neighbours in x
 };
 
 inline void check(cudaError_t status, const std::string& what) {
@@ -118,17 +117,9 @@ void launch(const char* name, const Shape& shape, Kernel* kernel, Grid grid, int
     const cudaError_t status = raise_shared_limit(reinterpret_cast<const void*>(kernel), where.device, shared_limit(shared_bytes));
     if (status != cudaSuccess) check(status, described());
   }
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(grid.x), grid.y, grid.z);
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = static_cast<cudaStream_t>(where.stream);
-  config.attrs = &cluster;
-  config.numAttrs = grid.cluster > 1 ? 1 : 0;  // no attribute for generations that know no clusters
-  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, arguments...);
+  const dim3 blocks(static_cast<unsigned>(grid.x), grid.y, grid.z);
+  kernel<<<blocks, threads, shared_bytes, static_cast<cudaStream_t>(where.stream)>>>(arguments...);
+  const cudaError_t status = cudaGetLastError();
   if (status != cudaSuccess) check(status, described());
 }
 

@@ -18,11 +18,6 @@ FASTSUPCON_DEVICE int lane() { return threadIdx.x % 32; }
 FASTSUPCON_DEVICE int warp() { return __shfl_sync(0xffffffff, threadIdx.x / 32, 0); }  // the shuffle tells the compiler it is uniform
 FASTSUPCON_DEVICE std::int64_t block_x() { return blockIdx.x; }
 FASTSUPCON_DEVICE int block_z() { return blockIdx.z; }
-FASTSUPCON_DEVICE int cluster_rank() {  // of this block in its cluster
-  int rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
 
 // ---- Shared memory --------------------------------------------------------------------------------------------------------------
 
@@ -49,10 +44,6 @@ FASTSUPCON_DEVICE void store_word(Address to, std::uint32_t word) {
 
 FASTSUPCON_DEVICE void sync_block() { __syncthreads(); }
 FASTSUPCON_DEVICE void sync_warp() { __syncwarp(); }
-FASTSUPCON_DEVICE void sync_cluster() {  // all threads of all its blocks
-  __syncwarp();                          // lanes may come one by one, the barrier is for whole warps
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
 FASTSUPCON_DEVICE void sync_named(int barrier, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
 FASTSUPCON_DEVICE void arrive_named(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
@@ -189,14 +180,6 @@ FASTSUPCON_DEVICE void barrier_arrive(Address barrier) {
 FASTSUPCON_DEVICE void barrier_arrive_expecting(Address barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-FASTSUPCON_DEVICE void barrier_arrive_at(Address barrier, int rank) {  // at the same barrier of that block of the cluster
-  asm volatile(
-      "{\n.reg .b32 there;\n"
-      "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
-      "r"(rank)
-      : "memory");
-}
 FASTSUPCON_DEVICE void barrier_wait(Address barrier, int parity) {  // returns once the phase of this parity has ended
   asm volatile(
       "{\n.reg .pred done;\n"
@@ -211,16 +194,6 @@ FASTSUPCON_DEVICE void copy_box_async(Address to, const TensorMap& map, int colu
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
                "l"(reinterpret_cast<std::uint64_t>(&map)), "r"(column), "r"(row), "r"(barrier)
                : "memory");
-}
-
-// The same into every block of the cluster, at the same address and counted on the same barrier of each.
-template <int BLOCKS>
-FASTSUPCON_DEVICE void copy_box_to_cluster_async(Address to, const TensorMap& map, int column, int row, Address barrier) {
-  constexpr std::uint16_t blocks = (1 << BLOCKS) - 1;
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::
-          "r"(to), "l"(reinterpret_cast<std::uint64_t>(&map)), "r"(column), "r"(row), "r"(barrier), "h"(blocks)
-      : "memory");
 }
 
 // Copies `bytes`, a multiple of 16 as both addresses are, and counts them on the barrier.
@@ -239,12 +212,6 @@ template <int PENDING>
 FASTSUPCON_DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
-FASTSUPCON_DEVICE void wgmma_wait_but(int pending) {  // of at most three groups, a constant once inlined
-  if (pending == 0) wgmma_wait<0>();
-  else if (pending == 1) wgmma_wait<1>();
-  else if (pending == 2) wgmma_wait<2>();
-  else wgmma_wait<3>();
-}
 // Keeps the compiler from moving reads and writes of registers that a wgmma in flight uses.
 template <int N>
 FASTSUPCON_DEVICE void hold(float (&d)[N][4]) {
@@ -261,7 +228,6 @@ FASTSUPCON_DEVICE void hold(std::uint32_t (&a)[N][4]) {
 //   shared            a and b in shared memory, depth-major both
 //   shared_row_major  the same, b (16 × N) row-major, which the descriptor's transpose bit says; always adds
 //   registers         a in registers, b row-major; always adds
-//   registers_depth_major  the same, b depth-major
 template <bool BF16, int N>
 struct Wgmma;
 
@@ -285,9 +251,9 @@ struct Wgmma;
   "%107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, " \
   "%125, %126, %127"
 
-// The instruction and its accumulators. J = N / 8; I0 = N / 2 … I5: the numbers of the operands behind the accumulators.
+// The instruction and its accumulators. J = N / 8; I0 = N / 2 … I4: the numbers of the operands behind the accumulators.
 #define FASTSUPCON_WGMMA_D(N, TYPE, I0) "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" FASTSUPCON_R##I0 "}"
-#define FASTSUPCON_WGMMA(BF16, TYPE, N, J, I0, I1, I2, I3, I4, I5)                                                     \
+#define FASTSUPCON_WGMMA(BF16, TYPE, N, J, I0, I1, I2, I3, I4)                                                         \
   template <>                                                                                                          \
   struct Wgmma<BF16, N> {                                                                                              \
     using Accumulators = float[N / 8][4];                                                                              \
@@ -307,23 +273,15 @@ struct Wgmma;
                    : FASTSUPCON_D##J(0)                                                                                \
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                              \
     }                                                                                                                  \
-    static FASTSUPCON_DEVICE void registers_depth_major(Accumulators& d, const std::uint32_t (&a)[4], std::uint64_t b, \
-                                                        bool accumulate) {                                             \
-      asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #I5 ", 0;\n"                                               \
-                   FASTSUPCON_WGMMA_D(N, TYPE, I0) ", {%" #I0 ", %" #I1 ", %" #I2 ", %" #I3 "}, %" #I4                 \
-                   ", add, 1, 1, 0;\n}"                                                                                \
-                   : FASTSUPCON_D##J(0)                                                                                \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));           \
-    }                                                                                                                  \
   };
 #define FASTSUPCON_WGMMA_BOTH(N, ...)                                                                                  \
   FASTSUPCON_WGMMA(false, "f16", N, __VA_ARGS__)                                                                       \
   FASTSUPCON_WGMMA(true, "bf16", N, __VA_ARGS__)
-FASTSUPCON_WGMMA_BOTH(32, 4, 16, 17, 18, 19, 20, 21)
-FASTSUPCON_WGMMA_BOTH(64, 8, 32, 33, 34, 35, 36, 37)
-FASTSUPCON_WGMMA_BOTH(96, 12, 48, 49, 50, 51, 52, 53)
-FASTSUPCON_WGMMA_BOTH(128, 16, 64, 65, 66, 67, 68, 69)
-FASTSUPCON_WGMMA_BOTH(256, 32, 128, 129, 130, 131, 132, 133)
+FASTSUPCON_WGMMA_BOTH(32, 4, 16, 17, 18, 19, 20)
+FASTSUPCON_WGMMA_BOTH(64, 8, 32, 33, 34, 35, 36)
+FASTSUPCON_WGMMA_BOTH(96, 12, 48, 49, 50, 51, 52)
+FASTSUPCON_WGMMA_BOTH(128, 16, 64, 65, 66, 67, 68)
+FASTSUPCON_WGMMA_BOTH(256, 32, 128, 129, 130, 131, 132)
 #undef FASTSUPCON_WGMMA_BOTH
 #undef FASTSUPCON_WGMMA
 #undef FASTSUPCON_WGMMA_D

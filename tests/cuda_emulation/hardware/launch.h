@@ -13,7 +13,7 @@ namespace fastsupcon::cuda {
 
 struct Grid {
   std::int64_t x;
-  int y = 1, z = 1, cluster = 1;
+  int y = 1, z = 1;
 };
 
 struct Device {
@@ -59,7 +59,7 @@ void launch(const char* name, const Shape& shape, void (*kernel)(P...), Grid gri
   launched().push_back({name, grid.x, grid.y, grid.z});
   if (dry()) return;
   try {
-    emulation::run_grid({grid.x, grid.y, grid.z}, grid.cluster, threads, shared_bytes, [&] { kernel(arguments...); });
+    emulation::run_grid({grid.x, grid.y, grid.z}, threads, shared_bytes, [&] { kernel(arguments...); });
   } catch (const std::exception& error) {
     throw std::runtime_error(std::string(name) + " (" + shape() + "): " + error.what());
   }

@@ -24,7 +24,6 @@ inline int thread() { return em::thread; }
 inline int lane() { return em::thread % 32; }
 inline std::int64_t block_x() { return em::block->block.x; }
 inline int block_z() { return static_cast<int>(em::block->block.z); }
-inline int cluster_rank() { return em::block->rank; }
 
 // ---- Shared memory
 
@@ -65,13 +64,6 @@ inline int warp() {  // a shuffle on the GPU: all lanes must come
   int nothing = 0;
   with_warp(&kind, nothing, [](auto&) {});
   return em::thread / 32;
-}
-inline void sync_cluster() {
-  static const char kind = 0;
-  int nothing = 0;
-  const std::size_t threads = static_cast<std::size_t>(em::block->threads), blocks = em::block->cluster->blocks.size();
-  em::meet(em::block->cluster->everyone, threads * blocks, threads * static_cast<std::size_t>(em::block->rank) + static_cast<std::size_t>(em::thread),
-           &kind, nothing, [](auto&) {});
 }
 inline void sync_warp() {
   static const char kind = 0;
@@ -316,15 +308,6 @@ inline void barrier_arrive_expecting(Address barrier, int bytes) {
   barrier_settle(of);
 }
 inline void barrier_arrive(Address barrier) { barrier_arrive_expecting(barrier, 0); }
-// A block of the cluster, to be reached into.
-inline em::Block& block_of(int rank) {
-  em::Block& of = *em::block->cluster->blocks.at(static_cast<std::size_t>(rank));
-  if (of.left == 0) em::fail("the other block has ended");
-  return of;
-}
-inline void barrier_arrive_at(Address barrier, int rank) {
-  em::as(block_of(rank), [&] { barrier_arrive(barrier); });
-}
 inline void barrier_wait(Address barrier, int parity) {
   auto& of = transaction(barrier);
   em::wait_until([&] { return of.phase != parity; });
@@ -333,28 +316,11 @@ inline void barrier_wait(Address barrier, int parity) {
 // The swizzle of 128 bytes permutes address bits 4-6 by bits 7-9.
 inline Address swizzled(Address address) { return address ^ ((address >> 3) & 0x70); }
 
-// Asks for a copy into a block and counts its bytes there; write() writes. What was there is lost at once.
-template <class Write>
-void copy_later(em::Block& into, Address to, int bytes, Address barrier, Write write) {
-  em::as(into, [&] {
-    transaction(barrier);
-    std::memset(at(to), 0xff, static_cast<std::size_t>(bytes));
-  });
-  em::block->cluster->in_flight.push_back([=, &into] {
-    em::as(into, [&] {
-      if (into.left == 0) throw std::runtime_error("a copy into a block that has ended");
-      write();
-      auto& of = transaction(barrier);
-      of.bytes -= bytes;
-      barrier_settle(of);
-    });
-    ++em::progress;
-  });
-}
-
-inline void copy_box_into(em::Block& into, Address to, const TensorMap& map, int column, int row, Address barrier) {
+inline void copy_box_async(Address to, const TensorMap& map, int column, int row, Address barrier) {
   if (to % 1024) em::fail("a swizzled box must start at a multiple of 1024 bytes");
-  copy_later(into, to, map.box_rows * 128, barrier, [=] {
+  const int bytes = map.box_rows * 128;
+  std::memset(at(to), 0xff, static_cast<std::size_t>(bytes));
+  em::block->in_flight.push_back([=] {
     for (int r = 0; r < map.box_rows; ++r) {
       for (int c = 0; c < 64; ++c) {
         std::uint16_t element = 0;
@@ -363,19 +329,23 @@ inline void copy_box_into(em::Block& into, Address to, const TensorMap& map, int
         std::memcpy(at(swizzled(to + static_cast<Address>(r * 128 + c * 2))), &element, 2);
       }
     }
+    auto& of = transaction(barrier);
+    of.bytes -= bytes;
+    barrier_settle(of);
+    ++em::progress;
   });
-}
-inline void copy_box_async(Address to, const TensorMap& map, int column, int row, Address barrier) {
-  copy_box_into(*em::block, to, map, column, row, barrier);
-}
-template <int BLOCKS>
-void copy_box_to_cluster_async(Address to, const TensorMap& map, int column, int row, Address barrier) {
-  for (int rank = 0; rank < BLOCKS; ++rank) copy_box_into(block_of(rank), to, map, column, row, barrier);
 }
 
 inline void copy_bulk_async(Address to, const void* from, int bytes, Address barrier) {
   if (to % 16 || reinterpret_cast<std::uintptr_t>(from) % 16 || bytes % 16) em::fail("a bulk copy must be of whole 16 bytes");
-  copy_later(*em::block, to, bytes, barrier, [=] { std::memcpy(at(to), from, static_cast<std::size_t>(bytes)); });
+  std::memset(at(to), 0xff, static_cast<std::size_t>(bytes));
+  em::block->in_flight.push_back([=] {
+    std::memcpy(at(to), from, static_cast<std::size_t>(bytes));
+    auto& of = transaction(barrier);
+    of.bytes -= bytes;
+    barrier_settle(of);
+    ++em::progress;
+  });
 }
 
 // Shared-memory operand of wgmma: element (k, mn) of the 16 × N or 16 × 64 slice a descriptor names.
@@ -431,10 +401,6 @@ void wgmma_wait() {
       shadow = group.shadow.erase(shadow);
     }
   });
-}
-inline void wgmma_wait_but(int pending) {
-  if (pending > 3) em::fail("not so many groups are known");
-  pending == 0 ? wgmma_wait<0>() : pending == 1 ? wgmma_wait<1>() : pending == 2 ? wgmma_wait<2>() : wgmma_wait<3>();
 }
 template <class T, int N>
 void hold(T (&)[N][4]) {}
@@ -498,9 +464,6 @@ struct Wgmma {
   }
   static void registers(float (&d)[N / 8][4], const std::uint32_t (&a)[4], std::uint64_t b) {
     issue<true, true>({&d[0][0], {a[0], a[1], a[2], a[3]}, 0, b, true});
-  }
-  static void registers_depth_major(float (&d)[N / 8][4], const std::uint32_t (&a)[4], std::uint64_t b, bool accumulate) {
-    issue<true, false>({&d[0][0], {a[0], a[1], a[2], a[3]}, 0, b, accumulate});
   }
 };
 
