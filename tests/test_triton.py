@@ -116,13 +116,6 @@ def test_rows_longer_than_a_tile(case, dtype):
     check(triton, Case(**{**vars(case), "dtype": dtype}), DEVICE)
 
 
-SPLIT_CASES = [
-    Case(70, keys="few"),
-    Case(70, 90, rows=SCL, columns=PSC, keys="few", own=True, learned=True, bias=True),
-    Case(70, rows=("different", "equal"), keys="few", bias=True),
-]
-
-
 @contextlib.contextmanager
 def planned(per_split):
     """With so many tiles per split, in plans of one's own."""
@@ -133,6 +126,35 @@ def planned(per_split):
         yield
     for cache in caches:
         cache.cache_clear()
+
+
+DEEP = [
+    Case(150, d=300, keys="few", dtype=torch.float16, learned=True),
+    Case(90, 150, d=300, rows=SCL, columns=PSC, keys="few", own=True, bias=True, dtype=torch.bfloat16, learned=True),
+    Case(150, d=300, rows=("different", "equal"), keys="few", bias=True, dtype=torch.float16),
+    Case(130, 70, d=520, rows=PSC, keys="few", dtype=torch.float16, unit=False),
+]
+
+
+@pytest.mark.parametrize("rows", [64, 1024])
+def test_deep_gradients_of_weights_written_down(rows, monkeypatch):
+    """In blocks of rows, the last of them ragged."""
+    if triton._gpu(DEVICE).family not in ("hopper", "interpreter"):
+        pytest.skip("this GPU's deep gradients are fused")
+    monkeypatch.setattr(plans, "_MANY", 1)
+    monkeypatch.setattr(plans, "_rows_at_once", lambda depth, other: rows)
+    with planned(plans._tiles_per_split):
+        for case in DEEP:
+            check(triton, case, DEVICE)
+        for line in (Line(all=1, similarity=-1), Line(all=1, equal=-1, reduction="none")):
+            check_loss(triton, Case(150, d=300, keys="few", dtype=torch.float16, rows=line.names), line, DEVICE)
+
+
+SPLIT_CASES = [
+    Case(70, keys="few"),
+    Case(70, 90, rows=SCL, columns=PSC, keys="few", own=True, learned=True, bias=True),
+    Case(70, rows=("different", "equal"), keys="few", bias=True),
+]
 
 
 @pytest.mark.parametrize("line, split", [(Line(all=1, similarity=-1, lone="skip"), True), (Line(different=1, similarity=-1), False)])

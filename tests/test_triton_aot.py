@@ -29,11 +29,11 @@ CASES = [
     ("rows alone", 90, "bf16", 128),
     ("SCL", 90, "bf16", 100),  # D is no power of two
 ]
-#: Bytes, of what the epilogue needs: stored before the loop and loaded after it, of the last three numbers a tile; at depth 256 on Hopper
+#: Bytes, of what the epilogue needs: stored before the loop and loaded after it; at depth 256 on Hopper
 #: of a tile that is 7 % faster than the largest that spills nothing.
-EPILOGUE = {("SCL", 90, "bf16", 256): 320, ("SCL", 100, "bf16", 128): 64, ("PSC, 1000 classes", 90, "bf16", 512): 72}
+EPILOGUE = {("SCL", 90, "bf16", 256): 336, ("SCL", 100, "bf16", 128): 64}
 #: Of half rows' forward on Hopper: on an H200 these tiles take two thirds of the time of those that spill nothing.
-MEASURED = 560
+MEASURED = 296
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 compiles = pytest.mark.skipif(INTERPRETED, reason="runs in the process that test_in_its_own_process starts")
 

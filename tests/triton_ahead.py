@@ -75,7 +75,7 @@ class Reading(NamedTuple):
 
     @property
     def has_product(self) -> bool:
-        return self.kernel in ("forward_kernel", "gradient_kernel", "triangle_kernel")
+        return self.kernel in ("forward_kernel", "gradient_kernel", "product_kernel")
 
 
 @contextlib.contextmanager
@@ -124,7 +124,12 @@ def compile_ahead(form: str, arch: int | str, dtype: str, depth: int, kernels: t
     gpu = backend.Gpu(family(target.backend, arch), units, (full, full))
     with recorded(gpu) as launches:
         step(FORMS[form], DTYPES[dtype], depth)
-    return [compiled(kernel, arguments, target) for kernel, arguments in launches if not kernels or kernel.__name__ in kernels]
+    once = {}  # a deep gradient launches the same kernels for block after block
+    for kernel, arguments in launches:
+        constants = tuple(arguments[parameter.name] for parameter in kernel.params if parameter.is_constexpr)
+        if not kernels or kernel.__name__ in kernels:
+            once.setdefault((kernel.__name__, constants), (kernel, arguments))
+    return [compiled(kernel, arguments, target) for kernel, arguments in once.values()]
 
 
 def compiled(kernel, arguments: dict, target: GPUTarget) -> Reading:

@@ -2,8 +2,9 @@
 
 w_ij is, over the log-sums q that (i, j) is in, g_i exp(t_ij - q_i) + h_j exp(t_ij - q'_j), and [equal keys] (u_i + v_j). The symmetric self
 shape has h = g, q' = q, v = u. One recomputed tile, one second product from the same tile of y, no atomics: 4 N M D flops a side, and
-2 N M D more for each further chunk of D. What depends on a row alone is made once: of a loss by the forward's last launch (lines.py), else
-by :func:`weights_kernel`.
+2 N M D more for each further chunk of D; or 4 N M D for any D where w is written down for a block of rows, and :func:`product_kernel`
+multiplies it with y. What depends on a row alone is made once: of a loss by the forward's last launch (lines.py), else by
+:func:`weights_kernel`.
 
     program  a tile of rows (or of columns), a split of the other side's tiles; second index: a chunk of D
     writes   the gradient itself, or where the stream has splits or D has chunks its parts [splits, n, D], which :func:`finish_kernel` sums;
@@ -34,6 +35,7 @@ from .tiles import (
     SPLIT,
     aligned,
     code_of,
+    columns_of,
     equal_keys,
     folded,
     is_narrow,
@@ -226,6 +228,31 @@ def load_all(
 
 
 @triton.jit
+def largest_factors(numbers_ptr, size, grad_ptr, n, swap, HALF: tl.constexpr, UNIT: tl.constexpr, EACH: tl.constexpr):
+    """What fp16's weights are divided by: the largest gradient of a row's loss, and the largest inverse norm of the other side."""
+    largest = 1.0
+    longest = 1.0
+    if HALF and EACH:
+        largest = largest_of(grad_ptr, n, 1024)
+    if HALF and UNIT == FACTORS:
+        of_rows, of_columns = load_pair(numbers_ptr, 4 * size + 1, 0, 1, False)
+        longest = tl.max(tl.where(swap, of_rows, of_columns), 0)
+    return largest, longest
+
+
+@triton.jit
+def unlift_of(numbers_ptr, size, grad_ptr, largest, HALF: tl.constexpr, EACH: tl.constexpr):
+    """What a sum of weights is multiplied by."""
+    unlift = largest
+    if HALF or grad_ptr is not None:
+        undo, _ = load_pair(numbers_ptr, 4 * size, 0, 1, False)
+        unlift *= tl.max(undo, 0)
+    if grad_ptr is not None and not EACH:
+        unlift *= tl.load(grad_ptr)
+    return unlift
+
+
+@triton.jit
 def times(c, g):
     """What passes nothing does so whatever it is asked to pass."""
     return tl.where(c == 0, 0.0, c * g)
@@ -270,31 +297,31 @@ def one_sided(t, equal, q, c, q_equal, c_equal, KIND: tl.constexpr):
         return tl.exp2((t - q) * LOG2_E) * c
 
 
-@triton.jit(do_not_specialize=["n", "m", "row_owners", "column_owners", "row_programs", "row_tiles", "column_tiles"])
+@triton.jit(do_not_specialize=["n", "m", "base", "row_owners", "column_owners", "row_programs", "row_tiles", "column_tiles"])
 def gradient_kernel(
     a_ptr, b_ptr, bias_ptr, a_key_ptr, b_key_ptr, own_ptr, scale_ptr, a_inverse_ptr, b_inverse_ptr, numbers_ptr, grad_ptr,
-    da_ptr, db_ptr, dbias_ptr, dscale_ptr, n, m, scale, row_owners, column_owners, row_programs, row_tiles, column_tiles,
+    w_ptr, da_ptr, db_ptr, dbias_ptr, dscale_ptr,
+    n, m, scale, base, row_owners, column_owners, row_programs, row_tiles, column_tiles,
     D: tl.constexpr, OWNED: tl.constexpr, STREAMED: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr,
     DIAGONAL: tl.constexpr, BOUNDED: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr, KIND: tl.constexpr,
     SIMILARITY: tl.constexpr, ONE_SIDED: tl.constexpr, EACH: tl.constexpr, RESIDUAL: tl.constexpr, PARTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """grad: that of the loss, or with EACH of each row's, where the numbers are of a line's coefficients; None where they are all of w."""
+    """grad: that of the loss, or with EACH of each row's, where the numbers are of a line's coefficients; None where they are all of w.
+
+    With w [rows, aligned(m or n)] the programs own the rows from base on, and leave their weights, for product_kernel, in place of dx.
+    """
     swap, x_first, split, tiles, x_count, y_count = program_of(
         n, m, row_owners, column_owners, row_programs, row_tiles, column_tiles, OWNED
     )
+    x_first += base
     chunk = tl.program_id(1) * WIDTH
     x_ptr = one_of(a_ptr, b_ptr, swap)
     y_ptr = one_of(a_ptr, b_ptr, swap == 0)
     size = numbers_size(n, m, b_ptr is not None)
     scale, bounded = scale_of(scale_ptr, scale, BOUNDED)
     HALF: tl.constexpr = a_ptr.dtype.element_ty == tl.float16
-    longest = 1.0
-    if HALF and UNIT == FACTORS:
-        of_rows, of_columns = load_pair(numbers_ptr, 4 * size + 1, 0, 1, False)
-        longest = tl.max(tl.where(swap, of_rows, of_columns), 0)
-    largest = 1.0
-    if HALF and EACH:
-        largest = largest_of(grad_ptr, n, 1024)
+    largest, longest = largest_factors(numbers_ptr, size, grad_ptr, n, swap, HALF, UNIT, EACH)
     share = 1.0 / largest
     narrow = 1.0 / longest
     CROSS: tl.constexpr = b_ptr is not None
@@ -326,64 +353,108 @@ def gradient_kernel(
             y = load_rows(y_ptr, y_inverse, y_first, y_count, piece, D, STREAMED, DEPTH, UNIT, MASKED)
             raw = product(x, tl.trans(y), raw, PRECISION)
             if (u + 1) % PIECES == 0:
-                z = load_rows(y_ptr, y_inverse, y_first, y_count, chunk, D, STREAMED, WIDTH, UNIT, MASKED) if CHUNKED else y
-                y_factor, y_code, y_q, y_c, y_q_equal, y_c_equal, y_linear = load_all(
-                    numbers_ptr, size, grad_ptr, share, n, y_first, y_count, swap == 0, STREAMED, CROSS, KIND, EACH, MASKED
-                )
-                y_key = load_keys(a_key_ptr, b_key_ptr, y_first, y_count, swap == 0, STREAMED) if MASKED else y_code
-                y_own, y_bias = load_sides(own_ptr, bias_ptr, y_first, y_count, swap == 0, STREAMED)
-                c, t = logits(raw, x_factor, y_factor, factor, x_bias, y_bias, bias_ptr is not None, UNIT, FOLD)
-                equal = equal_keys(x_key, y_key, OWNED, STREAMED, a_key_ptr is not None)
-                w = weights(t, equal, x_q, x_c, x_q_equal, x_c_equal, y_q, y_c, y_q_equal, y_c_equal, bounded, KIND, ONE_SIDED)
-                # what is no pair is cleared in the weights, be they infinite: t and the comparison of keys need not live as long
-                if KIND == DIFFERENT:
-                    w = tl.where(equal, 0.0, w)
-                if bias_ptr is not None:
-                    if MASKED:
-                        w = tl.where(pair_mask(x_first, y_first, y_count, OWNED, STREAMED, DIAGONAL), w, 0.0)
+                z = y
+                if CHUNKED and w_ptr is None:
+                    z = load_rows(y_ptr, y_inverse, y_first, y_count, chunk, D, STREAMED, WIDTH, UNIT, MASKED)
+                for PART in tl.static_range(STREAMED // COLUMNS):
+                    first = y_first + PART * COLUMNS
+                    y_factor, y_code, y_q, y_c, y_q_equal, y_c_equal, y_linear = load_all(
+                        numbers_ptr, size, grad_ptr, share, n, first, y_count, swap == 0, COLUMNS, CROSS, KIND, EACH, MASKED
+                    )
+                    y_key = load_keys(a_key_ptr, b_key_ptr, first, y_count, swap == 0, COLUMNS) if MASKED else y_code
+                    y_own, y_bias = load_sides(own_ptr, bias_ptr, first, y_count, swap == 0, COLUMNS)
+                    c = columns_of(raw, PART, OWNED, STREAMED, COLUMNS)
+                    c, t = logits(c, x_factor, y_factor, factor, x_bias, y_bias, bias_ptr is not None, UNIT, FOLD)
+                    equal = equal_keys(x_key, y_key, OWNED, COLUMNS, a_key_ptr is not None)
+                    w = weights(t, equal, x_q, x_c, x_q_equal, x_c_equal, y_q, y_c, y_q_equal, y_c_equal, bounded, KIND, ONE_SIDED)
+                    # what is no pair is cleared in the weights, be they infinite: t and the comparison of keys need not live as long
+                    if KIND == DIFFERENT:
+                        w = tl.where(equal, 0.0, w)
+                    if bias_ptr is not None:
+                        if MASKED:
+                            w = tl.where(pair_mask(x_first, first, y_count, OWNED, COLUMNS, DIAGONAL), w, 0.0)
+                        if own_ptr is not None:
+                            w = tl.where(x_own[:, None] != y_own[None, :], w, 0.0)
+                        dbias += folded(w, OWNED, COLUMNS)
+                    if SIMILARITY:
+                        w += tl.where(equal, 1.0, 0.0) * (x_linear[:, None] + y_linear[None, :])
                     if own_ptr is not None:
                         w = tl.where(x_own[:, None] != y_own[None, :], w, 0.0)
-                    dbias += folded(w, OWNED, STREAMED)
-                if SIMILARITY:
-                    w += tl.where(equal, 1.0, 0.0) * (x_linear[:, None] + y_linear[None, :])
-                if own_ptr is not None:
-                    w = tl.where(x_own[:, None] != y_own[None, :], w, 0.0)
-                if MASKED:
-                    w = tl.where(pair_mask(x_first, y_first, y_count, OWNED, STREAMED, DIAGONAL), w, 0.0)
-                if dscale_ptr is not None:
-                    dscale += folded(w * c, OWNED, STREAMED)
-                if UNIT == FACTORS:
-                    w *= (y_factor * narrow)[None, :]
-                rounded = narrowed(w, z.dtype, PRECISION)
-                dx = product(rounded, z, dx, PRECISION)
-                if RESIDUAL:
-                    dx = product(narrowed(w - rounded.to(tl.float32), z.dtype, PRECISION), z, dx, PRECISION)
+                    if MASKED:
+                        w = tl.where(pair_mask(x_first, first, y_count, OWNED, COLUMNS, DIAGONAL), w, 0.0)
+                    if dscale_ptr is not None:
+                        dscale += folded(w * c, OWNED, COLUMNS)
+                    if UNIT == FACTORS:
+                        w *= (y_factor * narrow)[None, :]
+                    rounded = narrowed(w, z.dtype, PRECISION)
+                    if w_ptr is None:
+                        dx = product(rounded, z, dx, PRECISION)
+                    else:
+                        pointers = w_ptr + (x_first - base).to(tl.int64) * aligned(y_count) + first
+                        pointers += tl.arange(0, OWNED)[:, None] * aligned(y_count) + tl.arange(0, COLUMNS)[None, :]
+                        if MASKED:
+                            tl.store(pointers, rounded, mask=(first + tl.arange(0, COLUMNS) < y_count)[None, :])
+                        else:
+                            tl.store(pointers, rounded)
+                    if RESIDUAL:
+                        dx = product(narrowed(w - rounded.to(tl.float32), z.dtype, PRECISION), z, dx, PRECISION)
                 raw = tl.zeros([OWNED, STREAMED], tl.float32)
 
-    unlift = largest
-    if HALF or grad_ptr is not None:
-        undo, _ = load_pair(numbers_ptr, 4 * size, 0, 1, False)
-        unlift *= tl.max(undo, 0)
-    if grad_ptr is not None and not EACH:
-        unlift *= tl.load(grad_ptr)
+    unlift = unlift_of(numbers_ptr, size, grad_ptr, largest, HALF, EACH)
     row = tl.arange(0, OWNED)
     exists = row < x_count - x_first
-    column = chunk + tl.arange(0, WIDTH)[None, :]
-    dx *= scale * unlift * longest
-    dx_ptr = one_of(da_ptr, db_ptr, swap)
-    if PARTS:
-        pointers = dx_ptr + (split.to(tl.int64) * x_count + x_first) * D + (row[:, None] * D + column)
-        tl.store(pointers, dx, mask=exists[:, None] & (column < D))
-    else:
-        x = load_rows(x_ptr, x_inverse, x_first, x_count, 0, D, OWNED, WIDTH, AS_THEY_ARE)
-        dx = through_unit(dx, x, x_inverse, UNIT)
-        pointers = dx_ptr + x_first.to(tl.int64) * D + (row[:, None] * D + column)
-        tl.store(pointers, narrowed(dx, dx_ptr.dtype.element_ty, PRECISION), mask=exists[:, None] & (column < D))
+    if w_ptr is None:
+        column = chunk + tl.arange(0, WIDTH)[None, :]
+        dx *= scale * unlift * longest
+        dx_ptr = one_of(da_ptr, db_ptr, swap)
+        if PARTS:
+            pointers = dx_ptr + (split.to(tl.int64) * x_count + x_first) * D + (row[:, None] * D + column)
+            tl.store(pointers, dx, mask=exists[:, None] & (column < D))
+        else:
+            x = load_rows(x_ptr, x_inverse, x_first, x_count, 0, D, OWNED, WIDTH, AS_THEY_ARE)
+            dx = through_unit(dx, x, x_inverse, UNIT)
+            pointers = dx_ptr + x_first.to(tl.int64) * D + (row[:, None] * D + column)
+            tl.store(pointers, narrowed(dx, dx_ptr.dtype.element_ty, PRECISION), mask=exists[:, None] & (column < D))
     place = split.to(tl.int64) * x_count + x_first + row
     if dbias_ptr is not None:
         tl.store(dbias_ptr + place, tl.sum(dbias, 1) * unlift, mask=row < tl.where(swap & (chunk == 0), x_count - x_first, 0))
     if dscale_ptr is not None:
         tl.store(dscale_ptr + place, tl.sum(dscale, 1) * unlift, mask=row < tl.where(swap | (chunk > 0), 0, x_count - x_first))
+
+
+@triton.jit(do_not_specialize=["n", "m", "rows", "tiles"])
+def product_kernel(
+    w_ptr, y_ptr, parts_ptr, scale_ptr, numbers_ptr, grad_ptr, n, m, rows, tiles, scale,
+    D: tl.constexpr, OWNED: tl.constexpr, STREAMED: tl.constexpr, WIDTH: tl.constexpr, OF_COLUMNS: tl.constexpr, CROSS: tl.constexpr,
+    UNIT: tl.constexpr, EACH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """parts [splits, rows, D] of the gradients of a block of rows, or OF_COLUMNS, from their weights. Second index: a split of the sum."""
+    y_count = n if OF_COLUMNS else m
+    chunks = tl.cdiv(D, WIDTH)  # neighbours share w
+    x_first = tl.program_id(0) // chunks * OWNED
+    chunk = tl.program_id(0) % chunks * WIDTH
+    start = tl.program_id(1) * tiles
+    end = tl.minimum(start + tiles, tl.cdiv(y_count, STREAMED))
+    whole = tl.minimum(end, y_count // STREAMED)
+    row = tl.arange(0, OWNED)
+    w_ptr += x_first.to(tl.int64) * aligned(y_count)
+    dx = tl.zeros([OWNED, WIDTH], tl.float32)
+    for MASKED in tl.static_range(2):
+        for u in range(whole if MASKED else start, end if MASKED else whole):
+            y_first = u * STREAMED
+            place = y_first + tl.arange(0, STREAMED)[None, :]
+            pointers = w_ptr + (row[:, None] * aligned(y_count) + place)
+            w = tl.load(pointers, mask=place < y_count, other=0.0) if MASKED else tl.load(pointers)
+            y = load_rows(y_ptr, 1.0, y_first, y_count, chunk, D, STREAMED, WIDTH, AS_THEY_ARE, MASKED)
+            dx = product(w, y, dx, PRECISION)
+    HALF: tl.constexpr = y_ptr.dtype.element_ty == tl.float16
+    size = numbers_size(n, m, CROSS)
+    largest, longest = largest_factors(numbers_ptr, size, grad_ptr, n, OF_COLUMNS, HALF, UNIT, EACH)
+    scale, _ = scale_of(scale_ptr, scale, False)
+    dx *= scale * unlift_of(numbers_ptr, size, grad_ptr, largest, HALF, EACH) * longest
+    column = chunk + tl.arange(0, WIDTH)[None, :]
+    pointers = parts_ptr + (tl.program_id(1).to(tl.int64) * rows + x_first) * D + (row[:, None] * D + column)
+    tl.store(pointers, dx, mask=(row < rows - x_first)[:, None] & (column < D))
 
 
 @triton.jit(do_not_specialize=["n", "m", "row_splits", "column_splits", "row_programs", "row_and_column_programs", "scale_numbers"])
@@ -394,30 +465,29 @@ def finish_kernel(
 ):  # fmt: skip
     """Sums the parts, in one order: gradients of rows, of columns and bias, and by the last program that of the scale.
 
-    Without db_parts the rows' parts are of both sides (a self shape with a bias).
+    Without db_parts the rows' parts are of both sides (a self shape with a bias), without da_parts those of the bias are all there are.
     """
     program = tl.program_id(0)
     if program < row_and_column_programs:
         swap = program >= row_programs
-        x_ptr = one_of(a_ptr, b_ptr, swap)
-        parts_ptr = one_of(da_parts_ptr, db_parts_ptr, swap)
-        dx_ptr = one_of(da_ptr, db_ptr, swap)
         count = tl.where(swap, m, n)
         splits = tl.where(swap, column_splits, row_splits)
         first = tl.where(swap, program - row_programs, program) * ROWS
         row = tl.arange(0, ROWS)
-        exists = row < count - first
-        column = tl.arange(0, WIDTH)[None, :]
-        inside = exists[:, None] & (column < D)
-        offsets = first.to(tl.int64) * D + (row[:, None] * D + column)
-        dx = tl.zeros([ROWS, WIDTH], tl.float32)
-        for _ in range(splits):
-            dx += tl.load(parts_ptr + offsets, mask=inside, other=0.0)
-            parts_ptr += count.to(tl.int64) * D
-        inverse = load_inverse(a_inverse_ptr, b_inverse_ptr, first, count, swap, ROWS)
-        x = load_rows(x_ptr, inverse, first, count, 0, D, ROWS, WIDTH, AS_THEY_ARE)
-        dx = through_unit(dx, x, inverse, UNIT)
-        tl.store(dx_ptr + offsets, narrowed(dx, dx_ptr.dtype.element_ty, PRECISION), mask=inside)
+        if da_parts_ptr is not None:
+            column = tl.arange(0, WIDTH)[None, :]
+            inside = (row < count - first)[:, None] & (column < D)
+            offsets = first.to(tl.int64) * D + (row[:, None] * D + column)
+            dx = tl.zeros([ROWS, WIDTH], tl.float32)
+            parts_ptr = one_of(da_parts_ptr, db_parts_ptr, swap)
+            for _ in range(splits):
+                dx += tl.load(parts_ptr + offsets, mask=inside, other=0.0)
+                parts_ptr += count.to(tl.int64) * D
+            inverse = load_inverse(a_inverse_ptr, b_inverse_ptr, first, count, swap, ROWS)
+            x = load_rows(one_of(a_ptr, b_ptr, swap), inverse, first, count, 0, D, ROWS, WIDTH, AS_THEY_ARE)
+            dx = through_unit(dx, x, inverse, UNIT)
+            dx_ptr = one_of(da_ptr, db_ptr, swap)
+            tl.store(dx_ptr + offsets, narrowed(dx, dx_ptr.dtype.element_ty, PRECISION), mask=inside)
         if dbias_parts_ptr is not None:
             of_bias = tl.zeros([ROWS], tl.float32)
             of_columns = row < (count - first if db_parts_ptr is None else tl.where(swap, count - first, 0))

@@ -32,7 +32,7 @@ class At(NamedTuple):
     def tensor(self, values: dict) -> Tensor:
         x = values[self.name]
         if self.offset or x.dtype != self.dtype:
-            x = x.view(torch.uint8)[self.offset :].view(self.dtype)
+            x = x.view(-1).view(torch.uint8)[self.offset :].view(self.dtype)
         return x
 
 

@@ -12,8 +12,10 @@ import torch
 
 from ...problem import LOG_SUMS, QUANTITIES, Line
 from .launch import At, Launch, Number, Plan, Scratch
-from .table import gradient_width, padded, tile
+from .table import Tile, gradient_width, padded, tile
 
+_MANY = 512  # rows on either side, from which on deep rows' weights are worth writing down
+_WEIGHTS = 1 << 28  # bytes of them at a time
 _FEW = 64  # terms in a sum, whose roundings to half precision do not average out
 
 
@@ -194,7 +196,7 @@ def _sums(form: Form, names: tuple[tuple[str, ...], tuple[str, ...]], numbers: A
     }  # fmt: skip
     arguments = {
         **_inputs(form), **_tiles(form), **grid.arguments, **places, "numbers_ptr": numbers, "rows_ptr": rows, "columns_ptr": columns,
-        "SIMILARITY": linear, "OWNED": t.owned, "STREAMED": t.streamed, "DEPTH": t.depth,
+        "SIMILARITY": linear, "OWNED": t.owned, "STREAMED": t.streamed, "DEPTH": t.depth, "COLUMNS": t.streamed // t.parts,
     }  # fmt: skip
     options = {"num_warps": t.warps, "num_stages": t.stages, "enable_fp_fusion": not form.alone}
     return Launch(forward_kernel, (grid.programs,), arguments, **options), _Sums(rows, columns, grid.splits, places)
@@ -247,6 +249,8 @@ def _gradient(form: Form, weights: _Weights, needs: tuple[bool, bool, bool, bool
     t = tile("gradient" if light else "heavy gradient", form.gpu.family, form.dtype, depth)
     width = gradient_width(form.dtype, depth, t)
     chunks = _cdiv(depth, width)
+    if chunks > 1 and form.dtype != torch.float32 and min(n, m) >= _MANY and tile("weights", form.gpu.family, form.dtype, depth):
+        return _deep_gradient(form, weights, needs, sides, light, scratch, before)
     grid = _grid(form.gpu, t, n, m, sides, chunks)
     row_splits, column_splits = grid.splits
     split = max(grid.splits) > 1 or chunks > 1 or (form.biased_self and all(sides))
@@ -264,9 +268,10 @@ def _gradient(form: Form, weights: _Weights, needs: tuple[bool, bool, bool, bool
     inverse = dict(zip(("a_inverse_ptr", "b_inverse_ptr"), weights.inverse, strict=True))
     arguments = {
         **inputs, **tiles, **grid.arguments, **inverse, "numbers_ptr": weights.numbers, "grad_ptr": weights.grad,
+        "w_ptr": None, "base": 0,
         "da_ptr": da_parts, "db_ptr": None if form.symmetric else db_parts, "dbias_ptr": dbias_parts, "dscale_ptr": dscale_parts,
         "KIND": weights.kind, "ONE_SIDED": weights.one_sided, "SIMILARITY": weights.similarity, "EACH": weights.each, "PARTS": split,
-        "RESIDUAL": form.dtype != torch.float32 and min(n, m) <= _FEW,
+        "RESIDUAL": form.dtype != torch.float32 and min(n, m) <= _FEW, "COLUMNS": t.streamed,
         "OWNED": t.owned, "STREAMED": t.streamed, "DEPTH": t.depth, "WIDTH": width,
     }  # fmt: skip
     options = {"num_warps": t.warps, "num_stages": t.stages, "enable_fp_fusion": not form.alone}
@@ -285,6 +290,112 @@ def _gradient(form: Form, weights: _Weights, needs: tuple[bool, bool, bool, bool
             "D": depth, "ROWS": block, "WIDTH": padded(depth), "UNIT": tiles["UNIT"], "PRECISION": form.precision,
         }  # fmt: skip
         launches.append(Launch(finish_kernel, (sum(programs) + needs[3],), arguments, num_warps=4))
+    return Plan(launches, scratch, outputs=outputs)
+
+
+def _rows_at_once(depth: int, other: int) -> int:
+    """Whose weights, of half precision, take _WEIGHTS bytes; or with more rows than that as much memory as the other side's rows."""
+    return max(_WEIGHTS // (2 * other), depth)
+
+
+class _Block(NamedTuple):
+    """How a side's deep gradient is shared: rows at a time; for weights and product, the stream's tiles in a program and the splits."""
+
+    rows: int
+    tiles: int
+    splits: int
+    product_tiles: int
+    product_splits: int
+
+
+def _block(form: Form, t: Tile, p: Tile, count: int, other: int) -> _Block:
+    depth = form.shape[2]
+    unit = max(t.owned, p.owned)
+    rows = min(_cdiv(count, unit), max(1, _rows_at_once(depth, other) // unit)) * unit
+    shared = []
+    for owners, stream in (
+        (rows // t.owned, _cdiv(other, t.streamed)),
+        (rows // p.owned * _cdiv(depth, p.depth), _cdiv(other, p.streamed)),
+    ):
+        tiles = _tiles_per_split(owners, stream, form.gpu.units)
+        shared += [tiles, _cdiv(stream, tiles)]
+    return _Block(rows, *shared)
+
+
+def _deep_gradient(
+    form: Form, weights: _Weights, needs: tuple[bool, bool, bool, bool], sides: tuple[bool, bool], light: bool, scratch: Scratch, before
+) -> Plan:
+    """Where registers do not hold a row's gradient: the weights of a block of rows, then their product with the other side's rows."""
+    from .gradients import finish_kernel, gradient_kernel, product_kernel
+
+    n, m, depth = form.shape
+    f32 = torch.float32
+    t, p = (tile(kernel, form.gpu.family, form.dtype, depth) for kernel in ("weights" if light else "heavy weights", "product"))
+    inputs, tiles = _inputs(form), _tiles(form)
+    inverse = dict(zip(("a_inverse_ptr", "b_inverse_ptr"), weights.inverse, strict=True))
+    outputs = sides[0] or form.biased_self, sides[1] and not form.biased_self
+    counts = n, m
+    asked = [side for side in (0, 1) if sides[side]]
+    blocks = [_block(form, t, p, count, other) for count, other in ((n, m), (m, n))]
+    w = scratch.take(max(blocks[side].rows * _cdiv(counts[1 - side], 16) * 16 for side in asked), form.dtype)
+    parts = scratch.take(sum(blocks[side].product_splits * blocks[side].rows for side in asked) * depth)
+    dbias, dscale = (At(name, f32) if need else None for name, need in zip(("dbias", "dscale"), needs[2:], strict=True))
+    dbias_parts = scratch.take(blocks[1].splits * m) if needs[2] else None
+    dscale_parts = scratch.take(blocks[0].splits * n) if needs[3] else None
+    shared = {**inputs, **inverse, "numbers_ptr": weights.numbers, "grad_ptr": weights.grad}
+    of_weights = {
+        **shared, **tiles, "w_ptr": w, "da_ptr": None, "db_ptr": None, "dbias_ptr": dbias_parts, "dscale_ptr": dscale_parts,
+        "KIND": weights.kind, "ONE_SIDED": weights.one_sided, "SIMILARITY": weights.similarity, "EACH": weights.each, "PARTS": False,
+        "RESIDUAL": False, "COLUMNS": t.streamed // t.parts, "OWNED": t.owned, "STREAMED": t.streamed, "DEPTH": t.depth, "WIDTH": 16,
+    }  # fmt: skip
+    of_product = {
+        **_of(("scale_ptr", "scale", "n", "m", "numbers_ptr", "grad_ptr"), shared), "w_ptr": w, "CROSS": inputs["b_ptr"] is not None,
+        "D": depth, "OWNED": p.owned, "STREAMED": p.streamed, "WIDTH": p.depth, "UNIT": tiles["UNIT"], "EACH": weights.each,
+        "PRECISION": form.precision,
+    }  # fmt: skip
+    block = max(1, 4096 // padded(depth))
+    options = {"num_warps": t.warps, "num_stages": t.stages, "enable_fp_fusion": not form.alone}
+    of_finish = {
+        **dict.fromkeys(("b_ptr", "b_inverse_ptr", "db_parts_ptr", "db_ptr")),
+        **dict.fromkeys(("dbias_ptr", "dbias_parts_ptr", "dscale_ptr", "dscale_parts_ptr")),
+        "m": 0, "column_splits": 0, "scale_numbers": 0, "share": 1.0,
+        "D": depth, "ROWS": block, "WIDTH": padded(depth), "UNIT": tiles["UNIT"], "PRECISION": form.precision,
+    }  # fmt: skip
+    launches = list(before)
+    for group in [asked] if form.biased_self else [[side] for side in asked]:
+        for base in range(0, counts[group[0]], blocks[group[0]].rows):
+            count, made = min(blocks[group[0]].rows, counts[group[0]] - base), 0
+            for side in group:
+                mine = blocks[side]
+                owners = _cdiv(count, t.owned)
+                grid = _Grid((0, owners) if side else (owners, 0), (mine.splits,) * 2, (mine.tiles,) * 2)
+                launches.append(Launch(gradient_kernel, (grid.programs,), {**of_weights, **grid.arguments, "base": base}, **options))
+                arguments = {
+                    **of_product, "y_ptr": inputs["a_ptr"] if side or form.symmetric else inputs["b_ptr"], "OF_COLUMNS": bool(side),
+                    "parts_ptr": parts.after(made * count * depth), "rows": count, "tiles": mine.product_tiles,
+                }  # fmt: skip
+                programs = _cdiv(count, p.owned) * _cdiv(depth, p.depth), mine.product_splits
+                launches.append(Launch(product_kernel, programs, arguments, num_warps=p.warps, num_stages=p.stages))
+                made += mine.product_splits
+            side = group[0]
+            of_columns = side and form.cross
+            x, x_inverse = inputs["b_ptr" if of_columns else "a_ptr"], weights.inverse[of_columns]
+            programs = _cdiv(count, block)
+            arguments = {
+                **of_finish, "a_ptr": x.after(base * depth), "a_inverse_ptr": x_inverse and x_inverse.after(base), "da_parts_ptr": parts,
+                "da_ptr": At("db" if of_columns else "da", form.dtype, base * depth * form.dtype.itemsize), "n": count, "row_splits": made,
+                "row_programs": programs, "row_and_column_programs": programs,
+            }  # fmt: skip
+            launches.append(Launch(finish_kernel, (programs,), arguments, num_warps=4))
+    if needs[2] or needs[3]:
+        programs = _cdiv(m, block) if needs[2] else 0
+        arguments = {
+            **of_finish, "a_ptr": inputs["a_ptr"], "a_inverse_ptr": None, "da_parts_ptr": None, "da_ptr": None, "n": n, "m": m,
+            "dbias_parts_ptr": dbias_parts, "dbias_ptr": dbias, "dscale_parts_ptr": dscale_parts, "dscale_ptr": dscale, "row_splits": 0,
+            "column_splits": blocks[1].splits, "row_programs": 0, "row_and_column_programs": programs,
+            "scale_numbers": blocks[0].splits * n, "share": 0.5 if form.symmetric else 1.0,
+        }  # fmt: skip
+        launches.append(Launch(finish_kernel, (programs + needs[3],), arguments, num_warps=4))
     return Plan(launches, scratch, outputs=outputs)
 
 

@@ -21,6 +21,7 @@ from .tiles import (
     LN_2,
     LOG2_E,
     SPLIT,
+    columns_of,
     equal_keys,
     finite,
     folded,
@@ -92,7 +93,7 @@ def forward_kernel(
     n, m, scale, row_owners, column_owners, row_programs, row_tiles, column_tiles,
     D: tl.constexpr, OWNED: tl.constexpr, STREAMED: tl.constexpr, DEPTH: tl.constexpr, UNIT: tl.constexpr, DIAGONAL: tl.constexpr,
     BOUNDED: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr, KIND: tl.constexpr, SIMILARITY: tl.constexpr,
-    ROW_PLACES: tl.constexpr, COLUMN_PLACES: tl.constexpr, PARTS: tl.constexpr,
+    ROW_PLACES: tl.constexpr, COLUMN_PLACES: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     swap, x_first, split, tiles, x_count, y_count = program_of(
         n, m, row_owners, column_owners, row_programs, row_tiles, column_tiles, OWNED
@@ -130,31 +131,35 @@ def forward_kernel(
             y = load_rows(y_ptr, y_inverse, y_first, y_count, piece, D, STREAMED, DEPTH, UNIT, MASKED)
             raw = product(x, tl.trans(y), raw, PRECISION)
             if (u + 1) % PIECES == 0:
-                if PIECES > 1:
-                    y_inverse, y_code = load_numbers(numbers_ptr, y_numbers, y_first, y_count, STREAMED, UNIT, MASKED)
-                y_key = load_keys(a_key_ptr, b_key_ptr, y_first, y_count, swap == 0, STREAMED) if MASKED else y_code
-                y_own, y_bias = load_sides(own_ptr, bias_ptr, y_first, y_count, swap == 0, STREAMED)
-                c, t = logits(raw, x_factor, y_inverse, factor, x_bias, y_bias, bias_ptr is not None, UNIT, FOLD)
-                equal = equal_keys(x_key, y_key, OWNED, STREAMED, a_key_ptr is not None)
-                if own_ptr is not None:
-                    other = x_own[:, None] != y_own[None, :]
-                    t = tl.where(other, t, float("-inf"))
-                    equal = equal & other
-                if MASKED:
-                    pair = pair_mask(x_first, y_first, y_count, OWNED, STREAMED, DIAGONAL)
-                    t = tl.where(pair, t, float("-inf"))
-                    equal = equal & pair
-                if SIMILARITY:
-                    # a one in the layout of c: a constant has none, and Triton would load and compare all keys once more in another
-                    one = ((c.to(tl.int32, bitcast=True) | 0x3F800000) & 0x3F800000).to(tl.float32, bitcast=True)
-                    one = tl.where(equal, one, 0.0)
-                    similarity += folded(one * c if BOUNDED else tl.where(equal, c, 0.0), OWNED, STREAMED)
-                    count += folded(one, OWNED, STREAMED)
-                if KIND == DIFFERENT:
-                    t = tl.where(equal, float("-inf"), t)
-                first_peak, first, second_peak, second = add_exponentials(
-                    t, equal, first_peak, first, second_peak, second, bounded, OWNED, STREAMED, KIND
-                )
+                for PART in tl.static_range(STREAMED // COLUMNS):
+                    part = y_first + PART * COLUMNS
+                    y_factor, code = y_inverse, y_code
+                    if PIECES > 1:
+                        y_factor, code = load_numbers(numbers_ptr, y_numbers, part, y_count, COLUMNS, UNIT, MASKED)
+                    y_key = load_keys(a_key_ptr, b_key_ptr, part, y_count, swap == 0, COLUMNS) if MASKED else code
+                    y_own, y_bias = load_sides(own_ptr, bias_ptr, part, y_count, swap == 0, COLUMNS)
+                    c = columns_of(raw, PART, OWNED, STREAMED, COLUMNS)
+                    c, t = logits(c, x_factor, y_factor, factor, x_bias, y_bias, bias_ptr is not None, UNIT, FOLD)
+                    equal = equal_keys(x_key, y_key, OWNED, COLUMNS, a_key_ptr is not None)
+                    if own_ptr is not None:
+                        other = x_own[:, None] != y_own[None, :]
+                        t = tl.where(other, t, float("-inf"))
+                        equal = equal & other
+                    if MASKED:
+                        pair = pair_mask(x_first, part, y_count, OWNED, COLUMNS, DIAGONAL)
+                        t = tl.where(pair, t, float("-inf"))
+                        equal = equal & pair
+                    if SIMILARITY:
+                        # a one in the layout of c: a constant has none, and Triton would load and compare all keys once more in another
+                        one = ((c.to(tl.int32, bitcast=True) | 0x3F800000) & 0x3F800000).to(tl.float32, bitcast=True)
+                        one = tl.where(equal, one, 0.0)
+                        similarity += folded(one * c if BOUNDED else tl.where(equal, c, 0.0), OWNED, COLUMNS)
+                        count += folded(one, OWNED, COLUMNS)
+                    if KIND == DIFFERENT:
+                        t = tl.where(equal, float("-inf"), t)
+                    first_peak, first, second_peak, second = add_exponentials(
+                        t, equal, first_peak, first, second_peak, second, bounded, OWNED, COLUMNS, KIND
+                    )
                 raw = tl.zeros([OWNED, STREAMED], tl.float32)
     first = log_sum(first_peak, tl.sum(first, 1))
     second = log_sum(second_peak, tl.sum(second, 1))

@@ -14,6 +14,7 @@ class Tile(NamedTuple):
     depth: int  # of D that a tile of rows holds: all of it where D <= depth, else read this much at a time
     warps: int
     stages: int  # tiles of the stream in flight, the one in use among them
+    parts: int = 1  # in which the exponentials of a tile are made, one after the other: registers hold what one of them takes
 
 
 def family(backend: str, arch: int | str) -> str:
@@ -29,8 +30,9 @@ def padded(depth: int) -> int:
     return max(16, 1 << (depth - 1).bit_length())
 
 
-def tile(kernel: str, family: str, dtype: torch.dtype, depth: int) -> Tile:
-    """The tile of "forward", "gradient" or "heavy gradient" for rows of this dtype and dimension.
+def tile(kernel: str, family: str, dtype: torch.dtype, depth: int) -> Tile | None:
+    """The tile of "forward", "gradient" or "heavy gradient" for rows of this dtype and dimension. Where a deep gradient is made of
+    "weights" (or "heavy weights") and their "product" theirs too, else None; a product's depth is the columns of dx that a program owns.
 
     What makes a gradient heavy (a learned scale, a bias, own columns, log-sums of equal keys) leaves registers for half as many columns.
     Triton gives the logits of a gradient to the warps by 16 rows each: fewer owned rows than that, and warps compute the same twice.
@@ -38,8 +40,16 @@ def tile(kernel: str, family: str, dtype: torch.dtype, depth: int) -> Tile:
     d = padded(depth)
     gradient = kernel != "forward"
     heavy = kernel == "heavy gradient"
+    if kernel in ("weights", "heavy weights", "product"):
+        if family == "interpreter":
+            return Tile(64, 64, 64, 1, 1) if kernel == "product" else Tile(64, 256, 64, 1, 1, 4)
+        if family != "hopper":
+            return None
+        return Tile(128, 64, 256, 8, 3) if kernel == "product" else Tile(128, 256 if kernel == "weights" else 128, 64, 8, 3, 4)
     if family == "interpreter":
-        return Tile(256, 64, min(d, 256), 1, 1)  # its time goes by the number of operations, not by their size
+        return Tile(
+            256, 64, min(d, 256), 1, 1, 2 if d > 256 and not gradient else 1
+        )  # time goes by the number of operations, not their size
     stages = 1 if family == "amd" else 2  # 64 KiB of shared memory on gfx942
     if dtype == torch.float32:  # three TF32 products a step: operands split in registers
         part = d if d <= 64 and gradient else min(d, 32)
@@ -47,7 +57,7 @@ def tile(kernel: str, family: str, dtype: torch.dtype, depth: int) -> Tile:
             return Tile(128, 32, part, 8, 2) if gradient else Tile(128, 64 if d <= 64 else 128, part, 8, 3)
         return Tile(64, 32, part, 8, stages)
     if family == "hopper" and not gradient:
-        return Tile(128, 64, d, 4, 3) if d <= 128 else Tile(128, 32, d, 8, 3) if d == 256 else Tile(128, 256, 64, 8, 3)
+        return Tile(128, 64, d, 4, 3) if d <= 128 else Tile(128, 32, d, 8, 3) if d == 256 else Tile(128, 256, 64, 8, 3, 4)
     if family == "hopper" and not heavy and d <= 256:
         # Two blocks to a multiprocessor: 2 % slower than 128 rows at 65,536 × 128, 8 % faster at 8,192 × 128.
         return Tile(64, 64, d, 4, 3) if d <= 128 else Tile(128, 64, d, 8, 2)

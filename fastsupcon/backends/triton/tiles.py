@@ -244,6 +244,22 @@ def logits(raw, x_factor, y_factor, factor, x_bias, y_bias, BIASED: tl.constexpr
 
 
 @triton.jit
+def columns_of(x, PART: tl.constexpr, OWNED: tl.constexpr, STREAMED: tl.constexpr, COLUMNS: tl.constexpr):
+    """Of x [OWNED, STREAMED] the PART-th COLUMNS: all, half or a quarter of them."""
+    if COLUMNS == STREAMED:
+        return x
+    else:
+        HALF: tl.constexpr = STREAMED // 2
+        low, high = tl.split(tl.permute(tl.reshape(x, [OWNED, 2, HALF]), [0, 2, 1]))
+        half = low if PART * COLUMNS < HALF else high
+        if COLUMNS == HALF:
+            return half
+        else:
+            low, high = tl.split(tl.permute(tl.reshape(half, [OWNED, 2, HALF // 2]), [0, 2, 1]))
+            return low if PART % 2 == 0 else high
+
+
+@triton.jit
 def equal_keys(x_key, y_key, OWNED: tl.constexpr, STREAMED: tl.constexpr, KEYS: tl.constexpr):
     """Of keys or of their codes."""
     if KEYS:
