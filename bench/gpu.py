@@ -65,7 +65,7 @@ def sanitizers(tool: str) -> list[Part]:
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "20", PYTHON, "-m", "bench.gpu_sanitize"]
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "FASTSUPCON_TRIANGLE": "1"}  # the square serves the cross shape
     return [
-        Part(f"{tool} {dtype}", 80, [*command, dtype], environment, "compute-sanitizer") for dtype in ("bfloat16", "float16", "float32")
+        Part(f"{tool} {dtype}", 70, [*command, dtype], environment, "compute-sanitizer") for dtype in ("bfloat16", "float16", "float32")
     ]
 
 

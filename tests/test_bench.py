@@ -293,6 +293,10 @@ def test_a_step_whose_memory_went_back_is_warmed_before_it_is_timed(monkeypatch)
     assert len(measure.timed(lambda: runs.append(clock.sleep(0.06)), "cpu", cold=True)) == len(runs) - 1 == 2
 
 
+def runs(process: int) -> bool:
+    return Path(f"/proc/{process}").exists() and Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="stops processes by signals")
 def test_the_gpu_driver_survives_its_parts(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "KEPT", 1000)
@@ -325,8 +329,7 @@ def test_the_gpu_driver_survives_its_parts(tmp_path, monkeypatch, capsys):
     log = (tmp_path / "log.txt").read_text()
     assert len(log) < 3000 and all(word in log for word in ("deaf", "reported", "yes", "wrong", "99999", "== absent"))
     assert "99999" in capsys.readouterr().out
-    left = int((tmp_path / "leaves.log").read_text())
-    assert not Path(f"/proc/{left}").exists() or Path(f"/proc/{left}/stat").read_text().split()[2] == "Z"
+    assert not runs(int((tmp_path / "leaves.log").read_text()))
 
 
 def test_a_variant_is_timed_in_a_copy_of_the_package(tmp_path):
@@ -338,6 +341,22 @@ def test_a_variant_is_timed_in_a_copy_of_the_package(tmp_path):
     command = [sys.executable, "-c", "import bench; print(bench.__file__)"]
     imported = subprocess.run(command, cwd=part.folder, capture_output=True, text=True)
     assert imported.stdout.strip() == str(part.folder / "bench" / "__init__.py")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="stops processes by signals")
+def test_the_gpu_driver_ends_its_parts_when_it_is_ended(tmp_path):
+    """One that goes on would disturb what is measured next."""
+    file = tmp_path / "pid"
+    part = f"import os, time; open({str(file)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    code = "import sys; from pathlib import Path; from bench import gpu\n"
+    code += f"gpu.drive([[gpu.Part('long', 50, [sys.executable, '-c', {part!r}])]], Path({str(tmp_path)!r}), Path({str(tmp_path)!r}))"
+    driver = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while not (file.exists() and file.read_text()):
+        assert driver.poll() is None
+        time.sleep(0.05)
+    driver.terminate()
+    assert driver.wait(20) != 0
+    assert not runs(int(file.read_text()))
 
 
 @pytest.mark.parametrize("arguments", [["no-such-part"], ["variants"], ["train"], ["--data", "D"], ["ladder", "--extensions", "A.so"]])
