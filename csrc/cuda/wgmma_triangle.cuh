@@ -148,7 +148,7 @@ struct TriangleBlock {
     group = place < of_fold ? fold : triangle.groups - 1 - fold;
     const int chunk = place < of_fold ? place : place - of_fold;
     first_tile = triangle.first_tile(group) + chunk * triangle.chunk;
-    if (group < fold || (group == fold && place >= of_fold) || chunk >= triangle.chunks(group)) return;  // an idle place
+    if ((group == fold && place >= of_fold) || chunk >= triangle.chunks(group)) return;  // an idle place
     last_tile = least(first_tile + triangle.chunk, triangle.tiles());
     if (ptx::thread() == 0) {
       for (int stage = 0; stage < Shape::stages; ++stage) {
@@ -347,6 +347,7 @@ __global__ void __launch_bounds__(TriangleShape<PANELS>::threads, 1)
       }
       sums_step += is_beyond;
     }
+    ptx::sync_warp();  // where there was no tile, a lane may still wait for x, and would wait for good once it is fetched anew
     if (lane == 0) ptx::barrier_arrive(block.x_empty(consumer));
     // The four lanes that share a row.
 #pragma unroll
