@@ -63,7 +63,7 @@ def standard(out: Path, scratch: Path) -> dict[str, list[Part]]:
 def sanitizers(tool: str) -> list[Part]:
     """A process for each dtype: what takes long is the instrumented host."""
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "20", PYTHON, "-m", "bench.gpu_sanitize"]
-    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "FASTSUPCON_TRIANGLE": "1"}  # the square serves the cross shape
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "FASTSUPCON_TRIANGLE": "8"}  # the square serves the cross shape
     return [
         Part(f"{tool} {dtype}", 80, [*command, dtype], environment, "compute-sanitizer") for dtype in ("bfloat16", "float16", "float32")
     ]
