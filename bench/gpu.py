@@ -63,7 +63,7 @@ def standard(out: Path, scratch: Path) -> dict[str, list[Part]]:
 def sanitizers(tool: str) -> list[Part]:
     """A process for each dtype: what takes long is the instrumented host."""
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "20", PYTHON, "-m", "bench.gpu_sanitize"]
-    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "FASTSUPCON_TRIANGLE": "1"}  # the square serves the cross shape
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "FASTSUPCON_TRIANGLE": "8"}  # the square serves the cross shape
     return [
         Part(f"{tool} {dtype}", 70, [*command, dtype], environment, "compute-sanitizer") for dtype in ("bfloat16", "float16", "float32")
     ]
@@ -134,8 +134,10 @@ def ended(stages: list[list[Part]], scratch: Path) -> Iterator[tuple[Part, str, 
     """Each part as it ends: how, after how many seconds, and the end of what it printed."""
     for stage in stages:
         begin = time.monotonic()
-        running = [(part, start(part, scratch / f"{part.name}.log")) for part in stage]
+        running: list[tuple[Part, subprocess.Popen | str]] = []
         try:
+            for part in stage:
+                running.append((part, start(part, scratch / f"{part.name}.log")))
             for part, process in running:
                 result = process if isinstance(process, str) else end(process, part.limit - (time.monotonic() - begin))
                 yield part, result, time.monotonic() - begin, tail(scratch / f"{part.name}.log")

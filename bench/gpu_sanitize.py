@@ -13,6 +13,8 @@ from fastsupcon.backends import BACKENDS
 from fastsupcon.problem import QUANTITIES, Line, Pairs, Side
 
 SHAPES = [(70, 33), (300, 64), (300, 128), (150, 256), (100, 320), (70, 768), (40, 1024)]
+# Six row blocks or more in one group (triangle.h): each ring and the places of columns' sums come round, and x is fetched anew.
+TRIANGLES = [(2000, 64), (2000, 128), (1501, 256)]
 COLUMNS = 77
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -23,12 +25,20 @@ def rows(count: int, depth: int, dtype: torch.dtype, offset: int = 0) -> torch.T
     return z.copy_(torch.randn(count, depth, device="cuda"))
 
 
+def keys_of(rows: int, count: int) -> torch.Tensor:
+    return torch.randint(0, 7, (rows,), device="cuda") * (2**33 if count % 4 else 1)  # or keys that 32 bits do not hold
+
+
+def each_pair_once(count: int, depth: int, dtype: torch.dtype) -> None:
+    line = Line(all=1, similarity=-1)
+    BACKENDS["cuda"].loss(Pairs(rows(count, depth, dtype), None, 10.0, True, None, keys_of(count, count)), line.names, line)
+
+
 def call(name: str, count: int, depth: int, dtype: torch.dtype, offset: int = 0) -> None:
     """Both shapes, forward and backward: bounded and running sums, with and without keys, a bias, columns of the rows' own."""
     backend = BACKENDS[name]
     a, b = rows(count, depth, dtype, offset), rows(COLUMNS, depth, dtype, offset)
-    far = 2**33 if count % 4 else 1  # keys that 32 bits do not hold
-    keys = [torch.randint(0, 7, (n,), device="cuda") * far for n in (count, COLUMNS)]
+    keys = [keys_of(n, count) for n in (count, COLUMNS)]
     own = torch.randint(-1, COLUMNS, (count,), device="cuda")
     bias, learned = torch.randn(COLUMNS, device="cuda"), torch.tensor(3.0, device="cuda")
     for pairs in (
@@ -56,6 +66,9 @@ def main(names: Sequence[str]) -> None:
     dtypes = [getattr(torch, name) for name in names or DTYPES]
     for dtype, shape in product(dtypes, SHAPES):
         call("cuda", *shape, dtype)
+    for dtype, shape in product(dtypes, TRIANGLES):
+        if dtype != torch.float32:
+            each_pair_once(*shape, dtype)
     if torch.bfloat16 in dtypes:
         call("cuda", 300, 128, torch.bfloat16, offset=1)
         for offset in (0, 1):

@@ -114,17 +114,19 @@ def test_deep_rows_on_hopper(on, emulated, n, m, depth):
 
 
 # Blocks of 384 rows and tiles of 96 columns, at depth > 128 of 256 and 64: whole and ragged, the diagonal alone, codes of several keys.
-@pytest.mark.parametrize("group", [1, 2])  # row blocks whose columns' sums are added up
-@pytest.mark.parametrize(
-    ("n", "depth", "keys"),
-    [(3, 64, "few"), (384, 8, "few"), (500, 128, "one"), (770, 72, "int64"), (1160, 40, "few"), (520, 256, "few"), (770, 136, "int64")],
-)
+TRIANGLES = [(3, 64, "few"), (384, 8, "few"), (500, 128, "one"), (770, 72, "int64"), (1160, 40, "few"), (1544, 8, "few")]
+TRIANGLES += [(520, 256, "few"), (770, 136, "int64")]
+
+
+@pytest.mark.parametrize("group", [1, 2, 8])  # row blocks whose columns' sums are added up; 8: all
+@pytest.mark.parametrize(("n", "depth", "keys"), TRIANGLES)
 def test_each_pair_once(on, emulated, monkeypatch, n, depth, keys, group):
     monkeypatch.setenv("FASTSUPCON_TRIANGLE", str(group))
     pairs = problem(Case(n, d=depth, dtype=F16 if n % 3 else BF16, keys=keys, scale=-10.0 if n == 520 else 10.0), HOST)
     if keys == "one":
         pairs = pairs._replace(row_keys=torch.full((n,), 7))
-    backend, line = on(WGMMA, multiprocessors=n % 7 + 1), Line(all=1, similarity=-1)
+    multiprocessors = 132 if n == 1544 else n % 7 + 1  # so many: one tile to a chunk, and row blocks without any
+    backend, line = on(WGMMA, multiprocessors=multiprocessors), Line(all=1, similarity=-1)
     found = backend.forward(pairs, SCL, (), False).rows
     assert names(emulated) == ["prepare_forward", "wgmma_triangle", "combine_triangle"]
     exact = reference.forward(pairs._replace(rows=pairs.rows.double()), SCL, (), False).rows
@@ -132,6 +134,13 @@ def test_each_pair_once(on, emulated, monkeypatch, n, depth, keys, group):
     loss, (kept,) = backend.loss(pairs, SCL, line)
     assert torch.equal(kept[: 3 * n].view(3, n), found), "the same bits every time"
     torch.testing.assert_close(loss.double(), reference.line(SCL, exact, line), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("group", "kernel"), [("-1", "wgmma_forward"), ("0", "wgmma_forward"), ("2000000000", "wgmma_triangle")])
+def test_triangle_as_named(on, emulated, monkeypatch, group, kernel):
+    monkeypatch.setenv("FASTSUPCON_TRIANGLE", group)
+    check(on(WGMMA, multiprocessors=3), Case(400, d=8, dtype=BF16, scale=10.0, keys="few"), HOST)
+    assert kernel in names(emulated)
 
 
 @pytest.mark.parametrize("capability", [MMA, WGMMA])

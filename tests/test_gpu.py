@@ -58,6 +58,22 @@ def test_deep_rows(name, d, dtype):
     check(BACKENDS[name], Case(200, 5000, d=d, dtype=dtype, rows=ALL, columns=ALL, bias=True, keys="int64"), GPU)
 
 
+@pytest.mark.parametrize("group", [1, 8])  # row blocks
+@pytest.mark.parametrize(
+    ("n", "d", "keys"),
+    [(3, 64, "few"), (385, 8, "int64"), (1160, 128, "few"), (2000, 64, "int64"), (1501, 256, "int64"), (5000, 128, "few")],
+)
+def test_each_pair_once(n, d, keys, group, monkeypatch):
+    """The forward of csrc/cuda/triangle.h where it would not be chosen."""
+    if torch.cuda.get_device_capability(GPU) != (9, 0):
+        pytest.skip("for Hopper")
+    if reason := BACKENDS["cuda"].unusable(GPU, BF16, d):
+        pytest.skip(f"cuda: {reason}")
+    monkeypatch.setenv("FASTSUPCON_TRIANGLE", str(group))
+    check(BACKENDS["cuda"], Case(n, d=d, dtype=F16 if n % 2 else BF16, scale=10.0, keys=keys), GPU)
+    check_bits(BACKENDS["cuda"], Case(n, d=d, dtype=BF16, scale=10.0, keys=keys), GPU)
+
+
 @pytest.mark.parametrize(("n", "d", "dtype"), [(700, 64, BF16), (5000, 128, BF16), (3000, 128, F16), (1000, 100, F32), (400, 512, BF16)])
 def test_the_same_bits_every_time(name, n, d, dtype):
     check_bits(BACKENDS[name], Case(n, d=d, dtype=dtype, scale=10.0, keys="few"), GPU)

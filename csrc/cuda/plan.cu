@@ -216,7 +216,7 @@ TriangleBytes triangle_bytes(const Triangle& of) {
 // Cuts a forward in the self shape as triangle.h says, for the fewest clocks, if they are fewer than `clocks`; else, and where that does
 // not serve, into nothing. The rates are an H100's, as optimistic as those of share_out: 1,050 products a clock and multiprocessor, but no
 // more than 6 pairs, as columns' sums take instructions too. The sums take no more than 64 MiB, or than those of the backward.
-// FASTSUPCON_TRIANGLE=0 is never, another number always, of as many row blocks to a group or more.
+// FASTSUPCON_TRIANGLE=0 is never, a larger number always, of as many row blocks to a group or more where there are as many.
 Triangle cut_triangle(const Work& work, const Family& family, const Device& device, std::int64_t clocks) {
   constexpr std::int64_t of_block = 3000, of_launch = 5000, most_waves = 12, most_rows = 1 << 30;  // in ints with room for a group
   const Tiling tiling = family.triangle_tiling ? family.triangle_tiling(work.depth) : Tiling{};
@@ -224,7 +224,7 @@ Triangle cut_triangle(const Work& work, const Family& family, const Device& devi
   const char* const forced = std::getenv("FASTSUPCON_TRIANGLE");
   const int least_group = forced ? std::atoi(forced) : 1;
   const bool serves = tiling.rows > 0 && work.exclusion == Exclusion::diagonal && work.count == 1 && !work.apart;
-  if (!serves || pass.x.count > most_rows || least_group == 0) return {};
+  if (!serves || pass.x.count > most_rows || least_group <= 0) return {};
   const std::int64_t pairs = std::int64_t{tiling.rows} * tiling.columns, of_tile = std::max(pairs * work.depth / 1050, pairs / 6);
   const std::int64_t most_sums = std::max(std::int64_t{64} << 20, std::int64_t{sizeof(float)} * pass.x.count * work.depth);
   std::int64_t least = forced ? std::numeric_limits<std::int64_t>::max() : clocks;
@@ -232,7 +232,7 @@ Triangle cut_triangle(const Work& work, const Family& family, const Device& devi
   cut.rows = tiling.rows;
   cut.columns = tiling.columns;
   cut.count = pass.x.count;
-  for (cut.group = least_group; cut.groups != 1; cut.group *= 2) {
+  for (cut.group = std::min(least_group, cut.row_blocks()); cut.groups != 1; cut.group *= 2) {
     cut.groups = static_cast<int>(ceil_div(cut.row_blocks(), cut.group));
     if (triangle_bytes(cut).columns > most_sums) continue;
     const std::int64_t tiles = cut.columns_before(cut.groups) / cut.columns;

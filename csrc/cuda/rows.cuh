@@ -173,23 +173,22 @@ __global__ void __launch_bounds__(kRowsThreads) prepare_forward(const __grid_con
   if (place < work.done_count) work.done[place] = 0;
 }
 
-template <int COUNT>
-struct Sums {
-  float of[COUNT];
+// Of one row.
+struct TriangleTotal {
+  float of[kTriangleSums];
 };
 
 // A block for 32 rows, once the blocks of triangle.h have written their sums of them: of the group's chunks as rows, and of the groups up to
 // its own as columns. Its warps share these out, a lane for each row: one thread for a row would wait for half of a launch of 8,192 rows'
 // time. Sums over all pairs alone, bounded.
 __global__ void __launch_bounds__(kRowsThreads) combine_triangle(const __grid_constant__ Work work) {
-  using Total = Sums<kTriangleSums>;
   const Triangle& triangle = work.triangle;
   const Pass& pass = work.passes[0];
   const int row = static_cast<int>(ptx::block_x()) * 32 + ptx::lane(), warp = ptx::warp();
-  auto* const of_warps = reinterpret_cast<Total*>(ptx::shared_memory());  // [kRowsWarps, 32]
+  auto* const of_warps = reinterpret_cast<TriangleTotal*>(ptx::shared_memory());  // [kRowsWarps, 32]
   LineRow found{row < triangle.count, {}};
-  Total total{};
-  const auto add = [&](const Total& more) {
+  TriangleTotal total{};
+  const auto add = [&](const TriangleTotal& more) {
 #pragma unroll
     for (int i = 0; i < kTriangleSums; ++i) total.of[i] += more.of[i];
   };
@@ -199,7 +198,7 @@ __global__ void __launch_bounds__(kRowsThreads) combine_triangle(const __grid_co
         warp, triangle.chunks(group), kRowsWarps,
         [&](int chunk) {
           const float* from = triangle.row_sums + triangle.place(group, chunk) * kTriangleSums * group_rows + in_group;
-          return Total{from[0], from[group_rows], from[2 * group_rows]};
+          return TriangleTotal{from[0], from[group_rows], from[2 * group_rows]};
         },
         add);
     // The first row block of a group has columns in the groups before alone.
@@ -208,7 +207,7 @@ __global__ void __launch_bounds__(kRowsThreads) combine_triangle(const __grid_co
         [&](int other) {
           const std::int64_t columns = triangle.columns_of(other);
           const float* from = triangle.column_sums + kTriangleSums * triangle.columns_before(other) + row - other * group_rows;
-          return Total{from[0], from[columns], from[2 * columns]};
+          return TriangleTotal{from[0], from[columns], from[2 * columns]};
         },
         add);
   }
@@ -224,7 +223,7 @@ __global__ void __launch_bounds__(kRowsThreads) combine_triangle(const __grid_co
   }
   if (pass.line.loss) add_to_loss(pass.line, found, row);
 }
-constexpr int kCombineBytes = 32 * kRowsWarps * static_cast<int>(sizeof(Sums<kTriangleSums>));
+constexpr int kCombineBytes = 32 * kRowsWarps * static_cast<int>(sizeof(TriangleTotal));
 
 // weight · exp(shift + t) is the gradient that a pair of one kind takes from the log-sums that it is in: over that kind, and over all.
 struct PairWeight {

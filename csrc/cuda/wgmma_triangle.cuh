@@ -148,7 +148,7 @@ struct TriangleBlock {
     group = place < of_fold ? fold : triangle.groups - 1 - fold;
     const int chunk = place < of_fold ? place : place - of_fold;
     first_tile = triangle.first_tile(group) + chunk * triangle.chunk;
-    if (group < fold || (group == fold && place >= of_fold) || chunk >= triangle.chunks(group)) return;  // an idle place
+    if ((group == fold && place >= of_fold) || chunk >= triangle.chunks(group)) return;  // an idle place
     last_tile = least(first_tile + triangle.chunk, triangle.tiles());
     if (ptx::thread() == 0) {
       for (int stage = 0; stage < Shape::stages; ++stage) {
@@ -183,8 +183,8 @@ struct TriangleBlock {
   }
   FASTSUPCON_DEVICE Columns columns_in(int stage) const { return {shared + Shape::slots_at + stage * Shape::slots_bytes, columns}; }
 
-  FASTSUPCON_DEVICE int first_block() const { return group * triangle.group; }
-  FASTSUPCON_DEVICE int last_block() const { return least(first_block() + triangle.group, (side.count + Shape::rows - 1) / Shape::rows); }
+  FASTSUPCON_DEVICE int first_row_block() const { return group * triangle.group; }
+  FASTSUPCON_DEVICE int last_row_block() const { return least(first_row_block() + triangle.group, triangle.row_blocks()); }
   // The first tile of the chunk that a row block meets, and the first beyond the diagonal.
   FASTSUPCON_DEVICE int first_of(int row_block) const { return most(first_tile, row_block * (Shape::rows / columns)); }
   FASTSUPCON_DEVICE int beyond(int row_block) const { return (row_block + 1) * (Shape::rows / columns); }
@@ -193,10 +193,10 @@ struct TriangleBlock {
   FASTSUPCON_DEVICE void produce(const ptx::TensorMap& x_map, const ptx::TensorMap& y_map) const {
     int step = 0;
 #pragma unroll 1
-    for (int row_block = first_block(); row_block < last_block(); ++row_block) {
+    for (int row_block = first_row_block(); row_block < last_row_block(); ++row_block) {
 #pragma unroll 1
       for (int consumer = 0; consumer < Shape::consumers; ++consumer) {
-        ptx::barrier_wait(x_empty(consumer), (row_block - first_block() + 1) % 2);
+        ptx::barrier_wait(x_empty(consumer), (row_block - first_row_block() + 1) % 2);
         ptx::barrier_arrive_expecting(x_full(consumer), PANELS * 64 * Shape::blocks * kPanelBytes);
 #pragma unroll 1
         for (int block = Shape::blocks * consumer; block < Shape::blocks * (consumer + 1); ++block) {
@@ -226,14 +226,14 @@ struct TriangleBlock {
     const CountPlace at = count_place(column);
     unsigned step = 0;
 #pragma unroll 1
-    for (int row_block = first_block(); row_block < last_block(); ++row_block) {
+    for (int row_block = first_row_block(); row_block < last_row_block(); ++row_block) {
       int tile = most(first_tile, beyond(row_block));
       float* to = triangle.column_sums + kTriangleSums * triangle.columns_before(group) +
                   (tile - triangle.first_tile(group)) * columns + column;
 #pragma unroll 1
       for (; tile < last_tile; ++tile, ++step, to += columns) {
         float total[kTriangleSums] = {};
-        if (row_block > first_block()) {
+        if (row_block > first_row_block()) {
           for (int i = 0; i < kTriangleSums; ++i) total[i] = to[i * of_quantity];
         }
         const int place = static_cast<int>(step % Shape::sums_places);
@@ -298,7 +298,7 @@ __global__ void __launch_bounds__(TriangleShape<PANELS>::threads, 1)
   float s[blocks][columns / 8][4];
   unsigned step = 0, sums_step = 0;
 #pragma unroll 1
-  for (int row_block = block.first_block(); row_block < block.last_block(); ++row_block) {
+  for (int row_block = block.first_row_block(); row_block < block.last_row_block(); ++row_block) {
     const int row = row_block * Shape::rows + consumer * 64 * blocks + warp % 4 * 16 + accumulator_row(lane, 0);
     TriangleRows<blocks> of;
     bool is_any_ambiguous = false;
@@ -313,7 +313,7 @@ __global__ void __launch_bounds__(TriangleShape<PANELS>::threads, 1)
       }
     }
     const bool ambiguous = ptx::any(is_any_ambiguous);
-    ptx::barrier_wait(block.x_full(consumer), (row_block - block.first_block()) % 2);
+    ptx::barrier_wait(block.x_full(consumer), (row_block - block.first_row_block()) % 2);
     const int beyond = block.beyond(row_block), whole_tiles = pass.y.count / columns;
 #pragma unroll 1
     for (int tile = block.first_of(row_block); tile < block.last_tile; ++tile, ++step) {
@@ -347,6 +347,7 @@ __global__ void __launch_bounds__(TriangleShape<PANELS>::threads, 1)
       }
       sums_step += is_beyond;
     }
+    ptx::sync_warp();  // where there was no tile, a lane may still wait for x, and would wait for good once it is fetched anew
     if (lane == 0) ptx::barrier_arrive(block.x_empty(consumer));
     // The four lanes that share a row.
 #pragma unroll
@@ -358,7 +359,7 @@ __global__ void __launch_bounds__(TriangleShape<PANELS>::threads, 1)
         for (int i = 0; i < kTriangleSums; ++i) {
           sums[i] += ptx::shuffle_xor(sums[i], 1);
           sums[i] += ptx::shuffle_xor(sums[i], 2);
-          if (lane % 4 == 0) out[i * triangle.group_rows() + row + 64 * b + 8 * r - block.first_block() * Shape::rows] = sums[i];
+          if (lane % 4 == 0) out[i * triangle.group_rows() + row + 64 * b + 8 * r - block.first_row_block() * Shape::rows] = sums[i];
         }
       }
     }
