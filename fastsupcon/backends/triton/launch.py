@@ -55,12 +55,16 @@ class Launch:
         given = {name: x.tensor(values) if isinstance(x, At) else values[x.name] for name, x in self.given}
         return self.kernel[self.grid](**{**self.arguments, **given}, **self.options)
 
-    def keep(self, off: tuple[tuple[str, int], ...], device: torch.device, compiled=None):
-        """For addresses that are ``off`` by so many bytes launch ``compiled`` from now on, or what another plan has kept of the same."""
+    def key(self, off: tuple[tuple[str, int], ...], device: torch.device) -> tuple:
+        """The same for launches of one compiled kernel: of addresses that are ``off`` multiples of 16 by so many bytes."""
         constants = {parameter.name for parameter in self.kernel.params if parameter.is_constexpr}
         bytes_off = dict(off)
         of = (x if name in constants else _specialised(x, bytes_off) for name, x in self.arguments.items())
-        key = (self.kernel.fn, device, *self.options.items(), *self.arguments, *of)
+        return self.kernel.fn, device, *self.options.items(), *self.arguments, *of
+
+    def keep(self, off: tuple[tuple[str, int], ...], device: torch.device, compiled=None):
+        """Launch ``compiled`` from now on, or what another plan has kept of the same."""
+        key = self.key(off, device)
         compiled = _kept.setdefault(key, compiled) if compiled is not None else _kept.get(key)
         if compiled is None:
             return None
