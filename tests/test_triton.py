@@ -77,7 +77,7 @@ class Kernel:
         def launch(num_warps, **named):
             values = [named[name] for name in self.arg_names]
             self.ordinary.append((grid, tuple(x.data_ptr() if isinstance(x, torch.Tensor) else x for x in values), 7))
-            return Compiled(self.kept)
+            return SimpleNamespace(__getitem__=Compiled(self.kept).__getitem__)  # of AsyncCompileMode's, only attributes are the kernel's
 
         return launch
 
@@ -104,10 +104,21 @@ def test_kept_launches_are_the_ordinary_ones(monkeypatch):
     run(4, scale=2.0)
     assert len(kernel.ordinary) == 1
     assert [arguments[2:4] for _, arguments, _ in kernel.kept[1:]] == [(4, 2.0)] * 2
-    run(3, a=torch.zeros(17)[1:])  # 4 bytes off: Triton compiles another kernel
+    off = torch.zeros(17)[1:]
+    run(3, a=off)  # 4 bytes off: Triton compiles another kernel, which is kept beside the first
+    assert len(kernel.ordinary) == 2 and kernel.kept[3] == kernel.ordinary[1]
+    assert kernel.kept[3][1][0] == off.data_ptr()
+    run(5, a=off)
+    assert len(kernel.kept) == 6 and len(kernel.ordinary) == 2
     kernel.pre_run_hooks.append(print)
     run(3)
-    assert len(kernel.kept) == 3 and len(kernel.ordinary) == 5
+    assert len(kernel.kept) == 6 and len(kernel.ordinary) == 4
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="needs TRITON_INTERPRET=1, which conftest.py sets without a GPU")
+def test_nothing_is_kept_in_the_interpreter():
+    """It serves tensors on a GPU too, and compiles nothing."""
+    assert not launch._keeps(torch.device("cuda", 0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

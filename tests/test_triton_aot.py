@@ -6,6 +6,7 @@ themselves, of any form, GPU, dtype and D, see triton_ahead.py.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import re
@@ -17,7 +18,12 @@ import pytest
 pytest.importorskip("triton")
 
 import torch
-from triton_ahead import FORMS, SHARED, TENSOR_CORES, backend, compile_ahead, recorded, step
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+from triton_ahead import DTYPES, FORMS, SHARED, TENSOR_CORES, backend, compile_ahead, recorded, step
+
+from fastsupcon.backends.triton import launch
 
 NVIDIA = (80, 90, 100)
 CASES = [
@@ -88,3 +94,36 @@ def test_kernels_are_not_specialised_on_integers(form):
         for parameter in kernel.params:
             if type(arguments[parameter.name]) is int and not parameter.is_constexpr:
                 assert parameter.do_not_specialize, (kernel.__name__, parameter.name)
+
+
+class Pointer:
+    """What Triton looks at in a tensor."""
+
+    def __init__(self, address, dtype):
+        self.address, self.dtype = address, dtype
+
+    def data_ptr(self):
+        return self.address
+
+
+@compiles
+def test_kept_kernels_are_those_that_triton_would_launch(monkeypatch):
+    """Two launches have one key in launch.py where Triton launches the same kernel, and only there."""
+    planned, mine, tritons = [], {}, {}
+    monkeypatch.setattr(launch.Plan, "run", lambda plan, values, device: planned.append(plan))
+    with recorded(backend.Gpu("hopper", 132, ("tf32x3", "tf32"))):
+        for form, dtype, n, depth in itertools.product(FORMS.values(), DTYPES.values(), (1, 33, 2048, 65536), (24, 128)):
+            step(form._replace(n=n), dtype, depth)
+    nvidia = make_backend(GPUTarget("cuda", 90, 32))
+    binder = functools.cache(lambda kernel: create_function_from_signature(kernel.signature, kernel.params, nvidia))
+    for plan in planned:
+        for off in ((), *(((name, 4),) for name in plan.tensors)):
+            for each in plan.launches:
+                arguments = dict(each.arguments)
+                for name, x in each.given:
+                    at = isinstance(x, launch.At)
+                    arguments[name] = Pointer(4096 + dict(off).get(x.name, 0) + x.offset, x.dtype) if at else 1.0
+                _, specialisation, options = binder(each.kernel)(**arguments, **each.options)
+                key, theirs = each.key(off, torch.device("cuda", 0)), (each.kernel.__name__, str(specialisation), str(options))
+                assert mine.setdefault(key, theirs) == theirs
+                assert tritons.setdefault(theirs, key) == key

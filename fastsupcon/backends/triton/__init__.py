@@ -5,7 +5,7 @@
     forward         rows_kernel if unit or with keys; forward_kernel; join_kernel if a side's stream has splits
     backward        weights_kernel, gradient_kernel; finish_kernel if there are parts to sum
 
-So a step of a loss is four or five launches, of other terms four to six, and no operator of torch's launches beside them. They are planned
+So a step of a loss is four or five launches, of other terms three to six, and no operator of torch's launches beside them. They are planned
 once for a form of problems (launch.py). Nothing here waits for the device or looks at values in it, and every sum has a fixed order.
 Triton is imported by the first call.
 """

@@ -2,14 +2,15 @@
 
 ``kernel[grid](...)`` binds, inspects and hashes every argument each time, which takes longer than a kernel of a thousand rows runs. It
 returns the kernel it compiled, which is launched with the same arguments in a tenth of that time, launch hooks and all. What it is compiled
-for follows from the plan: dtypes, constants, which pointers there are, and that addresses are multiples of 16. Where these are not, or
-Triton specialises on more (AMD: on a tensor's size), or wants other arguments (before 3.3), each launch is an ordinary one.
+for follows from the plan and the addresses: dtypes, constants, which pointers there are, and which of them are multiples of 16. Where
+Triton specialises on more (AMD: on a tensor's size), wants other arguments (before 3.3) or interprets, each launch is an ordinary one.
 """
 
 from __future__ import annotations
 
 import functools
 import operator
+import os
 from typing import NamedTuple
 
 import torch
@@ -47,31 +48,37 @@ class Launch:
 
     def __init__(self, kernel, grid: tuple[int, ...], arguments: dict, **options) -> None:
         self.kernel, self.grid, self.arguments, self.options = kernel, (*grid, 1, 1)[:3], arguments, options
-        self.run = None  # the kept kernel
+        self.runs = {}  # the kept kernels, by how far which addresses are off multiples of 16
         self.given = [(name, x) for name, x in arguments.items() if isinstance(x, (At, Number))]
 
     def ordinarily(self, values: dict):
         given = {name: x.tensor(values) if isinstance(x, At) else values[x.name] for name, x in self.given}
         return self.kernel[self.grid](**{**self.arguments, **given}, **self.options)
 
-    def keep(self, compiled=None, device: torch.device | None = None) -> None:
-        """From now on launch ``compiled``, or what another plan has kept of the same."""
-        if self.run is None:
-            constants = {parameter.name for parameter in self.kernel.params if parameter.is_constexpr}
-            of = (x if name in constants else _specialised(x) for name, x in self.arguments.items())
-            key = (self.kernel.fn, device, *self.options.items(), *self.arguments, *of)
-            compiled = _kept.setdefault(key, compiled) if compiled is not None else _kept.get(key)
-            if compiled is not None:
-                names = self.kernel.arg_names
-                self.template = [self.arguments[name] for name in names]
-                self.places = [(names.index(name), x.name, getattr(x, "offset", 0)) for name, x in self.given]
-                self.run = compiled[self.grid]
+    def key(self, off: tuple[tuple[str, int], ...], device: torch.device) -> tuple:
+        """The same for launches of one compiled kernel: of addresses that are ``off`` multiples of 16 by so many bytes."""
+        constants = {parameter.name for parameter in self.kernel.params if parameter.is_constexpr}
+        bytes_off = dict(off)
+        of = (x if name in constants else _specialised(x, bytes_off) for name, x in self.arguments.items())
+        return self.kernel.fn, device, *self.options.items(), *self.arguments, *of
+
+    def keep(self, off: tuple[tuple[str, int], ...], device: torch.device, compiled=None):
+        """Launch ``compiled`` from now on, or what another plan has kept of the same."""
+        key = self.key(off, device)
+        compiled = _kept.setdefault(key, compiled) if compiled is not None else _kept.get(key)
+        if compiled is None:
+            return None
+        names = self.kernel.arg_names
+        self.template = [self.arguments[name] for name in names]
+        self.places = [(names.index(name), x.name, getattr(x, "offset", 0)) for name, x in self.given]
+        # no subscript: of a kernel that Triton compiles in another thread (AsyncCompileMode), only attributes are the compiled one's
+        return self.runs.setdefault(off, compiled.__getitem__(self.grid))
 
 
-def _specialised(x):
+def _specialised(x, off: dict[str, int]):
     """What of an argument that is no constant decides how the kernel is compiled. Our kernels are not specialised on integers."""
     if isinstance(x, At):
-        return x.dtype, x.offset % _ALIGNED == 0
+        return x.dtype, (x.offset + off.get(x.name, 0)) % _ALIGNED == 0
     if isinstance(x, int):
         return x.bit_length() > 31
     return None if x is None else float
@@ -81,7 +88,9 @@ def _specialised(x):
 def _keeps(device: torch.device) -> bool:
     import triton
 
-    return device.type == "cuda" and torch.version.hip is None and tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
+    if device.type != "cuda" or torch.version.hip is not None or os.environ.get("TRITON_INTERPRET") == "1":
+        return False
+    return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
 
 
 class Scratch:
@@ -112,21 +121,23 @@ class Plan:
 
     def run(self, values: dict[str, Tensor | float | None], device: torch.device) -> None:
         """With the call's tensors and numbers, on the current stream of the device, which is current."""
-        aligned, addresses = _keeps(device), None
-        if aligned:
+        keeps, off = _keeps(device), ()
+        if keeps:
             addresses = {name: values[name].data_ptr() for name in self.tensors}
-            aligned = functools.reduce(operator.or_, addresses.values()) % _ALIGNED == 0
+            if functools.reduce(operator.or_, addresses.values()) % _ALIGNED:  # an element of a larger tensor, such as a loss of several
+                off = tuple((name, address % _ALIGNED) for name, address in addresses.items() if address % _ALIGNED)
             addresses.update((name, values[name]) for name in self.numbers)
             stream = torch._C._cuda_getCurrentRawStream(device.index)
         for launch in self.launches:
-            if aligned and launch.run is None:
-                launch.keep(None, device)
-            if not aligned or launch.run is None or launch.kernel.pre_run_hooks:
+            run = None
+            if keeps and not launch.kernel.pre_run_hooks:
+                run = launch.runs.get(off) or launch.keep(off, device)
+            if run is None:
                 compiled = launch.ordinarily(values)
-                if aligned and compiled is not None:  # None: by Triton's interpreter, or a hook of its compiler
-                    launch.keep(compiled, device)
+                if keeps and compiled is not None:  # None: a hook of Triton's compiler refused it
+                    launch.keep(off, device, compiled)
                 continue
             arguments = launch.template.copy()
             for place, name, offset in launch.places:
                 arguments[place] = addresses[name] + offset
-            launch.run(*arguments, stream=stream)
+            run(*arguments, stream=stream)
