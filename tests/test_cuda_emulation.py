@@ -143,6 +143,12 @@ def test_triangle_as_named(on, emulated, monkeypatch, group, kernel):
     assert kernel in names(emulated)
 
 
+def test_triangle_named_by_no_number(on, monkeypatch):
+    monkeypatch.setenv("FASTSUPCON_TRIANGLE", "yes")
+    with pytest.raises(RuntimeError, match="FASTSUPCON_TRIANGLE=yes is no number"):
+        check(on(WGMMA), Case(40, d=8, dtype=BF16, scale=10.0, keys="few"), HOST)
+
+
 @pytest.mark.parametrize("capability", [MMA, WGMMA])
 @pytest.mark.parametrize("scale", [-10.0, -1.0, 0.0])
 @pytest.mark.parametrize("m", [None, 41])

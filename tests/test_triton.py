@@ -86,7 +86,7 @@ def test_kept_launches_are_the_ordinary_ones(monkeypatch):
     """Launches after the first of a plan, and the first of a plan like another, hand the compiled kernel the same arguments."""
     monkeypatch.setattr(launch, "_keeps", lambda device: True)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
-    kernel, scratch = Kernel(), launch.Scratch("scratch")
+    kernel, scratch = Kernel(), launch.Buffer("scratch")
     scratch.take(3)
     place = scratch.take(8, torch.int64)
     values = {"a": torch.zeros(16), "scale": 0.5, "unused": None, "scratch": scratch.empty(torch.zeros(1))}

@@ -216,13 +216,18 @@ TriangleBytes triangle_bytes(const Triangle& of) {
 // Cuts a forward in the self shape as triangle.h says, for the fewest clocks, if they are fewer than `clocks`; else, and where that does
 // not serve, into nothing. The rates are an H100's, as optimistic as those of share_out: 1,050 products a clock and multiprocessor, but no
 // more than 6 pairs, as columns' sums take instructions too. The sums take no more than 64 MiB, or than those of the backward.
-// FASTSUPCON_TRIANGLE=0 is never, a larger number always, of as many row blocks to a group or more where there are as many.
+// FASTSUPCON_TRIANGLE=0 is never, a larger number wherever it serves, of as many row blocks to a group or more where there are as many.
 Triangle cut_triangle(const Work& work, const Family& family, const Device& device, std::int64_t clocks) {
   constexpr std::int64_t of_block = 3000, of_launch = 5000, most_waves = 12, most_rows = 1 << 30;  // in ints with room for a group
   const Tiling tiling = family.triangle_tiling ? family.triangle_tiling(work.depth) : Tiling{};
   const Pass& pass = work.passes[0];
   const char* const forced = std::getenv("FASTSUPCON_TRIANGLE");
-  const int least_group = forced ? std::atoi(forced) : 1;
+  const auto refuse = [&](const char* why) {
+    throw std::runtime_error("fastsupcon CUDA: FASTSUPCON_TRIANGLE=" + std::string(forced) + ' ' + why);
+  };
+  char* end = nullptr;
+  const long least_group = forced ? std::strtol(forced, &end, 10) : 1;
+  if (forced && (end == forced || *end != '\0')) refuse("is no number");
   const bool serves = tiling.rows > 0 && work.exclusion == Exclusion::diagonal && work.count == 1 && !work.apart;
   if (!serves || pass.x.count > most_rows || least_group <= 0) return {};
   const std::int64_t pairs = std::int64_t{tiling.rows} * tiling.columns, of_tile = std::max(pairs * work.depth / 1050, pairs / 6);
@@ -232,7 +237,7 @@ Triangle cut_triangle(const Work& work, const Family& family, const Device& devi
   cut.rows = tiling.rows;
   cut.columns = tiling.columns;
   cut.count = pass.x.count;
-  for (cut.group = std::min(least_group, cut.row_blocks()); cut.groups != 1; cut.group *= 2) {
+  for (cut.group = static_cast<int>(std::min<long>(least_group, cut.row_blocks())); cut.groups != 1; cut.group *= 2) {
     cut.groups = static_cast<int>(ceil_div(cut.row_blocks(), cut.group));
     if (triangle_bytes(cut).columns > most_sums) continue;
     const std::int64_t tiles = cut.columns_before(cut.groups) / cut.columns;
@@ -254,6 +259,7 @@ Triangle cut_triangle(const Work& work, const Family& family, const Device& devi
       }
     }
   }
+  if (forced && best.group == 0) refuse("needs more memory for its sums than a triangle may take");
   return best;
 }
 

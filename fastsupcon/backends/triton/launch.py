@@ -93,8 +93,8 @@ def _keeps(device: torch.device) -> bool:
     return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
 
 
-class Scratch:
-    """What lies in a buffer, each 16 bytes aligned."""
+class Buffer:
+    """A tensor of bytes that a call allocates, and what lies in it, each 16 bytes aligned."""
 
     def __init__(self, name: str) -> None:
         self.name, self.bytes = name, 0
@@ -112,10 +112,10 @@ class Plan:
     """``kept``: what a loss' forward leaves for its backward; ``outputs``: whether a backward writes gradients of rows, of columns."""
 
     def __init__(
-        self, launches: list[Launch], scratch: Scratch, kept: Scratch | None = None, outputs: tuple[bool, bool] = (False, False)
+        self, launches: list[Launch], scratch: Buffer, kept: Buffer | None = None, outputs: tuple[bool, bool] = (False, False)
     ) -> None:
         self.launches, self.scratch, self.kept, self.outputs = launches, scratch, kept, outputs
-        given = [x for launch in launches for x in launch.arguments.values()]
+        given = [x for launch in launches for _, x in launch.given]
         self.tensors = sorted({x.name for x in given if isinstance(x, At)})
         self.numbers = sorted({x.name for x in given if isinstance(x, Number)})
 

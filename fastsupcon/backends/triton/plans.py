@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from ...problem import LOG_SUMS, QUANTITIES, Line
-from .launch import At, Launch, Number, Plan, Scratch
+from .launch import At, Buffer, Launch, Number, Plan
 from .table import gradient_width, padded, tile
 
 _FEW = 64  # terms in a sum, whose roundings to half precision do not average out
@@ -174,7 +174,7 @@ class _Sums(NamedTuple):
     places: dict
 
 
-def _sums(form: Form, names: tuple[tuple[str, ...], tuple[str, ...]], numbers: At | None, scratch: Scratch, join: bool):
+def _sums(form: Form, names: tuple[tuple[str, ...], tuple[str, ...]], numbers: At | None, scratch: Buffer, join: bool):
     """forward_kernel's launch and _Sums: parts where a side's stream has splits, or if they are asked for as parts (``join``)."""
     from .quantities import forward_kernel
     from .tiles import SPLIT
@@ -205,7 +205,7 @@ def forward_plan(form: Form, row_names: tuple[str, ...], column_names: tuple[str
     from .quantities import join_kernel
 
     n, m, _ = form.shape
-    scratch, numbers, launches = Scratch("scratch"), None, []
+    scratch, numbers, launches = Buffer("scratch"), None, []
     if form.unit or form.keys:
         columns = m if form.cross else 0
         numbers = scratch.take(_numbers_size(n, columns), torch.int64)
@@ -236,7 +236,7 @@ class _Weights(NamedTuple):
     each: bool = False
 
 
-def _gradient(form: Form, weights: _Weights, needs: tuple[bool, bool, bool, bool], scratch: Scratch, *before: Launch) -> Plan:
+def _gradient(form: Form, weights: _Weights, needs: tuple[bool, bool, bool, bool], scratch: Buffer, *before: Launch) -> Plan:
     from .gradients import finish_kernel, gradient_kernel
     from .tiles import SPLIT
 
@@ -296,7 +296,7 @@ def backward_plan(form: Form, row_names: tuple[str, ...], column_names: tuple[st
     names = {*row_names, *column_names}
     of_rows, of_columns = (not set(LOG_SUMS).isdisjoint(side) for side in (row_names, column_names))
     one_sided = BOTH_SIDES if form.symmetric or of_rows == of_columns else OF_ROWS if of_rows else OF_COLUMNS
-    scratch, other = Scratch("scratch"), 0 if form.symmetric else m
+    scratch, other = Buffer("scratch"), 0 if form.symmetric else m
     numbers = scratch.take(4 * _numbers_size(n, other) + 2, torch.int64)
     norms = At("norms", torch.float32)
     inverse = (norms, norms.after(n) if form.cross else norms) if form.unit else (None, None)
@@ -333,10 +333,10 @@ def line_numbers(line: Line, half: bool) -> dict[str, float]:
     return {**of, "factor": float(line.factor), "lone": lone, "lift": lift, "unlift": float(line.factor) / lift}
 
 
-def _kept(form: Form) -> tuple[Scratch, At, At | None, int]:
+def _kept(form: Form) -> tuple[Buffer, At, At | None, int]:
     """What a loss' forward leaves for its backward: the rows' numbers, the inverse norms; and of how many columns."""
     n, m, _ = form.shape
-    kept, columns = Scratch("kept"), 0 if form.symmetric else m
+    kept, columns = Buffer("kept"), 0 if form.symmetric else m
     numbers = kept.take(4 * _numbers_size(n, columns) + 2, torch.int64)
     return kept, numbers, kept.take(n + columns) if form.unit else None, columns
 
@@ -347,7 +347,7 @@ def loss_plan(form: Form, line: LineForm) -> Plan:
 
     n = form.shape[0]
     kept, numbers, inverse, columns = _kept(form)
-    scratch = Scratch("scratch")
+    scratch = Buffer("scratch")
     done = scratch.take(1, torch.int32)
     launch, sums = _sums(form, (line.names, ()), numbers, scratch, join=True)
     splits = 1 << (sums.splits[0] - 1).bit_length()
@@ -376,4 +376,4 @@ def loss_backward_plan(form: Form, line: LineForm, needs: tuple[bool, bool, bool
     sides = inverse, inverse and (inverse.after(form.shape[0]) if form.cross else inverse)
     grad = At("grad", torch.float32)
     weights = _Weights(_kind(asked), one_sided.value, "similarity" in asked, numbers, sides, grad, line.reduction == "none")
-    return _gradient(form, weights, needs, Scratch("scratch"))
+    return _gradient(form, weights, needs, Buffer("scratch"))
