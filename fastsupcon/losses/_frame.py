@@ -41,13 +41,18 @@ def wide_temperature(temperature: float | Tensor, rows: Tensor) -> float | Tenso
     return temperature.to(rows.device, sum_dtype(rows.dtype)) if isinstance(temperature, Tensor) else float(temperature)
 
 
-def reduce(losses: Tensor, paired: Tensor | None, reduction: str, lone_anchors: str = "zero") -> Tensor:
-    """Of losses [N], which are 0 for anchors without a positive: where ``paired`` [N] is False."""
+def reduce(losses: Tensor, reduction: str, weights: Tensor | None = None) -> Tensor:
+    """Of losses [N], each times its weight; the mean is over the weights, which may be all 0 and may be bools: who counts in the mean."""
+    if weights is not None:
+        losses = losses * weights
     if reduction == "none":
         return losses
     if reduction == "sum":
         return losses.sum()
-    return losses.sum() / paired.sum().clamp_min(1) if lone_anchors == "skip" else losses.mean()
+    if weights is None:
+        return losses.mean()
+    total = weights.sum()
+    return losses.sum() / torch.where(total == 0, 1, total)
 
 
 def refuse_lone_anchors(paired: Tensor) -> None:
@@ -73,5 +78,6 @@ class Loss(nn.Module):
         return {name: getattr(self, name) for name in self._names}
 
     def extra_repr(self) -> str:
-        shown = {name: "learned" if isinstance(value, Tensor) else repr(value) for name, value in self.options.items()}
+        options = {name: value for name, value in self.options.items() if not isinstance(value, nn.Module)}  # those are shown as children
+        shown = {name: "learned" if isinstance(value, Tensor) else repr(value) for name, value in options.items()}
         return ", ".join(f"{name}={value}" for name, value in shown.items())

@@ -101,7 +101,7 @@ def _psc_loss(
     with no_autocast(z):
         ((others,), _) = operators.terms(pairs, (log_sum,), backend=backend)
         own = own_prototypes(z, p, labels, per_class, normalize) * scale  # [N, M]
-        return reduce(others - (own.detach().softmax(1) * own).sum(1), None, reduction)
+        return reduce(others - (own.detach().softmax(1) * own).sum(1), reduction)
 
 
 def _check_options(temperature, denominator, reduction) -> None:

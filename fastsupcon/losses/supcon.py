@@ -84,7 +84,7 @@ def supcon_loss(
                 refuse_lone_anchors(torch.zeros(1, dtype=torch.bool, device=z.device))
             select(backend, z.device, z.dtype, z.shape[1])
             losses = (z * 0).sum(1, dtype=sum_dtype(z.dtype))
-            return reduce(losses, losses > 0, reduction, lone_anchors)
+            return reduce(losses, reduction)
         if mask is None:
             (everything, similarity, count), _ = operators.terms(pairs, ("all", "similarity", "count"), backend=backend)
             positive, paired = similarity / count.clamp_min(1), count > 0
@@ -95,7 +95,7 @@ def supcon_loss(
         if lone_anchors == "error":
             refuse_lone_anchors(paired)
         losses = (everything - positive) * paired * factor  # 0 for a lone anchor, but NaN stays NaN
-        return reduce(losses, paired, reduction, lone_anchors)
+        return reduce(losses, reduction, paired if lone_anchors == "skip" else None)
 
 
 def _check_positives(labels, mask, samples: int, views: int, device: torch.device) -> None:

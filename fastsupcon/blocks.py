@@ -1,0 +1,38 @@
+"""The quantities of rows that meet several blocks of columns: a batch and a queue, a batch and its class centres, a batch and the next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import operators
+from .problem import LOG_SUMS, QUANTITIES, Pairs
+
+
+class Quantities(NamedTuple):
+    """Of each row, [N] in the sum dtype; None where it was not asked for. problem.QUANTITIES says what they are."""
+
+    all: Tensor | None = None
+    different: Tensor | None = None
+    equal: Tensor | None = None
+    similarity: Tensor | None = None
+    count: Tensor | None = None
+
+
+def quantities(blocks: Sequence[Pairs], *names: str, backend: str = "auto") -> Quantities:
+    """Of the rows that all blocks share, over the columns of all blocks together: one call of the operator for each block."""
+    asked = tuple(name for name in QUANTITIES if name in names)
+    values = operators.terms(blocks[0], asked, backend=backend)[0].unbind()
+    for block in blocks[1:]:
+        more = operators.terms(block, asked, backend=backend)[0].unbind()
+        values = [logaddexp(a, b) if name in LOG_SUMS else a + b for name, a, b in zip(asked, values, more, strict=True)]
+    return Quantities(**dict(zip(asked, values, strict=True)))
+
+
+def logaddexp(a: Tensor, b: Tensor) -> Tensor:
+    """log(e^a + e^b), whose gradient is 0 where both are -inf, the log of an empty sum: torch's is NaN there."""
+    empty = (a == -torch.inf) & (b == -torch.inf)
+    return torch.logaddexp(a.masked_fill(empty, 0), b.masked_fill(empty, 0)).masked_fill(empty, -torch.inf)

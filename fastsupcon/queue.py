@@ -1,0 +1,77 @@
+"""A memory of the rows of earlier batches, to be contrasted with (MoCo, He et al. 2020; cross-batch memory, Wang et al. 2020)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import _checks
+
+
+class MemoryQueue(nn.Module):
+    """The last ``size`` rows that went through a loss, without gradient, and their keys: more columns for the rows of the next batch.
+
+    A loss with ``queue=`` contrasts its rows with the batch and with what is in the queue, and then, in training mode, puts the batch in:
+    the newest rows stand first, the oldest fall out. Rows stand in the queue as the loss got them, before they are brought to unit length.
+
+    A batch of any size may come; of one larger than the queue, the first ``size`` rows stay. Buffers are replaced and never written to, so
+    that several losses of one backward (gradient accumulation) each keep the queue that they saw: a step costs one copy of size x dim.
+
+    ``state_dict`` holds the rows [size, dim], their keys [size] and how many of them are filled.
+
+    >>> loss = SupConLoss(temperature=0.1, normalize=True, queue=MemoryQueue(4096, 128))
+    >>> loss(features, labels).backward()
+
+    Args:
+        size: most rows that are kept.
+        dim: their dimension.
+        dtype: of the rows kept; default torch's.
+
+    Raises:
+        TypeError, ValueError: an argument, or rows that come, have the wrong type, shape or device; the text names it.
+    """
+
+    def __init__(self, size: int, dim: int, *, dtype: torch.dtype | None = None) -> None:
+        for name, value in (("size", size), ("dim", dim)):
+            if not _checks.is_integer(value) or value < 1:
+                raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+        super().__init__()
+        self.register_buffer("rows", torch.zeros(int(size), int(dim), dtype=dtype))
+        self.register_buffer("keys", torch.zeros(int(size), dtype=torch.int64))
+        self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
+        self._length = 0  # as ``filled``, which on a GPU would have to be waited for
+
+    def __len__(self) -> int:
+        return self._length
+
+    def columns(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows that are filled, in the dtype of ``like`` [N, D], and their keys. May be none."""
+        if like.shape[1] != self.rows.shape[1]:
+            raise ValueError(f"queue holds rows of dimension {self.rows.shape[1]}, got features of dimension {like.shape[1]}")
+        if like.device != self.rows.device:
+            raise ValueError(f"queue must be on {like.device} like the features, got {self.rows.device}: move it or the loss there")
+        return self.rows[: self._length].to(like.dtype), self.keys[: self._length]
+
+    @torch.no_grad()
+    def put(self, rows: Tensor, keys: Tensor) -> None:
+        """``rows`` [N, D] and their integer ``keys`` [N] come first."""
+        size = self.rows.shape[0]
+        _checks.rows("rows", rows, columns=self.rows.shape[1])
+        _checks.on_device("rows", rows, self.rows.device)
+        _checks.vector("keys", keys, len(rows), self.rows.device)
+        self.rows = torch.cat([rows.detach().to(self.rows.dtype)[:size], self.rows[: max(0, size - len(rows))]])
+        self.keys = torch.cat([keys.long()[:size], self.keys[: max(0, size - len(rows))]])
+        self._length = min(size, self._length + len(rows))
+        self.filled = torch.full_like(self.filled, self._length)
+
+    def clear(self) -> None:
+        """Forgets all rows."""
+        self._length = 0
+        self.filled = torch.zeros_like(self.filled)
+
+    def _load_from_state_dict(self, *arguments) -> None:
+        super()._load_from_state_dict(*arguments)
+        self._length = int(self.filled)
+
+    def extra_repr(self) -> str:
+        return f"size={self.rows.shape[0]}, dim={self.rows.shape[1]}"
