@@ -23,15 +23,15 @@ def self_logsumexp(z: Tensor, *, scale: float | Tensor = 1.0, backend: str = "au
 
     Args:
         z: rows [N, D], any floating dtype.
-        scale: 1 / temperature, a number or a 0-d tensor, which may require grad.
+        scale: 1 / temperature, a number or a tensor of one element, which may require grad.
         backend: "auto" (the fastest that serves these rows), "cuda", "triton", "cpu", "chunked" or "reference".
 
     Returns:
         [N] in float32, for float64 rows in float64. With N = 1 there is nothing to sum: -inf, and no gradient.
 
     Raises:
-        TypeError, ValueError: ``z`` is no floating-point [N, D] with N, D >= 1; ``scale`` is neither a number nor a 0-d tensor; the backend
-            is unknown or cannot serve this.
+        TypeError, ValueError: ``z`` is no floating-point [N, D] with N, D >= 1; ``scale`` is no number and no tensor of one element; the
+            backend is unknown or cannot serve this.
     """
     _checks.rows("z", z)
     return operators.terms(Pairs(z, scale=_scale(scale, z)), ("all",), backend=backend)[0][0]
@@ -58,7 +58,7 @@ def cross_logsumexp(
     Args:
         a: rows [N, D].
         b: columns [M, D], of a's dtype and on its device.
-        scale: 1 / temperature, a number or a 0-d tensor, which may require grad.
+        scale: 1 / temperature, a number or a tensor of one element, which may require grad.
         bias: floating [M], added to the logits.
         skip: integer [N], one excluded column per row; -1 excludes none.
         row_labels, column_labels: integer [N] and [M]: all columns of the row's own label are excluded. Not together with ``skip``.
@@ -98,4 +98,4 @@ def cross_logsumexp(
 
 def _scale(scale: float | Tensor, rows: Tensor) -> float | Tensor:
     _checks.scale("scale", scale)
-    return scale.to(rows.device, sum_dtype(rows.dtype)) if isinstance(scale, Tensor) else float(scale)
+    return scale.to(rows.device, sum_dtype(rows.dtype)).reshape(()) if isinstance(scale, Tensor) else float(scale)

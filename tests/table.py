@@ -64,11 +64,27 @@ def _scl(inputs, **options) -> Row:
     return Row(functional.supcon_loss, naive.supcon_loss, inputs, _scl_module(options), options)
 
 
+def _form(**options) -> Row:
+    """Of supcon_loss's other forms."""
+    options = {"temperature": 0.2, "normalize": True} | options
+    return Row(functional.supcon_loss, naive.hard_negative_supcon_loss, labelled, _scl_module(options), options)
+
+
+def several(samples: int, depth: int):
+    return unit(samples, 2, depth), torch.rand(samples, 3).round() + torch.eye(samples, 3)
+
+
+def naive_several(features, labels, **options):
+    return naive.supcon_loss(features, mask=naive.several_labels(labels), **options)
+
+
 def _psc(**options) -> Row:
     options = {"temperature": 0.2} | options
     inputs = partial(prototyped, per_class=options.get("prototypes_per_class", 1))
     return Row(functional.psc_loss, naive.psc_loss, inputs, _psc_module(options), options)
 
+
+SEVERAL = {"temperature": 0.1, "normalize": True}
 
 LOSSES = {
     "scl": _scl(labelled),
@@ -76,6 +92,12 @@ LOSSES = {
     "scl one": _scl(partial(labelled, views=2), contrast_mode="one", lone_anchors="skip"),
     "simclr": _scl(lambda samples, depth: (unit(samples, 2, depth), None)),
     "scl mask": _scl(masked),
+    "scl in": _form(form="in"),
+    "dcl": _form(denominator="negatives", lone_anchors="skip"),
+    "scl hard": _form(beta=0.7),
+    "dcl hard in": _form(beta=1.5, denominator="negatives", form="in"),
+    "scl ignore": _form(ignore_index=0),
+    "scl several": Row(functional.supcon_loss, naive_several, several, _scl_module(SEVERAL), SEVERAL),
     "psc": _psc(),
     "psc all": _psc(denominator="all", normalize=False),
     "mpsc": _psc(prototypes_per_class=3),
