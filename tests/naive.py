@@ -132,7 +132,7 @@ def hard_negative_supcon_loss(
         t = columns @ z[i] / temperature
         hard, kept = t[negative], t[positive]
         if beta and len(hard):
-            hard = hard + (len(hard) * (beta * hard).softmax(0)).log()
+            hard = hard + math.log(len(hard)) + (beta * hard).log_softmax(0)
         has_both = bool(positive.any()) and (denominator == "all" or bool(negative.any()))
         if not has_both:
             losses.append(0 * z[i].sum())
