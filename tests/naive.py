@@ -94,3 +94,34 @@ def psc_loss(
     allowed = similarities if denominator == "all" else similarities.scatter(1, own_columns, -torch.inf)
     losses = allowed.logsumexp(1) - positive
     return reduce(losses, torch.ones_like(labels, dtype=torch.bool), reduction)
+
+
+def info_nce_loss(
+    a: Tensor,
+    b: Tensor,
+    keys: Tensor | None = None,
+    negatives: Tensor | None = None,
+    *,
+    temperature: float | Tensor,
+    symmetric: bool = True,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross-entropy of each row of the logits a b^T / temperature against its positives, uniformly weighted; and of each column."""
+    if normalize:
+        a, b = unit(a), unit(b)
+    keys = torch.arange(len(a), device=a.device) if keys is None else keys
+    positives = (keys[:, None] == keys[None, :]).to(a.dtype)  # [N, N]
+    logits = (a @ b.T) / temperature
+    wide, targets = logits, positives
+    if negatives is not None:
+        further = (a @ (unit(negatives) if normalize else negatives).T) / temperature
+        wide, targets = torch.cat([logits, further], 1), torch.cat([positives, torch.zeros_like(further)], 1)
+    losses = _soft_cross_entropy(wide, targets)
+    if symmetric:
+        losses = (losses + _soft_cross_entropy(logits.T, positives.T)) / 2
+    return reduce(losses, torch.ones_like(keys, dtype=torch.bool), reduction)
+
+
+def _soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return -(targets / targets.sum(1, keepdim=True) * torch.log_softmax(logits, 1)).sum(1)
