@@ -123,5 +123,15 @@ def info_nce_loss(
     return reduce(losses, torch.ones_like(keys, dtype=torch.bool), reduction)
 
 
+def nt_xent_loss(z0: Tensor, z1: Tensor, *, temperature: float | Tensor, normalize: bool = True, reduction: str = "mean") -> Tensor:
+    """Cross-entropy of each of the 2 B rows' logits against its other view, B rows away; the row itself is no candidate."""
+    z = torch.cat([z0, z1])
+    z = unit(z) if normalize else z
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    logits = (z @ z.T / temperature).masked_fill(itself, -torch.inf)
+    losses = torch.nn.functional.cross_entropy(logits, itself.long().argmax(1).roll(len(z0)), reduction="none")
+    return reduce(losses, torch.ones(len(z), dtype=torch.bool, device=z.device), reduction)
+
+
 def _soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return -(targets / targets.sum(1, keepdim=True) * torch.log_softmax(logits, 1)).sum(1)

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastsupcon import InfoNCELoss, PSCLoss, SupConLoss, functional
+from fastsupcon import InfoNCELoss, NTXentLoss, PSCLoss, SupConLoss, functional
 from tests import naive
 
 
@@ -59,6 +59,11 @@ def _scl_module(options):
     return lambda inputs, backend="auto": SupConLoss(**({"base_temperature": None} | options), backend=backend)
 
 
+def _module(kind, options):
+    """For a loss without a state."""
+    return lambda inputs, backend="auto": kind(**options, backend=backend)
+
+
 def _psc_module(options):
     def build(inputs, backend="auto"):
         per_class = options.get("prototypes_per_class", 1)
@@ -76,8 +81,12 @@ def _scl(inputs, **options) -> Row:
 
 def _infonce(inputs, **options) -> Row:
     options = {"temperature": 0.1} | options
-    module = lambda inputs, backend="auto": InfoNCELoss(**options, backend=backend)  # noqa: E731
-    return Row(functional.info_nce_loss, naive.info_nce_loss, inputs, module, options, two_sides=True)
+    return Row(functional.info_nce_loss, naive.info_nce_loss, inputs, _module(InfoNCELoss, options), options, two_sides=True)
+
+
+def _ntxent(**options) -> Row:
+    options = {"temperature": 0.1} | options
+    return Row(functional.nt_xent_loss, naive.nt_xent_loss, paired, _module(NTXentLoss, options), options)
 
 
 def _psc(**options) -> Row:
@@ -98,4 +107,5 @@ LOSSES = {
     "infonce": _infonce(paired),
     "infonce rows": _infonce(paired, symmetric=False, normalize=False),
     "infonce keys": _infonce(keyed_pairs),
+    "ntxent": _ntxent(),
 }

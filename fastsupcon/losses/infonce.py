@@ -9,11 +9,8 @@ from .. import _checks, operators
 from ..backends._dtypes import no_autocast
 from ..blocks import join, logaddexp
 from ..problem import Line, Pairs
-from ..queue import MemoryQueue
+from ..queue import NOBODY, MemoryQueue
 from ._frame import REDUCTIONS, Loss, check_queue, reduce, wide_temperature
-
-#: The key of the rows that a call without keys puts into a queue. Of 31 bits, as the CUDA kernels compare longer ones more slowly.
-NOBODY = 2**30 - 1
 
 
 def info_nce_loss(
