@@ -96,7 +96,8 @@ class ClipLoss(Loss):
         numbers = self.labels.get(device)
         if numbers is None or len(numbers) != count:
             numbers = torch.arange(count, device=device)
-            if self.cache_labels and not torch.is_inference_mode_enabled():  # autograd could not save what is made there
+            # A compiled graph makes them in passing; what is made in inference mode could not be saved for a backward.
+            if self.cache_labels and not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
                 self.labels[device] = numbers
         return numbers
 
