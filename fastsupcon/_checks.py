@@ -30,6 +30,14 @@ def rows(name: str, value: object, columns: int | None = None) -> None:
         raise ValueError(f"{name} must not be empty, got shape {list(value.shape)}")
 
 
+def rows_like(name: str, value: object, other_name: str, other: Tensor) -> None:
+    """[rows, D] of the D, dtype and device of the rows ``other``."""
+    rows(name, value, columns=other.shape[1])
+    on_device(name, value, other.device)
+    if value.dtype != other.dtype:
+        raise TypeError(f"{name} must have {other_name}'s dtype {other.dtype}, got {value.dtype}")
+
+
 def vector(name: str, value: object, length: int, device: torch.device, *, floating: bool = False) -> None:
     """A [length] of integers (or of floats) on ``device``."""
     kind = "a floating-point" if floating else "an integer"

@@ -6,11 +6,13 @@ from torch import Tensor
 
 from . import _checks, operators
 from .backends import sum_dtype
+from .losses.infonce import info_nce_loss
+from .losses.ntxent import nt_xent_loss
 from .losses.psc import psc_loss
 from .losses.supcon import supcon_loss
 from .problem import Pairs
 
-__all__ = ["cross_logsumexp", "psc_loss", "self_logsumexp", "supcon_loss"]
+__all__ = ["cross_logsumexp", "info_nce_loss", "nt_xent_loss", "psc_loss", "self_logsumexp", "supcon_loss"]
 
 
 def self_logsumexp(z: Tensor, *, scale: float | Tensor = 1.0, backend: str = "auto") -> Tensor:
@@ -72,10 +74,7 @@ def cross_logsumexp(
             is unknown or cannot serve this. On a GPU ``skip`` out of range is a device-side assertion: reading it back would wait.
     """
     _checks.rows("a", a)
-    _checks.rows("b", b, columns=a.shape[1])
-    _checks.on_device("b", b, a.device)
-    if b.dtype != a.dtype:
-        raise TypeError(f"b must have a's dtype {a.dtype}, got {b.dtype}")
+    _checks.rows_like("b", b, "a", a)
     if bias is not None:
         _checks.vector("bias", bias, len(b), a.device, floating=True)
         bias = bias.to(sum_dtype(a.dtype))

@@ -160,3 +160,44 @@ def listed(positives: Tensor, rows: int) -> Tensor:
             if row not in (-1, anchor):
                 mask[anchor, row] += 1
     return mask
+
+
+def info_nce_loss(
+    a: Tensor,
+    b: Tensor,
+    keys: Tensor | None = None,
+    negatives: Tensor | None = None,
+    *,
+    temperature: float | Tensor,
+    symmetric: bool = True,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross-entropy of each row of the logits a b^T / temperature against its positives, uniformly weighted; and of each column."""
+    if normalize:
+        a, b = unit(a), unit(b)
+    keys = torch.arange(len(a), device=a.device) if keys is None else keys
+    positives = (keys[:, None] == keys[None, :]).to(a.dtype)  # [N, N]
+    logits = (a @ b.T) / temperature
+    wide, targets = logits, positives
+    if negatives is not None:
+        further = (a @ (unit(negatives) if normalize else negatives).T) / temperature
+        wide, targets = torch.cat([logits, further], 1), torch.cat([positives, torch.zeros_like(further)], 1)
+    losses = _soft_cross_entropy(wide, targets)
+    if symmetric:
+        losses = (losses + _soft_cross_entropy(logits.T, positives.T)) / 2
+    return reduce(losses, torch.ones_like(keys, dtype=torch.bool), reduction)
+
+
+def nt_xent_loss(z0: Tensor, z1: Tensor, *, temperature: float | Tensor, normalize: bool = True, reduction: str = "mean") -> Tensor:
+    """Cross-entropy of each of the 2 B rows' logits against its other view, B rows away; the row itself is no candidate."""
+    z = torch.cat([z0, z1])
+    z = unit(z) if normalize else z
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    logits = (z @ z.T / temperature).masked_fill(itself, -torch.inf)
+    losses = torch.nn.functional.cross_entropy(logits, itself.long().argmax(1).roll(len(z0)), reduction="none")
+    return reduce(losses, torch.ones(len(z), dtype=torch.bool, device=z.device), reduction)
+
+
+def _soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return -(targets / targets.sum(1, keepdim=True) * torch.log_softmax(logits, 1)).sum(1)

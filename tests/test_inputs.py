@@ -80,7 +80,7 @@ SUPCON = [  # arguments, options, error, text
     ((z(), ids() + 2), {"class_weights": z()[0]}, ValueError, "labels must lie in [0, 3), got values from 2 to 3"),
     ((z(), ids()), {"class_weights": ids()}, TypeError, "class_weights must have a floating-point dtype, got torch.int64"),
     ((z(), ids()), {"anchor_weights": z()[0]}, ValueError, "anchor_weights must have shape [4], got [3]"),
-    ((z(), ids()), {"queue": 8}, TypeError, "queue must be a MemoryQueue, got int"),
+    ((z(), ids()), {"queue": 8}, TypeError, "queue must be a fastsupcon.MemoryQueue or None, got int"),
     ((z(), ids()), {"queue": MemoryQueue(8, 2)}, ValueError, "queue holds rows of dimension 2, got features of dimension 3"),
 ]
 

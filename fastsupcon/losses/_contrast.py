@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 
 from ..problem import Pairs
-from ..queue import MemoryQueue
+from ..queue import NOBODY, MemoryQueue
 
 #: Keys of rows that are nobody's positives, from the first row on: in the self shape two of them would be each other's if they were alike.
 ALONE = -(2**30)
-#: The key of such a row among other columns.
-NOBODY = 2**30 - 1
 
 
 class Keys(NamedTuple):

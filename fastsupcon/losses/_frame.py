@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .. import _checks
 from ..backends import sum_dtype
+from ..queue import MemoryQueue
 
 REDUCTIONS = ("mean", "sum", "none")
 LONE_ANCHORS = ("zero", "skip", "error")
@@ -72,6 +73,11 @@ def reduce(losses: Tensor, reduction: str, weights: Tensor | None = None) -> Ten
         return losses.mean()
     total = weights.sum()
     return losses.sum() / torch.where(total == 0, 1, total)
+
+
+def check_queue(queue: object) -> None:
+    if queue is not None and not isinstance(queue, MemoryQueue):
+        raise TypeError(f"queue must be a fastsupcon.MemoryQueue or None, got {type(queue).__name__}")
 
 
 def refuse_lone_anchors(paired: Tensor) -> None:

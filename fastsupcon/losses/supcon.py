@@ -16,7 +16,18 @@ from ..positives import listed_positives, mask_positives, shared_label_positives
 from ..problem import Line, Pairs
 from ..queue import MemoryQueue
 from ._contrast import Keys, blocks_of, ignored, pairs_of_each, remember
-from ._frame import LONE_ANCHORS, REDUCTIONS, Loss, class_labels, reduce, refuse_lone_anchors, rows_of, weights_of, wide_temperature
+from ._frame import (
+    LONE_ANCHORS,
+    REDUCTIONS,
+    Loss,
+    check_queue,
+    class_labels,
+    reduce,
+    refuse_lone_anchors,
+    rows_of,
+    weights_of,
+    wide_temperature,
+)
 
 
 def supcon_loss(
@@ -97,7 +108,7 @@ def supcon_loss(
     z, views = rows_of(features)
     samples = features.shape[0]
     anchors = samples if contrast_mode == "one" else len(z)
-    _check_options(temperature, contrast_mode, base_temperature, form, denominator, beta, reduction, lone_anchors)
+    _check_options(temperature, contrast_mode, base_temperature, form, denominator, beta, reduction, lone_anchors, queue)
     _check_positives(features, labels, mask, positives, keys, anchors)
     temperature = wide_temperature(temperature, z)
     scale, factor = 1 / temperature, 1.0 if base_temperature is None else temperature / base_temperature
@@ -250,11 +261,9 @@ def _check_together(z, by_keys, classes, form, denominator, beta, keys, key_labe
         raise ValueError(f"{missing} must be given together with {given}, got None")
     if ignore_index is not None and not _checks.is_integer(ignore_index):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
-    if queue is not None and not isinstance(queue, MemoryQueue):
-        raise TypeError(f"queue must be a MemoryQueue, got {type(queue).__name__}")
 
 
-def _check_options(temperature, contrast_mode, base_temperature, form, denominator, beta, reduction, lone_anchors) -> None:
+def _check_options(temperature, contrast_mode, base_temperature, form, denominator, beta, reduction, lone_anchors, queue) -> None:
     _checks.temperature("temperature", temperature)
     if base_temperature is not None:
         _checks.temperature("base_temperature", base_temperature)
@@ -263,6 +272,7 @@ def _check_options(temperature, contrast_mode, base_temperature, form, denominat
     _checks.one_of("denominator", denominator, ("all", "negatives"))
     _checks.one_of("reduction", reduction, REDUCTIONS)
     _checks.one_of("lone_anchors", lone_anchors, LONE_ANCHORS)
+    check_queue(queue)
     if not isinstance(beta, numbers.Real) or isinstance(beta, bool):
         raise TypeError(f"beta must be a number, got {type(beta).__name__}")
     if not 0 <= beta < math.inf:
@@ -294,7 +304,7 @@ class SupConLoss(Loss):
         lone_anchors: str = "zero",
         backend: str = "auto",
     ) -> None:
-        _check_options(temperature, contrast_mode, base_temperature, form, denominator, beta, reduction, lone_anchors)
+        _check_options(temperature, contrast_mode, base_temperature, form, denominator, beta, reduction, lone_anchors, queue)
         super().__init__(
             temperature=temperature,
             contrast_mode=contrast_mode,
