@@ -38,7 +38,7 @@ struct TriangleChunk {
 // WARPS: that fill a place. THREADS: that add up.
 template <int COLUMNS, int WARPS, int PLACES, int THREADS>
 struct ColumnSums {
-  static constexpr int words = TileSums<COLUMNS>::words, place_bytes = WARPS * words * kFieldBytes, bytes = PLACES * place_bytes;
+  static constexpr int words = TileSums<1, COLUMNS>::words, place_bytes = WARPS * words * kFieldBytes, bytes = PLACES * place_bytes;
   static constexpr int barriers_bytes = 8 * 2 * PLACES;
 
   unsigned char* at;

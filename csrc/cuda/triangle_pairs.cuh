@@ -85,18 +85,25 @@ FASTSUPCON_DEVICE void with_tile_form(bool beyond, bool special, Use use) {
   else use(std::true_type{}, std::false_type{});
 }
 
-// Of a tile, over a warp's rows: of each 32 columns a lane has one, and its rows' counts of the columns that it holds, not summed yet.
-template <int COLUMNS>
+// Of a tile's columns.
+template <int BLOCKS, int COLUMNS>
 struct TileSums {
-  float exponentials[COLUMNS / 32], similarities[COLUMNS / 32];
-  std::uint32_t counts[COLUMNS > 64 ? 8 : 4] = {};
+  // Of each 32 columns, a lane's eight over its rows, and once lanes have met, in the first place, one over the warp's: so many are 32.
+  float exponentials[COLUMNS / 32][8], similarities[COLUMNS / 32][8];
+  std::uint32_t counts[COLUMNS > 64 ? 8 : 4];  // over a lane's rows, of a group of 16 columns each
+  std::uint32_t of_rows[BLOCKS];               // a lane's rows' counts of the 32 columns under way
+
+  FASTSUPCON_DEVICE TileSums() {
+#pragma unroll
+    for (int group = COLUMNS / 16; group < (COLUMNS > 64 ? 8 : 4); ++group) counts[group] = 0;
+  }
 
   // In a warp's words: for each column one of exponentials and one of similarities, for four one of counts.
   static constexpr int words = 2 * COLUMNS + COLUMNS / 4;
   FASTSUPCON_DEVICE void store_columns(float* to, int part, int lane) const {
     float* const column = to + 32 * part + lane / 16 * 16 + lane / 8 % 2 * 8 + lane % 4 * 2 + lane / 4 % 2;
-    column[0] = exponentials[part];
-    column[COLUMNS] = similarities[part];
+    column[0] = exponentials[part][0];
+    column[COLUMNS] = similarities[part][0];
   }
   FASTSUPCON_DEVICE void store_counts(float* to, int lane) {
     const std::uint32_t count = butterfly(counts, lane);
@@ -106,52 +113,50 @@ struct TileSums {
   }
 };
 
-// Adds 32 columns of a tile, the part-th, to the sums of the lane's rows and, beyond the diagonal, makes the warp's sums of them. They are
-// so many that the butterfly leaves each lane with one.
+// Adds a group of 16 columns to the sums of the lane's rows and, beyond the diagonal, to those of its columns. After the second of a part
+// of 32 columns, lanes meet.
 template <bool BEYOND, bool SPECIAL, int BLOCKS, int COLUMNS>
-FASTSUPCON_DEVICE void add_columns(TriangleRows<BLOCKS>& of, TileSums<COLUMNS>& tile, const float (&s)[BLOCKS][COLUMNS / 8][4], int part,
-                                   float scale, const Columns& columns, const Special (&special)[BLOCKS], int lane) {
-  float exponentials[8], similarities[8];
-  std::uint32_t of_rows[BLOCKS] = {};
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int group = 2 * part + half;
-    const auto factors = columns.four(0, group, lane);
-    const auto codes = columns.four<std::uint32_t>(1, group, lane);
-    tile.counts[group] = 0;
-#pragma unroll
-    for (int block = 0; block < BLOCKS; ++block) {
-      std::uint32_t found = 0;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int j = 2 * group + i / 4, e = i % 4, r = e / 2, c = i / 4 * 2 + e % 2, place = 4 * j + e, k = 4 * half + c;
-        const Row& row = of.rows[block][r];
-        const bool is_equal = codes.of[c] == row.code && (!SPECIAL || !is_set(special[block].unequal, place));
-        const float t = logit<false>(s[block][j][e], row.factor, factors.of[c], scale);
-        const float exponential = SPECIAL && is_set(special[block].excluded, place) ? 0.0f : ptx::exp2(t);
-        of.exponentials[block][r] += exponential;
-        const float similarity = is_equal ? t : 0.0f;
-        of.similarities[block][r] += similarity;
-        if (is_equal) found += 1u << kColumnCountBits * c | 1u << (kRowCountsAt + kRowCountBits * r);
-        if (BEYOND) {
-          const bool is_first = block == 0 && r == 0;
-          exponentials[k] = is_first ? exponential : exponentials[k] + exponential;
-          similarities[k] = is_first ? similarity : similarities[k] + similarity;
-        }
-      }
-      of_rows[block] += found >> kRowCountsAt;
-      tile.counts[group] += found;  // what the fields of rows carry over is lost past the highest bit
-    }
-  }
+FASTSUPCON_DEVICE void add_group(TriangleRows<BLOCKS>& of, TileSums<BLOCKS, COLUMNS>& tile, const float (&s)[BLOCKS][COLUMNS / 8][4],
+                                 int group, float scale, const Columns& columns, const Special (&special)[BLOCKS], int lane) {
+  const int part = group / 2;
+  auto& exponentials = tile.exponentials[part];
+  auto& similarities = tile.similarities[part];
+  const auto factors = columns.four(0, group, lane);
+  const auto codes = columns.four<std::uint32_t>(1, group, lane);
+  tile.counts[group] = 0;
 #pragma unroll
   for (int block = 0; block < BLOCKS; ++block) {
-    of.counts[block][0] += of_rows[block] & ((1u << kRowCountBits) - 1);
-    of.counts[block][1] += of_rows[block] >> kRowCountBits;
+    std::uint32_t found = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int j = 2 * group + i / 4, e = i % 4, r = e / 2, c = i / 4 * 2 + e % 2, place = 4 * j + e, k = 4 * (group % 2) + c;
+      const Row& row = of.rows[block][r];
+      const bool is_equal = codes.of[c] == row.code && (!SPECIAL || !is_set(special[block].unequal, place));
+      const float t = logit<false>(s[block][j][e], row.factor, factors.of[c], scale);
+      const float exponential = SPECIAL && is_set(special[block].excluded, place) ? 0.0f : ptx::exp2(t);
+      of.exponentials[block][r] += exponential;
+      const float similarity = is_equal ? t : 0.0f;
+      of.similarities[block][r] += similarity;
+      if (is_equal) found += 1u << kColumnCountBits * c | 1u << (kRowCountsAt + kRowCountBits * r);
+      if (BEYOND) {
+        const bool is_first = block == 0 && r == 0;
+        exponentials[k] = is_first ? exponential : exponentials[k] + exponential;
+        similarities[k] = is_first ? similarity : similarities[k] + similarity;
+      }
+    }
+    tile.of_rows[block] = (group % 2 ? tile.of_rows[block] : 0) + (found >> kRowCountsAt);
+    tile.counts[group] += found;  // what the fields of rows carry over is lost past the highest bit
+  }
+  if (group % 2 == 0) return;
+#pragma unroll
+  for (int block = 0; block < BLOCKS; ++block) {
+    of.counts[block][0] += tile.of_rows[block] & ((1u << kRowCountBits) - 1);
+    of.counts[block][1] += tile.of_rows[block] >> kRowCountBits;
   }
   if (BEYOND) {
-    const bool any = ptx::any((tile.counts[2 * part] | tile.counts[2 * part + 1]) != 0);
-    tile.similarities[part] = any ? butterfly(similarities, lane) : 0.0f;
-    tile.exponentials[part] = butterfly(exponentials, lane);
+    const bool any = ptx::any((tile.counts[group - 1] | tile.counts[group]) != 0);
+    similarities[0] = any ? butterfly(similarities, lane) : 0.0f;
+    exponentials[0] = butterfly(exponentials, lane);
   }
 }
 

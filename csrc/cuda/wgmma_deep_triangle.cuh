@@ -1,7 +1,7 @@
 // The forward of triangle.h for Hopper: half rows, depth 257 to 1024.
 //
-// Consumers own 64 rows each. The products of a tile come slab by slab, and one slab of the next tile runs under the exps of each 32 columns
-// of this one, so that the ring goes round meanwhile. All that a tile needs comes with its slabs: x of a row block with those of its first
+// Consumers own 64 rows each. The products of a tile come slab by slab, and one slab of the next tile runs under the exps of each fourth of
+// this one, so that the ring goes round meanwhile. All that a tile needs comes with its slabs: x of a row block with those of its first
 // tile, panel by panel in the place of the row block before, whose last product with a panel is as many slabs ago as a tile has, and places
 // of the ring are no more; the slots with a tile's last. So a row block follows the other without a pause.
 #pragma once
@@ -15,7 +15,7 @@ namespace fastsupcon::cuda {
 
 template <int COLUMNS>
 struct DeepTriangleShape {
-  static constexpr int parts = COLUMNS / 32;  // of a tile's exps
+  static constexpr int steps = 4, step_groups = COLUMNS / 64;  // of a tile's exps, each of so many groups of 16 columns
   static constexpr int most_places = 12, most_threads = 3 * 128;
   static constexpr int producer_registers = 40, consumer_registers = 232;
   static_assert(producer_registers + 2 * consumer_registers <= 3 * (65536 / most_threads / 8 * 8));
@@ -35,9 +35,9 @@ struct DeepTriangleShape {
   static DeepLayout layout(std::int64_t depth) {
     const int slabs = static_cast<int>(ceil_div(depth, kPanelDepth)), of = consumers(depth);
     const int fitting = (kBlockSharedBytes - ring_at(slabs, of)) / SlabShape<COLUMNS>::slab_bytes;
-    // A tile's slots are asked for behind its last slab's place in the ring, and may overwrite those of `copies` tiles ago: their last part
-    // was read under the slab before `parts` of the next.
-    return {slabs, 0, of, std::min({fitting, most_places, slabs, copies * slabs - parts})};
+    // A tile's slots are asked for behind its last slab's place in the ring, and may overwrite those of `copies` tiles ago: a warp
+    // has read those before it gives the steps-th slab of the tile behind them back.
+    return {slabs, 0, of, std::min({fitting, most_places, slabs, copies * slabs - steps})};
   }
   static int shared_bytes(const DeepLayout& layout) {
     return ring_at(layout.slabs, layout.consumers) + layout.places * SlabShape<COLUMNS>::slab_bytes;
@@ -69,19 +69,19 @@ struct DeepTriangleBlock {
     ptx::sync_block();
   }
 
-  // The slots of a block's step-th tile.
-  static FASTSUPCON_DEVICE int slots_of(unsigned step) { return static_cast<int>(step % Shape::copies) * Shape::slots_bytes; }
-  FASTSUPCON_DEVICE Columns columns_in(unsigned step) const { return {shared + slots_of(step), COLUMNS}; }
+  // The slots of the block's number-th tile.
+  static FASTSUPCON_DEVICE int slots_of(unsigned number) { return static_cast<int>(number % Shape::copies) * Shape::slots_bytes; }
+  FASTSUPCON_DEVICE Columns columns_of(unsigned number) const { return {shared + slots_of(number), COLUMNS}; }
 
   // By one thread.
   FASTSUPCON_DEVICE void produce(const ptx::TensorMap& x_map, const ptx::TensorMap& y_map) const {
     Place at{0, 0};
-    unsigned step = 0;
+    unsigned number = 0;
 #pragma unroll 1
     for (int row_block = chunk.first_row_block(); row_block < chunk.last_row_block(); ++row_block) {
       const int first = chunk.first_of(row_block);
 #pragma unroll 1
-      for (int tile = first; tile < chunk.last_tile; ++tile, ++step) {
+      for (int tile = first; tile < chunk.last_tile; ++tile, ++number) {
         const int x_bytes = tile == first ? rows * kPanelBytes : 0;
 #pragma unroll 1
         for (int slab = 0; slab < layout.slabs; ++slab) {
@@ -89,7 +89,7 @@ struct DeepTriangleBlock {
           const ptx::Address full = ring.full(at.index);
           ring.fetch(y_map, tile, slab, at, x_bytes + (is_last ? Shape::slots_bytes : 0));
           if (x_bytes) ptx::copy_box_async(ring.x_panel(slab), x_map, kPanelDepth * slab, row_block * rows, full);
-          if (is_last) fetch_slots(slots_at + slots_of(step), side, tile * COLUMNS, COLUMNS, Shape::slots, false, false, full);
+          if (is_last) fetch_slots(slots_at + slots_of(number), side, tile * COLUMNS, COLUMNS, Shape::slots, false, false, full);
           at = ring.after(at, 1);
         }
       }
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(DeepTriangleShape<COLUMNS>::most_threads, 1)
   ptx::begin_kernel();
   using Block = DeepTriangleBlock<PRODUCT, COLUMNS>;
   using Shape = typename Block::Shape;
-  constexpr int parts = Shape::parts;
+  constexpr int steps = Shape::steps;
   const Block block(work, layout);
   const TriangleChunk& chunk = block.chunk;
   const auto& ring = block.ring;
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(DeepTriangleShape<COLUMNS>::most_threads, 1)
   const float scale = static_cast<float>(work.scale.value) * logit_unit(true);
   float s[1][COLUMNS / 8][4], next[COLUMNS / 8][4];
   Place at{0, 0}, read{0, 0};  // the slab that is issued next, and that is given back next
-  unsigned step = 0, turn = consumer;
+  unsigned tiles = 0, turn = consumer;
 
   const auto issue_slab = [&](int slab) {
     ring.wait_for(at);
@@ -164,26 +164,30 @@ __global__ void __launch_bounds__(DeepTriangleShape<COLUMNS>::most_threads, 1)
     const int row = row_block * block.rows + consumer * 64 + warp % 4 * 16 + accumulator_row(lane, 0);
     TriangleRows<1> of(pass.x, row);
     const int beyond = chunk.beyond(row_block), whole_tiles = pass.y.count / COLUMNS;
-    // before(part) and after(part) stand around the part's exps.
+    // before(step) and after() stand around the step's exps.
     const auto add = [&](int tile, auto before, auto after) {
-      const Columns fields = block.columns_in(step++);
+      const Columns fields = block.columns_of(tiles++);
       const bool is_beyond = tile >= beyond, is_special = !is_beyond || of.ambiguous || tile >= whole_tiles;
       Special special[1];
       if (is_special) special[0] = special_of<COLUMNS>(work, pass, of.rows[0], row, tile * COLUMNS, fields, lane);
-      TileSums<COLUMNS> sums;
+      TileSums<1, COLUMNS> sums;
 #pragma unroll
-      for (int part = 0; part < parts; ++part) {
-        before(part);
+      for (int step = 0; step < steps; ++step) {
+        before(step);
         with_tile_form(is_beyond, is_special, [&](auto beyond, auto special_form) {
-          add_columns<beyond, special_form, 1, COLUMNS>(of, sums, s, part, scale, fields, special, lane);
+#pragma unroll
+          for (int group = step * Shape::step_groups; group < (step + 1) * Shape::step_groups; ++group) {
+            add_group<beyond, special_form, 1, COLUMNS>(of, sums, s, group, scale, fields, special, lane);
+          }
         });
-        after(part);
+        ptx::sync_warp();  // with the slab go the slots: all lanes have read theirs
+        after();
       }
       if (is_beyond) {
         float* const to = block.sums.of(turn, warp % 4);
         block.sums.wait_for_place(turn);
 #pragma unroll
-        for (int part = 0; part < parts; ++part) sums.store_columns(to, part, lane);
+        for (int part = 0; part < COLUMNS / 32; ++part) sums.store_columns(to, part, lane);
         sums.store_counts(to, lane);
         ptx::sync_warp();
         if (lane == 0) block.sums.publish(turn);
@@ -193,16 +197,16 @@ __global__ void __launch_bounds__(DeepTriangleShape<COLUMNS>::most_threads, 1)
 #pragma unroll 1
     for (int tile = chunk.first_of(row_block); tile < chunk.last_tile; ++tile) {
       if (block.is_last(row_block, tile)) {
-        add(tile, [](int) {}, [](int) {});
+        add(tile, [](int) {}, [] {});
       } else {
         issue_slab(0);
         add(
-            tile, [&](int part) { issue_slab(part + 1); },
-            [&](int) {
+            tile, [&](int step) { issue_slab(step + 1); },
+            [&] {
               ptx::wgmma_wait<1>();
               release_slab();
             });
-        finish(parts + 1);
+        finish(steps + 1);
       }
     }
     of.store(chunk.row_sums(), work.triangle.group_rows(), row - chunk.first_row_block() * block.rows, lane);

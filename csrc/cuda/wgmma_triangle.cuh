@@ -34,11 +34,11 @@ struct TriangleShape {
 template <bool BEYOND, bool SPECIAL, int BLOCKS, int COLUMNS>
 FASTSUPCON_DEVICE void add_pairs(TriangleRows<BLOCKS>& of, const float (&s)[BLOCKS][COLUMNS / 8][4], float scale, const Columns& columns,
                                  const Special (&special)[BLOCKS], float* to, int lane) {
-  TileSums<COLUMNS> sums;
+  TileSums<BLOCKS, COLUMNS> sums;
 #pragma unroll
-  for (int part = 0; part < COLUMNS / 32; ++part) {
-    add_columns<BEYOND, SPECIAL, BLOCKS, COLUMNS>(of, sums, s, part, scale, columns, special, lane);
-    if (BEYOND) sums.store_columns(to, part, lane);
+  for (int group = 0; group < COLUMNS / 16; ++group) {
+    add_group<BEYOND, SPECIAL, BLOCKS, COLUMNS>(of, sums, s, group, scale, columns, special, lane);
+    if (BEYOND && group % 2) sums.store_columns(to, group / 2, lane);
   }
   if (BEYOND) sums.store_counts(to, lane);
 }
