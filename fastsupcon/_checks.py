@@ -30,7 +30,7 @@ def rows(name: str, value: object, columns: int | None = None) -> None:
         raise ValueError(f"{name} must not be empty, got shape {list(value.shape)}")
 
 
-def rows_like(name: str, value: object, other_name: str, other: Tensor) -> None:
+def rows_like(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     """[rows, D] of the D, dtype and device of the rows ``other``."""
     rows(name, value, columns=other.shape[1])
     on_device(name, value, other.device)

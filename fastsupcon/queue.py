@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -33,6 +35,10 @@ class MemoryQueue(nn.Module):
     Raises:
         TypeError, ValueError: an argument, or rows that come, have the wrong type, shape or device; the text names it.
     """
+
+    rows: Tensor
+    keys: Tensor
+    filled: Tensor
 
     def __init__(self, size: int, dim: int, *, dtype: torch.dtype | None = None) -> None:
         for name, value in (("size", size), ("dim", dim)):
@@ -72,7 +78,7 @@ class MemoryQueue(nn.Module):
         self._length = 0
         self.filled = torch.zeros_like(self.filled)
 
-    def _load_from_state_dict(self, *arguments) -> None:
+    def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)
         self._length = int(self.filled)
 
