@@ -9,6 +9,8 @@ It shares no code with fastsupcon, and must not: the two could be wrong alike.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -94,3 +96,35 @@ def psc_loss(
     allowed = similarities if denominator == "all" else similarities.scatter(1, own_columns, -torch.inf)
     losses = allowed.logsumexp(1) - positive
     return reduce(losses, torch.ones_like(labels, dtype=torch.bool), reduction)
+
+
+def prototype_cross_entropy(
+    features: Tensor,
+    labels: Tensor,
+    prototypes: Tensor,
+    *,
+    temperature: float | Tensor,
+    class_counts: Tensor | None = None,
+    margin: float = 0.0,
+    angular_margin: float = 0.0,
+    normalize: bool = True,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+) -> Tensor:
+    """F.cross_entropy of cosines / temperature + log prior, the own cosine being cos(arccos + angular_margin) - margin."""
+    z, p = features, prototypes.to(features.dtype)
+    if normalize:
+        z, p = unit(z), unit(p)
+    cosines = z @ p.T
+    if margin or angular_margin:
+        column = labels.clamp_min(0)[:, None]
+        own = cosines.gather(1, column)
+        if angular_margin:
+            angle = own.arccos() + angular_margin
+            own = torch.where(angle > torch.pi, own - angular_margin * math.sin(angular_margin), angle.cos())
+        cosines = cosines.scatter(1, column, own - margin)
+    logits = cosines / temperature
+    if class_counts is not None:
+        share = class_counts.to(logits.dtype) / class_counts.sum()
+        logits = logits + torch.where(share == 0, 1e-9, share).log()
+    return torch.nn.functional.cross_entropy(logits, labels, reduction=reduction, ignore_index=ignore_index)

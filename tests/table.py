@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastsupcon import PSCLoss, SupConLoss, functional
+from fastsupcon import PrototypeCrossEntropyLoss, PSCLoss, SupConLoss, functional
 from tests import naive
 
 
@@ -20,6 +20,11 @@ class Row:
     inputs: Callable[..., tuple[Tensor | None, ...]]  # (samples, depth) -> float64 or integer tensors on the CPU; the first is features
     module: Callable[..., torch.nn.Module]  # (inputs) -> the module that computes the same of the first inputs
     options: dict[str, object] = field(default_factory=dict)
+    meets: str = "rows"  # whom the rows meet: each other ("rows"), class prototypes, inputs[2] ("prototypes"), or "both"
+
+    def held(self, inputs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """What of the inputs the module is called with: the prototypes are its own."""
+        return inputs if self.meets == "rows" else inputs[:2] + inputs[3:]
 
     def on(self, samples: int, depth: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
         """The inputs, rows of unit length rounded to ``dtype``; what is floating is a leaf that requires a gradient."""
@@ -49,14 +54,27 @@ def _scl_module(options):
     return lambda inputs, backend="auto": SupConLoss(**({"base_temperature": None} | options), backend=backend)
 
 
-def _psc_module(options):
+def long_tail(prototypes: Tensor) -> Tensor:
+    """How many samples each of their classes has, one of them none."""
+    return torch.arange(len(prototypes), device=prototypes.device) ** 2
+
+
+def _prototypes_module(kind, options, counted=False):
     def build(inputs, backend="auto"):
-        per_class = options.get("prototypes_per_class", 1)
-        module = PSCLoss(len(inputs[2]) // per_class, inputs[2].shape[1], **options, backend=backend).to(inputs[0])
-        module.prototypes.data.copy_(inputs[2])
+        prototypes, more = inputs[2], {"class_counts": long_tail(inputs[2])} if counted else {}
+        classes = len(prototypes) // options.get("prototypes_per_class", 1)
+        module = kind(classes, prototypes.shape[1], **more, **options, backend=backend).to(inputs[0])
+        module.prototypes.data.copy_(prototypes)
         return module
 
     return build
+
+
+def _counted(loss):
+    """With class counts, which are no input that a gradient is asked of."""
+    return lambda features, labels, prototypes, *more, **options: loss(
+        features, labels, prototypes, *more, class_counts=long_tail(prototypes), **options
+    )
 
 
 def _scl(inputs, **options) -> Row:
@@ -67,7 +85,13 @@ def _scl(inputs, **options) -> Row:
 def _psc(**options) -> Row:
     options = {"temperature": 0.2} | options
     inputs = partial(prototyped, per_class=options.get("prototypes_per_class", 1))
-    return Row(functional.psc_loss, naive.psc_loss, inputs, _psc_module(options), options)
+    return Row(functional.psc_loss, naive.psc_loss, inputs, _prototypes_module(PSCLoss, options), options, "prototypes")
+
+
+def _prototype_ce(**options) -> Row:
+    options = {"temperature": 0.1} | options
+    ours, textbook = (_counted(module.prototype_cross_entropy) for module in (functional, naive))
+    return Row(ours, textbook, prototyped, _prototypes_module(PrototypeCrossEntropyLoss, options, counted=True), options, "prototypes")
 
 
 LOSSES = {
@@ -79,4 +103,6 @@ LOSSES = {
     "psc": _psc(),
     "psc all": _psc(denominator="all", normalize=False),
     "mpsc": _psc(prototypes_per_class=3),
+    "balanced softmax": _prototype_ce(normalize=False),
+    "margins": _prototype_ce(margin=0.2, angular_margin=0.3),
 }
