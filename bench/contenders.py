@@ -106,11 +106,13 @@ class Case:
 
     def flops(self, mode: str) -> int:
         """The least a kernel needs that keeps nothing of the matrix (a multiply-add is 2): the floor of NOTES.md."""
-        if self.prototypes:  # every logit once; and once more, with the two products of its gradients
-            return (2 if mode == "forward" else 8) * self.rows * self.prototypes * self.depth
+        # every logit once; and once more, with the two products of its gradients
+        columns = (2 if mode == "forward" else 8) * self.rows * self.prototypes * self.depth
+        if self.prototypes and ROWS[self.loss].meets != "both":
+            return columns
         square = self.rows**2 * self.depth  # symmetric: the forward computes half of the matrix
         backward = 3 if self.device == "cpu" else 4  # half the matrix and two products; on a GPU, free of atomics, all of it and one
-        return square if mode == "forward" else (1 + backward) * square
+        return columns + (square if mode == "forward" else (1 + backward) * square)
 
 
 Loss = Callable[..., Tensor]  # of Case.inputs()

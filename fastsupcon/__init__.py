@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from . import functional
+from .losses.balanced import BalancedSupConLoss
 from .losses.prototypes import PrototypeCrossEntropyLoss
 from .losses.psc import PSCLoss
 from .losses.supcon import SupConLoss
@@ -12,4 +13,4 @@ try:
 except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "0+unknown"
 
-__all__ = ["PSCLoss", "PrototypeCrossEntropyLoss", "SupConLoss", "functional"]
+__all__ = ["BalancedSupConLoss", "PSCLoss", "PrototypeCrossEntropyLoss", "SupConLoss", "functional"]

@@ -128,3 +128,29 @@ def prototype_cross_entropy(
         share = class_counts.to(logits.dtype) / class_counts.sum()
         logits = logits + torch.where(share == 0, 1e-9, share).log()
     return torch.nn.functional.cross_entropy(logits, labels, reduction=reduction, ignore_index=ignore_index)
+
+
+def balanced_supcon_loss(
+    features: Tensor,
+    labels: Tensor,
+    prototypes: Tensor,
+    *,
+    temperature: float | Tensor,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """log of the sum over classes of mean exp(s), less the mean s of the own class; the means over members but for the anchor."""
+    views = torch.unbind(features.flatten(2), dim=1) if features.ndim > 2 else [features]
+    z, p = torch.cat(views), prototypes.to(features.dtype)
+    if normalize:
+        z, p = unit(z), unit(p)
+    count, classes = len(z), torch.arange(len(p), device=z.device)
+    members = torch.cat([labels.repeat(len(views)), classes])[:, None] == classes  # [N + C, C]
+    similarities = z @ torch.cat([z, p]).T / temperature
+    itself = torch.eye(count, count + len(p), dtype=torch.bool, device=z.device)
+    sizes = members.sum(0) - members[:count].to(z.dtype)  # [N, C]; the anchor is missing from its own class
+    row_max = similarities.detach().masked_fill(itself, -torch.inf).amax(1, keepdim=True)
+    means = (similarities - row_max).masked_fill(itself, -torch.inf).exp() @ members.to(z.dtype) / sizes
+    own = (similarities.masked_fill(itself, 0) @ members.to(z.dtype) / sizes)[members[:count]]
+    losses = means.sum(1).log() + row_max[:, 0] - own
+    return reduce(losses, torch.ones_like(losses), reduction)

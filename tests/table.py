@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastsupcon import PrototypeCrossEntropyLoss, PSCLoss, SupConLoss, functional
+from fastsupcon import BalancedSupConLoss, PrototypeCrossEntropyLoss, PSCLoss, SupConLoss, functional
 from tests import naive
 
 
@@ -46,8 +46,9 @@ def masked(samples: int, depth: int):
     return unit(samples, 3, depth), None, torch.rand(samples, samples)  # the mask's dtype is its own: no gradient is asked of it
 
 
-def prototyped(samples: int, depth: int, classes: int = 7, per_class: int = 1):
-    return unit(samples, depth), torch.randint(0, classes, (samples,)), unit(classes * per_class, depth)
+def prototyped(samples: int, depth: int, classes: int = 7, per_class: int = 1, views: int = 0):
+    features = unit(*((samples, views, depth) if views else (samples, depth)))
+    return features, torch.randint(0, classes, (samples,)), unit(classes * per_class, depth)
 
 
 def _scl_module(options):
@@ -94,6 +95,12 @@ def _prototype_ce(**options) -> Row:
     return Row(ours, textbook, prototyped, _prototypes_module(PrototypeCrossEntropyLoss, options, counted=True), options, "prototypes")
 
 
+def _balanced(**options) -> Row:
+    options = {"temperature": 0.1} | options
+    module = _prototypes_module(BalancedSupConLoss, options)
+    return Row(functional.balanced_supcon_loss, naive.balanced_supcon_loss, partial(prototyped, views=2), module, options, "both")
+
+
 LOSSES = {
     "scl": _scl(labelled),
     "scl raw rows": _scl(partial(labelled, views=2), normalize=False, base_temperature=0.07),
@@ -104,5 +111,6 @@ LOSSES = {
     "psc all": _psc(denominator="all", normalize=False),
     "mpsc": _psc(prototypes_per_class=3),
     "balanced softmax": _prototype_ce(normalize=False),
+    "bcl": _balanced(),
     "margins": _prototype_ce(margin=0.2, angular_margin=0.3),
 }

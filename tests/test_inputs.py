@@ -116,6 +116,22 @@ def test_prototype_cross_entropy(arguments, options, error, text):
         functional.prototype_cross_entropy(*arguments, **options)
 
 
+BALANCED = [
+    ((z()[0], ids(), z(2)), {}, ValueError, "features must have shape [N, D] or [B, V, ...], got [3]"),
+    ((z(), ids(), z(2, 4)), {}, ValueError, "prototypes must have shape [rows, 3], got [2, 4]"),
+    ((z(), None, z(2)), {}, TypeError, "labels must be a torch.Tensor of an integer dtype, got NoneType"),
+    ((z()[:, None], ids(3), z(2)), {}, ValueError, "labels must have shape [4], got [3]"),
+    ((z(), ids(), z(2)), {"temperature": 0.0}, ValueError, "temperature must be positive and finite, got 0.0"),
+    ((z(), ids(), z(2)), {"reduction": "avg"}, ValueError, "reduction must be one of 'mean', 'sum', 'none', got 'avg'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "options", "error", "text"), BALANCED, ids=[case[3][:40] for case in BALANCED])
+def test_balanced_supcon(arguments, options, error, text):
+    with pytest.raises(error, match=re.escape(text)):
+        functional.balanced_supcon_loss(*arguments, **options)
+
+
 def test_psc_with_one_class_where_it_means_something():
     assert functional.psc_loss(z(), ids(4, 1), z(1), denominator="all").item() == 0  # the cross-entropy of one class
 
@@ -153,6 +169,8 @@ def test_values_out_of_range():
         functional.psc_loss(z(), ids(4, 4), z(2))
     with pytest.raises(ValueError, match=re.escape("labels must lie in [0, 2), got values from -1 to 0")):
         functional.psc_loss(z(), ids() - 1, z(2))
+    with pytest.raises(ValueError, match=re.escape("labels must lie in [0, 2), got values from 0 to 3")):
+        functional.balanced_supcon_loss(z(), ids(4, 4), z(2))
     for ignored in (None, 3):
         with pytest.raises(ValueError, match=re.escape("labels must lie in [0, 2), got values from 0 to ")):
             functional.prototype_cross_entropy(z(), ids(4, 4), z(2), ignore_index=ignored)
