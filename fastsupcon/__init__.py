@@ -4,13 +4,15 @@ from importlib.metadata import PackageNotFoundError, version
 
 from . import functional
 from .losses.balanced import BalancedSupConLoss
+from .losses.paco import PaCoLoss
 from .losses.prototypes import PrototypeCrossEntropyLoss
 from .losses.psc import PSCLoss
 from .losses.supcon import SupConLoss
+from .queue import MemoryQueue
 
 try:
     __version__ = version("fastsupcon")
 except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "0+unknown"
 
-__all__ = ["BalancedSupConLoss", "PSCLoss", "PrototypeCrossEntropyLoss", "SupConLoss", "functional"]
+__all__ = ["BalancedSupConLoss", "MemoryQueue", "PSCLoss", "PaCoLoss", "PrototypeCrossEntropyLoss", "SupConLoss", "functional"]

@@ -7,12 +7,13 @@ from torch import Tensor
 from . import _checks, operators
 from .backends import sum_dtype
 from .losses.balanced import balanced_supcon_loss
+from .losses.paco import paco_loss
 from .losses.prototypes import prototype_cross_entropy
 from .losses.psc import psc_loss
 from .losses.supcon import supcon_loss
 from .problem import Pairs
 
-__all__ = ["balanced_supcon_loss", "cross_logsumexp", "prototype_cross_entropy", "psc_loss", "self_logsumexp", "supcon_loss"]
+__all__ = ["balanced_supcon_loss", "cross_logsumexp", "paco_loss", "prototype_cross_entropy", "psc_loss", "self_logsumexp", "supcon_loss"]
 
 
 def self_logsumexp(z: Tensor, *, scale: float | Tensor = 1.0, backend: str = "auto") -> Tensor:

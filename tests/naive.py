@@ -154,3 +154,51 @@ def balanced_supcon_loss(
     own = (similarities.masked_fill(itself, 0) @ members.to(z.dtype) / sizes)[members[:count]]
     losses = means.sum(1).log() + row_max[:, 0] - own
     return reduce(losses, torch.ones_like(losses), reduction)
+
+
+def paco_loss(
+    features: Tensor,
+    labels: Tensor,
+    prototypes: Tensor,
+    momentum_features: Tensor | None = None,
+    class_features: Tensor | None = None,
+    *,
+    temperature: float | Tensor,
+    alpha: float = 0.05,
+    beta: float = 1.0,
+    gamma: float = 1.0,
+    class_counts: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    class_temperature: float | Tensor = 1.0,
+    normalize: bool = True,
+    queue: tuple[Tensor, Tensor] | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross-entropy, over all classes and rows in one softmax, with a weighted mean of positives; rows weigh gamma in its denominator."""
+
+    def rows(x: Tensor) -> Tensor:
+        return x if x.ndim == 2 else torch.cat(torch.unbind(x.flatten(2), dim=1))
+
+    anchors, queue_rows, queue_labels = rows(features), *(queue or (features[:0].reshape(0, rows(features).shape[1]), labels[:0]))
+    momentum = queue_rows[:0] if momentum_features is None else rows(momentum_features).to(anchors.dtype)
+    x = anchors if class_features is None else rows(class_features).to(anchors.dtype)
+    contrasted = torch.cat([anchors, momentum, queue_rows.to(anchors.dtype)])
+    count, views, more_views = len(anchors), len(anchors) // len(labels), len(momentum) // len(labels)
+    keys = torch.cat([labels.repeat(views + more_views), queue_labels])
+    if normalize:
+        contrasted = unit(contrasted)
+    itself = torch.eye(count, len(contrasted), dtype=torch.bool, device=anchors.device)
+    similarities = contrasted[:count] @ contrasted.T / temperature
+    logits = x @ prototypes.to(x.dtype).T
+    if class_counts is not None:
+        share = class_counts.to(logits.dtype) / class_counts.sum()
+        logits = logits + torch.where(share == 0, 1e-9, share).log()
+    logits = logits / class_temperature
+    log_weights = torch.full_like(similarities, gamma).log().masked_fill(itself, -torch.inf)
+    log_sum = torch.cat([logits, similarities + log_weights], 1).logsumexp(1)
+    one_hot = torch.nn.functional.one_hot(keys[:count], len(prototypes)).to(logits.dtype)
+    targets = beta * ((1 - label_smoothing) * one_hot + label_smoothing * (1 - one_hot) / max(1, len(prototypes) - 1))
+    positives = alpha * (keys[:count, None] == keys).to(logits.dtype).masked_fill(itself, 0)
+    positive = (targets * logits).sum(1) + (positives * similarities).sum(1)
+    losses = log_sum - positive / (targets.sum(1) + positives.sum(1))
+    return reduce(losses, torch.ones_like(losses), reduction)

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastsupcon import BalancedSupConLoss, PrototypeCrossEntropyLoss, PSCLoss, SupConLoss, functional
+from fastsupcon import BalancedSupConLoss, PaCoLoss, PrototypeCrossEntropyLoss, PSCLoss, SupConLoss, functional
 from tests import naive
 
 
@@ -49,6 +49,12 @@ def masked(samples: int, depth: int):
 def prototyped(samples: int, depth: int, classes: int = 7, per_class: int = 1, views: int = 0):
     features = unit(*((samples, views, depth) if views else (samples, depth)))
     return features, torch.randint(0, classes, (samples,)), unit(classes * per_class, depth)
+
+
+def with_class_features(samples: int, depth: int, classes: int = 7):
+    """And rows of a momentum encoder; what meets the prototypes is of a dimension of its own."""
+    features, labels, prototypes = prototyped(samples, 2 * depth, classes)
+    return unit(samples, depth), labels, prototypes, unit(samples, depth), features
 
 
 def _scl_module(options):
@@ -101,6 +107,12 @@ def _balanced(**options) -> Row:
     return Row(functional.balanced_supcon_loss, naive.balanced_supcon_loss, partial(prototyped, views=2), module, options, "both")
 
 
+def _paco(**options) -> Row:
+    options = {"temperature": 0.2} | options
+    ours, textbook = (_counted(module.paco_loss) for module in (functional, naive))
+    return Row(ours, textbook, with_class_features, _prototypes_module(PaCoLoss, options, counted=True), options, "both")
+
+
 LOSSES = {
     "scl": _scl(labelled),
     "scl raw rows": _scl(partial(labelled, views=2), normalize=False, base_temperature=0.07),
@@ -110,7 +122,7 @@ LOSSES = {
     "psc": _psc(),
     "psc all": _psc(denominator="all", normalize=False),
     "mpsc": _psc(prototypes_per_class=3),
-    "balanced softmax": _prototype_ce(normalize=False),
     "bcl": _balanced(),
+    "paco": _paco(alpha=0.3, beta=0.8, gamma=0.6, class_temperature=0.7, label_smoothing=0.1),
     "margins": _prototype_ce(margin=0.2, angular_margin=0.3),
 }

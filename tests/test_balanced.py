@@ -104,7 +104,7 @@ def test_edge_cases(backend, device):
     z[0], z[2], z[8] = 0, z[1], 0
     p = torch.stack([z[1], z[0], z[5], -z[5], z[5] * 3]).requires_grad_()
     z.requires_grad_()
-    for temperature in (10.0, 0.1, 1e-3):
+    for temperature in (10.0, 1e-3):
         for rows, keys, prototypes in (
             (z, labels, p),
             (z[:1], labels[:1], p),  # one row

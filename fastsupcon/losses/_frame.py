@@ -7,19 +7,20 @@ from torch import Tensor, nn
 
 from .. import _checks
 from ..backends import sum_dtype
+from ..queue import MemoryQueue
 
 REDUCTIONS = ("mean", "sum", "none")
 LONE_ANCHORS = ("zero", "skip", "error")
 
 
-def rows_of(features: Tensor) -> tuple[Tensor, int]:
+def rows_of(features: Tensor, name: str = "features") -> tuple[Tensor, int]:
     """features [N, D], or [B, V, ...] with V views of B samples, as rows [V B, D], view-major, and V."""
     if not isinstance(features, Tensor):
-        raise TypeError(f"features must be a torch.Tensor, got {type(features).__name__}")
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(features).__name__}")
     if features.ndim < 2:
-        raise ValueError(f"features must have shape [N, D] or [B, V, ...], got {list(features.shape)}")
+        raise ValueError(f"{name} must have shape [N, D] or [B, V, ...], got {list(features.shape)}")
     rows = features if features.ndim == 2 else features.flatten(2).transpose(0, 1).flatten(0, 1)
-    _checks.rows("features", rows)
+    _checks.rows(name, rows)
     return rows, 1 if features.ndim == 2 else features.shape[1]
 
 
@@ -53,6 +54,11 @@ def reduce(losses: Tensor, reduction: str, weights: Tensor | None = None) -> Ten
         return losses.mean()
     total = weights.sum()
     return losses.sum() / torch.where(total == 0, 1, total)
+
+
+def check_queue(queue: object) -> None:
+    if queue is not None and not isinstance(queue, MemoryQueue):
+        raise TypeError(f"queue must be a fastsupcon.MemoryQueue or None, got {type(queue).__name__}")
 
 
 def refuse_lone_anchors(paired: Tensor) -> None:
