@@ -166,6 +166,20 @@ def test_without_rows_it_is_the_classifiers_cross_entropy(backend, device, smoot
     assert torch.equal(gradients[0], torch.zeros_like(features)) and gradients[1].abs().max() > 0
 
 
+def test_learned_temperatures(backend, device):
+    """That of the classes is in the bias too."""
+    features, labels, prototypes, momentum, backbone = problem(device, dtype=torch.float32)
+    learned = [torch.tensor(x, device=device, requires_grad=True) for x in (0.3, 0.7)]
+    wide = [x.detach().double().requires_grad_() for x in learned]
+    options = {"class_counts": torch.tensor(COUNTS, device=device), "label_smoothing": 0.1}
+    inputs = features, labels, prototypes, momentum, backbone
+    ours = paco_loss(*inputs, temperature=learned[0], class_temperature=learned[1], backend=backend, **options)
+    inputs = [x.double() if x.is_floating_point() else x for x in inputs]
+    theirs = naive.paco_loss(*inputs, temperature=wide[0], class_temperature=wide[1], **options)
+    for got, want in zip(torch.autograd.grad(ours, learned), torch.autograd.grad(theirs, wide), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
+
+
 def test_edge_cases(backend, device):
     features, labels, prototypes, momentum, backbone = problem(device, dtype=torch.float32)
     with torch.no_grad():

@@ -106,10 +106,11 @@ def paco_loss(
             rows, keys_of_rows = queue.columns(z)
             blocks.append(Pairs(z, rows, scale, normalize, None, keys, keys_of_rows))
         contrast = quantities(blocks, "all", "similarity", "count", backend=backend)
-        bias = None if class_counts is None else log_prior(class_counts, p) * class_scale
+        prior = None if class_counts is None else log_prior(class_counts, p)
+        bias = None if prior is None else prior * class_scale
         of_classes = Pairs(x, p, class_scale, False, bias, keys, torch.arange(classes, device=z.device))
         parametric = quantities([of_classes], "all", "similarity", backend=backend)
-        target = parametric.similarity if bias is None else parametric.similarity + bias[keys]
+        target = parametric.similarity if prior is None else parametric.similarity + prior[keys] * class_scale
         if label_smoothing > 0:
             together = (wide_rows(x, False) * wide_rows(p, False).sum(0)).sum(1) * class_scale  # of all classes' logits
             together = together if bias is None else together + bias.sum()
