@@ -4,6 +4,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 from . import functional
 from .losses.balanced import BalancedSupConLoss
+from .losses.infonce import InfoNCELoss
+from .losses.ntxent import NTXentLoss
 from .losses.paco import PaCoLoss
 from .losses.prototypes import PrototypeCrossEntropyLoss
 from .losses.psc import PSCLoss
@@ -15,4 +17,14 @@ try:
 except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "0+unknown"
 
-__all__ = ["BalancedSupConLoss", "MemoryQueue", "PSCLoss", "PaCoLoss", "PrototypeCrossEntropyLoss", "SupConLoss", "functional"]
+__all__ = [
+    "BalancedSupConLoss",
+    "InfoNCELoss",
+    "MemoryQueue",
+    "NTXentLoss",
+    "PSCLoss",
+    "PaCoLoss",
+    "PrototypeCrossEntropyLoss",
+    "SupConLoss",
+    "functional",
+]

@@ -34,8 +34,6 @@ def balanced_supcon_loss(
 
     The mean over the anchor's own class is over its |B| members without the anchor, as in the authors' code.
 
-    2 N (N + C) D flops forward, 6 N (N + C) D backward, O((N + C) D) memory.
-
     Args:
         features: [N, D], or [B, V, ...] with V views of B samples: trailing dimensions are flattened, views become rows view-major
             (N = V B).
@@ -53,6 +51,8 @@ def balanced_supcon_loss(
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the text names it. On a GPU and under
             torch.compile a label out of range is an assertion on the device: reading it back would wait.
+
+    Cost: 2 N (N + C) D flops forward, 6 N (N + C) D backward; memory O((N + C) D), of which rows and prototypes side by side are a part.
     """
     z, views = rows_of(features)
     check_prototypes(prototypes, z)

@@ -48,9 +48,6 @@ def paco_loss(
     lone. PaCo has one view as anchors, and the momentum encoder's rows of the other; GPaCo has no momentum encoder: give it both views as
     ``features`` [B, 2, D].
 
-    With M momentum rows and K in the queue 2 N (N + M + K) D + 2 N C E flops forward (each pair of the batch once: N N D less) and three
-    times that backward, O((N + M + K) D + (N + C) E) memory.
-
     Args:
         features: [N, D], or [B, V, ...] with V views of B samples: trailing dimensions are flattened, views become rows view-major
             (N = V B), and all are anchors.
@@ -79,6 +76,9 @@ def paco_loss(
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the text names it. On a GPU and under
             torch.compile a label out of range is an assertion on the device, and counts that are negative make the loss NaN: reading them
             back would wait.
+
+    Cost: with M momentum rows and K in the queue 2 N (N + M + K) D + 2 N C E flops forward, less N^2 D where a pair of the batch is visited
+    once, and three times that backward; memory O((N + M + K) D + (N + C) E). A call of the operator for each block.
     """
     z, views = rows_of(features)
     samples, classes = features.shape[0], len(prototypes)

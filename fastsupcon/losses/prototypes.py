@@ -49,8 +49,6 @@ def prototype_cross_entropy(
 
     With neither counts nor margins this is ``psc_loss(denominator="all")``.
 
-    2 N C D flops forward, 6 N C D backward, O((N + C) D) memory.
-
     Args:
         features: [N, D].
         labels: integer [N] (or [N, 1]) in [0, C).
@@ -75,6 +73,8 @@ def prototype_cross_entropy(
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the text names it. On a GPU and under
             torch.compile a label out of range is an assertion on the device, and counts that are negative make the loss NaN: reading them
             back would wait.
+
+    Cost: 2 N C D flops forward, 6 N C D backward; memory O((N + C) D).
     """
     _checks.rows("features", features)
     check_prototypes(prototypes, features)
