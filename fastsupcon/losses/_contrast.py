@@ -45,9 +45,10 @@ def blocks_of(
         blocks.append(Pairs(z, None, scale, unit, None, of_rows))
     elif count > 1:
         blocks.append(Pairs(own, z, scale, unit, None, of_own, of_rows, torch.arange(anchors, device=z.device)))
-    if queue is not None and len(queue):
+    if queue is not None:
         rows, of_queue = queue.columns(z)
-        blocks.append(Pairs(own, rows, scale, unit, None, of_own, of_queue))
+        if len(queue):
+            blocks.append(Pairs(own, rows, scale, unit, None, of_own, of_queue))
     return blocks
 
 
