@@ -14,12 +14,12 @@ struct TriangleChunk {
   int group, first_tile, last_tile = 0; // 0: an idle place
 
   FASTSUPCON_DEVICE TriangleChunk(const Triangle& triangle, int block_tiles) : triangle(triangle), block_tiles(block_tiles) {
-    const auto index = static_cast<int>(ptx::block_x());
-    const int fold = index / triangle.length, place = index % triangle.length, of_fold = triangle.chunks(fold);
-    group = place < of_fold ? fold : triangle.groups - 1 - fold;
-    const int chunk = place < of_fold ? place : place - of_fold;
+    const int beginning = triangle.beginning();
+    int stripe = 0, stripe_groups = beginning;
+    for (group = static_cast<int>(ptx::block_x()); group >= stripe_groups; stripe_groups += beginning, ++stripe) group -= stripe_groups;
+    const int chunk = stripe - group / beginning;
     first_tile = triangle.first_tile(group) + chunk * triangle.chunk;
-    if ((group == fold && place >= of_fold) || chunk >= triangle.chunks(group)) return;
+    if (chunk >= triangle.chunks(group)) return;
     last_tile = least(first_tile + triangle.chunk, triangle.tiles());
   }
 
