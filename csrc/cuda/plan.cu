@@ -210,7 +210,7 @@ struct TriangleBytes {
 };
 TriangleBytes triangle_bytes(const Triangle& of) {
   constexpr std::int64_t each = sizeof(float) * kTriangleSums;
-  return {each * of.places() * of.group_rows(), each * of.columns_before(of.groups)};
+  return {each * of.folds() * of.length * of.group_rows(), each * of.columns_before(of.groups)};
 }
 
 // Cuts a forward in the self shape as triangle.h says, for the fewest clocks, if they are fewer than `clocks`; else, and where that does
@@ -239,15 +239,20 @@ Triangle cut_triangle(const Work& work, const Family& family, const Device& devi
   cut.count = pass.x.count;
   for (cut.group = static_cast<int>(std::min<long>(least_group, cut.row_blocks())); cut.groups != 1; cut.group *= 2) {
     cut.groups = static_cast<int>(ceil_div(cut.row_blocks(), cut.group));
-    cut.chunk = cut.group_tiles();
     if (triangle_bytes(cut).columns > most_sums) continue;
     const std::int64_t tiles = cut.columns_before(cut.groups) / cut.columns;
     for (std::int64_t waves = 1; waves <= most_waves; ++waves) {
       const std::int64_t ragged = cut.groups / 2, wanted = std::max(waves * device.multiprocessors - ragged, std::int64_t{1});
-      const std::int64_t each = std::min(ceil_div(tiles, wanted), std::int64_t{cut.tiles()});
-      cut.chunk = static_cast<int>(ceil_div(each, cut.group_tiles()) * cut.group_tiles());
+      cut.chunk = static_cast<int>(std::min(ceil_div(tiles, wanted), std::int64_t{cut.tiles()}));
+      cut.length = 0;
+      std::int64_t chunks = 0;
+      for (int fold = 0; fold < cut.folds(); ++fold) {
+        const int other = cut.groups - 1 - fold, of_fold = cut.chunks(fold) + (other > fold ? cut.chunks(other) : 0);
+        cut.length = std::max(cut.length, of_fold);
+        chunks += of_fold;
+      }
       const TriangleBytes bytes = triangle_bytes(cut);
-      const std::int64_t cost = ceil_div(cut.places(), device.multiprocessors) * cut.group * (cut.chunk * of_tile + of_block) + of_launch +
+      const std::int64_t cost = ceil_div(chunks, device.multiprocessors) * cut.group * (cut.chunk * of_tile + of_block) + of_launch +
                                 (bytes.rows + bytes.columns) / 1700;
       if (bytes.rows + bytes.columns <= most_sums && cost < least) {
         least = cost;

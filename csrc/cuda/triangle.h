@@ -5,9 +5,11 @@
 // memory. A group is some row blocks next to each other, whose columns' sums are added up as they are made, so that there are fewer to keep:
 // the more rows, the larger the groups. A block of the launch takes a chunk of the columns with all row blocks of a group.
 //
-// A launch goes from stripe to stripe of columns, each as wide as a chunk: to a place of the launch each group that begins in the stripe or
-// before it, with the chunk that it begins there. So blocks that run at a time read the columns of two or three stripes, which L2 holds
-// where it does not hold all rows. A group whose last chunk begins before the last stripe leaves a place there idle.
+// A launch goes from stripe to stripe of columns, each as wide as a chunk: a block for each group whose rows begin in the stripe or before
+// it, with the one of its chunks that begins there. So blocks that run at a time read the columns of a few stripes, which L2 holds where it
+// does not hold all rows. Where a group's last chunk begins before the last stripe, the block is idle.
+//
+// Sums of rows lie in memory fold by fold: groups g and groups − 1 − g have about as many chunks together for every g, `length` at most.
 #pragma once
 
 #include <cstdint>
@@ -18,11 +20,11 @@ constexpr int kTriangleSums = 3;  // of exponentials, of similarities, of pairs 
 
 struct Triangle {
   int group;                // row blocks; 0: all ordered pairs are visited
-  int chunk;                // tiles, a multiple of those of a group
+  int chunk;                // tiles
   int rows, columns;        // of a row block, of a tile
   int count;                // of all rows
-  int groups;
-  float* row_sums;          // [places of the launch, kTriangleSums, rows of a group]
+  int groups, length;
+  float* row_sums;          // [places, kTriangleSums, rows of a group]
   float* column_sums;       // for each group [kTriangleSums, columns from its first row on]
 
   __host__ __device__ int tiles() const { return (count + columns - 1) / columns; }
@@ -39,12 +41,22 @@ struct Triangle {
     return std::int64_t{of_group} * tiles() * columns - std::int64_t{group_rows()} * of_group * (of_group - 1) / 2;
   }
 
-  __host__ __device__ int beginning() const { return chunk / group_tiles(); }  // groups, in each stripe
-  __host__ __device__ std::int64_t place(int of_group, int of_chunk) const {
-    const std::int64_t stripe = of_group / beginning() + of_chunk;
-    return beginning() * stripe * (stripe + 1) / 2 + of_group;
+  __host__ __device__ int stripes() const { return (tiles() + chunk - 1) / chunk; }
+  __host__ __device__ int groups_in(int stripe) const {
+    const int begun = ((stripe + 1) * chunk + group_tiles() - 1) / group_tiles();
+    return begun < groups ? begun : groups;
   }
-  __host__ __device__ std::int64_t places() const { return groups > 0 ? place(groups - 1, 0) + 1 : 0; }
+  std::int64_t blocks() const {
+    std::int64_t total = 0;
+    for (int stripe = 0; stripe < stripes(); ++stripe) total += groups_in(stripe);
+    return total;
+  }
+
+  __host__ __device__ int folds() const { return (groups + 1) / 2; }
+  __host__ __device__ std::int64_t place(int of_group, int of_chunk) const {
+    const int other = groups - 1 - of_group;
+    return of_group <= other ? std::int64_t{of_group} * length + of_chunk : std::int64_t{other} * length + chunks(other) + of_chunk;
+  }
 };
 
 }  // namespace fastsupcon::cuda

@@ -10,14 +10,13 @@ namespace fastsupcon::cuda {
 
 struct TriangleChunk {
   const Triangle& triangle;
-  int block_tiles;                      // in the square on the diagonal of a row block
-  int group, first_tile, last_tile = 0; // 0: an idle place
+  int block_tiles;                              // in the square on the diagonal of a row block
+  int group, chunk, first_tile, last_tile = 0;  // 0: an idle block
 
   FASTSUPCON_DEVICE TriangleChunk(const Triangle& triangle, int block_tiles) : triangle(triangle), block_tiles(block_tiles) {
-    const int beginning = triangle.beginning();
-    int stripe = 0, stripe_groups = beginning;
-    for (group = static_cast<int>(ptx::block_x()); group >= stripe_groups; stripe_groups += beginning, ++stripe) group -= stripe_groups;
-    const int chunk = stripe - group / beginning;
+    int stripe = 0;
+    for (group = static_cast<int>(ptx::block_x()); group >= triangle.groups_in(stripe); ++stripe) group -= triangle.groups_in(stripe);
+    chunk = stripe - triangle.first_tile(group) / triangle.chunk;
     first_tile = triangle.first_tile(group) + chunk * triangle.chunk;
     if (chunk >= triangle.chunks(group)) return;
     last_tile = least(first_tile + triangle.chunk, triangle.tiles());
@@ -32,7 +31,9 @@ struct TriangleChunk {
   FASTSUPCON_DEVICE int first_of(int row_block) const { return most(first_tile, row_block * block_tiles); }
   FASTSUPCON_DEVICE int beyond(int row_block) const { return (row_block + 1) * block_tiles; }
 
-  FASTSUPCON_DEVICE float* row_sums() const { return triangle.row_sums + ptx::block_x() * kTriangleSums * triangle.group_rows(); }
+  FASTSUPCON_DEVICE float* row_sums() const {
+    return triangle.row_sums + triangle.place(group, chunk) * kTriangleSums * triangle.group_rows();
+  }
 };
 
 // WARPS: that fill a place. THREADS: that add up.
