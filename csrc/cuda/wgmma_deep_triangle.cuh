@@ -19,6 +19,9 @@ struct DeepTriangleShape {
   static constexpr int most_places = 12, most_threads = 3 * 128;
   static constexpr int producer_registers = 40, consumer_registers = 232;
   static_assert(producer_registers + 2 * consumer_registers <= 3 * (65536 / most_threads / 8 * 8));
+  // Panels of x that consumers hold in registers, the last of the depth, so that the ring has more places. They come by the ring, 64 rows in
+  // a place, before a row block's first tile.
+  static constexpr int held = COLUMNS == 64 ? 2 : 0;
   // A consumer's four warps fill a place. Where shared memory is short, at depth > 512, tiles have one set of slots, and consumers a place
   // for their sums of columns that they use in turn.
   static constexpr int copies = COLUMNS == 128 ? 2 : 1;
@@ -31,7 +34,7 @@ struct DeepTriangleShape {
 
   static constexpr int consumers(std::int64_t depth) { return depth <= 12 * kPanelDepth ? 2 : 1; }  // what shared memory holds the rows of
   __host__ __device__ static constexpr int rows(int consumers) { return 64 * consumers; }
-  __host__ __device__ static constexpr int ring_at(int slabs, int consumers) { return x_at + slabs * rows(consumers) * kPanelBytes; }
+  __host__ __device__ static constexpr int ring_at(int slabs, int consumers) { return x_at + (slabs - held) * rows(consumers) * kPanelBytes; }
   static DeepLayout layout(std::int64_t depth) {
     const int slabs = static_cast<int>(ceil_div(depth, kPanelDepth)), of = consumers(depth);
     const int fitting = (kBlockSharedBytes - ring_at(slabs, of)) / SlabShape<COLUMNS>::slab_bytes;
@@ -82,13 +85,19 @@ struct DeepTriangleBlock {
       const int first = chunk.first_of(row_block);
 #pragma unroll 1
       for (int tile = first; tile < chunk.last_tile; ++tile, ++number) {
-        const int x_bytes = tile == first ? rows * kPanelBytes : 0;
+        const bool is_first = tile == first;
+        if (is_first) {
+          for (int i = 0; i < Shape::held * layout.consumers; ++i) {
+            ring.fetch(y_map, row_block * layout.consumers + i % layout.consumers, layout.slabs - Shape::held + i / layout.consumers, at);
+            at = ring.after(at, 1);
+          }
+        }
 #pragma unroll 1
         for (int slab = 0; slab < layout.slabs; ++slab) {
-          const bool is_last = slab + 1 == layout.slabs;
+          const bool is_last = slab + 1 == layout.slabs, with_x = is_first && slab < layout.slabs - Shape::held;
           const ptx::Address full = ring.full(at.index);
-          ring.fetch(y_map, tile, slab, at, x_bytes + (is_last ? Shape::slots_bytes : 0));
-          if (x_bytes) ptx::copy_box_async(ring.x_panel(slab), x_map, kPanelDepth * slab, row_block * rows, full);
+          ring.fetch(y_map, tile, slab, at, (with_x ? rows * kPanelBytes : 0) + (is_last ? Shape::slots_bytes : 0));
+          if (with_x) ptx::copy_box_async(ring.x_panel(slab), x_map, kPanelDepth * slab, row_block * rows, full);
           if (is_last) fetch_slots(slots_at + slots_of(number), side, tile * COLUMNS, COLUMNS, Shape::slots, false, false, full);
           at = ring.after(at, 1);
         }
@@ -139,10 +148,33 @@ __global__ void __launch_bounds__(DeepTriangleShape<COLUMNS>::most_threads, 1)
     ring.release(read);
     read = ring.after(read, 1);
   };
+  // Before a row block's first tile, nothing being under way.
+  std::uint32_t held[Shape::held > 0 ? Shape::held : 1][4][4];
+  const auto take_held = [&] {
+#pragma unroll
+    for (int panel = 0; panel < Shape::held; ++panel) {
+      for (int of = 0; of < layout.consumers; ++of) {
+        ring.wait_for(at);
+        if (of == consumer) ring.take_x(held[panel], at);
+        ptx::sync_warp();
+        at = ring.after(at, 1);
+        release_slab();
+      }
+    }
+  };
   const auto finish = [&](int slab) {  // the first that is not issued
 #pragma unroll 1
-    for (; slab < layout.slabs; ++slab) {
+    for (; slab < layout.slabs - Shape::held; ++slab) {
       issue_slab(slab);
+      ptx::wgmma_wait<1>();
+      release_slab();
+    }
+#pragma unroll
+    for (int panel = 0; panel < Shape::held; ++panel) {
+      ring.wait_for(at);
+      ptx::wgmma_fence();
+      ring.issue_logits(next, held[panel], at);
+      at = ring.after(at, 1);
       ptx::wgmma_wait<1>();
       release_slab();
     }
@@ -156,6 +188,7 @@ __global__ void __launch_bounds__(DeepTriangleShape<COLUMNS>::most_threads, 1)
     }
   };
 
+  take_held();
   issue_slab(0);
   finish(1);
 #pragma unroll 1
@@ -198,6 +231,7 @@ __global__ void __launch_bounds__(DeepTriangleShape<COLUMNS>::most_threads, 1)
       if (block.is_last(row_block, tile)) {
         add(tile, [](int) {}, [] {});
       } else {
+        if (tile + 1 == chunk.last_tile) take_held();
         issue_slab(0);
         add(
             tile, [&](int step) { issue_slab(step + 1); },
