@@ -2,8 +2,9 @@
 //
 // Consumers own 64 rows each. The products of a tile come slab by slab, and one slab of the next tile runs under the exps of each fourth of
 // this one, so that the ring goes round meanwhile. All that a tile needs comes with its slabs: x of a row block with those of its first
-// tile, panel by panel in the place of the row block before, whose last product with a panel is as many slabs ago as a tile has, and places
-// of the ring are no more; the slots with a tile's last. So a row block follows the other without a pause.
+// tile, panel by panel in the place of the row block before, whose last product with a panel is as many slabs ago as a tile has; the slots
+// with a tile's last, in the place of those of two tiles ago, read before the tile before gave its first slabs back. So where the ring has
+// no more places than a tile has slabs, nothing but a place is waited for, and a row block follows the other without a pause.
 #pragma once
 
 #include <algorithm>
@@ -22,13 +23,10 @@ struct DeepTriangleShape {
   // Panels of x that consumers hold in registers, the last of the depth, so that the ring has more places. They come by the ring, 64 rows in
   // a place, before a row block's first tile.
   static constexpr int held = COLUMNS == 64 ? 2 : 0;
-  // A consumer's four warps fill a place. Where shared memory is short, at depth > 512, tiles have one set of slots, and consumers a place
-  // for their sums of columns that they use in turn.
-  static constexpr int copies = COLUMNS == 128 ? 2 : 1;
-  using Sums = ColumnSums<COLUMNS, 4, copies, 64>;
+  using Sums = ColumnSums<COLUMNS, 4, 2, 64>;  // a consumer's four warps fill a place: with two consumers each has its own
   static constexpr int slots = cuda::slots(false, false, false), slots_bytes = slots * COLUMNS * kFieldBytes;
-  // Shared memory: slots; sums; barriers; x; the ring.
-  static constexpr int sums_at = copies * slots_bytes, barriers_at = sums_at + Sums::bytes;
+  // Shared memory: slots of two tiles; sums; barriers; x; the ring.
+  static constexpr int sums_at = 2 * slots_bytes, barriers_at = sums_at + Sums::bytes;
   static constexpr int ring_barriers_at = barriers_at + Sums::barriers_bytes;
   static constexpr int x_at = (ring_barriers_at + 16 * most_places + 1023) / 1024 * 1024;
 
@@ -38,9 +36,7 @@ struct DeepTriangleShape {
   static DeepLayout layout(std::int64_t depth) {
     const int slabs = static_cast<int>(ceil_div(depth, kPanelDepth)), of = consumers(depth);
     const int fitting = (kBlockSharedBytes - ring_at(slabs, of)) / SlabShape<COLUMNS>::slab_bytes;
-    // A tile's slots are asked for behind its last slab's place in the ring, and may overwrite those of `copies` tiles ago: a warp
-    // has read those before it gives the steps-th slab of the tile behind them back.
-    return {slabs, 0, of, std::min({fitting, most_places, slabs, copies * slabs - steps})};
+    return {slabs, 0, of, std::min({fitting, most_places, slabs})};
   }
   static int shared_bytes(const DeepLayout& layout) {
     return ring_at(layout.slabs, layout.consumers) + layout.places * SlabShape<COLUMNS>::slab_bytes;
@@ -73,7 +69,7 @@ struct DeepTriangleBlock {
   }
 
   // The slots of the block's number-th tile.
-  static FASTSUPCON_DEVICE int slots_of(unsigned number) { return static_cast<int>(number % Shape::copies) * Shape::slots_bytes; }
+  static FASTSUPCON_DEVICE int slots_of(unsigned number) { return static_cast<int>(number % 2) * Shape::slots_bytes; }
   FASTSUPCON_DEVICE Columns columns_of(unsigned number) const { return {shared + slots_of(number), COLUMNS}; }
 
   // By one thread.
