@@ -32,7 +32,9 @@ struct DeepTriangleShape {
 
   static constexpr int consumers(std::int64_t depth) { return depth <= 12 * kPanelDepth ? 2 : 1; }  // what shared memory holds the rows of
   __host__ __device__ static constexpr int rows(int consumers) { return 64 * consumers; }
-  __host__ __device__ static constexpr int ring_at(int slabs, int consumers) { return x_at + (slabs - held) * rows(consumers) * kPanelBytes; }
+  __host__ __device__ static constexpr int ring_at(int slabs, int consumers) {
+    return x_at + (slabs - held) * rows(consumers) * kPanelBytes;
+  }
   static DeepLayout layout(std::int64_t depth) {
     const int slabs = static_cast<int>(ceil_div(depth, kPanelDepth)), of = consumers(depth);
     const int fitting = (kBlockSharedBytes - ring_at(slabs, of)) / SlabShape<COLUMNS>::slab_bytes;
