@@ -98,6 +98,7 @@ template <Product PRODUCT, int OUT_PANELS, bool APART, int COLUMNS>
 __global__ void __launch_bounds__(DeepShape<true, APART, COLUMNS>::most_threads, 1)
     wgmma_deep_backward(const __grid_constant__ Work work, const __grid_constant__ DeepLayout layout,
                         const __grid_constant__ Maps maps) {
+  ptx::begin_kernel();
   using Block = DeepBlock<PRODUCT, true, APART, COLUMNS>;
   using Shape = typename Block::Shape;
   using Slice = DeepSlice<PRODUCT, OUT_PANELS, APART, COLUMNS>;

@@ -114,6 +114,7 @@ template <Product PRODUCT, int COLUMNS>
 __global__ void __launch_bounds__(DeepTriangleShape<COLUMNS>::most_threads, 1)
     wgmma_deep_triangle(const __grid_constant__ Work work, const __grid_constant__ DeepLayout layout,
                         const __grid_constant__ ptx::TensorMap x_map, const __grid_constant__ ptx::TensorMap y_map) {
+  ptx::begin_kernel();
   using Block = DeepTriangleBlock<PRODUCT, COLUMNS>;
   using Shape = typename Block::Shape;
   constexpr int steps = Shape::steps;

@@ -133,6 +133,7 @@ template <Product PRODUCT, int PANELS>
 __global__ void __launch_bounds__(TriangleShape<PANELS>::threads, 1)
     wgmma_triangle(const __grid_constant__ Work work, const __grid_constant__ ptx::TensorMap x_map,
                    const __grid_constant__ ptx::TensorMap y_map) {
+  ptx::begin_kernel();
   using Block = TriangleBlock<PRODUCT, PANELS>;
   using Shape = typename Block::Shape;
   constexpr int columns = Shape::columns, blocks = Shape::blocks;
