@@ -4,7 +4,7 @@
 // this one, so that the ring goes round meanwhile. All that a tile needs comes with its slabs: x of a row block with those of its first
 // tile, panel by panel in the place of the row block before, whose last product with a panel is as many slabs ago as a tile has; the slots
 // with a tile's last, in the place of those of two tiles ago, read before the tile before gave its first slabs back. So where the ring has
-// no more places than a tile has slabs, nothing but a place is waited for, and a row block follows the other without a pause.
+// no more places than a tile has slabs, nothing but a place is waited for, and the ring goes on from a row block to the next.
 #pragma once
 
 #include <algorithm>
