@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsupcon import functional, operators
+from fastsupcon import functional
 from fastsupcon.backends import BACKENDS
-from fastsupcon.problem import Pairs
 from tests import naive
 from tests.table import LOSSES, Row, unit
 
@@ -42,10 +41,7 @@ def _plain_cross(a: Tensor, b: Tensor, *, temperature: float) -> Tensor:
 
 
 def _clip(a: Tensor, b: Tensor, *, temperature: float, backend: str) -> Tensor:
-    keys = torch.arange(len(a), device=a.device)
-    pairs = Pairs(a, b, 1 / temperature, row_keys=keys, column_keys=keys)
-    (rows, positives), (columns,) = operators.terms(pairs, ("all", "similarity"), ("all",), backend=backend)
-    return ((rows - 2 * positives).mean() + columns.mean()) / 2
+    return functional.info_nce_loss(a, b, temperature=temperature, normalize=False, backend=backend)
 
 
 def _plain_clip(a: Tensor, b: Tensor, *, temperature: float) -> Tensor:
@@ -106,8 +102,9 @@ class Case:
 
     def flops(self, mode: str) -> int:
         """The least a kernel needs that keeps nothing of the matrix (a multiply-add is 2): the floor of NOTES.md."""
-        if self.prototypes:  # every logit once; and once more, with the two products of its gradients
-            return (2 if mode == "forward" else 8) * self.rows * self.prototypes * self.depth
+        columns = self.prototypes or (self.rows if ROWS[self.loss].two_sides else 0)
+        if columns:  # every logit once; and once more, with the two products of its gradients
+            return (2 if mode == "forward" else 8) * self.rows * columns * self.depth
         square = self.rows**2 * self.depth  # symmetric: the forward computes half of the matrix
         backward = 3 if self.device == "cpu" else 4  # half the matrix and two products; on a GPU, free of atomics, all of it and one
         return square if mode == "forward" else (1 + backward) * square

@@ -80,6 +80,7 @@ RUNGS = [
     Rung("deep, 5 to 8 panels", "cuda", rows((70, 264), (300, 320), (300, 512)) + cross((70, 150, 320)), family="wgmma"),
     Rung("deep, 9 to 12 panels", "cuda", rows((64, 520), (300, 768)) + cross((70, 150, 640)), family="wgmma"),
     Rung("deep, 13 to 16 panels", "cuda", rows((90, 776), (300, 1024), (33, 1016)) + cross((70, 150, 1000)), family="wgmma"),
+    Rung("deep, each pair once", "cuda", rows((8192, 320), (5000, 512), (8191, 768), (8192, 1000)), check_some),
     Rung("mma bf16", "cuda", rows((65, 100), (513, 129), (300, 128), (200, 1100)), family="mma"),
     Rung("mma bf16 cross", "cuda", cross((70, 150, 100), (300, 3000, 128), whole=True, bias=True, own=True), family="mma"),
     Rung("mma bf16, running sums", "cuda", rows((300, 128), (2000, 64), scale=1000.0) + rows((300, 128), learned=True), family="mma"),

@@ -14,7 +14,7 @@ from fastsupcon.problem import QUANTITIES, Line, Pairs, Side
 
 SHAPES = [(70, 33), (300, 64), (300, 128), (150, 256), (100, 320), (70, 768), (40, 1024)]
 # Six row blocks or more in one group (triangle.h): each ring and the places of columns' sums come round, and x is fetched anew.
-TRIANGLES = [(2000, 64), (2000, 128), (1501, 256)]
+TRIANGLES = [(2000, 64), (2000, 128), (1501, 256), (900, 320), (900, 512), (900, 768), (500, 1024)]
 COLUMNS = 77
 DTYPES = ("bfloat16", "float16", "float32")
 

@@ -3,12 +3,15 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from . import functional
+from .losses.infonce import InfoNCELoss
+from .losses.ntxent import NTXentLoss
 from .losses.psc import PSCLoss
 from .losses.supcon import SupConLoss
+from .queue import MemoryQueue
 
 try:
     __version__ = version("fastsupcon")
 except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "0+unknown"
 
-__all__ = ["PSCLoss", "SupConLoss", "functional"]
+__all__ = ["InfoNCELoss", "MemoryQueue", "NTXentLoss", "PSCLoss", "SupConLoss", "functional"]

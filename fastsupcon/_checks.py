@@ -30,6 +30,14 @@ def rows(name: str, value: object, columns: int | None = None) -> None:
         raise ValueError(f"{name} must not be empty, got shape {list(value.shape)}")
 
 
+def rows_like(name: str, value: object, other_name: str, other: Tensor) -> None:
+    """[rows, D] of the D, dtype and device of the rows ``other``."""
+    rows(name, value, columns=other.shape[1])
+    on_device(name, value, other.device)
+    if value.dtype != other.dtype:
+        raise TypeError(f"{name} must have {other_name}'s dtype {other.dtype}, got {value.dtype}")
+
+
 def vector(name: str, value: object, length: int, device: torch.device, *, floating: bool = False) -> None:
     """A [length] of integers (or of floats) on ``device``."""
     kind = "a floating-point" if floating else "an integer"
@@ -44,7 +52,7 @@ def vector(name: str, value: object, length: int, device: torch.device, *, float
 
 def on_device(name: str, value: Tensor, device: torch.device) -> None:
     if value.device != device:
-        raise ValueError(f"{name} must be on {device} like the rows, got {value.device}")
+        raise ValueError(f"{name} must be on {device} like the rows, got {value.device}: move it there with {name}.to({str(device)!r})")
 
 
 def within(name: str, value: Tensor, low: int, high: int) -> None:
@@ -57,6 +65,15 @@ def within(name: str, value: Tensor, low: int, high: int) -> None:
             raise ValueError(f"{message}, got values from {least} to {greatest}")
     else:
         torch._assert_async(((wide >= low) & (wide < high)).all(), message)
+
+
+def not_negative(name: str, value: Tensor) -> None:
+    """No element below 0; a NaN is none. On a GPU and under torch.compile a breach is asserted by the device."""
+    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        if (value < 0).any():
+            raise ValueError(f"{name} must not be negative, got {value.min().item():g}")
+    else:
+        torch._assert_async(~(value < 0).any(), f"{name} must not be negative")
 
 
 def whole(name: str, value: Tensor) -> None:
@@ -79,18 +96,20 @@ def is_integer(value: object) -> bool:
 
 
 def scale(name: str, value: float | Tensor) -> None:
-    """A finite number, or a 0-d floating-point tensor, whose value is not read back."""
+    """A finite number, or a floating-point tensor of one element, whose value is not read back."""
     if isinstance(value, Tensor):
-        if value.ndim != 0 or not value.is_floating_point():
-            raise TypeError(f"{name} must be a number or a 0-d floating-point tensor, got {value.dtype} of shape {list(value.shape)}")
+        if value.numel() != 1 or not value.is_floating_point():
+            raise TypeError(
+                f"{name} must be a number or a floating-point tensor of one element, got {value.dtype} of shape {list(value.shape)}"
+            )
     elif not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number or a 0-d tensor, got {type(value).__name__}")
+        raise TypeError(f"{name} must be a number or a tensor of one element, got {type(value).__name__}")
     elif not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
 
 
 def temperature(name: str, value: float | Tensor) -> None:
-    """A positive finite number, or a 0-d floating-point tensor, whose value is not read back."""
+    """A positive finite number, or a floating-point tensor of one element, whose value is not read back."""
     if type(value) is float and 0 < value < math.inf:  # ahead of the questions that cost a microsecond each
         return
     if isinstance(value, Tensor) or not isinstance(value, numbers.Real) or isinstance(value, bool):

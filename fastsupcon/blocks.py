@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,9 +27,13 @@ def quantities(blocks: Sequence[Pairs], *names: str, backend: str = "auto") -> Q
     asked = tuple(name for name in QUANTITIES if name in names)
     values = operators.terms(blocks[0], asked, backend=backend)[0].unbind()
     for block in blocks[1:]:
-        more = operators.terms(block, asked, backend=backend)[0].unbind()
-        values = [logaddexp(a, b) if name in LOG_SUMS else a + b for name, a, b in zip(asked, values, more, strict=True)]
+        values = join(asked, values, operators.terms(block, asked, backend=backend)[0].unbind())
     return Quantities(**dict(zip(asked, values, strict=True)))
+
+
+def join(names: Sequence[str], a: Iterable[Tensor], b: Iterable[Tensor]) -> list[Tensor]:
+    """The quantities ``names`` over the columns of two blocks, from those over each."""
+    return [logaddexp(x, y) if name in LOG_SUMS else x + y for name, x, y in zip(names, a, b, strict=True)]
 
 
 def logaddexp(a: Tensor, b: Tensor) -> Tensor:

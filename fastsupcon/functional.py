@@ -6,11 +6,13 @@ from torch import Tensor
 
 from . import _checks, operators
 from .backends import sum_dtype
+from .losses.infonce import info_nce_loss
+from .losses.ntxent import nt_xent_loss
 from .losses.psc import psc_loss
 from .losses.supcon import supcon_loss
 from .problem import Pairs
 
-__all__ = ["cross_logsumexp", "psc_loss", "self_logsumexp", "supcon_loss"]
+__all__ = ["cross_logsumexp", "info_nce_loss", "nt_xent_loss", "psc_loss", "self_logsumexp", "supcon_loss"]
 
 
 def self_logsumexp(z: Tensor, *, scale: float | Tensor = 1.0, backend: str = "auto") -> Tensor:
@@ -23,15 +25,15 @@ def self_logsumexp(z: Tensor, *, scale: float | Tensor = 1.0, backend: str = "au
 
     Args:
         z: rows [N, D], any floating dtype.
-        scale: 1 / temperature, a number or a 0-d tensor, which may require grad.
+        scale: 1 / temperature, a number or a tensor of one element, which may require grad.
         backend: "auto" (the fastest that serves these rows), "cuda", "triton", "cpu", "chunked" or "reference".
 
     Returns:
         [N] in float32, for float64 rows in float64. With N = 1 there is nothing to sum: -inf, and no gradient.
 
     Raises:
-        TypeError, ValueError: ``z`` is no floating-point [N, D] with N, D >= 1; ``scale`` is neither a number nor a 0-d tensor; the backend
-            is unknown or cannot serve this.
+        TypeError, ValueError: ``z`` is no floating-point [N, D] with N, D >= 1; ``scale`` is no number and no tensor of one element; the
+            backend is unknown or cannot serve this.
     """
     _checks.rows("z", z)
     return operators.terms(Pairs(z, scale=_scale(scale, z)), ("all",), backend=backend)[0][0]
@@ -58,7 +60,7 @@ def cross_logsumexp(
     Args:
         a: rows [N, D].
         b: columns [M, D], of a's dtype and on its device.
-        scale: 1 / temperature, a number or a 0-d tensor, which may require grad.
+        scale: 1 / temperature, a number or a tensor of one element, which may require grad.
         bias: floating [M], added to the logits.
         skip: integer [N], one excluded column per row; -1 excludes none.
         row_labels, column_labels: integer [N] and [M]: all columns of the row's own label are excluded. Not together with ``skip``.
@@ -72,10 +74,7 @@ def cross_logsumexp(
             is unknown or cannot serve this. On a GPU ``skip`` out of range is a device-side assertion: reading it back would wait.
     """
     _checks.rows("a", a)
-    _checks.rows("b", b, columns=a.shape[1])
-    _checks.on_device("b", b, a.device)
-    if b.dtype != a.dtype:
-        raise TypeError(f"b must have a's dtype {a.dtype}, got {b.dtype}")
+    _checks.rows_like("b", b, "a", a)
     if bias is not None:
         _checks.vector("bias", bias, len(b), a.device, floating=True)
         bias = bias.to(sum_dtype(a.dtype))
@@ -98,4 +97,4 @@ def cross_logsumexp(
 
 def _scale(scale: float | Tensor, rows: Tensor) -> float | Tensor:
     _checks.scale("scale", scale)
-    return scale.to(rows.device, sum_dtype(rows.dtype)) if isinstance(scale, Tensor) else float(scale)
+    return scale.to(rows.device, sum_dtype(rows.dtype)).reshape(()) if isinstance(scale, Tensor) else float(scale)

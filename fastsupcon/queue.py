@@ -7,6 +7,9 @@ from torch import Tensor, nn
 
 from . import _checks
 
+#: The key of rows that are nobody's positives. Of 31 bits, as the CUDA kernels compare longer ones more slowly.
+NOBODY = 2**30 - 1
+
 
 class MemoryQueue(nn.Module):
     """The last ``size`` rows that went through a loss, without gradient, and their keys: more columns for the rows of the next batch.

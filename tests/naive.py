@@ -9,6 +9,8 @@ It shares no code with fastsupcon, and must not: the two could be wrong alike.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -94,3 +96,108 @@ def psc_loss(
     allowed = similarities if denominator == "all" else similarities.scatter(1, own_columns, -torch.inf)
     losses = allowed.logsumexp(1) - positive
     return reduce(losses, torch.ones_like(labels, dtype=torch.bool), reduction)
+
+
+def hard_negative_supcon_loss(
+    features: Tensor,
+    labels: Tensor | None = None,
+    *,
+    temperature: float | Tensor,
+    form: str = "out",
+    denominator: str = "all",
+    beta: float = 0.0,
+    ignore_index: int | None = None,
+    class_weights: Tensor | None = None,
+    keys: Tensor | None = None,
+    key_labels: Tensor | None = None,
+    memory: tuple[Tensor, Tensor] | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+    lone_anchors: str = "zero",
+) -> Tensor:
+    """supcon_loss anchor by anchor, in its other forms, with sums written out: features [N, D], labels [N]; ``memory``: more columns."""
+    rest = lambda x: unit(x) if normalize else x  # noqa: E731
+    z = rest(features)
+    columns, of_columns = (z, labels) if keys is None else (rest(keys), key_labels)
+    if memory is not None:
+        columns, of_columns = torch.cat([columns, rest(memory[0])]), torch.cat([of_columns, memory[1]])
+    losses, counted, weights = [], [], []
+    for i in range(len(z)):
+        others = torch.ones(len(columns), dtype=torch.bool, device=z.device)
+        if keys is None:
+            others[i] = False
+        is_anchor = ignore_index is None or labels[i] != ignore_index
+        positive = others & (of_columns == labels[i]) & is_anchor
+        negative = others & ~positive
+        t = columns @ z[i] / temperature
+        hard, kept = t[negative], t[positive]
+        if beta and len(hard):
+            hard = hard + math.log(len(hard)) + (beta * hard).log_softmax(0)
+        has_both = bool(positive.any()) and (denominator == "all" or bool(negative.any()))
+        if not has_both:
+            losses.append(0 * z[i].sum())
+        else:
+            below = (torch.cat([hard, kept]) if denominator == "all" else hard).logsumexp(0)
+            above = kept.mean() if form == "out" else kept.logsumexp(0) - math.log(len(kept))
+            losses.append(below - above)
+        counted.append(is_anchor and (has_both or lone_anchors == "zero"))
+        weights.append(1.0 if class_weights is None or not is_anchor else class_weights[labels[i]])
+    weight = torch.stack([torch.as_tensor(w, dtype=z.dtype, device=z.device) * c for w, c in zip(weights, counted, strict=True)])
+    losses = torch.stack(losses) * weight
+    return losses if reduction == "none" else losses.sum() if reduction == "sum" else losses.sum() / weight.sum().clamp_min(1e-300)
+
+
+def several_labels(labels: Tensor) -> Tensor:
+    """The mask [B, B] of labels [B, C]: how many classes two samples share, or how much of them."""
+    return labels @ labels.T
+
+
+def listed(positives: Tensor, rows: int) -> Tensor:
+    """The mask [A, N] of lists [A, K] of row numbers, -1 for none."""
+    mask = torch.zeros(len(positives), rows, dtype=torch.float64, device=positives.device)
+    for anchor, of_anchor in enumerate(positives.tolist()):
+        for row in of_anchor:
+            if row not in (-1, anchor):
+                mask[anchor, row] += 1
+    return mask
+
+
+def info_nce_loss(
+    a: Tensor,
+    b: Tensor,
+    keys: Tensor | None = None,
+    negatives: Tensor | None = None,
+    *,
+    temperature: float | Tensor,
+    symmetric: bool = True,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross-entropy of each row of the logits a b^T / temperature against its positives, uniformly weighted; and of each column."""
+    if normalize:
+        a, b = unit(a), unit(b)
+    keys = torch.arange(len(a), device=a.device) if keys is None else keys
+    positives = (keys[:, None] == keys[None, :]).to(a.dtype)  # [N, N]
+    logits = (a @ b.T) / temperature
+    wide, targets = logits, positives
+    if negatives is not None:
+        further = (a @ (unit(negatives) if normalize else negatives).T) / temperature
+        wide, targets = torch.cat([logits, further], 1), torch.cat([positives, torch.zeros_like(further)], 1)
+    losses = _soft_cross_entropy(wide, targets)
+    if symmetric:
+        losses = (losses + _soft_cross_entropy(logits.T, positives.T)) / 2
+    return reduce(losses, torch.ones_like(keys, dtype=torch.bool), reduction)
+
+
+def nt_xent_loss(z0: Tensor, z1: Tensor, *, temperature: float | Tensor, normalize: bool = True, reduction: str = "mean") -> Tensor:
+    """Cross-entropy of each of the 2 B rows' logits against its other view, B rows away; the row itself is no candidate."""
+    z = torch.cat([z0, z1])
+    z = unit(z) if normalize else z
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    logits = (z @ z.T / temperature).masked_fill(itself, -torch.inf)
+    losses = torch.nn.functional.cross_entropy(logits, itself.long().argmax(1).roll(len(z0)), reduction="none")
+    return reduce(losses, torch.ones(len(z), dtype=torch.bool, device=z.device), reduction)
+
+
+def _soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return -(targets / targets.sum(1, keepdim=True) * torch.log_softmax(logits, 1)).sum(1)

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastsupcon import PSCLoss, SupConLoss, functional
+from fastsupcon import InfoNCELoss, NTXentLoss, PSCLoss, SupConLoss, functional
 from tests import naive
 
 
@@ -20,6 +20,7 @@ class Row:
     inputs: Callable[..., tuple[Tensor | None, ...]]  # (samples, depth) -> float64 or integer tensors on the CPU; the first is features
     module: Callable[..., torch.nn.Module]  # (inputs) -> the module that computes the same of the first inputs
     options: dict[str, object] = field(default_factory=dict)
+    two_sides: bool = False  # rows against as many others, not among themselves
 
     def on(self, samples: int, depth: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
         """The inputs, rows of unit length rounded to ``dtype``; what is floating is a leaf that requires a gradient."""
@@ -45,8 +46,22 @@ def prototyped(samples: int, depth: int, classes: int = 7, per_class: int = 1):
     return unit(samples, depth), torch.randint(0, classes, (samples,)), unit(classes * per_class, depth)
 
 
+def paired(samples: int, depth: int):
+    return unit(samples, depth), unit(samples, depth)
+
+
+def keyed_pairs(samples: int, depth: int):
+    """Several captions of an image, and hard negatives."""
+    return *paired(samples, depth), torch.randint(0, max(1, samples // 2), (samples,)), unit(samples + 3, depth)
+
+
 def _scl_module(options):
     return lambda inputs, backend="auto": SupConLoss(**({"base_temperature": None} | options), backend=backend)
+
+
+def _module(kind, options):
+    """For a loss without a state."""
+    return lambda inputs, backend="auto": kind(**options, backend=backend)
 
 
 def _psc_module(options):
@@ -64,11 +79,37 @@ def _scl(inputs, **options) -> Row:
     return Row(functional.supcon_loss, naive.supcon_loss, inputs, _scl_module(options), options)
 
 
+def _form(**options) -> Row:
+    """Of supcon_loss's other forms."""
+    options = {"temperature": 0.2, "normalize": True} | options
+    return Row(functional.supcon_loss, naive.hard_negative_supcon_loss, labelled, _scl_module(options), options)
+
+
+def several(samples: int, depth: int):
+    return unit(samples, 2, depth), torch.rand(samples, 3).round() + torch.eye(samples, 3)
+
+
+def naive_several(features, labels, **options):
+    return naive.supcon_loss(features, mask=naive.several_labels(labels), **options)
+
+
+def _infonce(inputs, **options) -> Row:
+    options = {"temperature": 0.1} | options
+    return Row(functional.info_nce_loss, naive.info_nce_loss, inputs, _module(InfoNCELoss, options), options, two_sides=True)
+
+
+def _ntxent(**options) -> Row:
+    options = {"temperature": 0.1} | options
+    return Row(functional.nt_xent_loss, naive.nt_xent_loss, paired, _module(NTXentLoss, options), options)
+
+
 def _psc(**options) -> Row:
     options = {"temperature": 0.2} | options
     inputs = partial(prototyped, per_class=options.get("prototypes_per_class", 1))
     return Row(functional.psc_loss, naive.psc_loss, inputs, _psc_module(options), options)
 
+
+SEVERAL = {"temperature": 0.1, "normalize": True}
 
 LOSSES = {
     "scl": _scl(labelled),
@@ -76,7 +117,17 @@ LOSSES = {
     "scl one": _scl(partial(labelled, views=2), contrast_mode="one", lone_anchors="skip"),
     "simclr": _scl(lambda samples, depth: (unit(samples, 2, depth), None)),
     "scl mask": _scl(masked),
+    "scl in": _form(form="in"),
+    "dcl": _form(denominator="negatives", lone_anchors="skip"),
+    "scl hard": _form(beta=0.7),
+    "dcl hard in": _form(beta=1.5, denominator="negatives", form="in"),
+    "scl ignore": _form(ignore_index=0),
+    "scl several": Row(functional.supcon_loss, naive_several, several, _scl_module(SEVERAL), SEVERAL),
     "psc": _psc(),
     "psc all": _psc(denominator="all", normalize=False),
     "mpsc": _psc(prototypes_per_class=3),
+    "infonce": _infonce(paired),
+    "infonce rows": _infonce(paired, symmetric=False, normalize=False),
+    "infonce keys": _infonce(keyed_pairs),
+    "ntxent": _ntxent(),
 }

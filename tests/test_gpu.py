@@ -61,7 +61,10 @@ def test_deep_rows(name, d, dtype):
 @pytest.mark.parametrize("group", [1, 8])  # row blocks
 @pytest.mark.parametrize(
     ("n", "d", "keys"),
-    [(3, 64, "few"), (385, 8, "int64"), (1160, 128, "few"), (2000, 64, "int64"), (1501, 256, "int64"), (5000, 128, "few")],
+    [
+        *((3, 64, "few"), (385, 8, "int64"), (1160, 128, "few"), (2000, 64, "int64"), (1501, 256, "int64"), (5000, 128, "few")),
+        *((3, 264, "few"), (1501, 320, "int64"), (1160, 512, "few"), (3001, 512, "few"), (1501, 768, "int64"), (800, 1024, "few")),
+    ],
 )
 def test_each_pair_once(n, d, keys, group, monkeypatch):
     """The forward of csrc/cuda/triangle.h where it would not be chosen."""

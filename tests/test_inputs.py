@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from fastsupcon import PSCLoss, SupConLoss, functional
+from fastsupcon import MemoryQueue, PSCLoss, SupConLoss, functional
 from fastsupcon.backends import BACKENDS
 
 DTYPES = "torch.float32, torch.float16, torch.bfloat16, torch.float64"
@@ -44,10 +44,44 @@ SUPCON = [  # arguments, options, error, text
     ((z(), ids()), {"lone_anchors": "drop"}, ValueError, "lone_anchors must be one of 'zero', 'skip', 'error', got 'drop'"),
     ((z(), ids()), {"temperature": 0.0}, ValueError, "temperature must be positive and finite, got 0.0"),
     ((z(), ids()), {"temperature": float("nan")}, ValueError, "temperature must be positive and finite, got nan"),
-    ((z(), ids()), {"temperature": "hot"}, TypeError, "temperature must be a number or a 0-d tensor, got str"),
-    ((z(), ids()), {"temperature": torch.ones(2)}, TypeError, "temperature must be a number or a 0-d floating-point tensor"),
-    ((z(), ids()), {"temperature": True}, TypeError, "temperature must be a number or a 0-d tensor, got bool"),
+    ((z(), ids()), {"temperature": "hot"}, TypeError, "temperature must be a number or a tensor of one element, got str"),
+    ((z(), ids()), {"temperature": torch.ones(2)}, TypeError, "temperature must be a number or a floating-point tensor of one element"),
+    ((z(), ids()), {"temperature": True}, TypeError, "temperature must be a number or a tensor of one element, got bool"),
     ((z(), ids()), {"base_temperature": -1}, ValueError, "base_temperature must be positive and finite, got -1"),
+    ((z(), z() + 1, ids()), {}, ValueError, "labels look like a second view of the features: pass both views as one"),
+    ((z(), None, -torch.eye(4, device=DEVICE)), {}, ValueError, "mask must not be negative, got -1"),
+    ((z(), ids(3)[:, None] * torch.ones(2, device=DEVICE)), {}, ValueError, "labels must have shape [4] or [4, C], got [3, 2]"),
+    ((z(), -torch.ones(4, 2, device=DEVICE)), {}, ValueError, "labels must not be negative, got -1"),
+    ((z(), torch.ones(4, 2, device=DEVICE)), {"form": "in"}, ValueError, "form='in' needs positives that one class a row names"),
+    ((z(), None, torch.eye(4, device=DEVICE)), {"denominator": "negatives"}, ValueError, "denominator='negatives' needs positives that"),
+    ((z(), None, torch.eye(4, device=DEVICE)), {"beta": 1.0}, ValueError, "beta needs positives that one class a row names"),
+    (
+        (z(), None, torch.eye(4, device=DEVICE)),
+        {"queue": MemoryQueue(8, 3)},
+        ValueError,
+        "queue needs positives that one class a row names",
+    ),
+    ((z(), ids()), {"form": "both"}, ValueError, "form must be one of 'out', 'in', got 'both'"),
+    ((z(), ids()), {"denominator": "some"}, ValueError, "denominator must be one of 'all', 'negatives', got 'some'"),
+    ((z(), ids()), {"beta": -1.0}, ValueError, "beta must be finite and not negative, got -1.0"),
+    ((z(), ids()), {"beta": "much"}, TypeError, "beta must be a number, got str"),
+    ((z(), ids()), {"positives": ids()[:, None]}, ValueError, "labels and positives both define the positives"),
+    ((z(),), {"positives": ids()}, ValueError, "positives must have shape [4, K], got [4]"),
+    ((z(),), {"positives": z()}, TypeError, "positives must be a torch.Tensor of an integer dtype, got torch.float32"),
+    ((z(),), {"positives": ids()[:, None] + 4}, ValueError, "positives must lie in [-1, 4), got values from 4 to 5"),
+    ((z(),), {"keys": z(5), "key_labels": ids(5)}, ValueError, "keys needs labels, one class a row, and got none"),
+    ((z(), ids()), {"keys": z(5)}, ValueError, "key_labels must be given together with keys, got None"),
+    ((z(), ids()), {"key_labels": ids(5)}, ValueError, "keys must be given together with key_labels, got None"),
+    ((z(), ids()), {"keys": z(5, 2), "key_labels": ids(5)}, ValueError, "keys must have shape [rows, 3], got [5, 2]"),
+    ((z(), ids()), {"keys": z(5), "key_labels": ids(4)}, ValueError, "key_labels must have shape [5], got [4]"),
+    ((z()[:, None].repeat(1, 2, 1),), {"ignore_index": 0}, ValueError, "ignore_index needs labels, one class a row, and got none"),
+    ((z(), ids()), {"ignore_index": 0.5}, TypeError, "ignore_index must be an int, got float"),
+    ((z()[:, None].repeat(1, 2, 1),), {"class_weights": z()[0]}, ValueError, "class_weights needs labels, one class a row, and got none"),
+    ((z(), ids() + 2), {"class_weights": z()[0]}, ValueError, "labels must lie in [0, 3), got values from 2 to 3"),
+    ((z(), ids()), {"class_weights": ids()}, TypeError, "class_weights must have a floating-point dtype, got torch.int64"),
+    ((z(), ids()), {"anchor_weights": z()[0]}, ValueError, "anchor_weights must have shape [4], got [3]"),
+    ((z(), ids()), {"queue": 8}, TypeError, "queue must be a fastsupcon.MemoryQueue or None, got int"),
+    ((z(), ids()), {"queue": MemoryQueue(8, 2)}, ValueError, "queue holds rows of dimension 2, got features of dimension 3"),
 ]
 
 

@@ -7,12 +7,26 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastsupcon import PSCLoss, SupConLoss, operators
+from fastsupcon import InfoNCELoss, PSCLoss, SupConLoss, operators
 from fastsupcon.backends import sum_dtype
 from fastsupcon.problem import Gradients, Terms
 
 META = torch.device("meta")
-NO_LAUNCH = {"empty", "empty_like", "new_empty", "detach", "view", "alias", "t", "expand", "select", "slice"}
+NO_LAUNCH = {
+    "empty",
+    "empty_like",
+    "new_empty",
+    "detach",
+    "view",
+    "alias",
+    "t",
+    "expand",
+    "select",
+    "slice",
+    "squeeze",
+    "unbind",
+    "unsqueeze",
+}
 
 
 class Nothing:
@@ -66,3 +80,19 @@ def test_a_step_launches_one_operator_of_pytorch_the_seed_of_backward(monkeypatc
         module(features, labels).backward()
     assert launches.names == ["ones_like"]
     assert features.grad.shape == features.shape
+
+
+def test_launches_of_both_directions_of_pairs(monkeypatch):
+    """A line over quantities of rows and of columns is made by PyTorch, one of rows alone by the backend."""
+    monkeypatch.setattr(operators, "traced", lambda arguments: False)
+    monkeypatch.setattr(operators, "_backend", lambda name, rows: Nothing)
+    a, b = (torch.empty(1024, 128, device=META, requires_grad=True) for _ in range(2))
+    with Launches() as launches:
+        loss = InfoNCELoss()(a, b)
+    assert launches.names == ["arange", "add", "div", "sub", "mean"]
+    with Launches() as launches:
+        loss.backward()
+    assert launches.names == ["ones_like", "div", "neg", "div", "stack"]
+    with Launches() as launches:
+        InfoNCELoss(symmetric=False)(a, b)
+    assert launches.names == ["arange"]

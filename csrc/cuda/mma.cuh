@@ -373,6 +373,7 @@ struct MmaBlock {
 
 template <Product PRODUCT, int PANELS>
 __global__ void __launch_bounds__(kMmaThreads) mma_forward(const __grid_constant__ Work work) {
+  ptx::begin_kernel();
   using Block = MmaBlock<PRODUCT, PANELS, false>;
   using Shape = typename Block::Shape;
   Block block(work);
@@ -407,6 +408,7 @@ __global__ void __launch_bounds__(kMmaThreads) mma_forward(const __grid_constant
 
 template <Product PRODUCT, int PANELS>
 __global__ void __launch_bounds__(kMmaThreads) mma_backward(const __grid_constant__ Work work) {
+  ptx::begin_kernel();
   using Block = MmaBlock<PRODUCT, PANELS, true>;
   using Shape = typename Block::Shape;
   constexpr bool half = kIsHalf<PRODUCT>;

@@ -21,6 +21,7 @@ constexpr int kBlockSumBytes = kBlockThreads / 32 * static_cast<int>(sizeof(floa
 
 // out = factor Σ values.
 __global__ void __launch_bounds__(kBlockThreads) sum_rows(const float* values, std::int64_t count, float factor, float* out) {
+  ptx::begin_kernel();
   float sum = 0.0f;
   load_ahead<8, std::int64_t>(
       ptx::thread(), count, kBlockThreads, [&](std::int64_t i) { return values[i]; }, [&](float value) { sum += value; });
@@ -30,6 +31,7 @@ __global__ void __launch_bounds__(kBlockThreads) sum_rows(const float* values, s
 
 // Many blocks without reduction, else one, which adds up in the order of add_to_loss.
 __global__ void __launch_bounds__(kBlockThreads) line_forward(const __grid_constant__ LineWork line) {
+  ptx::begin_kernel();
   const int warp = ptx::warp(), lane = ptx::lane();
   const auto load = [&](std::int64_t group) {
     const std::int64_t row = 32 * group + lane;
@@ -51,6 +53,7 @@ __global__ void __launch_bounds__(kBlockThreads) line_forward(const __grid_const
 }
 
 __global__ void __launch_bounds__(kBlockThreads) line_gradients(const __grid_constant__ LineWork line) {
+  ptx::begin_kernel();
   const float* counts = line.values.count;
   float paired = 0.0f;
   if (line.skip_lone) {

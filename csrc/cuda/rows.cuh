@@ -150,6 +150,7 @@ inline int row_lanes(std::int64_t depth) {
 
 template <Product PRODUCT>
 __global__ void __launch_bounds__(kRowsThreads) prepare_forward(const __grid_constant__ RowsWork work) {
+  ptx::begin_kernel();
   const SideBlock at = side_block(work.sides[0].field_rows, kRowsThreads / work.row_lanes);
   const Rows& side = work.sides[at.side];
   const std::int64_t row = at.first_row + ptx::thread() / work.row_lanes;
@@ -182,6 +183,7 @@ struct TriangleTotal {
 // its own as columns. Its warps share these out, a lane for each row: one thread for a row would wait for half of a launch of 8,192 rows'
 // time. Sums over all pairs alone, bounded.
 __global__ void __launch_bounds__(kRowsThreads) combine_triangle(const __grid_constant__ Work work) {
+  ptx::begin_kernel();
   const Triangle& triangle = work.triangle;
   const Pass& pass = work.passes[0];
   const int row = static_cast<int>(ptx::block_x()) * 32 + ptx::lane(), warp = ptx::warp();
@@ -244,6 +246,7 @@ constexpr int kPrepareBytes = 2 * kRowsWarps * static_cast<int>(sizeof(float)); 
 
 // One thread for each row.
 __global__ void __launch_bounds__(kRowsThreads) prepare_backward(const __grid_constant__ RowsWork work) {
+  ptx::begin_kernel();
   const SideBlock at = side_block(work.sides[0].field_rows, kRowsThreads);
   const Rows& side = work.sides[at.side];
   const std::int64_t row = at.first_row + ptx::thread();
@@ -377,6 +380,7 @@ FASTSUPCON_DEVICE void finish_row(const FinishWork& work, const Finish& side, st
 // bound keeps ptxas from taking registers that leave room for fewer.
 template <Product PRODUCT>
 __global__ void __launch_bounds__(kRowsThreads, 4) finish_gradients(const __grid_constant__ FinishWork work) {
+  ptx::begin_kernel();
   const SideBlock at = side_block(work.sides[0].count, kRowsWarps / work.row_warps);
   const Finish& side = work.sides[at.side];
   const int warp = ptx::warp();

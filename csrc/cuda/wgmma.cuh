@@ -144,6 +144,7 @@ struct WgmmaBlock {
 template <Product PRODUCT, int PANELS, bool APART>
 __global__ void __launch_bounds__(WgmmaShape<PANELS, false, APART>::threads, 1)
     wgmma_forward(const __grid_constant__ Work work, int consumers, const __grid_constant__ Maps maps) {
+  ptx::begin_kernel();
   using Block = WgmmaBlock<PRODUCT, PANELS, false, APART>;
   using Shape = typename Block::Shape;
   constexpr int columns = Shape::columns;
@@ -188,6 +189,7 @@ __global__ void __launch_bounds__(WgmmaShape<PANELS, false, APART>::threads, 1)
 template <Product PRODUCT, int PANELS, bool APART>
 __global__ void __launch_bounds__(WgmmaShape<PANELS, true, APART>::threads, 1)
     wgmma_backward(const __grid_constant__ Work work, int consumers, const __grid_constant__ Maps maps) {
+  ptx::begin_kernel();
   using Block = WgmmaBlock<PRODUCT, PANELS, true, APART>;
   using Shape = typename Block::Shape;
   constexpr int columns = Shape::columns;

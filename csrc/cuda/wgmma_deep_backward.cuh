@@ -35,12 +35,12 @@ struct DeepSlice {
 
   FASTSUPCON_DEVICE void wait_for(int tile, Place tile_at) const {
 #pragma unroll
-    for (int i = 0; i < slabs; ++i) block.wait_for(place_of(tile, tile_at, i));
+    for (int i = 0; i < slabs; ++i) block.ring.wait_for(place_of(tile, tile_at, i));
   }
   FASTSUPCON_DEVICE void release(int tile, Place tile_at) const {
 #pragma unroll
     for (int i = 0; i < slabs; ++i) {
-      if (first_slab() + i < block.layout.slabs) block.release(place_of(tile, tile_at, i));
+      if (first_slab() + i < block.layout.slabs) block.ring.release(place_of(tile, tile_at, i));
     }
   }
 
@@ -49,7 +49,7 @@ struct DeepSlice {
   FASTSUPCON_DEVICE void for_each_product(int tile, Place tile_at, Use use) const {
 #pragma unroll
     for (int i = 0; i < slabs; ++i) {
-      const ptx::Address slab = block.y_slab(place_of(tile, tile_at, i));
+      const ptx::Address slab = block.ring.y_slab(place_of(tile, tile_at, i));
 #pragma unroll
       for (int h = 0; h < slab_panels; ++h) {
 #pragma unroll
@@ -98,6 +98,7 @@ template <Product PRODUCT, int OUT_PANELS, bool APART, int COLUMNS>
 __global__ void __launch_bounds__(DeepShape<true, APART, COLUMNS>::most_threads, 1)
     wgmma_deep_backward(const __grid_constant__ Work work, const __grid_constant__ DeepLayout layout,
                         const __grid_constant__ Maps maps) {
+  ptx::begin_kernel();
   using Block = DeepBlock<PRODUCT, true, APART, COLUMNS>;
   using Shape = typename Block::Shape;
   using Slice = DeepSlice<PRODUCT, OUT_PANELS, APART, COLUMNS>;
@@ -124,9 +125,9 @@ __global__ void __launch_bounds__(DeepShape<true, APART, COLUMNS>::most_threads,
   std::uint32_t packed[Slice::steps][4] = {};
 
   const auto issue_logits_of_slab = [&](int slab, Place at, bool accumulate) {
-    block.wait_for(at);
+    block.ring.wait_for(at);
     ptx::wgmma_fence();
-    block.issue_logits_of_slab(s, 0, slab, at, accumulate);
+    block.ring.issue_logits(s, 0, slab, at, accumulate);
   };
   // The first slab stands apart, and the loop waits for all but the last groups: else ptxas serialises (C7515) or adds fences (C7519).
   const auto issue_logits = [&](int tile, Place at) {
@@ -135,7 +136,7 @@ __global__ void __launch_bounds__(DeepShape<true, APART, COLUMNS>::most_threads,
 #pragma unroll 1
     for (int i = 1; i < layout.slabs; ++i) {
       slab = block.next_slab(slab);
-      at = block.after(at, 1);
+      at = block.ring.after(at, 1);
       ptx::wgmma_wait<1>();
       issue_logits_of_slab(slab, at, true);
     }
@@ -145,7 +146,7 @@ __global__ void __launch_bounds__(DeepShape<true, APART, COLUMNS>::most_threads,
     const int first_sliced = ptx::block_z() * 2 * Slice::slabs, last_sliced = first_sliced + 2 * Slice::slabs;
 #pragma unroll 1
     for (int slab = 0; slab < layout.slabs; ++slab) {
-      if (slab < first_sliced || slab >= last_sliced) block.release(block.place_of(tile, at, slab));
+      if (slab < first_sliced || slab >= last_sliced) block.ring.release(block.place_of(tile, at, slab));
     }
   };
   const auto weigh = [&](int tile) {
@@ -169,7 +170,7 @@ __global__ void __launch_bounds__(DeepShape<true, APART, COLUMNS>::most_threads,
   const int other = 1 - consumer;
   int tile = block.block.first_tile + consumer;
   Place before{0, 0};  // tile − 1, the other consumer's
-  Place at = consumer == 0 ? before : block.after(before, layout.slabs);
+  Place at = consumer == 0 ? before : block.ring.after(before, layout.slabs);
   if (consumer == 1) {
     slice.publish(packed);
     ptx::arrive_named(published + consumer, 256);
@@ -193,8 +194,8 @@ __global__ void __launch_bounds__(DeepShape<true, APART, COLUMNS>::most_threads,
     slice.issue_own(out, packed, tile, at);
     ptx::wgmma_wait<0>();
     slice.release(tile, at);
-    before = block.after(at, layout.slabs);
-    at = block.after(before, layout.slabs);
+    before = block.ring.after(at, layout.slabs);
+    at = block.ring.after(before, layout.slabs);
   }
   if (tile == block.block.last_tile) {  // the other consumer's was the last
     slice.wait_for(tile - 1, before);

@@ -11,6 +11,7 @@ template <Product PRODUCT, bool APART, int COLUMNS>
 __global__ void __launch_bounds__(DeepShape<false, APART, COLUMNS>::most_threads, 1)
     wgmma_deep_forward(const __grid_constant__ Work work, const __grid_constant__ DeepLayout layout,
                        const __grid_constant__ Maps maps) {
+  ptx::begin_kernel();
   using Block = DeepBlock<PRODUCT, false, APART, COLUMNS>;
   using Shape = typename Block::Shape;
   constexpr int columns = Shape::columns;
@@ -32,14 +33,14 @@ __global__ void __launch_bounds__(DeepShape<false, APART, COLUMNS>::most_threads
   Place at{0, 0}, read{0, 0};  // the slab that is issued next, and that is given back next
 
   const auto issue_slab = [&](int slab) {
-    block.wait_for(at);
+    block.ring.wait_for(at);
     ptx::wgmma_fence();
-    block.issue_logits_of_slab(next, consumer * 64, slab, at, slab > 0);
-    at = block.after(at, 1);
+    block.ring.issue_logits(next, consumer * 64, slab, at, slab > 0);
+    at = block.ring.after(at, 1);
   };
   const auto release_slab = [&] {
-    block.release(read);
-    read = block.after(read, 1);
+    block.ring.release(read);
+    read = block.ring.after(read, 1);
   };
   const auto issue_first_slabs = [&] {  // two: the least that the ring holds
     issue_slab(0);

@@ -5,6 +5,7 @@
 #include "wgmma.cuh"
 #include "wgmma_deep_backward.cuh"
 #include "wgmma_deep_forward.cuh"
+#include "wgmma_deep_triangle.cuh"
 #include "wgmma_triangle.cuh"
 
 namespace fastsupcon::cuda {
@@ -119,12 +120,44 @@ inline std::vector<int> wgmma_consumers(std::int64_t depth, bool backward) {
   return {backward || depth <= 12 * kPanelDepth ? 2 : 1};
 }
 
-// use(std::integral_constant<int, PANELS>{})
-template <class Use>
+inline ptx::TensorMap triangle_map(const Work& work, bool bf16, int box_rows) {
+  const Side& side = work.passes[0].x;
+  return make_tensor_map(side.rows, side.count, work.depth, bf16, box_rows, [&] { return shape_of(work); });
+}
+
+inline Grid triangle_grid(const Work& work) { return {std::int64_t{work.triangle.folds()} * work.triangle.length}; }
+
+template <Product PRODUCT, int PANELS>
+struct TriangleVariant {
+  using Shape = TriangleShape<PANELS>;
+  static Tiling tiling(std::int64_t) { return {Shape::rows, Shape::columns, 1, 1}; }
+  static void launch(const Work& work, const Where& where) {
+    const auto map = [&](int rows) { return triangle_map(work, PRODUCT == Product::bf16, rows); };
+    cuda::launch("wgmma_triangle", [&] { return shape_of(work); }, wgmma_triangle<PRODUCT, PANELS>, triangle_grid(work), Shape::threads,
+                 Shape::shared_bytes, where, work, map(64), map(Shape::columns));
+  }
+};
+
+template <Product PRODUCT, int COLUMNS>
+struct DeepTriangleVariant {
+  using Shape = DeepTriangleShape<COLUMNS>;
+  static Tiling tiling(std::int64_t depth) { return {Shape::rows(Shape::consumers(depth)), COLUMNS, 1, 1}; }
+  static void launch(const Work& work, const Where& where) {
+    const DeepLayout layout = Shape::layout(work.depth);
+    const auto map = [&](int rows) { return triangle_map(work, PRODUCT == Product::bf16, rows); };
+    cuda::launch("wgmma_deep_triangle", [&] { return shape_of(work); }, wgmma_deep_triangle<PRODUCT, COLUMNS>, triangle_grid(work),
+                 128 * (layout.consumers + 1), Shape::shared_bytes(layout), where, work, layout, map(Shape::rows(layout.consumers)),
+                 map(COLUMNS));
+  }
+};
+
+template <Product PRODUCT, class Use>
 auto with_triangle_variant(std::int64_t depth, Use use) {
-  if (depth <= 64) return use(std::integral_constant<int, 1>{});
-  if (depth <= 128) return use(std::integral_constant<int, 2>{});
-  return use(std::integral_constant<int, 4>{});
+  if (depth <= 64) return use(TriangleVariant<PRODUCT, 1>{});
+  if (depth <= 128) return use(TriangleVariant<PRODUCT, 2>{});
+  if (depth <= 256) return use(TriangleVariant<PRODUCT, 4>{});
+  if (depth <= 512) return use(DeepTriangleVariant<PRODUCT, 128>{});
+  return use(DeepTriangleVariant<PRODUCT, 64>{});
 }
 
 template <Product PRODUCT>
@@ -139,24 +172,10 @@ Family wgmma_family() {
                                         [&](auto variant) { decltype(variant)::launch(work, consumers, where); });
           },
           [](std::int64_t depth) {
-            if (depth > 4 * kPanelDepth) return Tiling{};
-            return with_triangle_variant(depth, [](auto panels) {
-              using Shape = TriangleShape<decltype(panels)::value>;
-              return Tiling{Shape::rows, Shape::columns, 1, 1};
-            });
+            return with_triangle_variant<PRODUCT>(depth, [&](auto variant) { return decltype(variant)::tiling(depth); });
           },
           [](const Work& work, const Where& where) {
-            with_triangle_variant(work.depth, [&](auto panels) {
-              using Shape = TriangleShape<decltype(panels)::value>;
-              const Side& side = work.passes[0].x;
-              const auto shape = [&] { return shape_of(work); };
-              const auto map = [&](int rows) {
-                return make_tensor_map(side.rows, side.count, work.depth, PRODUCT == Product::bf16, rows, shape);
-              };
-              launch("wgmma_triangle", shape, wgmma_triangle<PRODUCT, decltype(panels)::value>,
-                     {std::int64_t{work.triangle.folds()} * work.triangle.length}, Shape::threads, Shape::shared_bytes, where, work,
-                     map(64), map(Shape::columns));
-            });
+            with_triangle_variant<PRODUCT>(work.depth, [&](auto variant) { decltype(variant)::launch(work, where); });
           }};
 }
 

@@ -1,1 +1,1 @@
-"""A module per library whose users change one import; each imports its library, so none is imported from here."""
+"""A module for each library whose users change one import. None is imported from here: some import their library."""

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .. import _checks
 from ..backends import sum_dtype
+from ..queue import MemoryQueue
 
 REDUCTIONS = ("mean", "sum", "none")
 LONE_ANCHORS = ("zero", "skip", "error")
@@ -23,22 +24,41 @@ def rows_of(features: Tensor) -> tuple[Tensor, int]:
     return rows, 1 if features.ndim == 2 else features.shape[1]
 
 
-def class_labels(labels: Tensor, samples: int, device: torch.device) -> Tensor:
+def class_labels(labels: Tensor, samples: int, device: torch.device, name: str = "labels") -> Tensor:
     """Integer labels [B], or [B, 1] or [1, B] as some loaders give them, as int64 [B]. Floats are taken where they are whole numbers."""
     flat = labels
     if isinstance(labels, Tensor) and labels.ndim == 2 and tuple(labels.shape) in ((samples, 1), (1, samples)):
         flat = labels.reshape(-1)
     if isinstance(flat, Tensor) and flat.is_floating_point():
-        _checks.vector("labels", flat, samples, device, floating=True)
-        _checks.whole("labels", flat)
+        _checks.vector(name, flat, samples, device, floating=True)
+        _checks.whole(name, flat)
     else:
-        _checks.vector("labels", flat, samples, device)
+        _checks.vector(name, flat, samples, device)
     return flat if flat.dtype == torch.int64 else flat.long()
 
 
 def wide_temperature(temperature: float | Tensor, rows: Tensor) -> float | Tensor:
     """The temperature as the operator takes its inverse: a number, or a 0-d tensor in the sum dtype beside the rows."""
-    return temperature.to(rows.device, sum_dtype(rows.dtype)) if isinstance(temperature, Tensor) else float(temperature)
+    return temperature.to(rows.device, sum_dtype(rows.dtype)).reshape(()) if isinstance(temperature, Tensor) else float(temperature)
+
+
+def weights_of(
+    labels: Tensor | None, class_weights: Tensor | None, anchor_weights: Tensor | None, samples: int, anchors: int, z: Tensor
+) -> Tensor | None:
+    """Of the anchors [A] in the sum dtype, from weights of classes [C] and of samples [B] or anchors [A]; None where there are none."""
+    weights = None
+    if class_weights is not None:
+        if labels is None:
+            raise ValueError("class_weights needs labels, one class a row, and got none")
+        _checks.vector("class_weights", class_weights, class_weights.numel(), z.device, floating=True)
+        of_class = torch.nn.functional.embedding(labels.clamp(0, len(class_weights) - 1), class_weights[:, None])[:, 0]
+        weights = of_class.to(sum_dtype(z.dtype)).repeat(anchors // samples)
+    if anchor_weights is not None:
+        of_samples = isinstance(anchor_weights, Tensor) and anchor_weights.shape == (samples,)
+        _checks.vector("anchor_weights", anchor_weights, samples if of_samples else anchors, z.device, floating=True)
+        of_anchor = anchor_weights.to(sum_dtype(z.dtype)).repeat(anchors // len(anchor_weights))
+        weights = of_anchor if weights is None else weights * of_anchor
+    return weights
 
 
 def reduce(losses: Tensor, reduction: str, weights: Tensor | None = None) -> Tensor:
@@ -53,6 +73,11 @@ def reduce(losses: Tensor, reduction: str, weights: Tensor | None = None) -> Ten
         return losses.mean()
     total = weights.sum()
     return losses.sum() / torch.where(total == 0, 1, total)
+
+
+def check_queue(queue: object) -> None:
+    if queue is not None and not isinstance(queue, MemoryQueue):
+        raise TypeError(f"queue must be a fastsupcon.MemoryQueue or None, got {type(queue).__name__}")
 
 
 def refuse_lone_anchors(paired: Tensor) -> None:
@@ -71,7 +96,10 @@ class Loss(nn.Module):
         super().__init__()
         self._names = tuple(options)
         for name, value in options.items():
-            setattr(self, name, value)
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and value.ndim > 0:  # weights move with the module
+                self.register_buffer(name, value, persistent=False)
+            else:
+                setattr(self, name, value)
 
     @property
     def options(self) -> dict[str, object]:

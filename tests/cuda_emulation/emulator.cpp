@@ -57,7 +57,9 @@ void run_block() {
         if (block->fibers[which].finished) continue;
         resume(which, contexts, stacks);
         if (!failure.empty()) throw std::runtime_error(failure);
-        if (block->fibers[which].finished) --left;
+        if (!block->fibers[which].finished) continue;
+        if (!block->fibers[which].waited) throw std::runtime_error("a thread did not wait for the kernel before its own");
+        --left;
       }
     }
     if (progress == before) {

@@ -58,6 +58,7 @@ struct Warpgroup {
 struct Fiber {
   jmp_buf context;
   bool started = false, finished = false;
+  bool waited = false;  // for the kernels before (ptx::begin_kernel)
   std::vector<Copy> open;
   std::deque<std::vector<Copy>> committed;
 };

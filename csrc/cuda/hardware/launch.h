@@ -117,9 +117,17 @@ void launch(const char* name, const Shape& shape, Kernel* kernel, Grid grid, int
     const cudaError_t status = raise_shared_limit(reinterpret_cast<const void*>(kernel), where.device, shared_limit(shared_bytes));
     if (status != cudaSuccess) check(status, described());
   }
-  const dim3 blocks(static_cast<unsigned>(grid.x), grid.y, grid.z);
-  kernel<<<blocks, threads, shared_bytes, static_cast<cudaStream_t>(where.stream)>>>(arguments...);
-  const cudaError_t status = cudaGetLastError();
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(grid.x), grid.y, grid.z);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(where.stream);
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &overlap;
+  config.numAttrs = CUDART_VERSION >= 12030 && device_info(where.device).capability >= 90;  // ptx::begin_kernel; captured from 12.3 on
+  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, arguments...);
   if (status != cudaSuccess) check(status, described());
 }
 

@@ -19,6 +19,15 @@ FASTSUPCON_DEVICE int warp() { return __shfl_sync(0xffffffff, threadIdx.x / 32, 
 FASTSUPCON_DEVICE std::int64_t block_x() { return blockIdx.x; }
 FASTSUPCON_DEVICE int block_z() { return blockIdx.z; }
 
+// The first statement of every kernel, by all of its threads. A launch of launch.h does not wait for the kernel before it in the stream:
+// that, and what it wrote, is waited for here, when blocks are already in place; and the next kernel may be put in place from here on.
+FASTSUPCON_DEVICE void begin_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // ---- Shared memory --------------------------------------------------------------------------------------------------------------
 
 using Address = std::uint32_t;  // in the shared window: what ldmatrix, TMA and the wgmma descriptors take

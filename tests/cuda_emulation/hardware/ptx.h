@@ -24,6 +24,7 @@ inline int thread() { return em::thread; }
 inline int lane() { return em::thread % 32; }
 inline std::int64_t block_x() { return em::block->block.x; }
 inline int block_z() { return static_cast<int>(em::block->block.z); }
+inline void begin_kernel() { em::block->fibers[em::thread].waited = true; }
 
 // ---- Shared memory
 

@@ -1,0 +1,115 @@
+"""lightly's NTXentLoss without the matrices of similarities, and the SupConLoss that lightly has not. lightly itself is not imported.
+
+Tested with lightly 1.6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .. import _checks
+from ..losses._frame import Loss
+from ..losses.ntxent import nt_xent_loss
+from ..losses.supcon import supcon_loss
+from ..queue import NOBODY, MemoryQueue
+
+
+class NTXentLoss(Loss):
+    """lightly's NTXentLoss, its value and gradients, in O(B D) memory beside the memory bank.
+
+    Without a memory bank SimCLR's loss over both views, with one MoCo's: :func:`fastsupcon.functional.nt_xent_loss` has the formulas.
+
+    The bank starts with the same random rows of unit length as lightly's at the same seed. As there, ``out1`` goes into it whenever
+    ``out0`` requires a gradient, whether the module is in training mode or not. Where the batch divides its size it always holds lightly's
+    rows; elsewhere it goes on to hold the newest ones, while lightly's drops the end of a batch that does not fit and starts over.
+
+    ``state_dict`` holds the bank (``queue``), so that a run that is resumed goes on with it; lightly's does not.
+
+    >>> loss = NTXentLoss(temperature=0.1, memory_bank_size=(4096, 128))
+    >>> loss(queries, keys).backward()
+
+    Args:
+        temperature: a number or a 0-d tensor, which may require grad.
+        memory_bank_size: (rows, their dimension), or 0 for none.
+        gather_distributed: in one process it says nothing, in lightly neither.
+        backend: see :func:`fastsupcon.functional.self_logsumexp`.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type or value; the text names it.
+        NotImplementedError: ``gather_distributed`` in a call among several processes.
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.5,
+        memory_bank_size: int | Sequence[int] = 0,
+        gather_distributed: bool = False,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        _checks.temperature("temperature", temperature)
+        super().__init__(temperature=temperature, memory_bank_size=memory_bank_size, gather_distributed=gather_distributed, backend=backend)
+        self.queue = _random_queue(memory_bank_size)
+
+    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        """The loss of two views [B, D] each, 0-d, in float32 or for float64 rows in float64."""
+        _refuse_to_gather(self.gather_distributed)
+        if self.queue is not None:
+            self.queue.train(out0.requires_grad)
+        return nt_xent_loss(out0, out1, temperature=self.temperature, queue=self.queue, backend=self.backend)
+
+
+class SupConLoss(Loss):
+    """The supervised contrastive loss (Khosla et al. 2020, eq. 2) in lightly's style of call: each of the 2 B rows has for positives its
+    other view and both views of all samples of its class. :func:`fastsupcon.functional.supcon_loss` has the formula.
+
+    The rows are brought to unit length, as by all of lightly's losses. With labels that are all different it is ``NTXentLoss``.
+
+    >>> loss = SupConLoss(temperature=0.1)
+    >>> loss(out0, out1, labels).backward()  # [B, D], [B, D], [B]
+
+    Args:
+        temperature: a number or a 0-d tensor, which may require grad. The paper's best is 0.1.
+        gather_distributed: as for :class:`NTXentLoss`.
+        backend: see :func:`fastsupcon.functional.self_logsumexp`.
+    """
+
+    def __init__(self, temperature: float | Tensor = 0.1, gather_distributed: bool = False, *, backend: str = "auto") -> None:
+        _checks.temperature("temperature", temperature)
+        super().__init__(temperature=temperature, gather_distributed=gather_distributed, backend=backend)
+
+    def forward(self, out0: Tensor, out1: Tensor, labels: Tensor) -> Tensor:
+        """The loss of two views [B, D] each of samples with integer ``labels`` [B], 0-d, in float32 or for float64 rows in float64."""
+        _refuse_to_gather(self.gather_distributed)
+        _checks.rows("out0", out0)
+        _checks.rows_like("out1", out1, "out0", out0)
+        if len(out1) != len(out0):
+            raise ValueError(f"out1 must have shape {list(out0.shape)} like out0, got {list(out1.shape)}")
+        _checks.vector("labels", labels, len(out0), out0.device)
+        return supcon_loss(torch.cat([out0, out1]), labels.repeat(2), temperature=self.temperature, normalize=True, backend=self.backend)
+
+
+def _random_queue(size: int | Sequence[int]) -> MemoryQueue | None:
+    if _checks.is_integer(size) and size == 0:
+        return None
+    if not isinstance(size, Sequence) or len(size) != 2 or not all(_checks.is_integer(n) and n >= 0 for n in size):
+        raise ValueError(f"memory_bank_size must be (rows, dimension), or 0 for no memory bank, got {size!r}")
+    rows, dim = size
+    if rows == 0:
+        return None
+    queue = MemoryQueue(rows, dim)
+    bank = nn.functional.normalize(torch.randn(rows, dim), dim=1)
+    queue.put(bank.flip(0), torch.full((rows,), NOBODY))  # lightly overwrites its first rows first, and a queue's last rows fall out first
+    return queue
+
+
+def _refuse_to_gather(gather_distributed: bool) -> None:
+    distributed = torch.distributed
+    if gather_distributed and distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise NotImplementedError(
+            f"gather_distributed=True among {distributed.get_world_size()} processes comes with fastsupcon's distributed losses. "
+            "Until then lightly's own loss serves there"
+        )
