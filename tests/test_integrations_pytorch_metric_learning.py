@@ -352,6 +352,7 @@ def test_refused_when_called():
     for call, text in (
         (lambda: loss(z), "labels must be given where indices_tuple does not list the pairs, got None"),
         (lambda: loss(z, labels, ref_emb=rows(5)), "ref_labels must be given for 5 rows of ref_emb beside 6 embeddings, got None"),
+        (lambda: loss(z, labels, ref_emb=rows(5), ref_labels=ids(5, 2) + 0.5), "ref_labels must be whole numbers below 2**53, got"),
         (lambda: loss(z, labels, ref_emb=rows(6, 3)), "ref_emb must have shape [rows, 8], got [6, 3]"),
         (lambda: loss(z, labels, ours.AllPairs(one)), "own_column must have shape [6], got [2]"),
     ):

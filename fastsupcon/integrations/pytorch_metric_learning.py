@@ -82,7 +82,7 @@ class SupConLoss(losses.SupConLoss):
             raise ValueError("labels must be given where indices_tuple does not list the pairs, got None")
         with_itself = ref_labels is None or ref_labels is labels  # so the library tells that column i is row i
         row_keys = class_labels(labels, n, device)
-        column_keys = row_keys if with_itself else class_labels(ref_labels, m, device)
+        column_keys = row_keys if with_itself else class_labels(ref_labels, m, device, "ref_labels")
         if with_itself and n != m:
             raise ValueError(f"ref_labels must be given for {m} rows of ref_emb beside {n} embeddings, got None")
         diagonal = torch.arange(n, device=device) if with_itself else None
