@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import functional
+from . import diagnostics, functional
 from .losses.infonce import InfoNCELoss
 from .losses.ntxent import NTXentLoss
 from .losses.psc import PSCLoss
@@ -14,4 +14,4 @@ try:
 except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "0+unknown"
 
-__all__ = ["InfoNCELoss", "MemoryQueue", "NTXentLoss", "PSCLoss", "SupConLoss", "functional"]
+__all__ = ["InfoNCELoss", "MemoryQueue", "NTXentLoss", "PSCLoss", "SupConLoss", "diagnostics", "functional"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -166,6 +168,10 @@ class PSCLoss(Loss):
         with no_autocast(features):
             z, p = (wide_rows(x, self.normalize) for x in (features, self.prototypes.to(features.dtype)))
             return (z @ p.T / self.temperature).unflatten(1, (self.num_classes, -1)).logsumexp(2)
+
+    def chance_level(self) -> float:
+        """The loss of rows whose similarities are all equal: log((C - 1) M), with denominator="all" log(C M)."""
+        return math.log((self.num_classes - (self.denominator == "negatives")) * self.prototypes_per_class)
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, embedding_dim={self.prototypes.shape[1]}, {super().extra_repr()}"
