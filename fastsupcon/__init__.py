@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import functional
+from . import diagnostics, functional
 from .losses.balanced import BalancedSupConLoss
 from .losses.infonce import InfoNCELoss
 from .losses.ntxent import NTXentLoss
@@ -26,5 +26,6 @@ __all__ = [
     "PaCoLoss",
     "PrototypeCrossEntropyLoss",
     "SupConLoss",
+    "diagnostics",
     "functional",
 ]

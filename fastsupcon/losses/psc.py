@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -155,6 +157,10 @@ class PSCLoss(PrototypeLoss):
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         return _psc_loss(features, labels, self.prototypes, self.classes, **self.options)
+
+    def chance_level(self) -> float:
+        """The loss of rows whose similarities are all equal: log((C - 1) M), with denominator="all" log(C M)."""
+        return math.log((self.num_classes - (self.denominator == "negatives")) * self.prototypes_per_class)
 
     def extra_repr(self) -> str:
         return super().extra_repr().replace("dim=", "embedding_dim=", 1)
