@@ -67,8 +67,9 @@ class LossBackend(Backend, Protocol):
         """Gradients of rows, columns, bias and scale, each where ``needs`` says so, from that of the loss."""
 
 
+_LOSS_BACKENDS: dict[str, LossBackend] = {"cuda": cuda, "triton": triton}  # cuda is a LineBackend as well
 #: Every backend by name. ``backend="auto"`` tries those of :data:`FASTEST_FIRST`.
-BACKENDS: dict[str, LineBackend | LossBackend] = {"cuda": cuda, "triton": triton, "cpu": cpu, "chunked": chunked, "reference": reference}
+BACKENDS: dict[str, LineBackend | LossBackend] = {**_LOSS_BACKENDS, "cpu": cpu, "chunked": chunked, "reference": reference}
 FASTEST_FIRST = ("cuda", "cpu", "triton", "chunked")  # on the CPU, Triton is its interpreter
 
 

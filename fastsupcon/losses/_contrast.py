@@ -29,7 +29,7 @@ def ignored(keys: Keys, label: int) -> Keys:
 
 
 def blocks_of(
-    z: Tensor, anchors: int, keys: Keys | None, scale, unit: bool, columns: Tensor | None, queue: MemoryQueue | None
+    z: Tensor, anchors: int, keys: Keys | None, scale: float | Tensor, unit: bool, columns: Tensor | None, queue: MemoryQueue | None
 ) -> list[Pairs]:
     """Of the first ``anchors`` rows of z [N, D] against z, or against ``columns`` [M, D], and against what is in the queue.
 
@@ -62,6 +62,6 @@ def remember(queue: MemoryQueue, z: Tensor, keys: Keys, columns: Tensor | None, 
     keys are no labels and the next batch's would be equal to them, or where the row is alone."""
     if not queue.training:
         return
-    rows, of_rows = (z, keys.rows) if columns is None else (columns, keys.columns)
+    rows, of_rows = (z, keys.rows) if columns is None or keys.columns is None else (columns, keys.columns)
     is_alone = of_rows < ALONE + len(z) if named else torch.ones_like(of_rows, dtype=torch.bool)
     queue.put(rows, of_rows.masked_fill(is_alone, NOBODY))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
+
 import torch
 from torch import Tensor, nn
 
@@ -89,10 +92,28 @@ def refuse_lone_anchors(paired: Tensor) -> None:
         raise ValueError(f"{message}, got {int((~paired).sum())} of {len(paired)} without one (labels or mask)")
 
 
-class Loss(nn.Module):
-    """A loss function with its options held as attributes. A temperature that is an nn.Parameter is registered, and learned."""
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result", covariant=True)
 
-    def __init__(self, **options) -> None:
+
+class _Module(Protocol[_Arguments, _Result]):
+    """For type checkers."""
+
+    def forward(self, *arguments: _Arguments.args, **options: _Arguments.kwargs) -> _Result: ...
+
+
+class Loss(nn.Module):
+    """A loss function with its options held as attributes. A temperature that is an nn.Parameter is registered, and learned.
+
+    Subclasses annotate their options: to a type checker, an attribute of a module is otherwise a tensor or a module.
+    """
+
+    if TYPE_CHECKING:  # nn.Module says of its call that it takes and gives anything; a loss takes and gives what its forward does
+
+        @property
+        def __call__(self: _Module[_Arguments, _Result]) -> Callable[_Arguments, _Result]: ...  # type: ignore[override]  # no property
+
+    def __init__(self, **options: Any) -> None:
         super().__init__()
         self._names = tuple(options)
         for name, value in options.items():
@@ -102,7 +123,7 @@ class Loss(nn.Module):
                 setattr(self, name, value)
 
     @property
-    def options(self) -> dict[str, object]:
+    def options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self._names}
 
     def extra_repr(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -112,28 +113,29 @@ def supcon_loss(
     _check_positives(features, labels, mask, positives, keys, anchors)
     temperature = wide_temperature(temperature, z)
     scale, factor = 1 / temperature, 1.0 if base_temperature is None else temperature / base_temperature
-    by_keys = mask is None and positives is None and not _are_several(labels, samples)
+    several = labels if _are_several(labels, samples) else None
+    by_keys = mask is None and positives is None and several is None
     classes = class_labels(labels, samples, z.device) if by_keys and labels is not None else None
     _check_together(z, by_keys, classes, form, denominator, beta, keys, key_labels, ignore_index, queue)
     weights = weights_of(classes, class_weights, anchor_weights, samples, anchors, z)
-    if class_weights is not None:
+    if class_weights is not None and classes is not None:
         _checks.within(
             "labels", classes if ignore_index is None else classes.masked_fill(classes == ignore_index, 0), 0, len(class_weights)
         )
 
-    names = None
+    names = is_anchor = None
     if by_keys:
         of_samples = torch.arange(samples, device=z.device) if classes is None else classes
         names = Keys(
             of_samples if views == 1 else of_samples.repeat(views),
-            None if keys is None else class_labels(key_labels, len(keys), z.device, "key_labels"),
+            None if keys is None or key_labels is None else class_labels(key_labels, len(keys), z.device, "key_labels"),
         )
-    if ignore_index is not None:
-        is_anchor = (names.rows[:anchors] != ignore_index).to(sum_dtype(z.dtype))
-        weights = is_anchor if weights is None else weights * is_anchor
-        names = ignored(names, ignore_index)
+        if ignore_index is not None:
+            is_anchor = (names.rows[:anchors] != ignore_index).to(sum_dtype(z.dtype))
+            weights = is_anchor if weights is None else weights * is_anchor
+            names = ignored(names, ignore_index)
     blocks = blocks_of(z, anchors, names, scale, normalize, keys, queue)
-    if queue is not None:
+    if queue is not None and names is not None:
         remember(queue, z, names, keys, named=classes is not None)
 
     if by_keys and denominator == "all" and not beta and weights is None and lone_anchors != "error" and len(blocks) == 1:
@@ -153,12 +155,12 @@ def supcon_loss(
                 positive, paired = listed_positives(z, positives, normalize)
             elif mask is not None:
                 positive, paired = mask_positives(z, mask, normalize)
-            else:
-                positive, paired = shared_label_positives(z, labels.repeat(views, 1), normalize)
+            elif several is not None:  # one of the three is given
+                positive, paired = shared_label_positives(z, several.repeat(views, 1), normalize)
             everything = quantities(blocks, "all", backend=backend).all
             losses, paired = everything - positive[:anchors].to(everything.dtype) * scale, paired[:anchors]
         if lone_anchors == "error":
-            refuse_lone_anchors(paired if ignore_index is None else paired | (is_anchor == 0))
+            refuse_lone_anchors(paired if is_anchor is None else paired | (is_anchor == 0))
         losses = losses * paired * factor  # 0 for a lone anchor, but NaN stays NaN
         if lone_anchors == "skip":
             weights = paired if weights is None else weights * paired
@@ -193,12 +195,12 @@ def _finite(log_sum: Tensor) -> Tensor:
     return log_sum.masked_fill(log_sum == -torch.inf, 0)
 
 
-def _are_several(labels: object, samples: int) -> bool:
+def _are_several(labels: object, samples: int) -> TypeGuard[Tensor]:
     """Whether labels are [B, C], C > 1: a row of classes for each sample, and not one class each in a row or a column."""
     return isinstance(labels, Tensor) and labels.ndim == 2 and tuple(labels.shape) not in ((samples, 1), (1, samples))
 
 
-def _check_positives(features: Tensor, labels, mask, positives, keys, anchors: int) -> None:
+def _check_positives(features: Tensor, labels: object, mask: object, positives: object, keys: object, anchors: int) -> None:
     samples, device = features.shape[0], features.device
     given = [name for name, value in (("labels", labels), ("mask", mask), ("positives", positives)) if value is not None]
     if isinstance(labels, Tensor) and labels.shape == features.shape and labels.is_floating_point() and mask is not None:
@@ -238,7 +240,18 @@ def _check_positives(features: Tensor, labels, mask, positives, keys, anchors: i
         _checks.not_negative("labels", labels)
 
 
-def _check_together(z, by_keys, classes, form, denominator, beta, keys, key_labels, ignore_index, queue) -> None:
+def _check_together(
+    z: Tensor,
+    by_keys: bool,
+    classes: Tensor | None,
+    form: str,
+    denominator: str,
+    beta: float,
+    keys: Tensor | None,
+    key_labels: object,
+    ignore_index: object,
+    queue: object,
+) -> None:
     if not by_keys:
         for name, is_given in (
             (f"form={form!r}", form != "out"),
@@ -263,7 +276,17 @@ def _check_together(z, by_keys, classes, form, denominator, beta, keys, key_labe
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
 
 
-def _check_options(temperature, contrast_mode, base_temperature, form, denominator, beta, reduction, lone_anchors, queue) -> None:
+def _check_options(
+    temperature: float | Tensor,
+    contrast_mode: object,
+    base_temperature: float | None,
+    form: object,
+    denominator: object,
+    beta: float,
+    reduction: object,
+    lone_anchors: object,
+    queue: object,
+) -> None:
     _checks.temperature("temperature", temperature)
     if base_temperature is not None:
         _checks.temperature("base_temperature", base_temperature)
@@ -286,6 +309,20 @@ class SupConLoss(Loss):
 
     >>> loss = SupConLoss(temperature=0.1, base_temperature=0.1, normalize=True)(features, labels)  # features [B, V, D]
     """
+
+    temperature: float | Tensor
+    contrast_mode: str
+    base_temperature: float | None
+    form: str
+    denominator: str
+    beta: float
+    ignore_index: int | None
+    class_weights: Tensor | None
+    queue: MemoryQueue | None
+    normalize: bool
+    reduction: str
+    lone_anchors: str
+    backend: str
 
     def __init__(
         self,
@@ -332,8 +369,16 @@ class SupConLoss(Loss):
         key_labels: Tensor | None = None,
         anchor_weights: Tensor | None = None,
     ) -> Tensor:
-        given = {"positives": positives, "keys": keys, "key_labels": key_labels, "anchor_weights": anchor_weights}
-        return supcon_loss(features, labels, mask, **given, **self.options)
+        return supcon_loss(
+            features,
+            labels,
+            mask,
+            positives=positives,
+            keys=keys,
+            key_labels=key_labels,
+            anchor_weights=anchor_weights,
+            **self.options,
+        )
 
     def chance_level(self, rows: int) -> float:
         """The loss of ``rows`` rows, V B of V views, whose similarities are all equal: log(rows - 1) times temperature / base_temperature.
