@@ -57,7 +57,7 @@ def cpu_cases() -> list[Case]:
     cases += [Case("scl", 4096, 512), Case("scl", 16384, 128), Case("scl", 131072, 128, threads=all_cores, only=("cpu",))]
     cases += [Case("scl", rows, 128, dtype="bfloat16") for rows in (1024, 4096, 8192)]
     timed = {case.loss for case in cases}
-    return cases + [Case(loss, 1536, 128, 300 if "psc" in loss else 0) for loss in LOSSES if loss not in timed]
+    return cases + [Case(loss, 1536, 128, 300 if row.has_prototypes else 0) for loss, row in LOSSES.items() if loss not in timed]
 
 
 def gpu_cases() -> list[Case]:

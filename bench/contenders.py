@@ -102,12 +102,14 @@ class Case:
 
     def flops(self, mode: str) -> int:
         """The least a kernel needs that keeps nothing of the matrix (a multiply-add is 2): the floor of NOTES.md."""
-        columns = self.prototypes or (self.rows if ROWS[self.loss].two_sides else 0)
-        if columns:  # every logit once; and once more, with the two products of its gradients
-            return (2 if mode == "forward" else 8) * self.rows * columns * self.depth
+        meets = ROWS[self.loss].meets
+        # every logit once; and once more, with the two products of its gradients
+        columns = (2 if mode == "forward" else 8) * self.rows * (self.rows if meets == "others" else self.prototypes) * self.depth
+        if columns and meets != "both":
+            return columns
         square = self.rows**2 * self.depth  # symmetric: the forward computes half of the matrix
         backward = 3 if self.device == "cpu" else 4  # half the matrix and two products; on a GPU, free of atomics, all of it and one
-        return square if mode == "forward" else (1 + backward) * square
+        return columns + (square if mode == "forward" else (1 + backward) * square)
 
 
 Loss = Callable[..., Tensor]  # of Case.inputs()

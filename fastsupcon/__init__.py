@@ -2,9 +2,12 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import functional
+from . import diagnostics, functional
+from .losses.balanced import BalancedSupConLoss
 from .losses.infonce import InfoNCELoss
 from .losses.ntxent import NTXentLoss
+from .losses.paco import PaCoLoss
+from .losses.prototypes import PrototypeCrossEntropyLoss
 from .losses.psc import PSCLoss
 from .losses.supcon import SupConLoss
 from .queue import MemoryQueue
@@ -14,4 +17,15 @@ try:
 except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "0+unknown"
 
-__all__ = ["InfoNCELoss", "MemoryQueue", "NTXentLoss", "PSCLoss", "SupConLoss", "functional"]
+__all__ = [
+    "BalancedSupConLoss",
+    "InfoNCELoss",
+    "MemoryQueue",
+    "NTXentLoss",
+    "PSCLoss",
+    "PaCoLoss",
+    "PrototypeCrossEntropyLoss",
+    "SupConLoss",
+    "diagnostics",
+    "functional",
+]

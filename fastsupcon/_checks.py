@@ -90,9 +90,32 @@ def whole(name: str, value: Tensor) -> None:
         torch._assert_async(~broken.any(), message)
 
 
+def counts(name: str, value: object, classes: int, device: torch.device) -> None:
+    """A [classes] of integers or floats, none below 0 and not all 0. Values on a GPU and under torch.compile are not read back."""
+    vector(name, value, classes, device, floating=isinstance(value, Tensor) and value.is_floating_point())
+    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        least, total = value.min().item(), value.sum().item()
+        if not (least >= 0 and 0 < total < math.inf):
+            raise ValueError(f"{name} must be finite, at least 0 and not all 0, got a least of {least:g} and a sum of {total:g}")
+
+
 def is_integer(value: object) -> bool:
     """An int, or NumPy's."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def size(name: str, value: object, least: int = 1) -> None:
+    """An int of at least ``least``."""
+    if not is_integer(value) or value < least:
+        raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
+
+
+def number(name: str, value: object, low: float, high: float) -> None:
+    """A finite number in [low, high]; no tensor."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not (low <= value <= high and value < math.inf):
+        raise ValueError(f"{name} must be finite and lie in [{low:g}, {high:g}], got {value}")
 
 
 def scale(name: str, value: float | Tensor) -> None:

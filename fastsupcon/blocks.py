@@ -13,22 +13,23 @@ from .problem import LOG_SUMS, QUANTITIES, Pairs
 
 
 class Quantities(NamedTuple):
-    """Of each row, [N] in the sum dtype; None where it was not asked for. problem.QUANTITIES says what they are."""
+    """Of each row, [N] in the sum dtype; [0] where it was not asked for. problem.QUANTITIES says what they are."""
 
-    all: Tensor | None = None
-    different: Tensor | None = None
-    equal: Tensor | None = None
-    similarity: Tensor | None = None
-    count: Tensor | None = None
+    all: Tensor
+    different: Tensor
+    equal: Tensor
+    similarity: Tensor
+    count: Tensor
 
 
 def quantities(blocks: Sequence[Pairs], *names: str, backend: str = "auto") -> Quantities:
     """Of the rows that all blocks share, over the columns of all blocks together: one call of the operator for each block."""
     asked = tuple(name for name in QUANTITIES if name in names)
-    values = operators.terms(blocks[0], asked, backend=backend)[0].unbind()
+    values = list(operators.terms(blocks[0], asked, backend=backend)[0])
     for block in blocks[1:]:
-        values = join(asked, values, operators.terms(block, asked, backend=backend)[0].unbind())
-    return Quantities(**dict(zip(asked, values, strict=True)))
+        values = join(asked, values, operators.terms(block, asked, backend=backend)[0])
+    of = dict(zip(asked, values, strict=True))
+    return Quantities(*(of[name] if name in of else values[0].new_empty(0) for name in QUANTITIES))
 
 
 def join(names: Sequence[str], a: Iterable[Tensor], b: Iterable[Tensor]) -> list[Tensor]:

@@ -6,13 +6,26 @@ from torch import Tensor
 
 from . import _checks, operators
 from .backends import sum_dtype
+from .losses.balanced import balanced_supcon_loss
 from .losses.infonce import info_nce_loss
 from .losses.ntxent import nt_xent_loss
+from .losses.paco import paco_loss
+from .losses.prototypes import prototype_cross_entropy
 from .losses.psc import psc_loss
 from .losses.supcon import supcon_loss
 from .problem import Pairs
 
-__all__ = ["cross_logsumexp", "info_nce_loss", "nt_xent_loss", "psc_loss", "self_logsumexp", "supcon_loss"]
+__all__ = [
+    "balanced_supcon_loss",
+    "cross_logsumexp",
+    "info_nce_loss",
+    "nt_xent_loss",
+    "paco_loss",
+    "prototype_cross_entropy",
+    "psc_loss",
+    "self_logsumexp",
+    "supcon_loss",
+]
 
 
 def self_logsumexp(z: Tensor, *, scale: float | Tensor = 1.0, backend: str = "auto") -> Tensor:

@@ -36,8 +36,7 @@ class MemoryQueue(nn.Module):
 
     def __init__(self, size: int, dim: int, *, dtype: torch.dtype | None = None) -> None:
         for name, value in (("size", size), ("dim", dim)):
-            if not _checks.is_integer(value) or value < 1:
-                raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+            _checks.size(name, value)
         super().__init__()
         self.register_buffer("rows", torch.zeros(int(size), int(dim), dtype=dtype))
         self.register_buffer("keys", torch.zeros(int(size), dtype=torch.int64))

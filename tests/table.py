@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastsupcon import InfoNCELoss, NTXentLoss, PSCLoss, SupConLoss, functional
+from fastsupcon import BalancedSupConLoss, InfoNCELoss, NTXentLoss, PaCoLoss, PrototypeCrossEntropyLoss, PSCLoss, SupConLoss, functional
 from tests import naive
 
 
@@ -20,7 +20,16 @@ class Row:
     inputs: Callable[..., tuple[Tensor | None, ...]]  # (samples, depth) -> float64 or integer tensors on the CPU; the first is features
     module: Callable[..., torch.nn.Module]  # (inputs) -> the module that computes the same of the first inputs
     options: dict[str, object] = field(default_factory=dict)
-    two_sides: bool = False  # rows against as many others, not among themselves
+    meets: str = "rows"  # whom the rows meet: each other ("rows"), as many "others", class "prototypes", or "both" rows and prototypes
+
+    @property
+    def has_prototypes(self) -> bool:
+        """inputs[2] are those of the classes."""
+        return self.meets in ("prototypes", "both")
+
+    def held(self, inputs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """What of the inputs the module is called with: prototypes are its own."""
+        return inputs[:2] + inputs[3:] if self.has_prototypes else inputs
 
     def on(self, samples: int, depth: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
         """The inputs, rows of unit length rounded to ``dtype``; what is floating is a leaf that requires a gradient."""
@@ -42,8 +51,15 @@ def masked(samples: int, depth: int):
     return unit(samples, 3, depth), None, torch.rand(samples, samples)  # the mask's dtype is its own: no gradient is asked of it
 
 
-def prototyped(samples: int, depth: int, classes: int = 7, per_class: int = 1):
-    return unit(samples, depth), torch.randint(0, classes, (samples,)), unit(classes * per_class, depth)
+def prototyped(samples: int, depth: int, classes: int = 7, per_class: int = 1, views: int = 0):
+    features = unit(*((samples, views, depth) if views else (samples, depth)))
+    return features, torch.randint(0, classes, (samples,)), unit(classes * per_class, depth)
+
+
+def with_class_features(samples: int, depth: int, classes: int = 7):
+    """And rows of a momentum encoder; what meets the prototypes is of a dimension of its own."""
+    features, labels, prototypes = prototyped(samples, 2 * depth, classes)
+    return unit(samples, depth), labels, prototypes, unit(samples, depth), features
 
 
 def paired(samples: int, depth: int):
@@ -64,14 +80,27 @@ def _module(kind, options):
     return lambda inputs, backend="auto": kind(**options, backend=backend)
 
 
-def _psc_module(options):
+def long_tail(prototypes: Tensor) -> Tensor:
+    """How many samples each of their classes has, one of them none."""
+    return torch.arange(len(prototypes), device=prototypes.device) ** 2
+
+
+def _prototypes_module(kind, options, counted=False):
     def build(inputs, backend="auto"):
-        per_class = options.get("prototypes_per_class", 1)
-        module = PSCLoss(len(inputs[2]) // per_class, inputs[2].shape[1], **options, backend=backend).to(inputs[0])
-        module.prototypes.data.copy_(inputs[2])
+        prototypes, more = inputs[2], {"class_counts": long_tail(inputs[2])} if counted else {}
+        classes = len(prototypes) // options.get("prototypes_per_class", 1)
+        module = kind(classes, prototypes.shape[1], **more, **options, backend=backend).to(inputs[0])
+        module.prototypes.data.copy_(prototypes)
         return module
 
     return build
+
+
+def _counted(loss):
+    """With class counts, which are no input that a gradient is asked of."""
+    return lambda features, labels, prototypes, *more, **options: loss(
+        features, labels, prototypes, *more, class_counts=long_tail(prototypes), **options
+    )
 
 
 def _scl(inputs, **options) -> Row:
@@ -95,7 +124,7 @@ def naive_several(features, labels, **options):
 
 def _infonce(inputs, **options) -> Row:
     options = {"temperature": 0.1} | options
-    return Row(functional.info_nce_loss, naive.info_nce_loss, inputs, _module(InfoNCELoss, options), options, two_sides=True)
+    return Row(functional.info_nce_loss, naive.info_nce_loss, inputs, _module(InfoNCELoss, options), options, "others")
 
 
 def _ntxent(**options) -> Row:
@@ -106,7 +135,25 @@ def _ntxent(**options) -> Row:
 def _psc(**options) -> Row:
     options = {"temperature": 0.2} | options
     inputs = partial(prototyped, per_class=options.get("prototypes_per_class", 1))
-    return Row(functional.psc_loss, naive.psc_loss, inputs, _psc_module(options), options)
+    return Row(functional.psc_loss, naive.psc_loss, inputs, _prototypes_module(PSCLoss, options), options, "prototypes")
+
+
+def _prototype_ce(**options) -> Row:
+    options = {"temperature": 0.1} | options
+    ours, textbook = (_counted(module.prototype_cross_entropy) for module in (functional, naive))
+    return Row(ours, textbook, prototyped, _prototypes_module(PrototypeCrossEntropyLoss, options, counted=True), options, "prototypes")
+
+
+def _balanced(**options) -> Row:
+    options = {"temperature": 0.1} | options
+    module = _prototypes_module(BalancedSupConLoss, options)
+    return Row(functional.balanced_supcon_loss, naive.balanced_supcon_loss, partial(prototyped, views=2), module, options, "both")
+
+
+def _paco(**options) -> Row:
+    options = {"temperature": 0.2} | options
+    ours, textbook = (_counted(module.paco_loss) for module in (functional, naive))
+    return Row(ours, textbook, with_class_features, _prototypes_module(PaCoLoss, options, counted=True), options, "both")
 
 
 SEVERAL = {"temperature": 0.1, "normalize": True}
@@ -126,6 +173,9 @@ LOSSES = {
     "psc": _psc(),
     "psc all": _psc(denominator="all", normalize=False),
     "mpsc": _psc(prototypes_per_class=3),
+    "bcl": _balanced(),
+    "paco": _paco(alpha=0.3, beta=0.8, gamma=0.6, class_temperature=0.7, label_smoothing=0.1),
+    "margins": _prototype_ce(margin=0.2, angular_margin=0.3),
     "infonce": _infonce(paired),
     "infonce rows": _infonce(paired, symmetric=False, normalize=False),
     "infonce keys": _infonce(keyed_pairs),

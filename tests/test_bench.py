@@ -73,7 +73,7 @@ def test_the_cases_of_the_presets_are_rows_of_the_table():
 @pytest.mark.parametrize("loss", list(ROWS))
 def test_every_row_of_the_table_is_a_case(loss):
     """Also of all those that only the preset of a CPU holds."""
-    case = Case(loss, 48, 16, 12 if "psc" in loss else {"cross": 20, "clip": 48}.get(loss, 0))
+    case = Case(loss, 48, 16, 12 if ROWS[loss].has_prototypes else {"cross": 20, "clip": 48}.get(loss, 0))
     features, *rest = case.inputs()
     assert features.numel() == case.rows * case.depth
     assert all(torch.equal(x, y) for x, y in zip(rest, case.inputs()[1:], strict=True) if x is not None)

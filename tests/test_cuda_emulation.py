@@ -116,7 +116,7 @@ def test_deep_rows_on_hopper(on, emulated, n, m, depth):
 # Blocks of 384 rows and tiles of 96 columns, at depth > 128 of 256 and 64: whole and ragged, the diagonal alone, codes of several keys.
 TRIANGLES = [(3, 64, "few"), (384, 8, "few"), (500, 128, "one"), (770, 72, "int64"), (1160, 40, "few"), (1544, 8, "few")]
 TRIANGLES += [(520, 256, "few"), (770, 136, "int64")]
-# Deeper, 128 rows, and 128 columns or at depth > 512 64; 64 of both at depth > 768. 5 panels: the least that a tile's exps have to run over.
+# Deeper, 128 rows, and 128 columns or at depth > 512 64; 64 of both at depth > 768. 5 panels: the fewest that a tile's exps run over.
 TRIANGLES += [(3, 264, "few"), (128, 512, "few"), (300, 320, "one"), (650, 264, "int64"), (385, 512, "int64"), (1160, 264, "few")]
 TRIANGLES += [(130, 768, "few"), (520, 520, "few"), (385, 768, "int64"), (200, 776, "int64"), (257, 1024, "few")]
 

@@ -119,6 +119,13 @@ def test_chance_level(device):
     assert functional.info_nce_loss(zeros, zeros).item() == pytest.approx(math.log(N), rel=1e-6)
     one_way = functional.info_nce_loss(zeros, zeros, negatives=zeros[:K], symmetric=False)
     assert one_way.item() == pytest.approx(math.log(N + K), rel=1e-6)
+    for symmetric in (True, False):
+        for queue in (None, MemoryQueue(2 * N, D).to(device)):
+            loss = InfoNCELoss(symmetric=symmetric, queue=queue)
+            for _ in range(2):  # the second with rows in the queue
+                expected = loss.chance_level(N)
+                assert loss(zeros, zeros).item() == pytest.approx(expected, rel=1e-6)
+    assert expected == math.log(2 * N)
 
 
 # --- queue ---------------------------------------------------------------------------------------------------------------------------

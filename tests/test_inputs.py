@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from fastsupcon import MemoryQueue, PSCLoss, SupConLoss, functional
+from fastsupcon import MemoryQueue, PaCoLoss, PrototypeCrossEntropyLoss, PSCLoss, SupConLoss, functional
 from fastsupcon.backends import BACKENDS
 
 DTYPES = "torch.float32, torch.float16, torch.bfloat16, torch.float64"
@@ -122,6 +122,78 @@ def test_psc(arguments, options, error, text):
         functional.psc_loss(*arguments, **options)
 
 
+def counts(*numbers):
+    return torch.tensor(numbers, device=DEVICE)
+
+
+PROTOTYPES = [
+    ((z(), ids(), z(2, 4)), {}, ValueError, "prototypes must have shape [rows, 3], got [2, 4]"),
+    ((z().long(), ids(), z(2)), {}, TypeError, f"features must have dtype {DTYPES}, got torch.int64"),
+    ((z(), ids(3), z(2)), {}, ValueError, "labels must have shape [4], got [3]"),
+    ((z(), ids(), z(2)), {"temperature": -1.0}, ValueError, "temperature must be positive and finite, got -1.0"),
+    ((z(), ids(), z(2)), {"margin": -0.1}, ValueError, "margin must be finite and lie in [0, inf], got -0.1"),
+    ((z(), ids(), z(2)), {"margin": float("inf")}, ValueError, "margin must be finite and lie in [0, inf], got inf"),
+    ((z(), ids(), z(2)), {"margin": torch.ones(2)}, TypeError, "margin must be a number, got Tensor"),
+    ((z(), ids(), z(2)), {"angular_margin": 28.6}, ValueError, "angular_margin must be finite and lie in [0, 1.5708], got 28.6"),
+    ((z(), ids(), z(2)), {"angular_margin": float("nan")}, ValueError, "angular_margin must be finite and lie in [0, 1.5708], got nan"),
+    ((z(), ids(), z(2)), {"angular_margin": 0.5, "normalize": False}, ValueError, "angular_margin needs normalize=True, got False"),
+    ((z(), ids(), z(2)), {"ignore_index": 1.0}, TypeError, "ignore_index must be an int or None, got float"),
+    ((z(), ids(), z(2)), {"reduction": "avg"}, ValueError, "reduction must be one of 'mean', 'sum', 'none', got 'avg'"),
+    ((z(), ids(), z(2)), {"class_counts": [1, 2]}, TypeError, "class_counts must be a torch.Tensor of an integer dtype, got list"),
+    ((z(), ids(), z(2)), {"class_counts": counts(1, 2, 3)}, ValueError, "class_counts must have shape [2], got [3]"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "options", "error", "text"), PROTOTYPES, ids=[case[3][:40] for case in PROTOTYPES])
+def test_prototype_cross_entropy(arguments, options, error, text):
+    with pytest.raises(error, match=re.escape(text)):
+        functional.prototype_cross_entropy(*arguments, **options)
+
+
+BALANCED = [
+    ((z()[0], ids(), z(2)), {}, ValueError, "features must have shape [N, D] or [B, V, ...], got [3]"),
+    ((z(), ids(), z(2, 4)), {}, ValueError, "prototypes must have shape [rows, 3], got [2, 4]"),
+    ((z(), None, z(2)), {}, TypeError, "labels must be a torch.Tensor of an integer dtype, got NoneType"),
+    ((z()[:, None], ids(3), z(2)), {}, ValueError, "labels must have shape [4], got [3]"),
+    ((z(), ids(), z(2)), {"temperature": 0.0}, ValueError, "temperature must be positive and finite, got 0.0"),
+    ((z(), ids(), z(2)), {"reduction": "avg"}, ValueError, "reduction must be one of 'mean', 'sum', 'none', got 'avg'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "options", "error", "text"), BALANCED, ids=[case[3][:40] for case in BALANCED])
+def test_balanced_supcon(arguments, options, error, text):
+    with pytest.raises(error, match=re.escape(text)):
+        functional.balanced_supcon_loss(*arguments, **options)
+
+
+PACO = [
+    ((z(), ids(), z(2, 4)), {}, ValueError, "prototypes must have shape [rows, 3], got [2, 4]"),
+    ((z(), ids(3), z(2)), {}, ValueError, "labels must have shape [4], got [3]"),
+    ((z(), ids(), z(2), "x"), {}, TypeError, "momentum_features must be a torch.Tensor, got str"),
+    ((z(), ids(), z(2), z(4, 2)), {}, ValueError, "momentum_features must have shape [rows, 3], got [4, 2]"),
+    ((z(), ids(), z(2), z(8)), {}, ValueError, "momentum_features must be of 4 samples like the features, got 8"),
+    ((z(), ids(), z(2, 5), None, z()[0]), {}, ValueError, "class_features must have shape [N, D] or [B, V, ...], got [3]"),
+    ((z(), ids(), z(2, 5), None, z()), {}, ValueError, "prototypes must have shape [rows, 3], got [2, 5]"),
+    ((z()[:, None].expand(4, 2, 3), ids(), z(2), None, z()), {}, ValueError, "class_features must be 8 rows like the features, got 4"),
+    ((z(), ids(), z(2), None, z().to("meta")), {}, ValueError, f"class_features must be on {DEVICE}"),
+    ((z(), ids(), z(2)), {"alpha": -1}, ValueError, "alpha must be finite and lie in [0, inf], got -1"),
+    ((z(), ids(), z(2)), {"beta": 0}, ValueError, "beta must be above 0, got 0: an anchor without another of its class would have no"),
+    ((z(), ids(), z(2)), {"gamma": float("nan")}, ValueError, "gamma must be finite and lie in [0, inf], got nan"),
+    ((z(), ids(), z(2)), {"label_smoothing": 1.5}, ValueError, "label_smoothing must be finite and lie in [0, 1], got 1.5"),
+    ((z(), ids(4, 1), z(1)), {"label_smoothing": 0.1}, ValueError, "label_smoothing needs at least 2 prototypes, got 1"),
+    ((z(), ids(), z(2)), {"class_temperature": 0}, ValueError, "class_temperature must be positive and finite, got 0"),
+    ((z(), ids(), z(2)), {"class_counts": counts(1, 2, 3)}, ValueError, "class_counts must have shape [2], got [3]"),
+    ((z(), ids(), z(2)), {"queue": []}, TypeError, "queue must be a fastsupcon.MemoryQueue or None, got list"),
+    ((z(), ids(), z(2)), {"reduction": "avg"}, ValueError, "reduction must be one of 'mean', 'sum', 'none', got 'avg'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "options", "error", "text"), PACO, ids=[case[3][:40] for case in PACO])
+def test_paco(arguments, options, error, text):
+    with pytest.raises(error, match=re.escape(text)):
+        functional.paco_loss(*arguments, **options)
+
+
 def test_psc_with_one_class_where_it_means_something():
     assert functional.psc_loss(z(), ids(4, 1), z(1), denominator="all").item() == 0  # the cross-entropy of one class
 
@@ -131,8 +203,8 @@ CROSS = [
     ((z(), z(2, 3, torch.float64)), {}, TypeError, "b must have a's dtype torch.float32, got torch.float64"),
     ((z(), z(2)), {"bias": ids(2)}, TypeError, "bias must have a floating-point dtype, got torch.int64"),
     ((z(), z(2)), {"bias": z()[0]}, ValueError, "bias must have shape [2], got [3]"),
-    ((z(), z(2)), {"scale": torch.ones(1)}, TypeError, "scale must be a number or a 0-d floating-point tensor, got torch.float32 of"),
-    ((z(), z(2)), {"scale": "1"}, TypeError, "scale must be a number or a 0-d tensor, got str"),
+    ((z(), z()), {"scale": torch.ones(2)}, TypeError, "scale must be a number or a floating-point tensor of one element"),
+    ((z(), z(2)), {"scale": "1"}, TypeError, "scale must be a number or a tensor of one element, got str"),
     ((z(), z(2)), {"scale": float("inf")}, ValueError, "scale must be finite, got inf"),
     ((z(), z(2)), {"skip": ids(2)}, ValueError, "skip must have shape [4], got [2]"),
     ((z(), z(2)), {"row_labels": ids()}, ValueError, "column_labels must be given together with row_labels, got None"),
@@ -159,6 +231,16 @@ def test_values_out_of_range():
         functional.psc_loss(z(), ids(4, 4), z(2))
     with pytest.raises(ValueError, match=re.escape("labels must lie in [0, 2), got values from -1 to 0")):
         functional.psc_loss(z(), ids() - 1, z(2))
+    with pytest.raises(ValueError, match=re.escape("labels must lie in [0, 2), got values from 0 to 3")):
+        functional.balanced_supcon_loss(z(), ids(4, 4), z(2))
+    with pytest.raises(ValueError, match=re.escape("labels must lie in [0, 2), got values from 0 to 3")):
+        functional.paco_loss(z(), ids(4, 4), z(2))
+    for ignored in (None, 3):
+        with pytest.raises(ValueError, match=re.escape("labels must lie in [0, 2), got values from 0 to ")):
+            functional.prototype_cross_entropy(z(), ids(4, 4), z(2), ignore_index=ignored)
+    for numbers in ((1, -1), (0, 0), (1.0, float("nan")), (1.0, float("inf"))):
+        with pytest.raises(ValueError, match="class_counts must be finite, at least 0 and not all 0, got a least of "):
+            functional.prototype_cross_entropy(z(), ids(), z(2), class_counts=counts(*numbers))
     with pytest.raises(ValueError, match=re.escape("skip must lie in [-1, 2), got values from 0 to 2")):
         functional.cross_logsumexp(z(), z(2), skip=ids(4, 3))
 
@@ -214,6 +296,14 @@ def test_modules_refuse_at_construction():
         PSCLoss(3, 0)
     with pytest.raises(ValueError, match=r"prototypes_per_class must be an int of at least 1, got 2\.0"):
         PSCLoss(3, 4, prototypes_per_class=2.0)
+    with pytest.raises(ValueError, match="num_classes must be an int of at least 1, got 0"):
+        PrototypeCrossEntropyLoss(0, 4)
+    with pytest.raises(ValueError, match="dim must be an int of at least 1, got None"):
+        PaCoLoss(3, None)
+    with pytest.raises(ValueError, match=re.escape("class_counts must have shape [3], got [2]")):
+        PrototypeCrossEntropyLoss(3, 4, [1, 2])
+    with pytest.raises(ValueError, match="class_counts must be finite, at least 0 and not all 0, got a least of -1 and a sum of 4"):
+        PrototypeCrossEntropyLoss(3, 4, [-1, 2, 3])
 
 
 @pytest.mark.parametrize("call", [lambda z, backend: functional.supcon_loss(z, ids(), backend=backend), functional.self_logsumexp])

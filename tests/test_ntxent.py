@@ -89,6 +89,9 @@ def test_chance_level(device):
     queue = MemoryQueue(9, D).to(device)
     queue.put(zeros, torch.zeros(B, dtype=torch.int64, device=device))
     assert functional.nt_xent_loss(zeros, zeros, queue=queue).item() == pytest.approx(math.log(1 + B), rel=1e-6)
+    for loss in (NTXentLoss(), NTXentLoss(queue=queue)):
+        expected = loss.chance_level(2 * B)
+        assert loss(zeros, zeros).item() == pytest.approx(expected, rel=1e-6)
 
 
 # --- queue ---------------------------------------------------------------------------------------------------------------------------

@@ -35,17 +35,20 @@ def blocks_of(
 
     Empty where there is nobody to meet: one row alone.
     """
-    of_anchors, of_rows, of_columns = (None, None, None) if keys is None else (keys.rows[:anchors], *keys)
+    count = z.shape[0]
+    of_rows, of_columns = (None, None) if keys is None else keys
+    own, of_own = (z, of_rows) if anchors == count else (z[:anchors], None if of_rows is None else of_rows[:anchors])
     blocks = []
     if columns is not None:
-        blocks.append(Pairs(z[:anchors], columns.to(z.dtype), scale, unit, None, of_anchors, of_columns))
-    elif len(z) > 1 and anchors == len(z):
-        blocks.append(Pairs(z, scale=scale, unit=unit, row_keys=of_rows))
-    elif len(z) > 1:
-        blocks.append(Pairs(z[:anchors], z, scale, unit, None, of_anchors, of_rows, torch.arange(anchors, device=z.device)))
-    if queue is not None and len(queue):
+        blocks.append(Pairs(own, columns.to(z.dtype), scale, unit, None, of_own, of_columns))
+    elif count > 1 and anchors == count:
+        blocks.append(Pairs(z, None, scale, unit, None, of_rows))
+    elif count > 1:
+        blocks.append(Pairs(own, z, scale, unit, None, of_own, of_rows, torch.arange(anchors, device=z.device)))
+    if queue is not None:
         rows, of_queue = queue.columns(z)
-        blocks.append(Pairs(z[:anchors], rows, scale, unit, None, of_anchors, of_queue))
+        if len(queue):
+            blocks.append(Pairs(own, rows, scale, unit, None, of_own, of_queue))
     return blocks
 
 

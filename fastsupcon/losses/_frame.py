@@ -13,14 +13,14 @@ REDUCTIONS = ("mean", "sum", "none")
 LONE_ANCHORS = ("zero", "skip", "error")
 
 
-def rows_of(features: Tensor) -> tuple[Tensor, int]:
+def rows_of(features: Tensor, name: str = "features") -> tuple[Tensor, int]:
     """features [N, D], or [B, V, ...] with V views of B samples, as rows [V B, D], view-major, and V."""
     if not isinstance(features, Tensor):
-        raise TypeError(f"features must be a torch.Tensor, got {type(features).__name__}")
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(features).__name__}")
     if features.ndim < 2:
-        raise ValueError(f"features must have shape [N, D] or [B, V, ...], got {list(features.shape)}")
+        raise ValueError(f"{name} must have shape [N, D] or [B, V, ...], got {list(features.shape)}")
     rows = features if features.ndim == 2 else features.flatten(2).transpose(0, 1).flatten(0, 1)
-    _checks.rows("features", rows)
+    _checks.rows(name, rows)
     return rows, 1 if features.ndim == 2 else features.shape[1]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -152,3 +154,8 @@ class InfoNCELoss(Loss):
 
     def forward(self, a: Tensor, b: Tensor, keys: Tensor | None = None, negatives: Tensor | None = None) -> Tensor:
         return info_nce_loss(a, b, keys, negatives, **self.options)
+
+    def chance_level(self, pairs: int) -> float:
+        """The loss of so many pairs whose similarities are all equal: log(pairs), in a's direction log(pairs + rows in the queue)."""
+        of_a = math.log(pairs + (0 if self.queue is None else len(self.queue)))
+        return (of_a + math.log(pairs)) / 2 if self.symmetric else of_a

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -112,3 +114,7 @@ class NTXentLoss(Loss):
 
     def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
         return nt_xent_loss(z0, z1, **self.options)
+
+    def chance_level(self, rows: int) -> float:
+        """The loss of ``rows`` rows, 2 B of B samples, whose similarities are all equal: log(rows - 1); with a queue log(1 + its rows)."""
+        return math.log(rows - 1 if self.queue is None else 1 + len(self.queue))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import _checks, operators
 from ..backends._dtypes import no_autocast
 from ..positives import own_prototypes
 from ..problem import Line, Pairs
-from ..rows import wide_rows
-from ._frame import REDUCTIONS, Loss, class_labels, reduce, wide_temperature
+from ._frame import REDUCTIONS, class_labels, reduce, wide_temperature
+from ._prototypes import PrototypeLoss, check_prototypes
 
 
 def psc_loss(
@@ -80,8 +82,7 @@ def _psc_loss(
 ) -> Tensor:
     """``classes`` are made once by the module: on a GPU making them is a launch of its own."""
     _checks.rows("features", features)
-    _checks.rows("prototypes", prototypes, columns=features.shape[1])
-    _checks.on_device("prototypes", prototypes, features.device)
+    check_prototypes(prototypes, features)
     _check_options(temperature, denominator, reduction)
     per_class = prototypes_per_class
     count = len(prototypes) // per_class
@@ -110,7 +111,7 @@ def _check_options(temperature, denominator, reduction) -> None:
     _checks.one_of("reduction", reduction, REDUCTIONS)
 
 
-class PSCLoss(Loss):
+class PSCLoss(PrototypeLoss):
     """:func:`fastsupcon.functional.psc_loss` with learned prototypes, ``prototypes`` [num_classes * prototypes_per_class, embedding_dim].
 
     Hand the prototypes to the optimiser with the network's parameters: ``[*model.parameters(), *loss.parameters()]``.
@@ -133,14 +134,13 @@ class PSCLoss(Loss):
         backend: str = "auto",
     ) -> None:
         _check_options(temperature, denominator, reduction)
-        for name, value, least in (
-            ("num_classes", num_classes, 2 if denominator == "negatives" else 1),
-            ("embedding_dim", embedding_dim, 1),
-            ("prototypes_per_class", prototypes_per_class, 1),
-        ):
-            if not _checks.is_integer(value) or value < least:
-                raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
+        _checks.size("num_classes", num_classes, 2 if denominator == "negatives" else 1)
+        _checks.size("embedding_dim", embedding_dim)
+        _checks.size("prototypes_per_class", prototypes_per_class)
         super().__init__(
+            num_classes,
+            embedding_dim,
+            int(prototypes_per_class),
             temperature=temperature,
             prototypes_per_class=int(prototypes_per_class),
             denominator=denominator,
@@ -148,8 +148,6 @@ class PSCLoss(Loss):
             reduction=reduction,
             backend=backend,
         )
-        self.num_classes = int(num_classes)
-        self.prototypes = nn.Parameter(wide_rows(torch.randn(self.num_classes * self.prototypes_per_class, int(embedding_dim)), unit=True))
         self.register_buffer("classes", prototype_classes(self.prototypes, self.prototypes_per_class), persistent=False)
 
     def _apply(self, fn, recurse=True):
@@ -160,12 +158,9 @@ class PSCLoss(Loss):
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         return _psc_loss(features, labels, self.prototypes, self.classes, **self.options)
 
-    def logits(self, features: Tensor) -> Tensor:
-        """z_i . p_c / tau: [N, D] -> [N, num_classes]; with several prototypes per class the log-sum-exp over them."""
-        _checks.rows("features", features, columns=self.prototypes.shape[1])
-        with no_autocast(features):
-            z, p = (wide_rows(x, self.normalize) for x in (features, self.prototypes.to(features.dtype)))
-            return (z @ p.T / self.temperature).unflatten(1, (self.num_classes, -1)).logsumexp(2)
+    def chance_level(self) -> float:
+        """The loss of rows whose similarities are all equal: log((C - 1) M), with denominator="all" log(C M)."""
+        return math.log((self.num_classes - (self.denominator == "negatives")) * self.prototypes_per_class)
 
     def extra_repr(self) -> str:
-        return f"num_classes={self.num_classes}, embedding_dim={self.prototypes.shape[1]}, {super().extra_repr()}"
+        return super().extra_repr().replace("dim=", "embedding_dim=", 1)

@@ -107,7 +107,7 @@ def supcon_loss(
     """
     z, views = rows_of(features)
     samples = features.shape[0]
-    anchors = samples if contrast_mode == "one" else len(z)
+    anchors = samples if contrast_mode == "one" else z.shape[0]
     _check_options(temperature, contrast_mode, base_temperature, form, denominator, beta, reduction, lone_anchors, queue)
     _check_positives(features, labels, mask, positives, keys, anchors)
     temperature = wide_temperature(temperature, z)

@@ -1,0 +1,103 @@
+"""Balanced contrastive loss (BCL) of Zhu et al. 2022: every class counts alike in the denominator, and is there in every batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from ..backends import sum_dtype
+from ..backends._dtypes import no_autocast
+from ..blocks import logaddexp, quantities
+from ..problem import Pairs
+from ._frame import REDUCTIONS, class_labels, reduce, rows_of, wide_temperature
+from ._prototypes import PrototypeLoss, check_prototypes
+
+
+def balanced_supcon_loss(
+    features: Tensor,
+    labels: Tensor,
+    prototypes: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    normalize: bool = True,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """Balanced contrastive loss of Zhu et al. (CVPR 2022): SCL whose denominator is a sum over classes of means over their members.
+
+        L_i = log sum_c mean_{k in B_c} exp(z_i . z_k / tau) - mean_{p in B_{y_i}} z_i . z_p / tau
+
+    B_c are the batch's rows of class c, without row i itself, and the class's prototype: averaging takes the head classes' weight away,
+    and the prototype stands for a class that the batch lacks ("class-averaging" and "class-complement" of the paper). So every anchor has a
+    positive; one whose class has no other row has the prototype alone. At equal similarities the loss is log C.
+
+    The mean over the anchor's own class is over its |B| members without the anchor, as in the authors' code.
+
+    Args:
+        features: [N, D], or [B, V, ...] with V views of B samples: trailing dimensions are flattened, views become rows view-major
+            (N = V B).
+        labels: integer [B] (or [B, 1], or [1, B]) in [0, C).
+        prototypes: [C, D], one of each class, learned or made by a network (the authors' is a projection of the classifier's weights).
+            Cast to the dtype of ``features``.
+        temperature: tau, a number or a 0-d tensor, which may require grad.
+        normalize: bring features and prototypes to unit length first.
+        reduction: "mean" over anchors, "sum", or "none": [N].
+        backend: see :func:`fastsupcon.functional.self_logsumexp`.
+
+    Returns:
+        The loss in float32, for float64 features in float64. Gradients have the dtype of their tensor.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the text names it. On a GPU and under
+            torch.compile a label out of range is an assertion on the device: reading it back would wait.
+
+    Cost: 2 N (N + C) D flops forward, 6 N (N + C) D backward; memory O((N + C) D), of which rows and prototypes side by side are a part.
+    """
+    z, views = rows_of(features)
+    check_prototypes(prototypes, z)
+    _check_options(temperature, reduction)
+    classes, (rows, _) = len(prototypes), z.shape
+    labels = class_labels(labels, features.shape[0], z.device)
+    _checks.within("labels", labels, 0, classes)
+    with no_autocast(z):
+        labels = labels.repeat(views)
+        keys = torch.cat([labels, torch.arange(classes, device=z.device)])
+        members = torch.zeros(classes, dtype=torch.int64, device=z.device).scatter_add(0, keys, torch.ones_like(keys))  # waits for nobody
+        bias = -members.to(sum_dtype(z.dtype)).log()[keys]
+        columns, itself = torch.cat([z, prototypes.to(z.dtype)]), torch.arange(rows, device=z.device)
+        pairs = Pairs(z, columns, 1 / wide_temperature(temperature, z), normalize, bias, labels, keys, itself)
+        q = quantities([pairs], "different", "equal", "similarity", "count", backend=backend)
+        own = q.equal + (1 / q.count).log1p()  # the bias divides by the members with the anchor, count + 1
+        return reduce(logaddexp(q.different, own) - q.similarity / q.count, reduction)
+
+
+def _check_options(temperature, reduction) -> None:
+    _checks.temperature("temperature", temperature)
+    _checks.one_of("reduction", reduction, REDUCTIONS)
+
+
+class BalancedSupConLoss(PrototypeLoss):
+    """:func:`fastsupcon.functional.balanced_supcon_loss` with learned ``prototypes`` [num_classes, dim].
+
+    Hand the prototypes to the optimiser with the network's parameters: ``[*model.parameters(), *loss.parameters()]``.
+
+    >>> balanced = BalancedSupConLoss(num_classes=10, dim=128, temperature=0.1)
+    >>> balanced(features, labels).backward()  # features [B, V, 128]
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        dim: int,
+        temperature: float | Tensor = 0.1,
+        *,
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        _check_options(temperature, reduction)
+        super().__init__(num_classes, dim, temperature=temperature, normalize=normalize, reduction=reduction, backend=backend)
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        return balanced_supcon_loss(features, labels, self.prototypes, **self.options)
