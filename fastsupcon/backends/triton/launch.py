@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 #: By how many bytes the addresses of which tensors are off multiples of 16; those that are not are left out.
-Off = tuple[tuple[str, int], ...]
+_Off = tuple[tuple[str, int], ...]
 _ALIGNED = 16  # bytes: what Triton looks at in an address
 _kept: dict[tuple[object, ...], Any] = {}  # compiled kernels, by what they are compiled for
 
@@ -51,21 +51,21 @@ class Launch:
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], **options: Any) -> None:
         self.kernel, self.grid, self.arguments, self.options = kernel, (*grid, 1, 1)[:3], arguments, options
-        self.runs: dict[Off, Callable[..., object]] = {}  # the kept kernels, by how far which addresses are off multiples of 16
+        self.runs: dict[_Off, Callable[..., object]] = {}  # the kept kernels, by how far which addresses are off multiples of 16
         self.given = [(name, x) for name, x in arguments.items() if isinstance(x, (At, Number))]
 
     def ordinarily(self, values: dict[str, Any]) -> Any:
         given = {name: x.tensor(values) if isinstance(x, At) else values[x.name] for name, x in self.given}
         return self.kernel[self.grid](**{**self.arguments, **given}, **self.options)
 
-    def key(self, off: Off, device: torch.device) -> tuple[object, ...]:
+    def key(self, off: _Off, device: torch.device) -> tuple[object, ...]:
         """The same for launches of one compiled kernel: of addresses that are ``off`` multiples of 16 by so many bytes."""
         constants = {parameter.name for parameter in self.kernel.params if parameter.is_constexpr}
         bytes_off = dict(off)
         of = (x if name in constants else _specialised(x, bytes_off) for name, x in self.arguments.items())
         return self.kernel.fn, device, *self.options.items(), *self.arguments, *of
 
-    def keep(self, off: Off, device: torch.device, compiled: Any = None) -> Callable[..., object] | None:
+    def keep(self, off: _Off, device: torch.device, compiled: Any = None) -> Callable[..., object] | None:
         """Launch ``compiled`` from now on, or what another plan has kept of the same."""
         key = self.key(off, device)
         compiled = _kept.setdefault(key, compiled) if compiled is not None else _kept.get(key)
@@ -124,7 +124,7 @@ class Plan:
 
     def run(self, values: dict[str, Any], device: torch.device) -> None:
         """With the call's tensors and numbers, on the current stream of the device, which is current."""
-        off: Off = ()
+        off: _Off = ()
         keeps = _keeps(device)
         if keeps:
             addresses = {name: values[name].data_ptr() for name in self.tensors}
