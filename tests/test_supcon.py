@@ -110,9 +110,24 @@ def test_a_queue_is_more_columns(backend, options):
         features, labels = batch(samples)
         got = functional.supcon_loss(features, labels, queue=queue, **options, backend=backend_of(backend))
         assert_same(got, naive.hard_negative_supcon_loss(features, labels, memory=memory, **options), features)
-        kept = labels if "ignore_index" not in options else torch.where(labels == options["ignore_index"], -7, labels)
-        memory = (torch.cat([features.detach(), memory[0]])[:20], torch.cat([kept, memory[1]])[:20])
+        memory = (torch.cat([features.detach(), memory[0]])[:20], torch.cat([labels, memory[1]])[:20])
         assert len(queue) == len(memory[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"ignore_index": 1}, {"denominator": "negatives", "ignore_index": 1}], ids=str)
+@pytest.mark.parametrize("first", [-(2**40), -(2**30), 2**30 - 1, 2**40])
+def test_labels_may_be_any_numbers(first, options):
+    """As hashes of names are: in the batch, among other columns and in a queue they serve as small ones do."""
+    small, large = (MemoryQueue(20, 8, dtype=torch.float64) for _ in range(2))
+    moved = options | ({"ignore_index": first + 1} if "ignore_index" in options else {})
+    for _ in range(3):
+        features, labels = batch(9)
+        want = functional.supcon_loss(features, labels, queue=small, **OPTIONS, **options)
+        assert_same(functional.supcon_loss(features, labels + first, queue=large, **OPTIONS, **moved), want, features)
+        columns, of_columns = batch(5)
+        want = functional.supcon_loss(features, labels, keys=columns, key_labels=of_columns, **OPTIONS, **options)
+        got = functional.supcon_loss(features, labels + first, keys=columns, key_labels=of_columns + first, **OPTIONS, **moved)
+        assert_same(got, want, features, columns)
 
 
 def test_views_without_labels_find_no_positive_in_a_queue(device):

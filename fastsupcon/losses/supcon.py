@@ -15,7 +15,7 @@ from ..blocks import Quantities, logaddexp, quantities
 from ..positives import listed_positives, mask_positives, shared_label_positives
 from ..problem import Line, Pairs
 from ..queue import MemoryQueue
-from ._contrast import Keys, blocks_of, ignored, pairs_of_each, remember
+from ._contrast import Keys, blocks_of, pairs_of_each, remember
 from ._frame import (
     LONE_ANCHORS,
     REDUCTIONS,
@@ -85,8 +85,7 @@ def supcon_loss(
         base_temperature: the loss is multiplied by temperature / base_temperature; None: by 1.
         contrast_mode: "all": every view is an anchor; "one": the first view only. All rows are contrasted with in both.
         form: "out" or "in". ``denominator``: "all" or "negatives". ``beta``: >= 0.
-        ignore_index: rows of this label are no anchors and nobody's positives, but negatives. Other labels must then lie between -2^30 + N
-            and 2^30 - 2.
+        ignore_index: rows of this label are no anchors and nobody's positives, but negatives.
         class_weights: floating [C], for labels in [0, C): each anchor's loss is weighted by its class's.
         anchor_weights: floating [B] or [A]: each anchor's loss is weighted. The mean is over the weights.
         queue: a MemoryQueue: its rows are more columns, which no gradient reaches, and positives where their label is the anchor's. In
@@ -128,10 +127,9 @@ def supcon_loss(
             of_samples if views == 1 else of_samples.repeat(views),
             None if keys is None else class_labels(key_labels, len(keys), z.device, "key_labels"),
         )
-    if ignore_index is not None:
+    if ignore_index is not None:  # such rows are positives of each other alone, and as anchors weigh nothing
         is_anchor = (names.rows[:anchors] != ignore_index).to(sum_dtype(z.dtype))
         weights = is_anchor if weights is None else weights * is_anchor
-        names = ignored(names, ignore_index)
     blocks = blocks_of(z, anchors, names, scale, normalize, keys, queue)
     if queue is not None:
         remember(queue, z, names, keys, named=classes is not None)
