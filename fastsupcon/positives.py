@@ -82,7 +82,7 @@ def listed_positives(z: Tensor, positives: Tensor, unit: bool) -> tuple[Tensor, 
 
     -1 lists none, and nor does the row's own number. O(A K D) memory.
     """
-    z = wide_rows(z, unit)
+    z, positives = wide_rows(z, unit), positives.long()
     anchors = torch.arange(len(positives), device=z.device)[:, None]
     listed = (positives >= 0) & (positives != anchors)
     of_each = torch.nn.functional.embedding(torch.where(listed, positives, 0), z)  # its gradient is the same bits on every device

@@ -178,6 +178,15 @@ def test_a_queue_is_saved_and_loaded(device):
     assert len(other.queue) == 0 and int(other.queue.filled) == 0
 
 
+def test_a_batch_that_is_refused_stays_out_of_the_queue(device):
+    queue = MemoryQueue(8, 4).to(device)
+    features, labels = torch.randn(3, 4, device=device), torch.arange(3, device=device)
+    for options in ({"lone_anchors": "error"}, {"backend": "none"}):
+        with pytest.raises(ValueError):
+            functional.supcon_loss(features, labels, queue=queue, **options)
+        assert len(queue) == 0
+
+
 @pytest.mark.parametrize(("size", "dim", "text"), [(0, 4, "size must be an int of at least 1, got 0"), (4, 0.5, "dim must be an int")])
 def test_a_queue_refuses_at_construction(size, dim, text):
     with pytest.raises(ValueError, match=text):
@@ -202,6 +211,21 @@ def test_lists_of_positives(backend, contrast_mode, lone_anchors):
     log_probabilities = torch.where(mask > 0, logits.log_softmax(1), 0)
     losses = -(mask * log_probabilities).sum(1) / mask.sum(1).clamp_min(1)
     assert_same(got, losses.sum() / (anchors if lone_anchors == "zero" else (mask.sum(1) > 0).sum()), features)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32], ids=str)
+def test_lists_of_positives_of_any_integers(device, dtype):
+    z, positives = torch.randn(5, 4, device=device), torch.randint(0, 5, (5, 2), device=device)
+    want = functional.supcon_loss(z, positives=positives)
+    assert torch.equal(functional.supcon_loss(z, positives=positives.to(dtype)), want)
+
+
+def test_a_base_temperature_in_a_tensor(device):
+    z, labels = torch.randn(6, 4, device=device), torch.arange(6, device=device) % 3
+    want = functional.supcon_loss(z, labels, temperature=0.2, base_temperature=0.5)
+    for base in (torch.tensor([0.5]), torch.tensor(0.5, dtype=torch.float64)):
+        got = functional.supcon_loss(z, labels, temperature=0.2, base_temperature=base)
+        torch.testing.assert_close(got, want)
 
 
 def test_several_labels_next_to_a_long_row(backend):
@@ -255,7 +279,7 @@ def test_all_rows_ignored_or_without_negatives(backend, device):
         bad = z.detach().clone()
         bad[1, 0] = math.nan
         assert functional.supcon_loss(bad, labels, **options, backend=backend).isnan()
-    with pytest.raises(ValueError, match="every anchor must have a positive, got 6 of 6 without one"):
+    with pytest.raises(ValueError, match="every anchor must have a positive and a negative, got 6 of 6 without"):
         functional.supcon_loss(z, labels, denominator="negatives", lone_anchors="error", backend=backend)
 
 
@@ -265,5 +289,7 @@ def test_the_chance_level(device):
         features = torch.ones(8, views, 3, device=device)
         labels = torch.arange(8, device=device) % 2
         assert loss(features, labels).item() == pytest.approx(loss.chance_level(8 * views), rel=1e-6)
+    loss = SupConLoss(form="in")
+    assert loss(torch.ones(8, 3, device=device), labels).item() == pytest.approx(loss.chance_level(8), rel=1e-6)
     with pytest.raises(ValueError, match="chance_level is known for denominator='all'"):
         SupConLoss(denominator="negatives").chance_level(8)

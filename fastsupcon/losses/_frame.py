@@ -50,7 +50,8 @@ def weights_of(
     if class_weights is not None:
         if labels is None:
             raise ValueError("class_weights needs labels, one class a row, and got none")
-        _checks.vector("class_weights", class_weights, class_weights.numel(), z.device, floating=True)
+        of_classes = max(1, class_weights.numel()) if isinstance(class_weights, Tensor) else 1
+        _checks.vector("class_weights", class_weights, of_classes, z.device, floating=True)
         of_class = torch.nn.functional.embedding(labels.clamp(0, len(class_weights) - 1), class_weights[:, None])[:, 0]
         weights = of_class.to(sum_dtype(z.dtype)).repeat(anchors // samples)
     if anchor_weights is not None:
@@ -80,9 +81,9 @@ def check_queue(queue: object) -> None:
         raise TypeError(f"queue must be a fastsupcon.MemoryQueue or None, got {type(queue).__name__}")
 
 
-def refuse_lone_anchors(paired: Tensor) -> None:
+def refuse_lone_anchors(paired: Tensor, needed: str) -> None:
     """For lone_anchors="error". On a GPU this waits for the device; under torch.compile it is an assertion on it."""
-    message = "lone_anchors='error': every anchor must have a positive"
+    message = f"lone_anchors='error': every anchor must have {needed}"
     if torch.compiler.is_compiling():
         torch._assert_async(paired.all(), message)
     elif not paired.all():

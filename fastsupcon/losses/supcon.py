@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 
 import torch
 from torch import Tensor
@@ -110,7 +109,7 @@ def supcon_loss(
     _check_options(temperature, contrast_mode, base_temperature, form, denominator, beta, reduction, lone_anchors, queue)
     _check_positives(features, labels, mask, positives, keys, anchors)
     temperature = wide_temperature(temperature, z)
-    scale, factor = 1 / temperature, 1.0 if base_temperature is None else temperature / base_temperature
+    scale, factor = 1 / temperature, 1.0 if base_temperature is None else temperature / wide_temperature(base_temperature, z)
     by_keys = mask is None and positives is None and not _are_several(labels, samples)
     classes = class_labels(labels, samples, z.device) if by_keys and labels is not None else None
     _check_together(z, by_keys, classes, form, denominator, beta, keys, key_labels, ignore_index, queue)
@@ -131,36 +130,39 @@ def supcon_loss(
         is_anchor = (names.rows[:anchors] != ignore_index).to(sum_dtype(z.dtype))
         weights = is_anchor if weights is None else weights * is_anchor
     blocks = blocks_of(z, anchors, names, scale, normalize, keys, queue)
-    if queue is not None:
-        remember(queue, z, names, keys, named=classes is not None)
 
     if by_keys and denominator == "all" and not beta and weights is None and lone_anchors != "error" and len(blocks) == 1:
         learned = isinstance(factor, Tensor)
         parts = {"similarity": -1.0} if form == "out" else {"equal": -1.0, "log_count": 1.0}
         line = Line(all=1.0, **parts, factor=1.0 if learned else float(factor), lone=lone_anchors, reduction=reduction)
         loss = operators.loss(blocks[0], line, backend=backend)
-        return loss * factor if learned else loss
-    with no_autocast(z):
-        if not blocks:  # nobody to meet: the log of an empty sum would be -inf; a zero that still shows a NaN
-            select(backend, z.device, z.dtype, z.shape[1])
-            losses, paired = (z * 0).sum(1, dtype=sum_dtype(z.dtype)), torch.zeros(1, dtype=torch.bool, device=z.device)
-        elif by_keys:
-            losses, paired = _by_keys(blocks, form, denominator, beta, backend)
-        else:
-            if positives is not None:
-                positive, paired = listed_positives(z, positives, normalize)
-            elif mask is not None:
-                positive, paired = mask_positives(z, mask, normalize)
+        loss = loss * factor if learned else loss
+    else:
+        with no_autocast(z):
+            if not blocks:  # nobody to meet: the log of an empty sum would be -inf; a zero that still shows a NaN
+                select(backend, z.device, z.dtype, z.shape[1])
+                losses, paired = (z * 0).sum(1, dtype=sum_dtype(z.dtype)), torch.zeros(1, dtype=torch.bool, device=z.device)
+            elif by_keys:
+                losses, paired = _by_keys(blocks, form, denominator, beta, backend)
             else:
-                positive, paired = shared_label_positives(z, labels.repeat(views, 1), normalize)
-            everything = quantities(blocks, "all", backend=backend).all
-            losses, paired = everything - positive[:anchors].to(everything.dtype) * scale, paired[:anchors]
-        if lone_anchors == "error":
-            refuse_lone_anchors(paired if ignore_index is None else paired | (is_anchor == 0))
-        losses = losses * paired * factor  # 0 for a lone anchor, but NaN stays NaN
-        if lone_anchors == "skip":
-            weights = paired if weights is None else weights * paired
-        return reduce(losses, reduction, weights)
+                if positives is not None:
+                    positive, paired = listed_positives(z, positives, normalize)
+                elif mask is not None:
+                    positive, paired = mask_positives(z, mask, normalize)
+                else:
+                    positive, paired = shared_label_positives(z, labels.repeat(views, 1), normalize)
+                everything = quantities(blocks, "all", backend=backend).all
+                losses, paired = everything - positive[:anchors].to(everything.dtype) * scale, paired[:anchors]
+            if lone_anchors == "error":
+                needed = "a positive" if denominator == "all" else "a positive and a negative"
+                refuse_lone_anchors(paired if ignore_index is None else paired | (is_anchor == 0), needed)
+            losses = losses * paired * factor  # 0 for a lone anchor, but NaN stays NaN
+            if lone_anchors == "skip":
+                weights = paired if weights is None else weights * paired
+            loss = reduce(losses, reduction, weights)
+    if queue is not None:  # after all that may be refused, so that a batch that is stays out
+        remember(queue, z, names, keys, named=classes is not None)
+    return loss
 
 
 def _by_keys(blocks: list[Pairs], form: str, denominator: str, beta: float, backend: str) -> tuple[Tensor, Tensor]:
@@ -205,7 +207,8 @@ def _check_positives(features: Tensor, labels, mask, positives, keys, anchors: i
         )
     if len(given) > 1:
         raise ValueError(
-            f"{' and '.join(given)} {'both' if len(given) == 2 else 'all'} define the positives: expected at most one, got both"
+            f"{' and '.join(given)} {'both' if len(given) == 2 else 'all'} define the positives: expected at most one, got "
+            f"{'both' if len(given) == 2 else 'all three'}"
         )
     if not given and (features.ndim == 2 or features.shape[1] == 1) and keys is None:
         raise ValueError(
@@ -271,10 +274,7 @@ def _check_options(temperature, contrast_mode, base_temperature, form, denominat
     _checks.one_of("reduction", reduction, REDUCTIONS)
     _checks.one_of("lone_anchors", lone_anchors, LONE_ANCHORS)
     check_queue(queue)
-    if not isinstance(beta, numbers.Real) or isinstance(beta, bool):
-        raise TypeError(f"beta must be a number, got {type(beta).__name__}")
-    if not 0 <= beta < math.inf:
-        raise ValueError(f"beta must be finite and not negative, got {beta}")
+    _checks.number("beta", beta, 0, math.inf)
 
 
 class SupConLoss(Loss):
@@ -336,7 +336,8 @@ class SupConLoss(Loss):
     def chance_level(self, rows: int) -> float:
         """The loss of ``rows`` rows, V B of V views, whose similarities are all equal: log(rows - 1) times temperature / base_temperature.
 
-        That of the defaults; where ``denominator`` or ``form`` are others, or rows meet other columns, it depends on the labels.
+        Of both forms, where every anchor has a positive and meets the batch alone. With another ``denominator`` or ``beta`` it depends on
+        the labels, with a queue on what is in it: a ValueError.
         """
         if self.denominator != "all" or self.beta or self.queue is not None:
             raise ValueError("chance_level is known for denominator='all', beta=0 and no queue alone: else it depends on the labels")
