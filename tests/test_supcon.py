@@ -178,6 +178,21 @@ def test_a_queue_is_saved_and_loaded(device):
     assert len(other.queue) == 0 and int(other.queue.filled) == 0
 
 
+def test_a_queue_whose_buffers_another_process_overwrites(device):
+    """DistributedDataParallel copies the first process's buffers into the others' when it is built, which may have loaded a checkpoint."""
+    first, other = (SupConLoss(0.2, normalize=True, queue=MemoryQueue(16, 4)).to(device) for _ in range(2))
+    features, labels = torch.randn(6, 4, device=device), torch.arange(6, device=device) % 2
+    first(features, labels)
+    for put_here in (0, 3):
+        if put_here:
+            other(features[:put_here], labels[:put_here])
+        with torch.no_grad():
+            for buffer, of_first in zip(other.buffers(), first.buffers(), strict=True):
+                buffer.copy_(of_first)
+        assert len(other.queue) == len(first.queue) == 6
+        assert torch.equal(copy.deepcopy(other)(features, labels), copy.deepcopy(first)(features, labels))
+
+
 def test_a_batch_that_is_refused_stays_out_of_the_queue(device):
     queue = MemoryQueue(8, 4).to(device)
     features, labels = torch.randn(3, 4, device=device), torch.arange(3, device=device)

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..problem import Pairs
 from ..queue import NOBODY, MemoryQueue
 
+
 class Keys(NamedTuple):
     """int64; equal ones are positives of each other."""
 
