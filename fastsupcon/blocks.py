@@ -38,6 +38,10 @@ def join(names: Sequence[str], a: Iterable[Tensor], b: Iterable[Tensor]) -> list
 
 
 def logaddexp(a: Tensor, b: Tensor) -> Tensor:
-    """log(e^a + e^b), whose gradient is 0 where both are -inf, the log of an empty sum: torch's is NaN there."""
-    empty = (a == -torch.inf) & (b == -torch.inf)
-    return torch.logaddexp(a.masked_fill(empty, 0), b.masked_fill(empty, 0)).masked_fill(empty, -torch.inf)
+    """log(e^a + e^b), where -inf, the log of an empty sum, leaves the other as it is.
+
+    torch.logaddexp's first derivative is NaN where both are -inf, its second where one is.
+    """
+    no_a, no_b = a == -torch.inf, b == -torch.inf
+    both = torch.logaddexp(a.masked_fill(no_a, 0), b.masked_fill(no_b, 0))
+    return torch.where(no_a, b, torch.where(no_b, a, both))
