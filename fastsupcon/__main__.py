@@ -17,8 +17,9 @@ DEPTH = 128  # rows' dimension asked about
 
 def _devices() -> list[torch.device]:
     devices = [torch.device("cpu")]
-    if torch.accelerator.is_available():
-        devices += [torch.device(torch.accelerator.current_accelerator().type, i) for i in range(torch.accelerator.device_count())]
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is not None:
+        devices += [torch.device(accelerator.type, i) for i in range(torch.accelerator.device_count())]
     return devices
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ def rows(name: str, value: object, columns: int | None = None) -> None:
         raise ValueError(f"{name} must not be empty, got shape {list(value.shape)}")
 
 
-def rows_like(name: str, value: object, other_name: str, other: Tensor) -> None:
+def rows_like(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     """[rows, D] of the D, dtype and device of the rows ``other``."""
     rows(name, value, columns=other.shape[1])
     on_device(name, value, other.device)
@@ -92,7 +93,7 @@ def whole(name: str, value: Tensor) -> None:
         torch._assert_async(~broken.any(), message)
 
 
-def counts(name: str, value: object, classes: int, device: torch.device) -> None:
+def counts(name: str, value: Tensor, classes: int, device: torch.device) -> None:
     """A [classes] of integers or floats, none below 0 and not all 0. Values on a GPU and under torch.compile are not read back."""
     vector(name, value, classes, device, floating=isinstance(value, Tensor) and value.is_floating_point())
     if value.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -101,7 +102,7 @@ def counts(name: str, value: object, classes: int, device: torch.device) -> None
             raise ValueError(f"{name} must be finite, at least 0 and not all 0, got a least of {least:g} and a sum of {total:g}")
 
 
-def is_integer(value: object) -> bool:
+def is_integer(value: object) -> TypeGuard[int]:
     """An int, or NumPy's."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
@@ -112,7 +113,7 @@ def size(name: str, value: object, least: int = 1) -> None:
         raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
 
 
-def number(name: str, value: object, low: float, high: float) -> None:
+def number(name: str, value: float, low: float, high: float) -> None:
     """A finite number in [low, high]; no tensor."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")

@@ -19,7 +19,7 @@ class Quantities(NamedTuple):
     different: Tensor
     equal: Tensor
     similarity: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # in the place of a tuple's count()
 
 
 def quantities(blocks: Sequence[Pairs], *names: str, backend: str = "auto") -> Quantities:

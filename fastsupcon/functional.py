@@ -98,7 +98,7 @@ def cross_logsumexp(
     if (row_labels is None) != (column_labels is None):
         missing, given = ("row_labels", "column_labels") if row_labels is None else ("column_labels", "row_labels")
         raise ValueError(f"{missing} must be given together with {given}, got None")
-    if row_labels is not None:
+    if row_labels is not None and column_labels is not None:
         if skip is not None:
             raise ValueError("skip and row_labels/column_labels are two exclusion rules: expected at most one, got both")
         _checks.vector("row_labels", row_labels, len(a), a.device)

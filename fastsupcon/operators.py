@@ -12,12 +12,13 @@ Second derivatives come from the reference backend's gradient, which is made of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from .backends import BACKENDS, cpu, reference, select
+from .backends import BACKENDS, LineBackend, LossBackend, cpu, reference, select
 from .backends._dtypes import sum_dtype
 from .problem import Gradients, Line, Pairs, Side, Terms, names_of
 
@@ -38,8 +39,9 @@ def terms(pairs: Pairs, row_names: tuple[str, ...], column_names: tuple[str, ...
     if traced(pairs):
         return _forward_op(*_flat(pairs), row_names, column_names, backend)[:2]
     if torch._C._functorch.peek_interpreter_stack() is not None:
-        return _TransformedTerms.apply(*_flat(pairs), row_names, column_names, backend)[:2]
-    return _apply(_Terms, pairs, row_names, column_names, backend)[:2]
+        return _transformed_terms(*_flat(pairs), row_names, column_names, backend)[:2]
+    outputs: tuple[Tensor, Tensor] = _apply(_Terms, pairs, row_names, column_names, backend)[:2]
+    return outputs
 
 
 def loss(pairs: Pairs, line: Line, *, backend: str = "auto") -> Tensor:
@@ -47,18 +49,20 @@ def loss(pairs: Pairs, line: Line, *, backend: str = "auto") -> Tensor:
     names = names_of(line)
     if traced(pairs) or torch._C._functorch.peek_interpreter_stack() is not None:
         return reference.line(names, terms(pairs, names, backend=backend)[0], line)
-    return _apply(_Loss, pairs, names, line, backend)
+    outcome: Tensor = _apply(_Loss, pairs, names, line, backend)
+    return outcome
 
 
-def _apply(function: type[torch.autograd.Function], pairs: Pairs, *rest):
+def _apply(function: type[torch.autograd.Function], pairs: Pairs, *rest: Any) -> Any:
     """function.apply, which would ask again whether a transform of torch.func is active, and each argument whether it is of one.
 
     What is not differentiable comes as one argument: there is a price for each.
     """
-    return super(torch.autograd.Function, function).apply(*_differentiable(pairs), (pairs, *rest, _keep(pairs, rest[-1])))
+    # torch's stubs lack what Function inherits.
+    return super(torch.autograd.Function, function).apply(*_differentiable(pairs), (pairs, *rest, _keep(pairs, rest[-1])))  # type: ignore[misc]
 
 
-def traced(arguments: Iterable[object]) -> bool:
+def traced(arguments: Iterable[Any]) -> bool:
     """Whether something looks on that must be shown operators: a compiler, a dispatch mode, a tensor without storage of its own."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
@@ -86,17 +90,27 @@ def _differentiable(pairs: Pairs) -> tuple[Tensor | None, ...]:
     return pairs.rows, pairs.columns, pairs.bias, pairs.scale if isinstance(pairs.scale, Tensor) else None
 
 
-def _flat(pairs: Pairs) -> tuple:
+def _flat(pairs: Pairs) -> tuple[Any, ...]:
     """The arguments of _PAIRS."""
     scale = 1.0 if isinstance(pairs.scale, Tensor) else pairs.scale
     return *_differentiable(pairs), pairs.row_keys, pairs.column_keys, pairs.own_column, scale, pairs.unit
 
 
-def _pairs(rows, columns, bias, scale_tensor, row_keys, column_keys, own_column, scale, unit) -> Pairs:
+def _pairs(
+    rows: Tensor,
+    columns: Tensor | None,
+    bias: Tensor | None,
+    scale_tensor: Tensor | None,
+    row_keys: Tensor | None,
+    column_keys: Tensor | None,
+    own_column: Tensor | None,
+    scale: float,
+    unit: bool,
+) -> Pairs:
     return Pairs(rows, columns, scale if scale_tensor is None else scale_tensor, unit, bias, row_keys, column_keys, own_column)
 
 
-def _backend(name: str, rows: Tensor):
+def _backend(name: str, rows: Tensor) -> LineBackend | LossBackend:
     """Chosen as the op runs, from the rows' true shape, so that torch.compile may keep shapes symbolic."""
     return BACKENDS[select(name, rows.device, rows.dtype, rows.shape[1])]
 
@@ -104,7 +118,7 @@ def _backend(name: str, rows: Tensor):
 def _contiguous(pairs: Pairs) -> Pairs:
     for x in pairs:
         if isinstance(x, Tensor) and (x.is_neg() or not x.is_contiguous()):
-            return Pairs(*[x.contiguous().resolve_neg() if isinstance(x, Tensor) else x for x in pairs])
+            return Pairs._make(x.contiguous().resolve_neg() if isinstance(x, Tensor) else x for x in pairs)
     return pairs
 
 
@@ -112,7 +126,9 @@ def _forward(pairs: Pairs, row_names: tuple[str, ...], column_names: tuple[str, 
     return _backend(backend, pairs.rows).forward(_contiguous(pairs), row_names, column_names, keep)
 
 
-def _backward(pairs: Pairs, rows: Side, columns: Side, norms: Tensor, kept: Tensor, needs: tuple[bool, ...], backend: str) -> Gradients:
+def _backward(
+    pairs: Pairs, rows: Side, columns: Side, norms: Tensor, kept: Tensor, needs: tuple[bool, bool, bool, bool], backend: str
+) -> Gradients:
     _refuse_batched(rows.grads)
     rows, columns = (Side(names, values.contiguous(), grads.contiguous()) for names, values, grads in (rows, columns))
     return _backend(backend, pairs.rows).backward(_contiguous(pairs), rows, columns, norms, kept, needs)
@@ -132,7 +148,15 @@ def _loss_forward(pairs: Pairs, names: tuple[str, ...], line: Line, backend: str
     return module.line(names, terms.rows, line), terms
 
 
-def _loss_backward(pairs: Pairs, names: tuple[str, ...], line: Line, kept, grad: Tensor, needs, backend: str) -> Gradients:
+def _loss_backward(
+    pairs: Pairs,
+    names: tuple[str, ...],
+    line: Line,
+    kept: Sequence[Tensor],
+    grad: Tensor,
+    needs: tuple[bool, bool, bool, bool],
+    backend: str,
+) -> Gradients:
     _refuse_batched(grad)
     module, pairs = _backend(backend, pairs.rows), _contiguous(pairs)
     if hasattr(module, "loss_backward"):
@@ -145,31 +169,31 @@ def _loss_backward(pairs: Pairs, names: tuple[str, ...], line: Line, kept, grad:
 # ---- Operators ------------------------------------------------------------------------------------------------------------------------
 
 
-def _forward_of_op(*arguments) -> Terms:
+def _forward_of_op(*arguments: Any) -> Terms:
     *flat, row_names, column_names, backend = arguments
     return _forward(_pairs(*flat), tuple(row_names), tuple(column_names), backend, keep=False)
 
 
-def _fake_forward(*arguments) -> Terms:
+def _fake_forward(*arguments: Any) -> Terms:
     *flat, row_names, column_names, _ = arguments
     pairs = _pairs(*flat)
     n, m, _ = pairs.shape
 
-    def empty(*shape) -> Tensor:
+    def empty(*shape: int) -> Tensor:
         return pairs.rows.new_empty(shape, dtype=sum_dtype(pairs.rows.dtype))
 
     norms = (n if pairs.columns is None else n + m) if pairs.unit else 0
     return Terms(empty(len(row_names), n), empty(len(column_names), m), empty(norms), empty(0))
 
 
-def _backward_of_op(*arguments) -> tuple[Tensor, ...]:
+def _backward_of_op(*arguments: Any) -> tuple[Tensor, ...]:
     *flat, row_names, row_values, row_grads, column_names, column_values, column_grads, norms, kept, needs, backend = arguments
     rows, columns = Side(tuple(row_names), row_values, row_grads), Side(tuple(column_names), column_values, column_grads)
     gradients = _backward(_pairs(*flat), rows, columns, norms, kept, tuple(needs), backend)
     return tuple(norms.new_empty(0) if gradient is None else gradient for gradient in gradients)  # an op cannot return None
 
 
-def _fake_backward(*arguments) -> tuple[Tensor, ...]:
+def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
     needs = arguments[-2]
     outputs = (
         torch.empty_like(tensor, memory_format=torch.contiguous_format) if need else arguments[-3].new_empty(0)
@@ -178,11 +202,14 @@ def _fake_backward(*arguments) -> tuple[Tensor, ...]:
     return tuple(outputs)
 
 
-def _define(name: str, schema: str, run, fake):
+def _define(
+    name: str, schema: str, run: Callable[..., Iterable[Tensor]], fake: Callable[..., Iterable[Tensor]]
+) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
     _library.define(f"{name}({schema}")
     _library.impl(name, lambda *arguments: tuple(run(*arguments)), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastsupcon::{name}", lambda *arguments: tuple(fake(*arguments)), lib=_library)
-    return getattr(torch.ops.fastsupcon, name).default
+    operator: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = getattr(torch.ops.fastsupcon, name).default
+    return operator
 
 
 _forward_op = _define(
@@ -203,30 +230,35 @@ _backward_op = _define(
 # ---- Autograd -------------------------------------------------------------------------------------------------------------------------
 
 
-def _gradients(ctx, rows: Side, columns: Side, pairs: Pairs, norms: Tensor, kept: Tensor, backend: str) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, rows: Side, columns: Side, pairs: Pairs, norms: Tensor, kept: Tensor, backend: str) -> tuple[Tensor | None, ...]:
     """Of a Function's inputs, the differentiable ones first."""
     needs = tuple(ctx.needs_input_grad[:_DIFFERENTIABLE])
     if traced((rows.grads,)):
         gradients = _backward_op(*_flat(pairs), *rows, *columns, norms, kept, needs, backend)
-        gradients = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
-    else:
-        gradients = _backward(pairs, rows, columns, norms, kept, needs, backend)
-    return _padded(ctx, gradients)
+        return _padded(ctx, (gradient if need else None for gradient, need in zip(gradients, needs, strict=True)))
+    return _padded(ctx, _backward(pairs, rows, columns, norms, kept, needs, backend))
 
 
-def _differentiable_gradients(ctx, pairs: Pairs, row_names, row_grads_of, column_names=(), column_grads=None) -> tuple[Tensor | None, ...]:
+def _differentiable_gradients(
+    ctx: Any,
+    pairs: Pairs,
+    row_names: tuple[str, ...],
+    row_grads_of: Callable[[Tensor], Tensor],
+    column_names: tuple[str, ...] = (),
+    column_grads: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
     """The same for create_graph=True, as a differentiable function of pairs and incoming gradients, the rows' from their values."""
     row_values, column_values, norms, kept = reference.forward(pairs, row_names, column_names, False)
-    rows, columns = Side(row_names, row_values, row_grads_of(row_values)), Side(column_names, column_values, column_grads)
-    columns = columns if column_names else Side((), column_values, column_values)
+    rows = Side(row_names, row_values, row_grads_of(row_values))
+    columns = Side(column_names, column_values, column_values if column_grads is None else column_grads)
     return _padded(ctx, reference.backward(pairs, rows, columns, norms, kept, tuple(ctx.needs_input_grad[:_DIFFERENTIABLE])))
 
 
-def _padded(ctx, gradients: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
+def _padded(ctx: Any, gradients: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
     return *gradients, *[None] * (len(ctx.needs_input_grad) - _DIFFERENTIABLE)
 
 
-def _save(ctx, pairs: Pairs, kept: tuple[Tensor, ...], *options) -> None:
+def _save(ctx: Any, pairs: Pairs, kept: tuple[Tensor, ...], *options: Any) -> None:
     rows, columns, scale, unit, bias, row_keys, column_keys, own_column = pairs
     learned = isinstance(scale, Tensor)
     ctx.set_materialize_grads(False)
@@ -234,20 +266,20 @@ def _save(ctx, pairs: Pairs, kept: tuple[Tensor, ...], *options) -> None:
     ctx.options = (1.0 if learned else scale, unit, *options)
 
 
-def _saved(ctx) -> tuple:
+def _saved(ctx: Any) -> tuple[Any, ...]:
     """pairs, what the forward kept, and the options."""
     rows, columns, bias, scale_tensor, row_keys, column_keys, own_column, *kept = ctx.saved_tensors
     scale, unit, *options = ctx.options
     return _pairs(rows, columns, bias, scale_tensor, row_keys, column_keys, own_column, scale, unit), kept, *options
 
 
-def _setup_terms(ctx, inputs, output) -> None:
+def _setup_terms(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *flat, row_names, column_names, backend = inputs
     ctx.mark_non_differentiable(*output[2:])
     _save(ctx, _pairs(*flat), output, tuple(row_names), tuple(column_names), backend)
 
 
-def _terms_backward(ctx, row_grads, column_grads, *_):
+def _terms_backward(ctx: Any, row_grads: Tensor | None, column_grads: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
     if row_grads is None and column_grads is None:
         return _padded(ctx, [None] * _DIFFERENTIABLE)
     pairs, (row_values, column_values, norms, kept), row_names, column_names, backend = _saved(ctx)
@@ -263,22 +295,27 @@ class _TransformedTerms(torch.autograd.Function):
     """For torch.func.grad, which makes its gradients with create_graph=True. Forward mode is refused by PyTorch."""
 
     @staticmethod
-    def forward(*arguments):
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
         return tuple(_forward_of_op(*arguments))
 
     setup_context = staticmethod(_setup_terms)
     backward = staticmethod(_terms_backward)
 
     @staticmethod
-    def vmap(info, in_dims, *arguments):
+    def vmap(info: object, in_dims: object, *arguments: object) -> NoReturn:
         raise NotImplementedError("fastsupcon's losses cannot be batched by torch.func.vmap: loop over the problems")
+
+
+_transformed_terms: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = _TransformedTerms.apply
 
 
 class _Terms(torch.autograd.Function):
     """The same with its context set up in the forward: to ask for a setup_context costs 40 microseconds a call."""
 
     @staticmethod
-    def forward(ctx, rows, columns, bias, scale_tensor, call):
+    def forward(
+        ctx: Any, rows: Tensor, columns: Tensor | None, bias: Tensor | None, scale_tensor: Tensor | None, call: tuple[Any, ...]
+    ) -> tuple[Tensor, ...]:
         pairs, row_names, column_names, backend, keep = call
         terms = _forward(pairs, row_names, column_names, backend, keep)
         ctx.mark_non_differentiable(*terms[2:])
@@ -290,14 +327,16 @@ class _Terms(torch.autograd.Function):
 
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, columns, bias, scale_tensor, call):
+    def forward(
+        ctx: Any, rows: Tensor, columns: Tensor | None, bias: Tensor | None, scale_tensor: Tensor | None, call: tuple[Any, ...]
+    ) -> Tensor:
         pairs, names, line, backend, keep = call
         loss, kept = _loss_forward(pairs, names, line, backend, keep)
         _save(ctx, pairs, kept, names, line, backend)
         return loss
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return _padded(ctx, [None] * _DIFFERENTIABLE)
         pairs, kept, names, line, backend = _saved(ctx)
@@ -310,7 +349,7 @@ class _Loss(torch.autograd.Function):
         return *_loss_backward(pairs, names, line, kept, grad, ctx.needs_input_grad[:_DIFFERENTIABLE], backend), None
 
 
-def _no_second_derivative(ctx, *grads):
+def _no_second_derivative(ctx: object, *grads: object) -> NoReturn:
     raise NotImplementedError("fastsupcon: second derivatives of a traced gradient are not supported; call the loss outside of the tracer")
 
 

@@ -9,6 +9,9 @@ Where it can be, no pair is added and then taken out: a row that is long, or a w
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,21 +23,24 @@ class _Product(torch.autograd.Function):
     """a @ b whose gradients autocast does not round, where a user's autocast reaches around the backward as well."""
 
     @staticmethod
-    def forward(a, b):
+    def forward(a: Tensor, b: Tensor) -> Tensor:
         return a @ b
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         a, b = ctx.saved_tensors
         with no_autocast(grad):
             return (
-                _Product.apply(grad, b.T) if ctx.needs_input_grad[0] else None,
-                _Product.apply(a.T, grad) if ctx.needs_input_grad[1] else None,
+                _product(grad, b.T) if ctx.needs_input_grad[0] else None,
+                _product(a.T, grad) if ctx.needs_input_grad[1] else None,
             )
+
+
+_product: Callable[[Tensor, Tensor], Tensor] = _Product.apply
 
 
 def mask_positives(z: Tensor, mask: Tensor, unit: bool) -> tuple[Tensor, Tensor]:
@@ -49,10 +55,10 @@ def mask_positives(z: Tensor, mask: Tensor, unit: bool) -> tuple[Tensor, Tensor]
     v = z.unflatten(0, (views, -1))  # [V, B, D]
     itself = torch.eye(len(mask), dtype=torch.bool, device=mask.device)
     others = mask.masked_fill(itself, 0)
-    weighted = _Product.apply(others, v.sum(0))  # [B, D]
+    weighted = _product(others, v.sum(0))  # [B, D]
     weight = views * others.sum(1)
     if views > 1:  # the other views of the same sample
-        other_views = _Product.apply(1 - torch.eye(views, dtype=z.dtype, device=z.device), v.flatten(1))
+        other_views = _product(1 - torch.eye(views, dtype=z.dtype, device=z.device), v.flatten(1))
         own = mask.diagonal()
         weighted = weighted + own[:, None] * other_views.unflatten(1, v.shape[1:])
         weight = weight + (views - 1) * own
@@ -77,15 +83,17 @@ def shared_label_positives(z: Tensor, labels: Tensor, unit: bool) -> tuple[Tenso
     return torch.where(paired, similarity, 0), paired
 
 
-def listed_positives(z: Tensor, positives: Tensor, unit: bool) -> tuple[Tensor, Tensor]:
-    """The mean of z_i . z_p over the rows p that ``positives`` [A, K] lists for each of the first A rows, and whether it lists one.
+def listed_positives(z: Tensor, columns: Tensor | None, positives: Tensor, unit: bool) -> tuple[Tensor, Tensor]:
+    """The mean of z_i . p over the columns p that ``positives`` [A, K] lists for each of the first A rows, and whether it lists one.
 
-    -1 lists none, and nor does the row's own number. O(A K D) memory.
+    -1 lists none; nor does the row's own number, where the columns are the rows themselves (None). O(A K D) memory.
     """
     z, positives = wide_rows(z, unit), positives.long()
-    anchors = torch.arange(len(positives), device=z.device)[:, None]
-    listed = (positives >= 0) & (positives != anchors)
-    of_each = torch.nn.functional.embedding(torch.where(listed, positives, 0), z)  # its gradient is the same bits on every device
+    listed = positives >= 0
+    if columns is None:
+        listed &= positives != torch.arange(len(positives), device=z.device)[:, None]
+    of_columns = z if columns is None else wide_rows(columns.to(z.dtype), unit)
+    of_each = torch.nn.functional.embedding(torch.where(listed, positives, 0), of_columns)  # its gradient is the same bits on every device
     similarities = (of_each * z[: len(positives), None]).sum(2).masked_fill(~listed, 0)
     count = listed.sum(1)
     return similarities.sum(1) / count.clamp_min(1), count > 0

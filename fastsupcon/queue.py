@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -23,8 +25,8 @@ class MemoryQueue(nn.Module):
     ``state_dict`` holds the rows [size, dim], their keys [size] and how many of them are filled.
 
     Under DistributedDataParallel every process has a queue of its own where the loss stands outside of the wrapped module, or with
-    ``broadcast_buffers=False``. Else the first process's rows overwrite the others' at each forward, in a way that cannot be seen from here:
-    where batches differ in size, rows that are not filled are then contrasted with.
+    ``broadcast_buffers=False``. Else the first process's rows overwrite the others' at each forward, unseen from here: where batches
+    differ in size, rows that are not filled are then contrasted with.
 
     Under torch.compile each number of filled rows is a graph of its own, and the compiler gives up after a few: compile the network and
     call the loss outside, or fill the queue first, with random rows as MoCo does:
@@ -41,6 +43,10 @@ class MemoryQueue(nn.Module):
     Raises:
         TypeError, ValueError: an argument, or rows that come, have the wrong type, shape or device; the text names it.
     """
+
+    rows: Tensor
+    keys: Tensor
+    filled: Tensor
 
     def __init__(self, size: int, dim: int, *, dtype: torch.dtype | None = None) -> None:
         for name, value in (("size", size), ("dim", dim)):
@@ -88,7 +94,7 @@ class MemoryQueue(nn.Module):
         self.filled = torch.full_like(self.filled, length)
         self._length, self._version = length, 0  # a tensor that nobody has written to yet
 
-    def _load_from_state_dict(self, *arguments) -> None:
+    def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)
         self._read_length()
 

@@ -243,6 +243,16 @@ def test_a_base_temperature_in_a_tensor(device):
         torch.testing.assert_close(got, want)
 
 
+def test_the_published_arithmetic_of_k_positive_contrastive_learning(backend):
+    """Kang et al. 2021: queries against momentum keys and a memory, positives the own key and k of the memory."""
+    queries, keys, memory = unit(6, 5).requires_grad_(), unit(6, 5), unit(20, 5)
+    drawn = torch.stack([torch.randperm(20)[:3] for _ in range(6)])  # of the class, in their code
+    columns, positives = torch.cat([keys, memory]), torch.cat([torch.arange(6)[:, None], drawn + 6], 1)
+    got = functional.supcon_loss(queries, positives=positives, keys=columns, temperature=0.1, backend=backend_of(backend))
+    log_probabilities = (queries @ columns.T / 0.1).log_softmax(1)
+    assert_same(got, -log_probabilities.gather(1, positives).mean(1).mean(), queries)
+
+
 def test_several_labels_next_to_a_long_row(backend):
     """The row itself leaves its own sums without a trace of it in the others'."""
     z, labels = unit(40, 8), torch.rand(40, 6).round() + torch.eye(40, 6)

@@ -1,6 +1,7 @@
 """Backends: the ways to compute the terms of the losses and their gradients (problem.py).
 
-A backend is one module, or package, with the functions of :class:`Backend`. It knows nothing of classes or of a loss's name.
+A backend is one module, or package, with the functions of :class:`LineBackend` or of :class:`LossBackend`. It knows nothing of classes or
+of a loss's name.
 
 The caller (``operators.py``) guarantees: all tensors contiguous and on one device; rows and columns of one dtype; bias, values, grads and a
 scale that is a tensor in the sum dtype (:func:`sum_dtype`); keys and own_column int64; N, M, D >= 1. The backend guarantees: log-sums over
@@ -10,7 +11,7 @@ no pair are -inf and pass no gradient, NaN is never hidden, the same call gives 
 from __future__ import annotations
 
 import functools
-from types import ModuleType
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -20,22 +21,26 @@ from ..problem import Gradients, Line, Pairs, Side, Terms
 from . import chunked, cpu, cuda, reference, triton
 from ._dtypes import sum_dtype
 
-__all__ = ["BACKENDS", "FASTEST_FIRST", "Backend", "select", "sum_dtype"]
+__all__ = ["BACKENDS", "FASTEST_FIRST", "LineBackend", "LossBackend", "select", "sum_dtype"]
 
 
 class Backend(Protocol):
-    """What each module in this package provides."""
+    """What each module in this package provides. ``pairs`` comes by position."""
 
     def unusable(self, device: torch.device, dtype: torch.dtype, depth: int) -> str | None:
         """Why this backend cannot serve such rows here, or None if it can."""
 
-    def forward(self, pairs: Pairs, row_names: tuple[str, ...], column_names: tuple[str, ...], keep: bool) -> Terms:
+    def forward(self, pairs: Pairs, /, row_names: tuple[str, ...], column_names: tuple[str, ...], keep: bool) -> Terms:
         """The named quantities. ``keep``: there will be a backward, and exponentials may be kept for it (only ``cpu`` is asked)."""
 
     def backward(
-        self, pairs: Pairs, rows: Side, columns: Side, norms: Tensor, kept: Tensor, needs: tuple[bool, bool, bool, bool]
+        self, pairs: Pairs, /, rows: Side, columns: Side, norms: Tensor, kept: Tensor, needs: tuple[bool, bool, bool, bool]
     ) -> Gradients:
         """Gradients of rows, columns, bias and scale, each where ``needs`` says so. ``norms`` and ``kept`` are the forward's."""
+
+
+class LineBackend(Backend, Protocol):
+    """A loss is made of its rows' quantities."""
 
     def line(self, names: tuple[str, ...], values: Tensor, line: Line) -> Tensor:
         """The loss of the quantities ``values`` [len(names), N] of the rows, with names = line.names."""
@@ -43,13 +48,28 @@ class Backend(Protocol):
     def line_backward(self, names: tuple[str, ...], values: Tensor, grad: Tensor, line: Line) -> Tensor:
         """Gradients of those quantities [len(names), N] from that of the loss."""
 
-    # Beside these two or in their place, where a Python call takes longer than a kernel of few rows:
-    #   loss(pairs, names, line) -> loss, kept            forward and line in one; kept is a tuple of tensors in a form of the backend's own
-    #   loss_backward(pairs, names, line, kept, grad, needs) -> Gradients                          line_backward and backward in one
+
+class LossBackend(Backend, Protocol):
+    """A loss is one call, and its gradients are: where a Python call takes longer than a kernel of few rows."""
+
+    def loss(self, pairs: Pairs, names: tuple[str, ...], line: Line) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The loss, and what ``loss_backward`` needs of it, in a form of the backend's own."""
+
+    def loss_backward(
+        self,
+        pairs: Pairs,
+        names: tuple[str, ...],
+        line: Line,
+        kept: Sequence[Tensor],
+        grad: Tensor,
+        needs: tuple[bool, bool, bool, bool],
+    ) -> Gradients:
+        """Gradients of rows, columns, bias and scale, each where ``needs`` says so, from that of the loss."""
 
 
+_LOSS_BACKENDS: dict[str, LossBackend] = {"cuda": cuda, "triton": triton}  # cuda is a LineBackend as well
 #: Every backend by name. ``backend="auto"`` tries those of :data:`FASTEST_FIRST`.
-BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "triton": triton, "cpu": cpu, "chunked": chunked, "reference": reference}
+BACKENDS: dict[str, LineBackend | LossBackend] = {**_LOSS_BACKENDS, "cpu": cpu, "chunked": chunked, "reference": reference}
 FASTEST_FIRST = ("cuda", "cpu", "triton", "chunked")  # on the CPU, Triton is its interpreter
 
 

@@ -6,8 +6,14 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
+
+from ..problem import Pairs
+
+_Rest = ParamSpec("_Rest")
+_Result = TypeVar("_Result")
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -15,7 +21,7 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def no_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager:
+def no_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:
     """Keeps autocast from rounding what operators of PyTorch make of x."""
     kind = x.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):
@@ -23,13 +29,13 @@ def no_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager:
     return torch.autocast(kind, enabled=False)
 
 
-def exact(function: Callable) -> Callable:
-    """Keeps autocast out of a backend made of PyTorch's operators, whose products it would round. The first argument is a Pairs."""
+def exact(function: Callable[Concatenate[Pairs, _Rest], _Result]) -> Callable[Concatenate[Pairs, _Rest], _Result]:
+    """Keeps autocast out of a backend made of PyTorch's operators, whose products it would round."""
 
     @functools.wraps(function)
-    def call(pairs, *rest):
+    def call(pairs: Pairs, /, *rest: _Rest.args, **options: _Rest.kwargs) -> _Result:
         with no_autocast(pairs.rows):
-            return function(pairs, *rest)
+            return function(pairs, *rest, **options)
 
     return call
 
@@ -40,7 +46,8 @@ def tf32_allowed() -> bool:
     torch.get_float32_matmul_precision() raises once the newer one (torch.backends...fp32_precision, from torch 2.9 on) was used.
     """
     matmul = torch.backends.cuda.matmul
-    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    allowed: bool = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return allowed
 
 
 #: exp(t) of a *bounded* logit, |t| <= this, needs no shift in fp32: it stays within 2^-63 and 2^63, so that sums of it over 2^60 pairs and

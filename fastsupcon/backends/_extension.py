@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import math
 import warnings
 
@@ -12,11 +11,13 @@ from torch import Tensor
 
 from ..problem import QUANTITIES, Line, Pairs, Side
 
+__all__ = ["SCALARS", "address", "incoming", "line", "mask", "missing", "module", "problem", "quantities"]
+
+missing: str | None = None
 try:
-    module = importlib.import_module("fastsupcon._C")
-    missing = None
+    import fastsupcon._C as module
 except ImportError as error:
-    module = None
+    module = None  # type: ignore[assignment]  # nobody asks it for anything: a backend that needs it says that it is missing
     missing = f"the compiled extension cannot be imported ({error})"
     warnings.warn(f"fastsupcon runs without its C++ and CUDA kernels: {missing}", RuntimeWarning, stacklevel=2)
 
@@ -33,7 +34,7 @@ SCALARS = (
 )
 
 
-def problem(pairs: Pairs):
+def problem(pairs: Pairs) -> module.Problem:
     """Addresses and sizes of the tensors, which the caller keeps alive while a kernel runs."""
     rows, columns, scale, unit, bias, row_keys, column_keys, own_column = pairs
     n, m, depth = pairs.shape
@@ -48,7 +49,7 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def quantities(names: tuple[str, ...], values: Tensor):
+def quantities(names: tuple[str, ...], values: Tensor) -> module.Quantities:
     """Where each of the quantities stands in ``values`` [len(names), N]."""
     return module.Quantities(values.data_ptr(), values.shape[1] * values.element_size(), mask(names))
 
@@ -58,12 +59,12 @@ def mask(names: tuple[str, ...]) -> int:
     return sum(1 << QUANTITIES.index(name) for name in names)
 
 
-def incoming(side: Side):
+def incoming(side: Side) -> module.Incoming:
     return module.Incoming(quantities(side.names, side.values), quantities(side.names, side.grads))
 
 
 @functools.lru_cache(maxsize=256)
-def line(line: Line):
+def line(line: Line) -> module.Line:
     """Not for a line whose factor is a tensor."""
     reduction = getattr(module.Line.Reduction, line.reduction)
     return module.Line(*line[:6], math.nan if line.lone == "nan" else 0.0, line.lone == "skip", reduction)

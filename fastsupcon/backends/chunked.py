@@ -56,7 +56,7 @@ class _Problem:
         self.pairs, self.self_shape = pairs, pairs.columns is None
         self.symmetric = self.self_shape and pairs.bias is None
         self.bounded = _bounded(pairs, self.a, self.b)
-        self.row_keys, self.column_keys = _numbered(pairs, self.a.dtype)
+        self.keys = _numbered(pairs, self.a.dtype)
         # made once: a MiB that is freed goes back to the system, and comes again page by page
         self.rooms = self.a.new_empty(5, min(TILE, len(self.a)) * min(TILE, len(self.b)))
 
@@ -74,7 +74,7 @@ class _Problem:
         logits = similarities if bias is None else torch.add(similarities, bias[columns], out=values)
         nothing = 0 if self.bounded else -torch.inf
         torch.exp(logits, out=values) if self.bounded else values.copy_(logits)
-        same.zero_() if self.row_keys is None else torch.eq(self.row_keys[rows, None], self.column_keys[columns], out=same)
+        same.zero_() if self.keys is None else torch.eq(self.keys[0][rows, None], self.keys[1][columns], out=same)
         if self.self_shape and rows == columns:
             values.fill_diagonal_(nothing)
             same.fill_diagonal_(0)
@@ -102,11 +102,11 @@ def _bounded(pairs: Pairs, a: Tensor, b: Tensor) -> bool:
     return is_bounded(abs(scale) * length + bias)
 
 
-def _numbered(pairs: Pairs, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+def _numbered(pairs: Pairs, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
     """Keys of rows and columns as small numbers in the sum dtype: PyTorch compares them into a tile seven times as fast as int64."""
     if pairs.row_keys is None:
-        return None, None
-    keys = pairs.row_keys if pairs.columns is None else torch.cat([pairs.row_keys, pairs.column_keys])
+        return None
+    keys = pairs.row_keys if pairs.column_keys is None else torch.cat([pairs.row_keys, pairs.column_keys])
     numbers = torch.searchsorted(keys.sort().values, keys)
     if len(keys) <= 2**24:  # beyond, fp32 does not tell them apart
         numbers = numbers.to(dtype)
@@ -183,7 +183,7 @@ def backward(pairs: Pairs, rows: Side, columns: Side, norms: Tensor, kept: Tenso
     a, b, self_shape = problem.a, problem.b, problem.self_shape
     da = torch.zeros_like(a) if needs[0] or needs[3] else None
     db = da if self_shape else torch.zeros_like(b) if needs[1] else None
-    dbias = torch.zeros_like(pairs.bias) if needs[2] else None
+    dbias = b.new_zeros(len(b)) if needs[2] else None
     of_rows = _prepared(rows, problem.bounded)
     of_columns = of_rows if problem.symmetric else _prepared(columns, problem.bounded)
     for tile in problem.tiles():
@@ -199,8 +199,8 @@ def backward(pairs: Pairs, rows: Side, columns: Side, norms: Tensor, kept: Tenso
         if db is not None and tile.serves_columns:
             db[tile.columns].addmm_(weights.T, a[tile.rows])
     return Gradients(
-        through_unit(da * pairs.scale, a, problem.a_norm).to(pairs.rows.dtype) if needs[0] else None,
-        through_unit(db * pairs.scale, b, problem.b_norm).to(pairs.rows.dtype) if needs[1] else None,
+        through_unit(da * pairs.scale, a, problem.a_norm).to(pairs.rows.dtype) if needs[0] and da is not None else None,
+        through_unit(db * pairs.scale, b, problem.b_norm).to(pairs.rows.dtype) if needs[1] and db is not None else None,
         dbias,
-        (a * da).sum() * (0.5 if self_shape else 1) if needs[3] else None,
+        (a * da).sum() * (0.5 if self_shape else 1) if needs[3] and da is not None else None,
     )

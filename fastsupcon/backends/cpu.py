@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -44,7 +46,7 @@ def forward(pairs: Pairs, row_names: tuple[str, ...], column_names: tuple[str, .
 
 
 def backward(pairs: Pairs, rows: Side, columns: Side, norms: Tensor, kept: Tensor, needs: tuple[bool, bool, bool, bool]) -> Gradients:
-    wanted = (pairs.rows, pairs.columns, pairs.bias, pairs.scale)
+    wanted: tuple[Any, ...] = (pairs.rows, pairs.columns, pairs.bias, pairs.scale)  # what a gradient is needed of is a tensor
     out = Gradients(*(torch.empty_like(x) if need else None for x, need in zip(wanted, needs, strict=True)))
     addresses = _C.Outgoing(*(address(x) for x in out))
     _C.cpu.backward(problem(pairs), incoming(rows), incoming(columns), _or_null(norms), _or_null(kept), addresses, torch.get_num_threads())

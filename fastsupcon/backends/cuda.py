@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,12 +54,12 @@ def _where(like: Tensor) -> tuple[int, int]:
     return index, torch._C._cuda_getCurrentRawStream(index)
 
 
-def _on(like: Tensor):
+def _on(like: Tensor) -> contextlib.AbstractContextManager[object]:
     """The extension makes the tensor's device current, which PyTorch shall find as it was."""
     return torch.cuda.device_of(like) if torch.cuda.current_device() != like.device.index else contextlib.nullcontext()
 
 
-def _run(plan, like: Tensor) -> None:
+def _run(plan: _C.cuda.Plan, like: Tensor) -> None:
     scratch = torch.empty(plan.bytes, dtype=torch.uint8, device=like.device)
     with _on(like):
         plan.run(scratch.data_ptr(), *_where(like))
@@ -89,18 +91,19 @@ def backward(pairs: Pairs, rows: Side, columns: Side, norms: Tensor, kept: Tenso
     return out
 
 
-def _outgoing(pairs: Pairs, needs: tuple[bool, bool, bool, bool]):
+def _outgoing(pairs: Pairs, needs: tuple[bool, bool, bool, bool]) -> tuple[Gradients, _C.Outgoing]:
     rows, columns, bias, scale = needs
+    of: Any = pairs  # what a gradient is needed of is a tensor
     out = Gradients(
-        torch.empty_like(pairs.rows) if rows else None,
-        torch.empty_like(pairs.columns) if columns else None,
-        torch.empty_like(pairs.bias) if bias else None,
-        torch.empty_like(pairs.scale) if scale else None,
+        torch.empty_like(of.rows) if rows else None,
+        torch.empty_like(of.columns) if columns else None,
+        torch.empty_like(of.bias) if bias else None,
+        torch.empty_like(of.scale) if scale else None,
     )
     return out, _C.Outgoing(address(out.rows), address(out.columns), address(out.bias), address(out.scale))
 
 
-def loss(pairs: Pairs, names: tuple[str, ...], line: Line) -> tuple[Tensor, tuple[Tensor]]:
+def loss(pairs: Pairs, names: tuple[str, ...], line: Line) -> tuple[Tensor, tuple[Tensor, ...]]:
     """What is kept is one array: the quantities [len(names), N], the norms, and the number of rows with a pair of equal keys."""
     n, m, _ = pairs.shape
     device = pairs.rows.device
@@ -113,12 +116,12 @@ def loss(pairs: Pairs, names: tuple[str, ...], line: Line) -> tuple[Tensor, tupl
 
 
 def loss_backward(
-    pairs: Pairs, names: tuple[str, ...], line: Line, kept: tuple[Tensor], grad: Tensor, needs: tuple[bool, bool, bool, bool]
+    pairs: Pairs, names: tuple[str, ...], line: Line, kept: Sequence[Tensor], grad: Tensor, needs: tuple[bool, bool, bool, bool]
 ) -> Gradients:
-    (kept,) = kept
+    (all_kept,) = kept
     out, addresses = _outgoing(pairs, needs)
-    given = problem(pairs), make_line(line), mask(names), kept.data_ptr(), grad.data_ptr()
-    _run(_C.cuda.loss_backward(*given, addresses, _tf32(pairs), _where(kept)[0]), kept)
+    given = problem(pairs), make_line(line), mask(names), all_kept.data_ptr(), grad.data_ptr()
+    _run(_C.cuda.loss_backward(*given, addresses, _tf32(pairs), _where(all_kept)[0]), all_kept)
     return out
 
 

@@ -42,6 +42,11 @@ class NTXentLoss(Loss):
         NotImplementedError: ``gather_distributed`` in a call among several processes.
     """
 
+    temperature: float | Tensor
+    memory_bank_size: int | Sequence[int]
+    gather_distributed: bool
+    backend: str
+
     def __init__(
         self,
         temperature: float | Tensor = 0.5,
@@ -76,6 +81,10 @@ class SupConLoss(Loss):
         gather_distributed: as for :class:`NTXentLoss`.
         backend: see :func:`fastsupcon.functional.self_logsumexp`.
     """
+
+    temperature: float | Tensor
+    gather_distributed: bool
+    backend: str
 
     def __init__(self, temperature: float | Tensor = 0.1, gather_distributed: bool = False, *, backend: str = "auto") -> None:
         _checks.temperature("temperature", temperature)

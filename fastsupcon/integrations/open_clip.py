@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -35,6 +38,15 @@ class ClipLoss(Loss):
     Raises:
         NotImplementedError: ``world_size`` is above 1.
     """
+
+    local_loss: bool
+    gather_with_grad: bool
+    cache_labels: bool
+    rank: int
+    world_size: int
+    use_horovod: bool
+    backend: str
+    __call__: Callable[..., Any]  # to a tensor, or to a dict as output_dict says
 
     def __init__(
         self,

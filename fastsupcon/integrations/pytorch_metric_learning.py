@@ -6,7 +6,7 @@ Tested with pytorch-metric-learning 2.4 to 2.9.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pytorch_metric_learning import losses
@@ -55,13 +55,20 @@ class SupConLoss(losses.SupConLoss):
             names it.
     """
 
-    def __init__(self, temperature: float | Tensor = 0.1, *, backend: str = "auto", **options) -> None:
+    def __init__(self, temperature: float | Tensor = 0.1, *, backend: str = "auto", **options: Any) -> None:
         _checks.temperature("temperature", temperature)
         super().__init__(temperature=temperature, **options)
         self.backend = backend
         _unit(self.distance)
 
-    def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
+    def compute_loss(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None,
+        indices_tuple: AllPairs | tuple[Tensor, ...] | None,
+        ref_emb: Tensor,
+        ref_labels: Tensor | None,
+    ) -> Any:
         _checks.rows("embeddings", embeddings)
         _checks.rows("ref_emb", ref_emb, columns=embeddings.shape[1])
         _checks.on_device("ref_emb", ref_emb, embeddings.device)
@@ -75,14 +82,16 @@ class SupConLoss(losses.SupConLoss):
         indices = torch.arange(len(embeddings), device=embeddings.device)
         return {"loss": {"losses": values, "indices": indices, "reduction_type": "element"}}
 
-    def _all_pairs(self, embeddings, labels, all_pairs, ref_emb, ref_labels) -> Tensor | None:
+    def _all_pairs(
+        self, embeddings: Tensor, labels: Tensor | None, all_pairs: AllPairs | None, ref_emb: Tensor, ref_labels: Tensor | None
+    ) -> Tensor | None:
         """Of each anchor [N], or None where the library computes nothing."""
         n, m, device = len(embeddings), len(ref_emb), embeddings.device
         if labels is None:
             raise ValueError("labels must be given where indices_tuple does not list the pairs, got None")
         with_itself = ref_labels is None or ref_labels is labels  # so the library tells that column i is row i
         row_keys = class_labels(labels, n, device)
-        column_keys = row_keys if with_itself else class_labels(ref_labels, m, device, "ref_labels")
+        column_keys = row_keys if ref_labels is None or with_itself else class_labels(ref_labels, m, device, "ref_labels")
         if with_itself and n != m:
             raise ValueError(f"ref_labels must be given for {m} rows of ref_emb beside {n} embeddings, got None")
         diagonal = torch.arange(n, device=device) if with_itself else None
@@ -98,14 +107,15 @@ class SupConLoss(losses.SupConLoss):
             wide = torch.promote_types(embeddings.dtype, ref_emb.dtype)
             pairs = Pairs(embeddings.to(wide), ref_emb.to(wide), scale, _unit(self.distance), None, row_keys, column_keys, own)
         with no_autocast(embeddings):
-            (log_sum, similarity, count), _ = operators.terms(pairs, ("all", "similarity", "count"), backend=self.backend)
+            of_rows, _ = operators.terms(pairs, ("all", "similarity", "count"), backend=self.backend)
+            log_sum, similarity, count = of_rows.unbind()
             values = log_sum - similarity / count.clamp_min(1)
             # The loss of an anchor with a positive is above 0; rounded to 0 or less, it would leave the mean of AvgNonZeroReducer.
             values = torch.where(values > 0, values, torch.finfo(values.dtype).tiny + (values - values.detach()))
             several_classes = (row_keys != column_keys[0]).any() | (column_keys != column_keys[0]).any()
             return values * ((count > 0) & several_classes)  # NaN stays NaN; and to read the latter back would wait for a GPU
 
-    def _listed_pairs(self, embeddings, pairs, ref_emb) -> Tensor | None:
+    def _listed_pairs(self, embeddings: Tensor, pairs: tuple[Tensor, Tensor, Tensor, Tensor], ref_emb: Tensor) -> Tensor | None:
         """The same over the pairs (anchors, positives) and (anchors, negatives) alone."""
         if all(len(indices) <= 1 for indices in pairs) or len(pairs[0]) == 0 or len(pairs[2]) == 0:
             return None
@@ -133,13 +143,21 @@ class CrossBatchMemory(losses.CrossBatchMemory):
     >>> loss(embeddings, labels).backward()
     """
 
-    def create_indices_tuple(self, embeddings, labels, E_mem, L_mem, input_indices_tuple, do_remove_self_comparisons):
+    def create_indices_tuple(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        E_mem: Tensor,
+        L_mem: Tensor,
+        input_indices_tuple: tuple[Tensor, ...] | None,
+        do_remove_self_comparisons: bool,
+    ) -> Any:
         if isinstance(self.loss, SupConLoss) and not self.miner and input_indices_tuple is None:
             return AllPairs(self.curr_batch_idx if do_remove_self_comparisons else None)
         return super().create_indices_tuple(embeddings, labels, E_mem, L_mem, input_indices_tuple, do_remove_self_comparisons)
 
 
-def _unit(distance) -> bool:
+def _unit(distance: Any) -> bool:
     """Whether the distance brings rows to unit length. Others than dot products are refused."""
     kind = type(distance).__name__
     instead = (
@@ -150,10 +168,11 @@ def _unit(distance) -> bool:
         raise ValueError(f"distance must be CosineSimilarity or DotProductSimilarity, got {kind}. {instead}")
     if distance.power != 1 or (distance.normalize_embeddings and distance.p != 2):
         raise ValueError(f"distance must have power=1 and p=2, got {kind} with power={distance.power}, p={distance.p}. {instead}")
-    return distance.normalize_embeddings
+    unit: bool = distance.normalize_embeddings
+    return unit
 
 
-def _record_norms(distance, embeddings: Tensor, ref_emb: Tensor) -> None:
+def _record_norms(distance: Any, embeddings: Tensor, ref_emb: Tensor) -> None:
     """What the distance records of the rows when it is called."""
     if distance.collect_stats:
         rows, columns = embeddings.detach(), ref_emb.detach()
@@ -169,7 +188,13 @@ def _by_block(rows: Tensor, columns: Tensor, n: int, block: int) -> list[tuple[T
     return list(zip((rows % block).split(sizes), columns.long()[order].split(sizes), strict=True))
 
 
-def _block_losses(rows: Tensor, positives, negatives, columns: Tensor, temperature: float | Tensor) -> Tensor:
+def _block_losses(
+    rows: Tensor,
+    positives: tuple[Tensor, Tensor],
+    negatives: tuple[Tensor, Tensor],
+    columns: Tensor,
+    temperature: float | Tensor,
+) -> Tensor:
     """Of a block of rows. Its masks are made here, so that they are not kept for the backward."""
     with no_autocast(rows):
         logits = rows @ columns.T / temperature

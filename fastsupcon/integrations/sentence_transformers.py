@@ -7,7 +7,8 @@ in mini-batches and then compute the loss of all rows at once. Tested with sente
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 import sentence_transformers
 import torch
@@ -31,9 +32,17 @@ from ..rows import wide_rows
 
 
 class _Ranking:
-    """What is ours in a ranking loss, beside the option ``backend``."""
+    """What is ours in a ranking loss, beside the option ``backend``; the other options are those of the library's class behind this one."""
 
-    def __init__(self, *arguments, backend: str = "auto", **options) -> None:
+    similarity_fct: Callable[..., Tensor]
+    scale: float | Tensor
+    gather_across_devices: bool
+    directions: Sequence[str]
+    partition_mode: str
+    hardness_mode: str | None
+    hardness_strength: float
+
+    def __init__(self, *arguments: Any, backend: str = "auto", **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.backend = backend
         _unit(self.similarity_fct)
@@ -44,10 +53,16 @@ class _Ranking:
             return _ranking_loss(self, embeddings)
 
 
+class _OfEmbeddings(Protocol):
+    def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor: ...
+
+
 class _Cached:
     """Of a loss with its embeddings in mini-batches, which is not computed in mini-batches again."""
 
-    def calculate_loss(self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False) -> Tensor:
+    def calculate_loss(
+        self: _OfEmbeddings, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
+    ) -> Tensor:
         loss = self.compute_loss_from_embeddings([torch.cat(batches) for batches in reps], labels)
         if not with_backward:
             return loss
@@ -97,7 +112,7 @@ class SupConLoss(nn.Module):
         **options: of :class:`fastsupcon.SupConLoss`, with the defaults ``base_temperature=None`` and ``normalize=True``.
     """
 
-    def __init__(self, model, temperature: float | Tensor = 0.07, **options) -> None:
+    def __init__(self, model: nn.Module, temperature: float | Tensor = 0.07, **options: Any) -> None:
         super().__init__()
         self.model = model
         self.loss = supcon.SupConLoss(temperature, **({"base_temperature": None, "normalize": True} | options))
@@ -123,15 +138,17 @@ class CachedSupConLoss(_Cached, CachedLossMixin, SupConLoss):
         show_progress_bar: of the mini-batches.
     """
 
+    forward_cached: Callable[..., Tensor]  # CachedLossMixin's
+
     def __init__(
         self,
-        model,
+        model: nn.Module,
         temperature: float | Tensor = 0.07,
         *,
         mini_batch_size: int = 32,
         mini_batch_num_tokens: int | None = None,
         show_progress_bar: bool = False,
-        **options,
+        **options: Any,
     ) -> None:
         super().__init__(model, temperature, **options)
         self.mini_batch_size = mini_batch_size
@@ -192,7 +209,7 @@ def _harder(options: _Ranking, to_documents: Pairs, own_logits: Tensor, own: Ten
     mode, strength, scale = options.hardness_mode, options.hardness_strength, to_documents.scale
     others = to_documents._replace(row_keys=own, column_keys=of_query)
     if mode != "hard_negatives":
-        query, candidates = (_Damped.apply(x, scale / (scale + strength)) for x in (others.rows, others.columns))
+        query, candidates = (_damped(x, scale / (scale + strength)) for x in (others.rows, others.columns))
         others = others._replace(rows=query, columns=candidates, scale=scale + strength)
     ((of_others,), _) = operators.terms(others, ("different",), backend=options.backend)
     if mode != "in_batch_negatives":
@@ -205,14 +222,17 @@ class _Damped(torch.autograd.Function):
     """x, with a gradient that is multiplied by a constant. A second derivative would not be the loss's: it is an error."""
 
     @staticmethod
-    def forward(ctx, x, factor):
+    def forward(ctx: Any, x: Tensor, factor: float | Tensor) -> Tensor:
         ctx.factor = factor
         return x.view_as(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad * ctx.factor, None
+
+
+_damped: Callable[..., Tensor] = _Damped.apply
 
 
 def _check(embeddings: list[Tensor]) -> None:
@@ -226,7 +246,7 @@ def _check(embeddings: list[Tensor]) -> None:
             raise ValueError(f"the embeddings of column {k} must have {len(embeddings[0])} rows as the anchors have, got {len(x)}")
 
 
-def _unit(similarity_fct: Callable) -> bool:
+def _unit(similarity_fct: Callable[..., Tensor]) -> bool:
     """Whether the similarity brings rows to unit length."""
     if similarity_fct in (cos_sim, pytorch_cos_sim):
         return True

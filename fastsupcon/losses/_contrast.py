@@ -19,7 +19,7 @@ class Keys(NamedTuple):
 
 
 def blocks_of(
-    z: Tensor, anchors: int, keys: Keys | None, scale, unit: bool, columns: Tensor | None, queue: MemoryQueue | None
+    z: Tensor, anchors: int, keys: Keys | None, scale: float | Tensor, unit: bool, columns: Tensor | None, queue: MemoryQueue | None
 ) -> list[Pairs]:
     """Of the first ``anchors`` rows of z [N, D] against z, or against ``columns`` [M, D], and against what is in the queue.
 
@@ -54,5 +54,5 @@ def remember(queue: MemoryQueue, z: Tensor, keys: Keys, columns: Tensor | None, 
     """
     if not queue.training:
         return
-    rows, of_rows = (z, keys.rows) if columns is None else (columns, keys.columns)
+    rows, of_rows = (z, keys.rows) if columns is None or keys.columns is None else (columns, keys.columns)
     queue.put(rows, of_rows if named else torch.full_like(of_rows, NOBODY))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
+
 import torch
 from torch import Tensor, nn
 
@@ -43,21 +46,35 @@ def wide_temperature(temperature: float | Tensor, rows: Tensor) -> float | Tenso
 
 
 def weights_of(
-    labels: Tensor | None, class_weights: Tensor | None, anchor_weights: Tensor | None, samples: int, anchors: int, z: Tensor
+    labels: Tensor | None,
+    class_weights: Tensor | None,
+    ignore_index: int | None,
+    anchor_weights: Tensor | None,
+    samples: int,
+    anchors: int,
+    z: Tensor,
 ) -> Tensor | None:
-    """Of the anchors [A] in the sum dtype, from weights of classes [C] and of samples [B] or anchors [A]; None where there are none."""
-    weights = None
+    """Of the anchors [A] in the sum dtype, from weights of classes [C] and of samples [B] or anchors [A]; None where there are none.
+
+    Rows of the label ``ignore_index`` weigh nothing. As each other's positives they are the others' negatives alone.
+    """
+    dtype, weights = sum_dtype(z.dtype), None
+    if ignore_index is not None and labels is not None:
+        weights = (labels != ignore_index).to(dtype)
     if class_weights is not None:
         if labels is None:
             raise ValueError("class_weights needs labels, one class a row, and got none")
         of_classes = max(1, class_weights.numel()) if isinstance(class_weights, Tensor) else 1
         _checks.vector("class_weights", class_weights, of_classes, z.device, floating=True)
-        of_class = torch.nn.functional.embedding(labels.clamp(0, len(class_weights) - 1), class_weights[:, None])[:, 0]
-        weights = of_class.to(sum_dtype(z.dtype)).repeat(anchors // samples)
+        classes = labels if ignore_index is None else labels.masked_fill(labels == ignore_index, 0)
+        _checks.within("labels", classes, 0, of_classes)
+        of_class = torch.nn.functional.embedding(classes, class_weights[:, None].to(dtype))[:, 0]
+        weights = of_class if weights is None else weights * of_class
+    weights = None if weights is None else weights.repeat(anchors // samples)
     if anchor_weights is not None:
         of_samples = isinstance(anchor_weights, Tensor) and anchor_weights.shape == (samples,)
         _checks.vector("anchor_weights", anchor_weights, samples if of_samples else anchors, z.device, floating=True)
-        of_anchor = anchor_weights.to(sum_dtype(z.dtype)).repeat(anchors // len(anchor_weights))
+        of_anchor = anchor_weights.to(dtype).repeat(anchors // len(anchor_weights))
         weights = of_anchor if weights is None else weights * of_anchor
     return weights
 
@@ -90,10 +107,28 @@ def refuse_lone_anchors(paired: Tensor, needed: str) -> None:
         raise ValueError(f"{message}, got {int((~paired).sum())} of {len(paired)} without one (labels or mask)")
 
 
-class Loss(nn.Module):
-    """A loss function with its options held as attributes. A temperature that is an nn.Parameter is registered, and learned."""
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result", covariant=True)
 
-    def __init__(self, **options) -> None:
+
+class _Module(Protocol[_Arguments, _Result]):
+    """For type checkers."""
+
+    def forward(self, *arguments: _Arguments.args, **options: _Arguments.kwargs) -> _Result: ...
+
+
+class Loss(nn.Module):
+    """A loss function with its options held as attributes. A temperature that is an nn.Parameter is registered, and learned.
+
+    Subclasses annotate their options: to a type checker, an attribute of a module is otherwise a tensor or a module.
+    """
+
+    if TYPE_CHECKING:  # nn.Module says of its call that it takes and gives anything; a loss takes and gives what its forward does
+
+        @property
+        def __call__(self: _Module[_Arguments, _Result]) -> Callable[_Arguments, _Result]: ...  # type: ignore[override]  # no property
+
+    def __init__(self, **options: Any) -> None:
         super().__init__()
         self._names = tuple(options)
         for name, value in options.items():
@@ -103,7 +138,7 @@ class Loss(nn.Module):
                 setattr(self, name, value)
 
     @property
-    def options(self) -> dict[str, object]:
+    def options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self._names}
 
     def extra_repr(self) -> str:

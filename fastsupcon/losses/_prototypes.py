@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +38,12 @@ class PrototypeLoss(Loss):
     ``class_counts`` are kept beside them: integers as integers, which a module brought to half precision does not round.
     """
 
+    temperature: float | Tensor
+    normalize: bool
+    class_counts: Tensor | None
+
     def __init__(
-        self, num_classes: int, dim: int, per_class: int = 1, class_counts: Tensor | Sequence[float] | None = None, **options
+        self, num_classes: int, dim: int, per_class: int = 1, class_counts: Tensor | Sequence[float] | None = None, **options: Any
     ) -> None:
         _checks.size("num_classes", num_classes)
         _checks.size("dim", dim)
@@ -58,7 +63,8 @@ class PrototypeLoss(Loss):
         _checks.rows("features", features, columns=self.prototypes.shape[1])
         with no_autocast(features):
             z, p = (wide_rows(x, unit) for x in (features, self.prototypes.to(features.dtype)))
-            return (z @ p.T / temperature).unflatten(1, (self.num_classes, -1)).logsumexp(2)
+            logits: Tensor = (z @ p.T / temperature).unflatten(1, (self.num_classes, -1)).logsumexp(2)
+            return logits
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, dim={self.prototypes.shape[1]}, {super().extra_repr()}"

@@ -72,7 +72,7 @@ def balanced_supcon_loss(
         return reduce(logaddexp(q.different, own) - q.similarity / q.count, reduction)
 
 
-def _check_options(temperature, reduction) -> None:
+def _check_options(temperature: float | Tensor, reduction: object) -> None:
     _checks.temperature("temperature", temperature)
     _checks.one_of("reduction", reduction, REDUCTIONS)
 
@@ -85,6 +85,9 @@ class BalancedSupConLoss(PrototypeLoss):
     >>> balanced = BalancedSupConLoss(num_classes=10, dim=128, temperature=0.1)
     >>> balanced(features, labels).backward()  # features [B, V, 128]
     """
+
+    reduction: str
+    backend: str
 
     def __init__(
         self,

@@ -103,7 +103,8 @@ def single_positives(pairs: Pairs, more: list[Pairs], symmetric: bool, backend: 
         everything = logaddexp(everything, operators.terms(block, ("all",), backend=backend)[0].squeeze(0))
     if symmetric:
         everything = (everything + of_columns.squeeze(0)) / 2
-    return everything - similarity
+    losses: Tensor = everything - similarity
+    return losses
 
 
 def _several_positives(pairs: Pairs, more: list[Pairs], symmetric: bool, backend: str) -> Tensor:
@@ -115,14 +116,14 @@ def _several_positives(pairs: Pairs, more: list[Pairs], symmetric: bool, backend
     for block in more:
         of_block = operators.terms(block, names, backend=backend)[0]
         everything, similarity, count = join(names, (everything, similarity, count), of_block)
-    losses = everything - similarity / count
+    losses: Tensor = everything - similarity / count
     if symmetric:
         everything, similarity = of_columns
         losses = (losses + everything - similarity / batch_count) / 2
     return losses
 
 
-def _check_options(temperature, reduction, queue) -> None:
+def _check_options(temperature: float | Tensor, reduction: object, queue: object) -> None:
     _checks.temperature("temperature", temperature)
     _checks.one_of("reduction", reduction, REDUCTIONS)
     check_queue(queue)
@@ -136,6 +137,13 @@ class InfoNCELoss(Loss):
     >>> loss = InfoNCELoss(temperature=0.07)(image_features, text_features)  # [N, D] each
     >>> loss = InfoNCELoss(0.05, symmetric=False)(queries, passages, negatives=hard_negatives)  # [N, D], [N, D], [K, D]
     """
+
+    temperature: float | Tensor
+    symmetric: bool
+    normalize: bool
+    reduction: str
+    queue: MemoryQueue | None
+    backend: str
 
     def __init__(
         self,

@@ -87,7 +87,7 @@ def nt_xent_loss(
     return loss
 
 
-def _check_options(temperature, reduction, queue) -> None:
+def _check_options(temperature: float | Tensor, reduction: object, queue: object) -> None:
     _checks.temperature("temperature", temperature)
     _checks.one_of("reduction", reduction, REDUCTIONS)
     check_queue(queue)
@@ -99,6 +99,12 @@ class NTXentLoss(Loss):
     >>> loss = NTXentLoss(temperature=0.5)(z0, z1)  # SimCLR; [B, D] each
     >>> loss = NTXentLoss(temperature=0.2, queue=MemoryQueue(65536, 128))(queries, keys.detach())  # MoCo
     """
+
+    temperature: float | Tensor
+    normalize: bool
+    reduction: str
+    queue: MemoryQueue | None
+    backend: str
 
     def __init__(
         self,

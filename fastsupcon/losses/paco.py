@@ -132,7 +132,16 @@ def _rows_beside(name: str, features: Tensor, samples: int, z: Tensor) -> Tensor
     return rows.to(z.dtype)
 
 
-def _check_options(alpha, beta, gamma, label_smoothing, temperature, class_temperature, queue, reduction) -> None:
+def _check_options(
+    alpha: float,
+    beta: float,
+    gamma: float,
+    label_smoothing: float,
+    temperature: float | Tensor,
+    class_temperature: float | Tensor,
+    queue: object,
+    reduction: object,
+) -> None:
     for name, value in (("alpha", alpha), ("beta", beta), ("gamma", gamma)):
         _checks.number(name, value, 0, math.inf)
     if beta == 0:
@@ -157,6 +166,15 @@ class PaCoLoss(PrototypeLoss):
 
     >>> paco(projected, labels, class_features=backbone).backward()  # [B, 2, 128], [B], [B, 2, 2048]
     """
+
+    alpha: float
+    beta: float
+    gamma: float
+    label_smoothing: float
+    class_temperature: float | Tensor
+    queue: MemoryQueue | None
+    reduction: str
+    backend: str
 
     def __init__(
         self,
@@ -195,8 +213,8 @@ class PaCoLoss(PrototypeLoss):
     def forward(
         self, features: Tensor, labels: Tensor, momentum_features: Tensor | None = None, class_features: Tensor | None = None
     ) -> Tensor:
-        of_classes = {"class_counts": self.class_counts, **self.options}
-        return paco_loss(features, labels, self.prototypes, momentum_features, class_features, **of_classes)
+        given = features, labels, self.prototypes, momentum_features, class_features
+        return paco_loss(*given, class_counts=self.class_counts, **self.options)
 
     def logits(self, features: Tensor) -> Tensor:
         """x_i . p_c / tau_c of class features [N, dim] -> [N, num_classes]."""

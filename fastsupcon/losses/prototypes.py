@@ -110,7 +110,9 @@ def _turned(cosine: Tensor, angle: float) -> Tensor:
     return torch.where(cosine < -math.cos(angle), cosine - angle * math.sin(angle), turned)
 
 
-def _check_options(temperature, margin, angular_margin, normalize, ignore_index, reduction) -> None:
+def _check_options(
+    temperature: float | Tensor, margin: float, angular_margin: float, normalize: bool, ignore_index: object, reduction: object
+) -> None:
     _checks.temperature("temperature", temperature)
     _checks.number("margin", margin, 0, math.inf)
     _checks.number("angular_margin", angular_margin, 0, math.pi / 2)
@@ -131,6 +133,12 @@ class PrototypeCrossEntropyLoss(PrototypeLoss):
     >>> balanced = PrototypeCrossEntropyLoss(10, 128, class_counts=[5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50], temperature=0.1)
     >>> balanced.logits(features).argmax(1)  # the nearest prototype's class, without margin and prior
     """
+
+    margin: float
+    angular_margin: float
+    ignore_index: int | None
+    reduction: str
+    backend: str
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -78,7 +79,17 @@ def prototype_classes(prototypes: Tensor, per_class: int) -> Tensor:
 
 
 def _psc_loss(
-    features, labels, prototypes, classes, *, temperature, prototypes_per_class, denominator, normalize, reduction, backend
+    features: Tensor,
+    labels: Tensor,
+    prototypes: Tensor,
+    classes: Tensor,
+    *,
+    temperature: float | Tensor,
+    prototypes_per_class: int,
+    denominator: str,
+    normalize: bool,
+    reduction: str,
+    backend: str,
 ) -> Tensor:
     """``classes`` are made once by the module: on a GPU making them is a launch of its own."""
     _checks.rows("features", features)
@@ -105,7 +116,7 @@ def _psc_loss(
         return reduce(others - (own.detach().softmax(1) * own).sum(1), reduction)
 
 
-def _check_options(temperature, denominator, reduction) -> None:
+def _check_options(temperature: float | Tensor, denominator: object, reduction: object) -> None:
     _checks.temperature("temperature", temperature)
     _checks.one_of("denominator", denominator, ("negatives", "all"))
     _checks.one_of("reduction", reduction, REDUCTIONS)
@@ -120,6 +131,12 @@ class PSCLoss(PrototypeLoss):
     >>> psc(features, labels).backward()  # features [N, 128]
     >>> psc.logits(features).argmax(1)  # the nearest prototype's class
     """
+
+    prototypes_per_class: int
+    denominator: str
+    reduction: str
+    backend: str
+    classes: Tensor
 
     def __init__(
         self,
@@ -150,8 +167,8 @@ class PSCLoss(PrototypeLoss):
         )
         self.register_buffer("classes", prototype_classes(self.prototypes, self.prototypes_per_class), persistent=False)
 
-    def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PSCLoss:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's
         self.classes = prototype_classes(self.prototypes, self.prototypes_per_class)  # to_empty() leaves a buffer without values
         return self
 

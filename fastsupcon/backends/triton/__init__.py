@@ -17,6 +17,8 @@ import functools
 import importlib.util
 import os
 import shutil
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,21 +88,22 @@ def _precision(gpu: Gpu, dtype: torch.dtype) -> str:
     return gpu.precision[tf32_allowed()] if dtype == torch.float32 or gpu.family == "interpreter" else "ieee"
 
 
-def _on(device: torch.device):
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device."""
     if device.type == "cpu" or device.index == torch.get_device_module(device).current_device():
         return contextlib.nullcontext()
-    return torch.get_device_module(device).device(device)
+    current: contextlib.AbstractContextManager[object] = torch.get_device_module(device).device(device)
+    return current
 
 
 def _form(pairs: Pairs) -> Form:
     rows, columns, scale, unit, bias, row_keys, _, own = pairs
-    learned = isinstance(scale, Tensor)
+    number = None if isinstance(scale, Tensor) else scale
     gpu = _gpu(rows.device)
-    bounded = unit and bias is None and (learned or is_bounded(abs(scale)))
+    bounded = unit and bias is None and (number is None or is_bounded(abs(number)))
     return form_of(
-        gpu, rows.device, rows.dtype, pairs.shape, columns is not None, unit, learned, bounded, bias is not None, row_keys is not None,
-        own is not None, _precision(gpu, rows.dtype),
+        gpu, rows.device, rows.dtype, pairs.shape, columns is not None, unit, number is None, bounded, bias is not None,
+        row_keys is not None, own is not None, _precision(gpu, rows.dtype),
     )  # fmt: skip
 
 
@@ -124,7 +127,7 @@ def backward(pairs: Pairs, rows: Side, columns: Side, norms: Tensor, kept: Tenso
         return _gradients(pairs, backward_plan(_form(pairs), rows.names, columns.names, tuple(needs)), needs, values)
 
 
-def loss(pairs: Pairs, names: tuple[str, ...], line: Line) -> tuple[Tensor, tuple[Tensor]]:
+def loss(pairs: Pairs, names: tuple[str, ...], line: Line) -> tuple[Tensor, tuple[Tensor, ...]]:
     """What is kept is one array, of what the gradient needs of each row and column (gradients.py)."""
     like, n = pairs.rows, pairs.shape[0]
     with _on(like.device):
@@ -137,19 +140,20 @@ def loss(pairs: Pairs, names: tuple[str, ...], line: Line) -> tuple[Tensor, tupl
 
 
 def loss_backward(
-    pairs: Pairs, names: tuple[str, ...], line: Line, kept: tuple[Tensor], grad: Tensor, needs: tuple[bool, bool, bool, bool]
+    pairs: Pairs, names: tuple[str, ...], line: Line, kept: Sequence[Tensor], grad: Tensor, needs: tuple[bool, bool, bool, bool]
 ) -> Gradients:
     with _on(grad.device):
         plan = loss_backward_plan(_form(pairs), LineForm(names, line.reduction, line.lone == "skip"), tuple(needs))
         return _gradients(pairs, plan, needs, {"kept": kept[0], "grad": grad})
 
 
-def _gradients(pairs: Pairs, plan: Plan, needs: tuple[bool, bool, bool, bool], values: dict) -> Gradients:
+def _gradients(pairs: Pairs, plan: Plan, needs: tuple[bool, bool, bool, bool], values: dict[str, Tensor]) -> Gradients:
     like, outputs = pairs.rows, plan.outputs
+    of: Any = pairs  # what a gradient is needed of is a tensor
     da = torch.empty_like(like) if outputs[0] else None
-    db = torch.empty_like(pairs.columns) if outputs[1] else None
-    dbias = torch.empty_like(pairs.bias) if needs[2] else None
-    dscale = torch.empty_like(pairs.scale) if needs[3] else None
+    db = torch.empty_like(of.columns) if outputs[1] else None
+    dbias = torch.empty_like(of.bias) if needs[2] else None
+    dscale = torch.empty_like(of.scale) if needs[3] else None
     made = {"da": da, "db": db, "dbias": dbias, "dscale": dscale, "scratch": plan.scratch.empty(like) if plan.scratch.bytes else None}
     plan.run({**pairs._asdict(), **values, **made}, like.device)
     return Gradients(da if needs[0] else None, db if needs[1] else None, dbias, dscale)

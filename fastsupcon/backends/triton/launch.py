@@ -11,13 +11,16 @@ from __future__ import annotations
 import functools
 import operator
 import os
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+#: By how many bytes the addresses of which tensors are off multiples of 16; those that are not are left out.
+Off = tuple[tuple[str, int], ...]
 _ALIGNED = 16  # bytes: what Triton looks at in an address
-_kept: dict[tuple, object] = {}  # compiled kernels, by what they are compiled for
+_kept: dict[tuple[object, ...], Any] = {}  # compiled kernels, by what they are compiled for
 
 
 class At(NamedTuple):
@@ -30,8 +33,8 @@ class At(NamedTuple):
     def after(self, elements: int) -> At:
         return self._replace(offset=self.offset + elements * self.dtype.itemsize)
 
-    def tensor(self, values: dict) -> Tensor:
-        x = values[self.name]
+    def tensor(self, values: dict[str, Any]) -> Tensor:
+        x: Tensor = values[self.name]
         if self.offset or x.dtype != self.dtype:
             x = x.view(torch.uint8)[self.offset :].view(self.dtype)
         return x
@@ -46,23 +49,23 @@ class Number(NamedTuple):
 class Launch:
     """``arguments`` by name: At, Number, None, integers, floats, constants."""
 
-    def __init__(self, kernel, grid: tuple[int, ...], arguments: dict, **options) -> None:
+    def __init__(self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], **options: Any) -> None:
         self.kernel, self.grid, self.arguments, self.options = kernel, (*grid, 1, 1)[:3], arguments, options
-        self.runs = {}  # the kept kernels, by how far which addresses are off multiples of 16
+        self.runs: dict[Off, Callable[..., object]] = {}  # the kept kernels, by how far which addresses are off multiples of 16
         self.given = [(name, x) for name, x in arguments.items() if isinstance(x, (At, Number))]
 
-    def ordinarily(self, values: dict):
+    def ordinarily(self, values: dict[str, Any]) -> Any:
         given = {name: x.tensor(values) if isinstance(x, At) else values[x.name] for name, x in self.given}
         return self.kernel[self.grid](**{**self.arguments, **given}, **self.options)
 
-    def key(self, off: tuple[tuple[str, int], ...], device: torch.device) -> tuple:
+    def key(self, off: Off, device: torch.device) -> tuple[object, ...]:
         """The same for launches of one compiled kernel: of addresses that are ``off`` multiples of 16 by so many bytes."""
         constants = {parameter.name for parameter in self.kernel.params if parameter.is_constexpr}
         bytes_off = dict(off)
         of = (x if name in constants else _specialised(x, bytes_off) for name, x in self.arguments.items())
         return self.kernel.fn, device, *self.options.items(), *self.arguments, *of
 
-    def keep(self, off: tuple[tuple[str, int], ...], device: torch.device, compiled=None):
+    def keep(self, off: Off, device: torch.device, compiled: Any = None) -> Callable[..., object] | None:
         """Launch ``compiled`` from now on, or what another plan has kept of the same."""
         key = self.key(off, device)
         compiled = _kept.setdefault(key, compiled) if compiled is not None else _kept.get(key)
@@ -75,7 +78,7 @@ class Launch:
         return self.runs.setdefault(off, compiled.__getitem__(self.grid))
 
 
-def _specialised(x, off: dict[str, int]):
+def _specialised(x: object, off: dict[str, int]) -> object:
     """What of an argument that is no constant decides how the kernel is compiled. Our kernels are not specialised on integers."""
     if isinstance(x, At):
         return x.dtype, (x.offset + off.get(x.name, 0)) % _ALIGNED == 0
@@ -114,14 +117,15 @@ class Plan:
     def __init__(
         self, launches: list[Launch], scratch: Buffer, kept: Buffer | None = None, outputs: tuple[bool, bool] = (False, False)
     ) -> None:
-        self.launches, self.scratch, self.kept, self.outputs = launches, scratch, kept, outputs
+        self.launches, self.scratch, self.kept, self.outputs = launches, scratch, kept or Buffer("kept"), outputs
         given = [x for launch in launches for _, x in launch.given]
         self.tensors = sorted({x.name for x in given if isinstance(x, At)})
         self.numbers = sorted({x.name for x in given if isinstance(x, Number)})
 
-    def run(self, values: dict[str, Tensor | float | None], device: torch.device) -> None:
+    def run(self, values: dict[str, Any], device: torch.device) -> None:
         """With the call's tensors and numbers, on the current stream of the device, which is current."""
-        keeps, off = _keeps(device), ()
+        off: Off = ()
+        keeps = _keeps(device)
         if keeps:
             addresses = {name: values[name].data_ptr() for name in self.tensors}
             if functools.reduce(operator.or_, addresses.values()) % _ALIGNED:  # an element of a larger tensor, such as a loss of several

@@ -6,13 +6,13 @@ import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from ...problem import LOG_SUMS, QUANTITIES, Line
 from .launch import At, Buffer, Launch, Number, Plan
-from .table import gradient_width, padded, tile
+from .table import Tile, gradient_width, padded, tile
 
 _FEW = 64  # terms in a sum, whose roundings to half precision do not average out
 
@@ -86,10 +86,11 @@ def _kind(names: Iterable[str]) -> int:
     from .tiles import ALL, DIFFERENT, SPLIT
 
     log_sums = set(LOG_SUMS).intersection(names)
-    return (ALL if log_sums <= {"all"} else DIFFERENT if log_sums == {"different"} else SPLIT).value
+    kind: int = (ALL if log_sums <= {"all"} else DIFFERENT if log_sums == {"different"} else SPLIT).value
+    return kind
 
 
-def _inputs(form: Form) -> dict:
+def _inputs(form: Form) -> dict[str, Any]:
     """The arguments of a problem's tensors and numbers."""
     f32, i64 = torch.float32, torch.int64
     columns = "columns" if form.cross else "rows" if form.biased_self else None
@@ -103,11 +104,11 @@ def _inputs(form: Form) -> dict:
     }  # fmt: skip
 
 
-def _of(names: tuple[str, ...], arguments: dict) -> dict:
+def _of(names: tuple[str, ...], arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: arguments[name] for name in names}
 
 
-def _tiles(form: Form) -> dict:
+def _tiles(form: Form) -> dict[str, Any]:
     """The constants that forward_kernel and gradient_kernel share."""
     from .tiles import AS_THEY_ARE, FACTORS, SCALED
 
@@ -130,22 +131,22 @@ class _Grid(NamedTuple):
         return sum(owners * splits for owners, splits in zip(self.owners, self.splits, strict=True))
 
     @property
-    def arguments(self) -> dict:
+    def arguments(self) -> dict[str, int]:
         return {
             "row_owners": self.owners[0], "column_owners": self.owners[1], "row_programs": self.owners[0] * self.splits[0],
             "row_tiles": self.tiles[0], "column_tiles": self.tiles[1],
         }  # fmt: skip
 
 
-def _grid(gpu: Gpu, t, n: int, m: int, sides: tuple[bool, bool], chunks: int = 1) -> _Grid:
+def _grid(gpu: Gpu, t: Tile, n: int, m: int, sides: tuple[bool, bool], chunks: int = 1) -> _Grid:
     """For the sides that are asked for; a side that is not has no owners."""
-    owners, splits, tiles = [], [], []
-    for asked, own, other in zip(sides, (n, m), (m, n), strict=True):
-        count, stream = _cdiv(own, t.owned), _cdiv(other, t.streamed)
-        tiles.append(_tiles_per_split(count * chunks, stream, 2 * gpu.units))
-        owners.append(count if asked else 0)
-        splits.append(_cdiv(stream, tiles[-1]) if asked else 0)
-    return _Grid(tuple(owners), tuple(splits), tuple(tiles))
+
+    def shared(asked: bool, own: int, other: int) -> tuple[int, int, int]:
+        owners, stream = _cdiv(own, t.owned), _cdiv(other, t.streamed)
+        tiles = _tiles_per_split(owners * chunks, stream, 2 * gpu.units)
+        return (owners, _cdiv(stream, tiles), tiles) if asked else (0, 0, tiles)
+
+    return _Grid(*zip(shared(sides[0], n, m), shared(sides[1], m, n), strict=True))
 
 
 def _numbers_size(n: int, m: int) -> int:
@@ -171,10 +172,12 @@ class _Sums(NamedTuple):
     rows: At
     columns: At
     splits: tuple[int, int]
-    places: dict
+    places: dict[str, int]
 
 
-def _sums(form: Form, names: tuple[tuple[str, ...], tuple[str, ...]], numbers: At | None, scratch: Buffer, join: bool):
+def _sums(
+    form: Form, names: tuple[tuple[str, ...], tuple[str, ...]], numbers: At | None, scratch: Buffer, join: bool
+) -> tuple[Launch, _Sums]:
     """forward_kernel's launch and _Sums: parts where a side's stream has splits, or if they are asked for as parts (``join``)."""
     from .quantities import forward_kernel
     from .tiles import SPLIT
@@ -301,7 +304,9 @@ def backward_plan(form: Form, row_names: tuple[str, ...], column_names: tuple[st
     norms = At("norms", torch.float32)
     inverse = (norms, norms.after(n) if form.cross else norms) if form.unit else (None, None)
     weights = _Weights(_kind(names), one_sided.value, form.keys and "similarity" in names, numbers, inverse)
-    sides = {f"{of}_ptr": At(of, torch.float32) for of in ("row_values", "row_grads", "column_values", "column_grads")}
+    sides: dict[str, At | None] = {
+        f"{of}_ptr": At(of, torch.float32) for of in ("row_values", "row_grads", "column_values", "column_grads")
+    }
     if form.symmetric:
         sides |= {"column_values_ptr": None, "column_grads_ptr": None}
     programs = _cdiv(n, 128), _cdiv(other, 128)

@@ -18,7 +18,7 @@ class Tile(NamedTuple):
 
 def family(backend: str, arch: int | str) -> str:
     """The GPU family by Triton's target: backend "cuda" with 10 * major + minor, or "hip" with a gfx name."""
-    if backend == "cuda":
+    if backend == "cuda" and isinstance(arch, int):
         if arch >= 120 or arch in (86, 89):
             return "small"  # tensor cores as sm_80's, 99 KiB of shared memory
         return "blackwell" if arch >= 100 else "hopper" if arch >= 90 else "ampere"  # 227, 227, 163 KiB

@@ -1,0 +1,49 @@
+"""What users write, as a type checker sees it: mypy reads this file in tests/test_typed.py. An ignored error is one that it must find."""
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import assert_type
+
+import fastsupcon
+from fastsupcon import BalancedSupConLoss, InfoNCELoss, MemoryQueue, NTXentLoss, PaCoLoss, PrototypeCrossEntropyLoss, PSCLoss, SupConLoss
+from fastsupcon import functional as F
+from fastsupcon.integrations.lightly import NTXentLoss as LightlyNTXentLoss
+from fastsupcon.integrations.open_clip import ClipLoss
+
+features, labels = torch.randn(8, 16), torch.arange(8)
+
+# A loss takes what its forward takes, and is a tensor: nn.Module's own call takes and gives anything.
+loss: Tensor = SupConLoss(0.1)(features, labels)
+assert_type(SupConLoss(0.1)(features, labels=labels), Tensor)
+assert_type(InfoNCELoss(symmetric=False)(features, features, negatives=features), Tensor)
+assert_type(NTXentLoss(0.2, queue=MemoryQueue(64, 16))(features, features), Tensor)
+assert_type(PSCLoss(8, 16)(features, labels), Tensor)
+assert_type(BalancedSupConLoss(8, 16)(features, labels), Tensor)
+assert_type(PaCoLoss(8, 16, class_counts=[1.0] * 8)(features, labels, class_features=features), Tensor)
+assert_type(PrototypeCrossEntropyLoss(8, 16, margin=0.2)(features, labels), Tensor)
+assert_type(LightlyNTXentLoss()(features, features), Tensor)
+SupConLoss(0.1)(features, label=labels)  # type: ignore[call-arg]
+SupConLoss(0.1)(features, [0, 1])  # type: ignore[arg-type]
+NTXentLoss()(features)  # type: ignore[call-arg]
+SupConLoss(tau=0.1)  # type: ignore[call-arg]
+InfoNCELoss(reduction=None)  # type: ignore[arg-type]
+
+# open_clip's may be a dict, as output_dict says.
+clip: Tensor = ClipLoss()(features, features, 10.0)
+named: dict[str, Tensor] = ClipLoss()(features, features, 10.0, output_dict=True)
+
+# Options are what they were given as.
+assert_type(SupConLoss().temperature, float | Tensor)
+assert_type(SupConLoss().reduction, str)
+assert_type(NTXentLoss().queue, MemoryQueue | None)
+assert_type(PSCLoss(8, 16).prototypes, nn.Parameter)
+assert_type(PSCLoss(8, 16).logits(features), Tensor)
+assert_type(SupConLoss().chance_level(8), float)
+assert_type(len(MemoryQueue(64, 16)), int)
+
+assert_type(F.supcon_loss(features, labels, temperature=nn.Parameter(torch.tensor(0.1))), Tensor)
+assert_type(F.self_logsumexp(features, scale=10), Tensor)
+F.cross_logsumexp(features, features, mask=labels)  # type: ignore[call-arg]
+
+assert_type(fastsupcon.diagnostics.diagnose(features, labels), dict[str, Tensor])
+assert_type(fastsupcon.diagnostics.similarities(features), tuple[Tensor, Tensor])
