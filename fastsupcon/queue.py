@@ -23,8 +23,8 @@ class MemoryQueue(nn.Module):
     ``state_dict`` holds the rows [size, dim], their keys [size] and how many of them are filled.
 
     Under DistributedDataParallel every process has a queue of its own where the loss stands outside of the wrapped module, or with
-    ``broadcast_buffers=False``. Else the first process's rows overwrite the others' at each forward, in a way that cannot be seen from here:
-    where batches differ in size, rows that are not filled are then contrasted with.
+    ``broadcast_buffers=False``. Else the first process's rows overwrite the others' at each forward, in a way that cannot be seen from
+    here: where batches differ in size, rows that are not filled are then contrasted with.
 
     Under torch.compile each number of filled rows is a graph of its own, and the compiler gives up after a few: compile the network and
     call the loss outside, or fill the queue first, with random rows as MoCo does:
