@@ -69,7 +69,9 @@ def within(name: str, value: Tensor, low: int, high: int) -> None:
 
 
 def not_negative(name: str, value: Tensor) -> None:
-    """No element below 0; a NaN is none. On a GPU and under torch.compile a breach is asserted by the device."""
+    """Real, and no element below 0; a NaN is none. On a GPU and under torch.compile a breach of the latter is asserted by the device."""
+    if value.is_complex():
+        raise TypeError(f"{name} must have a real dtype, got {value.dtype}")
     if value.device.type == "cpu" and not torch.compiler.is_compiling():
         if (value < 0).any():
             raise ValueError(f"{name} must not be negative, got {value.min().item():g}")

@@ -83,15 +83,17 @@ def shared_label_positives(z: Tensor, labels: Tensor, unit: bool) -> tuple[Tenso
     return torch.where(paired, similarity, 0), paired
 
 
-def listed_positives(z: Tensor, positives: Tensor, unit: bool) -> tuple[Tensor, Tensor]:
-    """The mean of z_i . z_p over the rows p that ``positives`` [A, K] lists for each of the first A rows, and whether it lists one.
+def listed_positives(z: Tensor, columns: Tensor | None, positives: Tensor, unit: bool) -> tuple[Tensor, Tensor]:
+    """The mean of z_i . p over the columns p that ``positives`` [A, K] lists for each of the first A rows, and whether it lists one.
 
-    -1 lists none, and nor does the row's own number. O(A K D) memory.
+    -1 lists none; nor does the row's own number, where the columns are the rows themselves (None). O(A K D) memory.
     """
-    z = wide_rows(z, unit)
-    anchors = torch.arange(len(positives), device=z.device)[:, None]
-    listed = (positives >= 0) & (positives != anchors)
-    of_each = torch.nn.functional.embedding(torch.where(listed, positives, 0), z)  # its gradient is the same bits on every device
+    z, positives = wide_rows(z, unit), positives.long()
+    listed = positives >= 0
+    if columns is None:
+        listed &= positives != torch.arange(len(positives), device=z.device)[:, None]
+    of_columns = z if columns is None else wide_rows(columns.to(z.dtype), unit)
+    of_each = torch.nn.functional.embedding(torch.where(listed, positives, 0), of_columns)  # its gradient is the same bits on every device
     similarities = (of_each * z[: len(positives), None]).sum(2).masked_fill(~listed, 0)
     count = listed.sum(1)
     return similarities.sum(1) / count.clamp_min(1), count > 0

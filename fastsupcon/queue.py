@@ -24,6 +24,14 @@ class MemoryQueue(nn.Module):
 
     ``state_dict`` holds the rows [size, dim], their keys [size] and how many of them are filled.
 
+    Under DistributedDataParallel every process has a queue of its own where the loss stands outside of the wrapped module, or with
+    ``broadcast_buffers=False``. Else the first process's rows overwrite the others' at each forward, unseen from here: where batches
+    differ in size, rows that are not filled are then contrasted with.
+
+    Under torch.compile each number of filled rows is a graph of its own, and the compiler gives up after a few: compile the network and
+    call the loss outside, or fill the queue first, with random rows as MoCo does:
+    ``queue.put(torch.randn(size, dim), torch.full((size,), fastsupcon.queue.NOBODY))``.
+
     >>> loss = SupConLoss(temperature=0.1, normalize=True, queue=MemoryQueue(4096, 128))
     >>> loss(features, labels).backward()
 
@@ -48,9 +56,15 @@ class MemoryQueue(nn.Module):
         self.register_buffer("keys", torch.zeros(int(size), dtype=torch.int64))
         self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
         self._length = 0  # as ``filled``, which on a GPU would have to be waited for
+        self._version = self.filled._version
 
     def __len__(self) -> int:
+        if not torch.compiler.is_compiling() and not self.filled.is_inference() and self.filled._version != self._version:
+            self._read_length()  # others wrote to the buffers in place, as DistributedDataParallel does when it is built
         return self._length
+
+    def _read_length(self) -> None:
+        self._length, self._version = int(self.filled), self.filled._version
 
     def columns(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """The rows that are filled, in the dtype of ``like`` [N, D], and their keys. May be none."""
@@ -58,7 +72,8 @@ class MemoryQueue(nn.Module):
             raise ValueError(f"queue holds rows of dimension {self.rows.shape[1]}, got features of dimension {like.shape[1]}")
         if like.device != self.rows.device:
             raise ValueError(f"queue must be on {like.device} like the features, got {self.rows.device}: move it or the loss there")
-        return self.rows[: self._length].to(like.dtype), self.keys[: self._length]
+        length = len(self)
+        return self.rows[:length].to(like.dtype), self.keys[:length]
 
     @torch.no_grad()
     def put(self, rows: Tensor, keys: Tensor) -> None:
@@ -69,17 +84,19 @@ class MemoryQueue(nn.Module):
         _checks.vector("keys", keys, len(rows), self.rows.device)
         self.rows = torch.cat([rows.detach().to(self.rows.dtype)[:size], self.rows[: max(0, size - len(rows))]])
         self.keys = torch.cat([keys.long()[:size], self.keys[: max(0, size - len(rows))]])
-        self._length = min(size, self._length + len(rows))
-        self.filled = torch.full_like(self.filled, self._length)
+        self._hold(min(size, len(self) + len(rows)))
 
     def clear(self) -> None:
         """Forgets all rows."""
-        self._length = 0
-        self.filled = torch.zeros_like(self.filled)
+        self._hold(0)
+
+    def _hold(self, length: int) -> None:
+        self.filled = torch.full_like(self.filled, length)
+        self._length, self._version = length, 0  # a tensor that nobody has written to yet
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)
-        self._length = int(self.filled)
+        self._read_length()
 
     def extra_repr(self) -> str:
         return f"size={self.rows.shape[0]}, dim={self.rows.shape[1]}"

@@ -110,9 +110,24 @@ def test_a_queue_is_more_columns(backend, options):
         features, labels = batch(samples)
         got = functional.supcon_loss(features, labels, queue=queue, **options, backend=backend_of(backend))
         assert_same(got, naive.hard_negative_supcon_loss(features, labels, memory=memory, **options), features)
-        kept = labels if "ignore_index" not in options else torch.where(labels == options["ignore_index"], -7, labels)
-        memory = (torch.cat([features.detach(), memory[0]])[:20], torch.cat([kept, memory[1]])[:20])
+        memory = (torch.cat([features.detach(), memory[0]])[:20], torch.cat([labels, memory[1]])[:20])
         assert len(queue) == len(memory[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"ignore_index": 1}, {"denominator": "negatives", "ignore_index": 1}], ids=str)
+@pytest.mark.parametrize("first", [-(2**40), -(2**30), 2**30 - 1, 2**40])
+def test_labels_may_be_any_numbers(first, options):
+    """As hashes of names are: in the batch, among other columns and in a queue they serve as small ones do."""
+    small, large = (MemoryQueue(20, 8, dtype=torch.float64) for _ in range(2))
+    moved = options | ({"ignore_index": first + 1} if "ignore_index" in options else {})
+    for _ in range(3):
+        features, labels = batch(9)
+        want = functional.supcon_loss(features, labels, queue=small, **OPTIONS, **options)
+        assert_same(functional.supcon_loss(features, labels + first, queue=large, **OPTIONS, **moved), want, features)
+        columns, of_columns = batch(5)
+        want = functional.supcon_loss(features, labels, keys=columns, key_labels=of_columns, **OPTIONS, **options)
+        got = functional.supcon_loss(features, labels + first, keys=columns, key_labels=of_columns + first, **OPTIONS, **moved)
+        assert_same(got, want, features, columns)
 
 
 def test_views_without_labels_find_no_positive_in_a_queue(device):
@@ -163,6 +178,30 @@ def test_a_queue_is_saved_and_loaded(device):
     assert len(other.queue) == 0 and int(other.queue.filled) == 0
 
 
+def test_a_queue_whose_buffers_another_process_overwrites(device):
+    """DistributedDataParallel copies the first process's buffers into the others' when it is built, which may have loaded a checkpoint."""
+    first, other = (SupConLoss(0.2, normalize=True, queue=MemoryQueue(16, 4)).to(device) for _ in range(2))
+    features, labels = torch.randn(6, 4, device=device), torch.arange(6, device=device) % 2
+    first(features, labels)
+    for put_here in (0, 3):
+        if put_here:
+            other(features[:put_here], labels[:put_here])
+        with torch.no_grad():
+            for buffer, of_first in zip(other.buffers(), first.buffers(), strict=True):
+                buffer.copy_(of_first)
+        assert len(other.queue) == len(first.queue) == 6
+        assert torch.equal(copy.deepcopy(other)(features, labels), copy.deepcopy(first)(features, labels))
+
+
+def test_a_batch_that_is_refused_stays_out_of_the_queue(device):
+    queue = MemoryQueue(8, 4).to(device)
+    features, labels = torch.randn(3, 4, device=device), torch.arange(3, device=device)
+    for options in ({"lone_anchors": "error"}, {"backend": "none"}):
+        with pytest.raises(ValueError):
+            functional.supcon_loss(features, labels, queue=queue, **options)
+        assert len(queue) == 0
+
+
 @pytest.mark.parametrize(("size", "dim", "text"), [(0, 4, "size must be an int of at least 1, got 0"), (4, 0.5, "dim must be an int")])
 def test_a_queue_refuses_at_construction(size, dim, text):
     with pytest.raises(ValueError, match=text):
@@ -187,6 +226,31 @@ def test_lists_of_positives(backend, contrast_mode, lone_anchors):
     log_probabilities = torch.where(mask > 0, logits.log_softmax(1), 0)
     losses = -(mask * log_probabilities).sum(1) / mask.sum(1).clamp_min(1)
     assert_same(got, losses.sum() / (anchors if lone_anchors == "zero" else (mask.sum(1) > 0).sum()), features)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32], ids=str)
+def test_lists_of_positives_of_any_integers(device, dtype):
+    z, positives = torch.randn(5, 4, device=device), torch.randint(0, 5, (5, 2), device=device)
+    want = functional.supcon_loss(z, positives=positives)
+    assert torch.equal(functional.supcon_loss(z, positives=positives.to(dtype)), want)
+
+
+def test_a_base_temperature_in_a_tensor(device):
+    z, labels = torch.randn(6, 4, device=device), torch.arange(6, device=device) % 3
+    want = functional.supcon_loss(z, labels, temperature=0.2, base_temperature=0.5)
+    for base in (torch.tensor([0.5]), torch.tensor(0.5, dtype=torch.float64)):
+        got = functional.supcon_loss(z, labels, temperature=0.2, base_temperature=base)
+        torch.testing.assert_close(got, want)
+
+
+def test_the_published_arithmetic_of_k_positive_contrastive_learning(backend):
+    """Kang et al. 2021: queries against momentum keys and a memory, positives the own key and k of the memory."""
+    queries, keys, memory = unit(6, 5).requires_grad_(), unit(6, 5), unit(20, 5)
+    drawn = torch.stack([torch.randperm(20)[:3] for _ in range(6)])  # of the class, in their code
+    columns, positives = torch.cat([keys, memory]), torch.cat([torch.arange(6)[:, None], drawn + 6], 1)
+    got = functional.supcon_loss(queries, positives=positives, keys=columns, temperature=0.1, backend=backend_of(backend))
+    log_probabilities = (queries @ columns.T / 0.1).log_softmax(1)
+    assert_same(got, -log_probabilities.gather(1, positives).mean(1).mean(), queries)
 
 
 def test_several_labels_next_to_a_long_row(backend):
@@ -240,7 +304,7 @@ def test_all_rows_ignored_or_without_negatives(backend, device):
         bad = z.detach().clone()
         bad[1, 0] = math.nan
         assert functional.supcon_loss(bad, labels, **options, backend=backend).isnan()
-    with pytest.raises(ValueError, match="every anchor must have a positive, got 6 of 6 without one"):
+    with pytest.raises(ValueError, match="every anchor must have a positive and a negative, got 6 of 6 without"):
         functional.supcon_loss(z, labels, denominator="negatives", lone_anchors="error", backend=backend)
 
 
@@ -250,5 +314,7 @@ def test_the_chance_level(device):
         features = torch.ones(8, views, 3, device=device)
         labels = torch.arange(8, device=device) % 2
         assert loss(features, labels).item() == pytest.approx(loss.chance_level(8 * views), rel=1e-6)
+    loss = SupConLoss(form="in")
+    assert loss(torch.ones(8, 3, device=device), labels).item() == pytest.approx(loss.chance_level(8), rel=1e-6)
     with pytest.raises(ValueError, match="chance_level is known for denominator='all'"):
         SupConLoss(denominator="negatives").chance_level(8)

@@ -10,22 +10,12 @@ from torch import Tensor
 from ..problem import Pairs
 from ..queue import NOBODY, MemoryQueue
 
-#: Keys of rows that are nobody's positives, from the first row on: in the self shape two of them would be each other's if they were alike.
-ALONE = -(2**30)
-
 
 class Keys(NamedTuple):
     """int64; equal ones are positives of each other."""
 
     rows: Tensor  # [N]
     columns: Tensor | None = None  # [M] of other columns
-
-
-def ignored(keys: Keys, label: int) -> Keys:
-    """The keys with rows and columns of this label nobody's positives."""
-    alone = torch.arange(len(keys.rows), device=keys.rows.device) + ALONE
-    columns = None if keys.columns is None else keys.columns.masked_fill(keys.columns == label, NOBODY)
-    return Keys(torch.where(keys.rows == label, alone, keys.rows), columns)
 
 
 def blocks_of(
@@ -58,10 +48,11 @@ def pairs_of_each(blocks: list[Pairs]) -> int:
 
 
 def remember(queue: MemoryQueue, z: Tensor, keys: Keys, columns: Tensor | None, named: bool) -> None:
-    """Puts the batch into a queue in training mode: the other columns where there are some, else the rows, under a key of nobody's where
-    keys are no labels and the next batch's would be equal to them, or where the row is alone."""
+    """Puts the batch into a queue in training mode: the other columns where there are some, else the rows.
+
+    Keys that are no labels (``named`` is False) are numbers of this batch, to which the next batch's would be equal: nobody's is put in.
+    """
     if not queue.training:
         return
     rows, of_rows = (z, keys.rows) if columns is None or keys.columns is None else (columns, keys.columns)
-    is_alone = of_rows < ALONE + len(z) if named else torch.ones_like(of_rows, dtype=torch.bool)
-    queue.put(rows, of_rows.masked_fill(is_alone, NOBODY))
+    queue.put(rows, of_rows if named else torch.full_like(of_rows, NOBODY))

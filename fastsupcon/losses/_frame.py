@@ -46,20 +46,35 @@ def wide_temperature(temperature: float | Tensor, rows: Tensor) -> float | Tenso
 
 
 def weights_of(
-    labels: Tensor | None, class_weights: Tensor | None, anchor_weights: Tensor | None, samples: int, anchors: int, z: Tensor
+    labels: Tensor | None,
+    class_weights: Tensor | None,
+    ignore_index: int | None,
+    anchor_weights: Tensor | None,
+    samples: int,
+    anchors: int,
+    z: Tensor,
 ) -> Tensor | None:
-    """Of the anchors [A] in the sum dtype, from weights of classes [C] and of samples [B] or anchors [A]; None where there are none."""
-    weights = None
+    """Of the anchors [A] in the sum dtype, from weights of classes [C] and of samples [B] or anchors [A]; None where there are none.
+
+    Rows of the label ``ignore_index`` weigh nothing. As each other's positives they are the others' negatives alone.
+    """
+    dtype, weights = sum_dtype(z.dtype), None
+    if ignore_index is not None and labels is not None:
+        weights = (labels != ignore_index).to(dtype)
     if class_weights is not None:
         if labels is None:
             raise ValueError("class_weights needs labels, one class a row, and got none")
-        _checks.vector("class_weights", class_weights, class_weights.numel(), z.device, floating=True)
-        of_class = torch.nn.functional.embedding(labels.clamp(0, len(class_weights) - 1), class_weights[:, None])[:, 0]
-        weights = of_class.to(sum_dtype(z.dtype)).repeat(anchors // samples)
+        of_classes = max(1, class_weights.numel()) if isinstance(class_weights, Tensor) else 1
+        _checks.vector("class_weights", class_weights, of_classes, z.device, floating=True)
+        classes = labels if ignore_index is None else labels.masked_fill(labels == ignore_index, 0)
+        _checks.within("labels", classes, 0, of_classes)
+        of_class = torch.nn.functional.embedding(classes, class_weights[:, None].to(dtype))[:, 0]
+        weights = of_class if weights is None else weights * of_class
+    weights = None if weights is None else weights.repeat(anchors // samples)
     if anchor_weights is not None:
         of_samples = isinstance(anchor_weights, Tensor) and anchor_weights.shape == (samples,)
         _checks.vector("anchor_weights", anchor_weights, samples if of_samples else anchors, z.device, floating=True)
-        of_anchor = anchor_weights.to(sum_dtype(z.dtype)).repeat(anchors // len(anchor_weights))
+        of_anchor = anchor_weights.to(dtype).repeat(anchors // len(anchor_weights))
         weights = of_anchor if weights is None else weights * of_anchor
     return weights
 
@@ -83,9 +98,9 @@ def check_queue(queue: object) -> None:
         raise TypeError(f"queue must be a fastsupcon.MemoryQueue or None, got {type(queue).__name__}")
 
 
-def refuse_lone_anchors(paired: Tensor) -> None:
+def refuse_lone_anchors(paired: Tensor, needed: str) -> None:
     """For lone_anchors="error". On a GPU this waits for the device; under torch.compile it is an assertion on it."""
-    message = "lone_anchors='error': every anchor must have a positive"
+    message = f"lone_anchors='error': every anchor must have {needed}"
     if torch.compiler.is_compiling():
         torch._assert_async(paired.all(), message)
     elif not paired.all():

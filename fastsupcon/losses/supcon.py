@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 import math
-import numbers
-from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
-from .. import _checks, operators
+from .. import operators
 from ..backends import select, sum_dtype
 from ..backends._dtypes import no_autocast
 from ..blocks import Quantities, logaddexp, quantities
 from ..positives import listed_positives, mask_positives, shared_label_positives
 from ..problem import Line, Pairs
 from ..queue import MemoryQueue
-from ._contrast import Keys, blocks_of, ignored, pairs_of_each, remember
-from ._frame import (
-    LONE_ANCHORS,
-    REDUCTIONS,
-    Loss,
-    check_queue,
-    class_labels,
-    reduce,
-    refuse_lone_anchors,
-    rows_of,
-    weights_of,
-    wide_temperature,
-)
+from ._contrast import Keys, blocks_of, pairs_of_each, remember
+from ._frame import Loss, class_labels, reduce, refuse_lone_anchors, rows_of, weights_of, wide_temperature
+from ._supcon_arguments import are_several, check_options, check_positives, check_together
 
 
 def supcon_loss(
@@ -78,16 +66,16 @@ def supcon_loss(
             of several classes at once, or soft; then row p is a positive of row i with weight y_i . y_p.
         mask: [B, B], entry (b, c) >= 0 the weight of sample c as a positive of sample b; may be soft and asymmetric. A row is no positive
             of itself, whatever the diagonal says.
-        positives: integer [A, K], for each anchor the numbers of its positives among the N rows, -1 for none (KCL, Kang et al. 2021).
+        positives: integer [A, K], for each anchor the numbers of its positives among the columns, -1 for none (KCL, Kang et al. 2021).
             At most one of ``labels``, ``mask`` and ``positives``; the last two and several labels need form="out", denominator="all".
-        keys: [M, D], other columns: the anchors meet these, and not each other (MoCo's keys, a reference set). Needs labels.
-        key_labels: integer [M].
+        keys: [M, D], other columns: the anchors meet these, and not each other (MoCo's keys, a reference set). Needs ``positives``, or
+            ``labels``, one class a row, with ``key_labels``.
+        key_labels: integer [M], the classes of ``keys``.
         temperature: tau, a number or a tensor of one element, which may require grad.
         base_temperature: the loss is multiplied by temperature / base_temperature; None: by 1.
         contrast_mode: "all": every view is an anchor; "one": the first view only. All rows are contrasted with in both.
         form: "out" or "in". ``denominator``: "all" or "negatives". ``beta``: >= 0.
-        ignore_index: rows of this label are no anchors and nobody's positives, but negatives. Other labels must then lie between -2^30 + N
-            and 2^30 - 2.
+        ignore_index: rows of this label are no anchors and nobody's positives, but negatives.
         class_weights: floating [C], for labels in [0, C): each anchor's loss is weighted by its class's.
         anchor_weights: floating [B] or [A]: each anchor's loss is weighted. The mean is over the weights.
         queue: a MemoryQueue: its rows are more columns, which no gradient reaches, and positives where their label is the anchor's. In
@@ -109,62 +97,55 @@ def supcon_loss(
     z, views = rows_of(features)
     samples = features.shape[0]
     anchors = samples if contrast_mode == "one" else z.shape[0]
-    _check_options(temperature, contrast_mode, base_temperature, form, denominator, beta, reduction, lone_anchors, queue)
-    _check_positives(features, labels, mask, positives, keys, anchors)
-    temperature = wide_temperature(temperature, z)
-    scale, factor = 1 / temperature, 1.0 if base_temperature is None else temperature / base_temperature
-    several = labels if _are_several(labels, samples) else None
+    check_options(temperature, contrast_mode, base_temperature, form, denominator, beta, reduction, lone_anchors, queue)
+    check_positives(features, labels, mask, positives, keys, anchors)
+    several = labels if are_several(labels, samples) else None
     by_keys = mask is None and positives is None and several is None
     classes = class_labels(labels, samples, z.device) if by_keys and labels is not None else None
-    _check_together(z, by_keys, classes, form, denominator, beta, keys, key_labels, ignore_index, queue)
-    weights = weights_of(classes, class_weights, anchor_weights, samples, anchors, z)
-    if class_weights is not None and classes is not None:
-        _checks.within(
-            "labels", classes if ignore_index is None else classes.masked_fill(classes == ignore_index, 0), 0, len(class_weights)
-        )
+    check_together(z, by_keys, classes, positives, form, denominator, beta, keys, key_labels, ignore_index, queue)
+    weights = weights_of(classes, class_weights, ignore_index, anchor_weights, samples, anchors, z)
+    temperature = wide_temperature(temperature, z)
+    scale, factor = 1 / temperature, 1.0 if base_temperature is None else temperature / wide_temperature(base_temperature, z)
 
-    names = is_anchor = None
+    of_keys = None
     if by_keys:
         of_samples = torch.arange(samples, device=z.device) if classes is None else classes
-        names = Keys(
-            of_samples if views == 1 else of_samples.repeat(views),
-            None if keys is None or key_labels is None else class_labels(key_labels, len(keys), z.device, "key_labels"),
-        )
-        if ignore_index is not None:
-            is_anchor = (names.rows[:anchors] != ignore_index).to(sum_dtype(z.dtype))
-            weights = is_anchor if weights is None else weights * is_anchor
-            names = ignored(names, ignore_index)
-    blocks = blocks_of(z, anchors, names, scale, normalize, keys, queue)
-    if queue is not None and names is not None:
-        remember(queue, z, names, keys, named=classes is not None)
+        of_columns = None if keys is None or key_labels is None else class_labels(key_labels, len(keys), z.device, "key_labels")
+        of_keys = Keys(of_samples if views == 1 else of_samples.repeat(views), of_columns)
+    blocks = blocks_of(z, anchors, of_keys, scale, normalize, keys, queue)
 
     if by_keys and denominator == "all" and not beta and weights is None and lone_anchors != "error" and len(blocks) == 1:
         learned = isinstance(factor, Tensor)
         parts = {"similarity": -1.0} if form == "out" else {"equal": -1.0, "log_count": 1.0}
         line = Line(all=1.0, **parts, factor=1.0 if learned else float(factor), lone=lone_anchors, reduction=reduction)
         loss = operators.loss(blocks[0], line, backend=backend)
-        return loss * factor if learned else loss
-    with no_autocast(z):
-        if not blocks:  # nobody to meet: the log of an empty sum would be -inf; a zero that still shows a NaN
-            select(backend, z.device, z.dtype, z.shape[1])
-            losses, paired = (z * 0).sum(1, dtype=sum_dtype(z.dtype)), torch.zeros(1, dtype=torch.bool, device=z.device)
-        elif by_keys:
-            losses, paired = _by_keys(blocks, form, denominator, beta, backend)
-        else:
-            if positives is not None:
-                positive, paired = listed_positives(z, positives, normalize)
-            elif mask is not None:
-                positive, paired = mask_positives(z, mask, normalize)
-            elif several is not None:  # one of the three is given
-                positive, paired = shared_label_positives(z, several.repeat(views, 1), normalize)
-            everything = quantities(blocks, "all", backend=backend).all
-            losses, paired = everything - positive[:anchors].to(everything.dtype) * scale, paired[:anchors]
-        if lone_anchors == "error":
-            refuse_lone_anchors(paired if is_anchor is None else paired | (is_anchor == 0))
-        losses = losses * paired * factor  # 0 for a lone anchor, but NaN stays NaN
-        if lone_anchors == "skip":
-            weights = paired if weights is None else weights * paired
-        return reduce(losses, reduction, weights)
+        loss = loss * factor if learned else loss
+    else:
+        with no_autocast(z):
+            if not blocks:  # nobody to meet: the log of an empty sum would be -inf; a zero that still shows a NaN
+                select(backend, z.device, z.dtype, z.shape[1])
+                losses, paired = (z * 0).sum(1, dtype=sum_dtype(z.dtype)), torch.zeros(1, dtype=torch.bool, device=z.device)
+            elif by_keys:
+                losses, paired = _by_keys(blocks, form, denominator, beta, backend)
+            else:
+                if positives is not None:
+                    positive, paired = listed_positives(z, keys, positives, normalize)
+                elif mask is not None:
+                    positive, paired = mask_positives(z, mask, normalize)
+                elif several is not None:  # one of the three is given
+                    positive, paired = shared_label_positives(z, several.repeat(views, 1), normalize)
+                everything = quantities(blocks, "all", backend=backend).all
+                losses, paired = everything - positive[:anchors].to(everything.dtype) * scale, paired[:anchors]
+            if lone_anchors == "error":
+                needed = "a positive" if denominator == "all" else "a positive and a negative"
+                refuse_lone_anchors(paired if weights is None else paired | (weights == 0), needed)
+            losses = losses * paired * factor  # 0 for a lone anchor, but NaN stays NaN
+            if lone_anchors == "skip":
+                weights = paired if weights is None else weights * paired
+            loss = reduce(losses, reduction, weights)
+    if queue is not None and of_keys is not None:  # after all that may be refused, so that a batch that is stays out
+        remember(queue, z, of_keys, keys, named=classes is not None)
+    return loss
 
 
 def _by_keys(blocks: list[Pairs], form: str, denominator: str, beta: float, backend: str) -> tuple[Tensor, Tensor]:
@@ -193,113 +174,6 @@ def _hard_negatives(blocks: list[Pairs], q: Quantities, beta: float, backend: st
 def _finite(log_sum: Tensor) -> Tensor:
     """0 for the log of an empty sum."""
     return log_sum.masked_fill(log_sum == -torch.inf, 0)
-
-
-def _are_several(labels: object, samples: int) -> TypeGuard[Tensor]:
-    """Whether labels are [B, C], C > 1: a row of classes for each sample, and not one class each in a row or a column."""
-    return isinstance(labels, Tensor) and labels.ndim == 2 and tuple(labels.shape) not in ((samples, 1), (1, samples))
-
-
-def _check_positives(features: Tensor, labels: object, mask: object, positives: object, keys: object, anchors: int) -> None:
-    samples, device = features.shape[0], features.device
-    given = [name for name, value in (("labels", labels), ("mask", mask), ("positives", positives)) if value is not None]
-    if isinstance(labels, Tensor) and labels.shape == features.shape and labels.is_floating_point() and mask is not None:
-        raise ValueError(
-            "labels look like a second view of the features: pass both views as one, torch.stack([z1, z2], dim=1), then labels"
-        )
-    if len(given) > 1:
-        raise ValueError(
-            f"{' and '.join(given)} {'both' if len(given) == 2 else 'all'} define the positives: expected at most one, got both"
-        )
-    if not given and (features.ndim == 2 or features.shape[1] == 1) and keys is None:
-        raise ValueError(
-            f"features hold one view of {samples} samples, and neither labels nor mask is given: no anchor can have a positive, and the "
-            "loss could only be 0. Pass labels, a mask, or features [B, V, ...] with V >= 2 views"
-        )
-    if mask is not None:
-        if not isinstance(mask, Tensor):
-            raise TypeError(f"mask must be a torch.Tensor, got {type(mask).__name__}")
-        if list(mask.shape) != [samples, samples]:
-            raise ValueError(f"mask must have shape [{samples}, {samples}], got {list(mask.shape)}")
-        _checks.on_device("mask", mask, device)
-        _checks.not_negative("mask", mask)
-    if positives is not None:
-        if not isinstance(positives, Tensor) or positives.is_floating_point() or positives.is_complex() or positives.dtype == torch.bool:
-            raise TypeError(
-                f"positives must be a torch.Tensor of an integer dtype, got {getattr(positives, 'dtype', type(positives).__name__)}"
-            )
-        if positives.ndim != 2 or positives.shape[0] != anchors:
-            raise ValueError(f"positives must have shape [{anchors}, K], got {list(positives.shape)}")
-        _checks.on_device("positives", positives, device)
-        if positives.numel():
-            _checks.within("positives", positives, -1, samples * (1 if features.ndim == 2 else features.shape[1]))
-    if _are_several(labels, samples):
-        if labels.shape[0] != samples:
-            raise ValueError(f"labels must have shape [{samples}] or [{samples}, C], got {list(labels.shape)}")
-        _checks.on_device("labels", labels, device)
-        _checks.not_negative("labels", labels)
-
-
-def _check_together(
-    z: Tensor,
-    by_keys: bool,
-    classes: Tensor | None,
-    form: str,
-    denominator: str,
-    beta: float,
-    keys: Tensor | None,
-    key_labels: object,
-    ignore_index: object,
-    queue: object,
-) -> None:
-    if not by_keys:
-        for name, is_given in (
-            (f"form={form!r}", form != "out"),
-            (f"denominator={denominator!r}", denominator != "all"),
-            ("beta", beta != 0),
-            ("queue", queue is not None),
-        ):
-            if is_given:
-                raise ValueError(
-                    f"{name} needs positives that one class a row names (labels), or views: not a mask, lists or several labels"
-                )
-    for name, value in (("keys", keys), ("ignore_index", ignore_index)):
-        if value is not None and classes is None:
-            raise ValueError(f"{name} needs labels, one class a row, and got none")
-    if keys is not None:
-        _checks.rows("keys", keys, columns=z.shape[1])
-        _checks.on_device("keys", keys, z.device)
-    if (keys is None) != (key_labels is None):
-        missing, given = ("key_labels", "keys") if key_labels is None else ("keys", "key_labels")
-        raise ValueError(f"{missing} must be given together with {given}, got None")
-    if ignore_index is not None and not _checks.is_integer(ignore_index):
-        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
-
-
-def _check_options(
-    temperature: float | Tensor,
-    contrast_mode: object,
-    base_temperature: float | None,
-    form: object,
-    denominator: object,
-    beta: float,
-    reduction: object,
-    lone_anchors: object,
-    queue: object,
-) -> None:
-    _checks.temperature("temperature", temperature)
-    if base_temperature is not None:
-        _checks.temperature("base_temperature", base_temperature)
-    _checks.one_of("contrast_mode", contrast_mode, ("all", "one"))
-    _checks.one_of("form", form, ("out", "in"))
-    _checks.one_of("denominator", denominator, ("all", "negatives"))
-    _checks.one_of("reduction", reduction, REDUCTIONS)
-    _checks.one_of("lone_anchors", lone_anchors, LONE_ANCHORS)
-    check_queue(queue)
-    if not isinstance(beta, numbers.Real) or isinstance(beta, bool):
-        raise TypeError(f"beta must be a number, got {type(beta).__name__}")
-    if not 0 <= beta < math.inf:
-        raise ValueError(f"beta must be finite and not negative, got {beta}")
 
 
 class SupConLoss(Loss):
@@ -341,7 +215,7 @@ class SupConLoss(Loss):
         lone_anchors: str = "zero",
         backend: str = "auto",
     ) -> None:
-        _check_options(temperature, contrast_mode, base_temperature, form, denominator, beta, reduction, lone_anchors, queue)
+        check_options(temperature, contrast_mode, base_temperature, form, denominator, beta, reduction, lone_anchors, queue)
         super().__init__(
             temperature=temperature,
             contrast_mode=contrast_mode,
@@ -383,7 +257,8 @@ class SupConLoss(Loss):
     def chance_level(self, rows: int) -> float:
         """The loss of ``rows`` rows, V B of V views, whose similarities are all equal: log(rows - 1) times temperature / base_temperature.
 
-        That of the defaults; where ``denominator`` or ``form`` are others, or rows meet other columns, it depends on the labels.
+        Of both forms, where every anchor has a positive and meets the batch alone. With another ``denominator`` or ``beta`` it depends on
+        the labels, with a queue on what is in it: a ValueError.
         """
         if self.denominator != "all" or self.beta or self.queue is not None:
             raise ValueError("chance_level is known for denominator='all', beta=0 and no queue alone: else it depends on the labels")
