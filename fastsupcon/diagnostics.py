@@ -118,10 +118,12 @@ def lone_share(labels: Tensor) -> Tensor:
         0-d, float32. O(N log N) work.
 
     Raises:
-        TypeError, ValueError: labels have the wrong type, dtype or shape, or are none.
+        TypeError, ValueError: labels have the wrong type, dtype or shape, or there are none.
     """
-    if not isinstance(labels, Tensor) or labels.numel() == 0:
-        raise ValueError(f"labels must be a torch.Tensor of at least one label, got {getattr(labels, 'shape', labels)}")
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a torch.Tensor of an integer dtype, got {type(labels).__name__}")
+    if labels.numel() == 0:
+        raise ValueError(f"labels must not be empty, got shape {list(labels.shape)}")
     _, count = _classes(class_labels(labels, labels.numel(), labels.device))
     return (count == 1).float().mean()
 
@@ -176,7 +178,7 @@ def _half_distances(z: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     in which no term is taken from another: distances of 10^-6 are as exact as those of 1.
     """
     number, count = _classes(keys)
-    # embedding's gradient is the sum of rows by class: the same bits on every device, where index_add's are not
+    # the sum of rows by class is the gradient of an embedding: on a GPU the same bits in every run, as index_add is not
     sums = torch.ops.aten.embedding_dense_backward(z, number, len(z), -1, False)
     means = sums[number] / count[:, None]
     within = (z - means).square().sum(1)

@@ -1,0 +1,84 @@
+"""The examples run, and show what they say; GRACE's loss is NT-Xent."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastsupcon import functional
+
+ROOT = Path(__file__).parent.parent
+HANGS = 300  # seconds; an example takes less than a minute on two cores that are free
+ON_LINUX = sys.platform == "linux"  # where the examples measure memory
+
+
+def printed(name: str) -> str:
+    path = os.pathsep.join(filter(None, sys.path))  # with the fastsupcon and on the threads of the tests
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    run = subprocess.run([sys.executable, str(ROOT / "examples" / name)], env=environment, capture_output=True, text=True, timeout=HANGS)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def numbers(pattern: str, text: str) -> list[float]:
+    found = re.search(pattern, text)
+    assert found, text
+    return [float(number) for number in found.groups()]
+
+
+def test_graph_nodes():
+    text = printed("graph_nodes.py")
+    value, chance = numbers(r"loss of 2,000 nodes: ([\d.]+), at chance ([\d.]+)", text)
+    assert value < chance - 0.5
+    raw, untrained, trained = numbers(r"raw features ([\d.]+)%, untrained GCN ([\d.]+)%, trained GCN ([\d.]+)%", text)
+    assert trained > raw + 35
+    assert trained > untrained + 10
+    assert "four N x N matrices would be 6.0 GiB" in text
+    if ON_LINUX:
+        assert 20 < numbers(r"20,000 x 128: (\d+) MiB over the rows", text)[0] < 160
+
+
+def test_sentence_embeddings():
+    text = printed("sentence_embeddings.py")
+    untrained, without, with_keys = (
+        numbers(rf"{name}: +recall@1 ([\d.]+)%", text)[0] for name in ("untrained", "without keys", "with keys")
+    )
+    assert untrained < 10
+    assert without > 30
+    assert with_keys > without + 2
+
+
+def test_million_classes():
+    text = printed("million_classes.py")
+    first, _, last, chance = numbers(r"step by step: ([\d.]+), ([\d.]+), ([\d.]+); at chance ([\d.]+)", text)
+    assert last < 3 < chance < first
+    assert chance == 13.82
+    assert "needs 5.7 GiB for the log-softmax" in text
+    if ON_LINUX:
+        assert 240 < numbers(r"1,000,000 classes: (\d+) MiB over the 244 MiB of prototypes", text)[0] < 1000
+
+
+def grace(u, v, temperature):
+    """Zhu et al. 2020, eq. 1 and 2: a node's other view among all nodes of the other view and all others of its own; both views' mean."""
+    u, v = F.normalize(u, dim=1), F.normalize(v, dim=1)
+    losses = []
+    for own, other in ((u, v), (v, u)):
+        for i in range(len(own)):
+            between, within = other @ own[i] / temperature, own @ own[i] / temperature
+            within = torch.cat([within[:i], within[i + 1 :]])
+            losses.append(torch.cat([between, within]).logsumexp(0) - between[i])
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 9])
+def test_graces_loss_is_nt_xent_of_both_views(device, nodes):
+    u, v = (torch.randn(nodes, 5, dtype=torch.float64, device=device, requires_grad=True) for _ in range(2))
+    ours, theirs = functional.nt_xent_loss(u, v, temperature=0.4), grace(u, v, 0.4)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    for mine, want in zip(torch.autograd.grad(ours, (u, v)), torch.autograd.grad(theirs, (u, v)), strict=True):
+        torch.testing.assert_close(mine, want, rtol=1e-10, atol=1e-10)
