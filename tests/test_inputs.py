@@ -52,6 +52,12 @@ SUPCON = [  # arguments, options, error, text
     ((z(), None, -torch.eye(4, device=DEVICE)), {}, ValueError, "mask must not be negative, got -1"),
     ((z(), ids(3)[:, None] * torch.ones(2, device=DEVICE)), {}, ValueError, "labels must have shape [4] or [4, C], got [3, 2]"),
     ((z(), -torch.ones(4, 2, device=DEVICE)), {}, ValueError, "labels must not be negative, got -1"),
+    (
+        (z(), z() - 1),
+        {},
+        ValueError,
+        "labels (a second view goes into features, torch.stack([z1, z2], dim=1)) must not be negative, got -1",
+    ),
     ((z(), torch.ones(4, 2, device=DEVICE)), {"form": "in"}, ValueError, "form='in' needs positives that one class a row names"),
     ((z(), None, torch.eye(4, device=DEVICE)), {"denominator": "negatives"}, ValueError, "denominator='negatives' needs positives that"),
     ((z(), None, torch.eye(4, device=DEVICE)), {"beta": 1.0}, ValueError, "beta needs positives that one class a row names"),

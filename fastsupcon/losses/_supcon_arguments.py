@@ -56,7 +56,8 @@ def check_positives(features: Tensor, labels: object, mask: object, positives: o
         if labels.shape[0] != samples:
             raise ValueError(f"labels must have shape [{samples}] or [{samples}, C], got {list(labels.shape)}")
         _checks.on_device("labels", labels, device)
-        _checks.not_negative("labels", labels)
+        is_view = labels.shape == features.shape
+        _checks.not_negative("labels (a second view goes into features, torch.stack([z1, z2], dim=1))" if is_view else "labels", labels)
 
 
 def check_together(
