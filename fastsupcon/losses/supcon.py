@@ -151,11 +151,16 @@ def supcon_loss(
 def _by_keys(blocks: list[Pairs], form: str, denominator: str, beta: float, backend: str) -> tuple[Tensor, Tensor]:
     """The losses of anchors, finite where the input is, and which of them have a positive and something in the denominator."""
     names = ["count", "similarity" if form == "out" else "equal"]
-    names += ["equal" if beta and denominator == "all" else "count" if beta else "all" if denominator == "all" else "different"]
+    if not beta:
+        names.append("all" if denominator == "all" else "different")
+    elif denominator == "all":
+        names.append("equal")
     q = quantities(blocks, *names, backend=backend)
-    log_sum = _hard_negatives(blocks, q, beta, backend) if beta else q.all if denominator == "all" else q.different
-    if beta and denominator == "all":
-        log_sum = logaddexp(q.equal, log_sum)
+    if not beta:
+        log_sum = q.all if denominator == "all" else q.different
+    else:
+        log_sum = _hard_negatives(blocks, q, beta, backend)
+        log_sum = logaddexp(q.equal, log_sum) if denominator == "all" else log_sum
     count = q.count.clamp_min(1)
     positive = q.similarity / count if form == "out" else _finite(q.equal) - count.log()
     return _finite(log_sum) - positive, (q.count > 0) & (log_sum != -torch.inf)
