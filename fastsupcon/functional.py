@@ -14,6 +14,7 @@ from .losses.prototypes import prototype_cross_entropy
 from .losses.psc import psc_loss
 from .losses.supcon import supcon_loss
 from .problem import Pairs
+from .rows import wide_number
 
 __all__ = [
     "balanced_supcon_loss",
@@ -49,7 +50,8 @@ def self_logsumexp(z: Tensor, *, scale: float | Tensor = 1.0, backend: str = "au
             backend is unknown or cannot serve this.
     """
     _checks.rows("z", z)
-    return operators.terms(Pairs(z, scale=_scale(scale, z)), ("all",), backend=backend)[0][0]
+    _checks.scale("scale", scale)
+    return operators.terms(Pairs(z, scale=wide_number(scale, z)), ("all",), backend=backend)[0][0]
 
 
 def cross_logsumexp(
@@ -104,10 +106,6 @@ def cross_logsumexp(
         _checks.vector("row_labels", row_labels, len(a), a.device)
         _checks.vector("column_labels", column_labels, len(b), a.device)
         row_labels, column_labels = row_labels.long(), column_labels.long()
-    pairs = Pairs(a, b, _scale(scale, a), False, bias, row_labels, column_labels, skip)
-    return operators.terms(pairs, ("different",), backend=backend)[0][0]
-
-
-def _scale(scale: float | Tensor, rows: Tensor) -> float | Tensor:
     _checks.scale("scale", scale)
-    return scale.to(rows.device, sum_dtype(rows.dtype)).reshape(()) if isinstance(scale, Tensor) else float(scale)
+    pairs = Pairs(a, b, wide_number(scale, a), False, bias, row_labels, column_labels, skip)
+    return operators.terms(pairs, ("different",), backend=backend)[0][0]

@@ -23,6 +23,13 @@ def serves(backend: str, dtype: torch.dtype, depth: int = 8) -> bool:
     return BACKENDS[backend].unusable(DEVICE, dtype, depth) is None
 
 
+def assert_same(got: torch.Tensor, want: torch.Tensor, *leaves: torch.Tensor, tolerance: float = 1e-10) -> None:
+    """Values, and the gradients of their sums."""
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+    for x, y in zip(*(torch.autograd.grad(value.sum(), leaves, retain_graph=True) for value in (got, want)), strict=True):
+        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

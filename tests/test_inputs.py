@@ -91,6 +91,8 @@ SUPCON = [  # arguments, options, error, text
     ((z(), torch.ones(4, 2, device=DEVICE) * 1j), {}, TypeError, "labels must have a real dtype, got torch.complex64"),
     ((z(), ids(), torch.eye(4)), {"positives": ids()}, ValueError, "define the positives: expected at most one, got all three"),
     ((z(), ids()), {"anchor_weights": z()[0]}, ValueError, "anchor_weights must have shape [4], got [3]"),
+    ((z(), ids()), {"anchor_weights": -ids().float()}, ValueError, "anchor_weights must not be negative, got -1"),
+    ((z(), ids()), {"class_weights": ids() - 1.0}, ValueError, "class_weights must not be negative, got -1"),
     ((z(), ids()), {"queue": 8}, TypeError, "queue must be a fastsupcon.MemoryQueue or None, got int"),
     ((z(), ids()), {"queue": MemoryQueue(8, 2)}, ValueError, "queue holds rows of dimension 2, got features of dimension 3"),
 ]
@@ -178,6 +180,7 @@ def test_balanced_supcon(arguments, options, error, text):
 
 
 PACO = [
+    ((z(), ids(), z(2)), {"queue": MemoryQueue(8, 2)}, ValueError, "queue holds rows of dimension 2, got features of dimension 3"),
     ((z(), ids(), z(2, 4)), {}, ValueError, "prototypes must have shape [rows, 3], got [2, 4]"),
     ((z(), ids(3), z(2)), {}, ValueError, "labels must have shape [4], got [3]"),
     ((z(), ids(), z(2), "x"), {}, TypeError, "momentum_features must be a torch.Tensor, got str"),

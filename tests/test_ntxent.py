@@ -7,7 +7,7 @@ import naive
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import serves
+from conftest import assert_same, serves
 from table import unit
 
 from fastsupcon import MemoryQueue, NTXentLoss, functional, operators
@@ -17,12 +17,6 @@ B, D = 7, 5
 
 def rows(device, count=B, dtype=torch.float64):
     return torch.randn(count, D, dtype=dtype, device=device, requires_grad=True)
-
-
-def assert_same(ours, published, *leaves):
-    torch.testing.assert_close(ours, published, rtol=1e-10, atol=1e-10)
-    for mine, theirs in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(published, leaves), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
 
 
 # --- against the published code ---------------------------------------------------------------------------------------------------------

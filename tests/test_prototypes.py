@@ -7,7 +7,7 @@ import naive
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import serves
+from conftest import assert_same, serves
 from table import unit
 
 from bench.measure import extra_bytes
@@ -22,18 +22,14 @@ def problem(device, samples=12, classes=10, depth=6, dtype=torch.float64):
     return unit(samples, depth).to(device, dtype).requires_grad_(), labels, unit(classes, depth).to(device, dtype).requires_grad_()
 
 
-def assert_same(ours, theirs, leaves, tolerance=1e-10):
-    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
-    for got, want in zip(*(torch.autograd.grad(x.sum(), leaves, retain_graph=True) for x in (ours, theirs)), strict=True):
-        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
-
-
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_without_counts_and_margins_it_is_psc_over_all(backend, device, normalize, reduction):
     z, labels, p = problem(device, dtype=torch.float32)
     options = {"temperature": 0.1, "normalize": normalize, "reduction": reduction, "backend": backend}
-    assert_same(prototype_cross_entropy(z, labels, p, **options), psc_loss(z, labels, p, denominator="all", **options), (z, p), 1e-5)
+    assert_same(
+        prototype_cross_entropy(z, labels, p, **options), psc_loss(z, labels, p, denominator="all", **options), z, p, tolerance=1e-5
+    )
 
 
 def test_against_the_published_definitions(device):
@@ -43,28 +39,28 @@ def test_against_the_published_definitions(device):
     cosines, leaves = F.normalize(z) @ F.normalize(p).T, (z, p)
 
     # CosFace (eq. 4) and insightface's module of that name: s (cos - m) for the own class, s cos for the others
-    assert_same(prototype_cross_entropy(z, labels, p, margin=0.4), F.cross_entropy(64 * (cosines - 0.4 * own.double()), labels), leaves)
+    assert_same(prototype_cross_entropy(z, labels, p, margin=0.4), F.cross_entropy(64 * (cosines - 0.4 * own.double()), labels), *leaves)
 
     # ArcFace (eq. 3): s cos(theta + m), by the sum of angles
     turned = cosines * math.cos(0.5) - (1 - cosines**2).sqrt() * math.sin(0.5)
     assert (cosines[own] > -math.cos(0.5)).all()  # elsewhere papers and codes differ
     assert_same(
-        prototype_cross_entropy(z, labels, p, angular_margin=0.5), F.cross_entropy(64 * torch.where(own, turned, cosines), labels), leaves
+        prototype_cross_entropy(z, labels, p, angular_margin=0.5), F.cross_entropy(64 * torch.where(own, turned, cosines), labels), *leaves
     )
 
     # The combined margin (eq. 4), and insightface's for MXNet: arccos, plus m2, cosine, minus m3
     combined = (cosines.arccos() + 0.3).cos() - 0.2
     ours = prototype_cross_entropy(z, labels, p, margin=0.2, angular_margin=0.3)
-    assert_same(ours, F.cross_entropy(64 * torch.where(own, combined, cosines), labels), leaves)
+    assert_same(ours, F.cross_entropy(64 * torch.where(own, combined, cosines), labels), *leaves)
 
     # Balanced softmax: n_y e^(eta_y) / sum_c n_c e^(eta_c); and logit adjustment at tau = 0.5
     counts = torch.tensor(COUNTS, device=device, dtype=torch.float64)
     weighted = counts * (cosines / 0.1).exp()
     ours = prototype_cross_entropy(z, labels, p, class_counts=counts, temperature=0.1, reduction="none")
-    assert_same(ours, -(weighted[own] / weighted.sum(1)).log(), leaves)
+    assert_same(ours, -(weighted[own] / weighted.sum(1)).log(), *leaves)
     adjusted = cosines / 0.1 + 0.5 * (counts / counts.sum()).log()
     ours = prototype_cross_entropy(z, labels, p, class_counts=counts**0.5, temperature=0.1)
-    assert_same(ours, F.cross_entropy(adjusted, labels), leaves)
+    assert_same(ours, F.cross_entropy(adjusted, labels), *leaves)
 
 
 def test_the_angular_margins_gradient_is_the_true_one(device):

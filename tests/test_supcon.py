@@ -6,6 +6,7 @@ import math
 import naive
 import pytest
 import torch
+from conftest import assert_same
 from table import unit
 from torch import Tensor
 
@@ -17,12 +18,6 @@ OPTIONS = {"temperature": 0.2, "normalize": True}
 
 def batch(samples: int = 24, depth: int = 8, classes: int = 5, device="cpu") -> tuple[Tensor, Tensor]:
     return unit(samples, depth).to(device).requires_grad_(), torch.randint(0, classes, (samples,), device=device)
-
-
-def assert_same(got: Tensor, want: Tensor, *leaves: Tensor) -> None:
-    torch.testing.assert_close(got, want, **FINE)
-    for x, y in zip(torch.autograd.grad(got.sum(), leaves), torch.autograd.grad(want.sum(), leaves), strict=True):
-        torch.testing.assert_close(x, y, **FINE)
 
 
 # --- against published arithmetic, in our own words --------------------------------------------------------------------------------------

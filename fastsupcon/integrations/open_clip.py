@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ..backends import sum_dtype
 from ..backends._dtypes import no_autocast
 from ..losses._frame import Loss
 from ..losses.infonce import single_positives
 from ..problem import Pairs
+from ..rows import wide_number
 
 
 class ClipLoss(Loss):
@@ -95,13 +95,16 @@ class ClipLoss(Loss):
         _checks.rows_like("text_features", text_features, "image_features", image_features)
         if len(text_features) != len(image_features):
             raise ValueError(f"text_features must have shape {list(image_features.shape)}, got {list(text_features.shape)}")
+        _checks.scale("logit_scale", logit_scale)
+        if logit_bias is not None:
+            _checks.scale("logit_bias", logit_bias)
         with no_autocast(image_features):
             numbers = self._numbers(len(image_features), image_features.device)
-            scale = _one_number("logit_scale", logit_scale, image_features)
+            scale = wide_number(logit_scale, image_features)
             pairs = Pairs(image_features, text_features, scale, row_keys=numbers, column_keys=numbers)
             loss = single_positives(pairs, [], True, self.backend).mean()
             if logit_bias is not None:  # so that it gets a gradient, for which DistributedDataParallel waits, and shows if it is not finite
-                loss = loss + 0 * _one_number("logit_bias", logit_bias, image_features)
+                loss = loss + 0 * wide_number(logit_bias, image_features)
         return {"contrastive_loss": loss} if output_dict else loss
 
     def _numbers(self, count: int, device: torch.device) -> Tensor:
@@ -112,11 +115,3 @@ class ClipLoss(Loss):
             if self.cache_labels and not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
                 self.labels[device] = numbers
         return numbers
-
-
-def _one_number(name: str, value: float | Tensor, rows: Tensor) -> float | Tensor:
-    """A number, or a tensor of one element as a 0-d one in the sum dtype: open_clip's models have parameters of shape [] or [1]."""
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.reshape(())
-    _checks.scale(name, value)
-    return value.to(rows.device, sum_dtype(rows.dtype)) if isinstance(value, Tensor) else float(value)

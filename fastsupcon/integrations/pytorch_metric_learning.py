@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import _checks, operators
 from ..backends._dtypes import no_autocast
-from ..losses._frame import class_labels, wide_temperature
+from ..losses._frame import class_labels
 from ..problem import Pairs
-from ..rows import wide_rows
+from ..rows import wide_number, wide_rows
 
 _BLOCK = 2**20  # entries of a row block of listed pairs: 4 MiB a matrix in float32, of which some five live at a time
 
@@ -100,7 +100,7 @@ class SupConLoss(losses.SupConLoss):
             _checks.vector("own_column", own, n, device)
         if n * m - (0 if own is None else n) <= 2:
             return None
-        scale = 1 / wide_temperature(self.temperature, embeddings)
+        scale = 1 / wide_number(self.temperature, embeddings)
         if ref_emb is embeddings and own is not None and all_pairs is None:
             pairs = Pairs(embeddings, scale=scale, unit=_unit(self.distance), row_keys=row_keys)
         else:

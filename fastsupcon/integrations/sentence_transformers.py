@@ -23,12 +23,11 @@ from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.util import all_gather_with_grad, cos_sim, dot_score, get_rank, pytorch_cos_sim
 
 from .. import _checks, operators
-from ..backends import sum_dtype
 from ..backends._dtypes import no_autocast
 from ..blocks import logaddexp
 from ..losses import supcon
 from ..problem import Line, Pairs
-from ..rows import wide_rows
+from ..rows import wide_number, wide_rows
 
 
 class _Ranking:
@@ -170,7 +169,7 @@ def _ranking_loss(options: _Ranking, embeddings: list[Tensor]) -> Tensor:
     own, of_query = keys[here], keys.repeat(len(docs))
 
     _checks.scale("scale", options.scale)
-    scale = options.scale.to(device, sum_dtype(query.dtype)) if isinstance(options.scale, Tensor) else float(options.scale)
+    scale = wide_number(options.scale, query)
     hardness = options.hardness_mode if options.hardness_strength > 0 else None
 
     if hardness is None and set(options.directions) == {"query_to_doc"}:

@@ -35,11 +35,15 @@ def blocks_of(
         blocks.append(Pairs(z, None, scale, unit, None, of_rows))
     elif count > 1:
         blocks.append(Pairs(own, z, scale, unit, None, of_own, of_rows, torch.arange(anchors, device=z.device)))
-    if queue is not None:
-        rows, of_queue = queue.columns(z)
-        if len(queue):
-            blocks.append(Pairs(own, rows, scale, unit, None, of_own, of_queue))
-    return blocks
+    return [*blocks, *queue_block(queue, own, of_own, scale, unit)]
+
+
+def queue_block(queue: MemoryQueue | None, z: Tensor, keys: Tensor | None, scale: float | Tensor, unit: bool) -> list[Pairs]:
+    """Of rows z [N, D] and their keys against what is in the queue; none where nothing is. Without keys all of it is negatives."""
+    if queue is None:
+        return []
+    rows, of_rows = queue.columns(z)
+    return [Pairs(z, rows, scale, unit, None, keys, None if keys is None else of_rows)] if len(rows) else []
 
 
 def pairs_of_each(blocks: list[Pairs]) -> int:

@@ -40,11 +40,6 @@ def class_labels(labels: Tensor, samples: int, device: torch.device, name: str =
     return flat if flat.dtype == torch.int64 else flat.long()
 
 
-def wide_temperature(temperature: float | Tensor, rows: Tensor) -> float | Tensor:
-    """The temperature as the operator takes its inverse: a number, or a 0-d tensor in the sum dtype beside the rows."""
-    return temperature.to(rows.device, sum_dtype(rows.dtype)).reshape(()) if isinstance(temperature, Tensor) else float(temperature)
-
-
 def weights_of(
     labels: Tensor | None,
     class_weights: Tensor | None,
@@ -68,12 +63,14 @@ def weights_of(
         _checks.vector("class_weights", class_weights, of_classes, z.device, floating=True)
         classes = labels if ignore_index is None else labels.masked_fill(labels == ignore_index, 0)
         _checks.within("labels", classes, 0, of_classes)
+        _checks.not_negative("class_weights", class_weights)
         of_class = torch.nn.functional.embedding(classes, class_weights[:, None].to(dtype))[:, 0]
         weights = of_class if weights is None else weights * of_class
     weights = None if weights is None else weights.repeat(anchors // samples)
     if anchor_weights is not None:
         of_samples = isinstance(anchor_weights, Tensor) and anchor_weights.shape == (samples,)
         _checks.vector("anchor_weights", anchor_weights, samples if of_samples else anchors, z.device, floating=True)
+        _checks.not_negative("anchor_weights", anchor_weights)
         of_anchor = anchor_weights.to(dtype).repeat(anchors // len(anchor_weights))
         weights = of_anchor if weights is None else weights * of_anchor
     return weights
@@ -93,7 +90,10 @@ def reduce(losses: Tensor, reduction: str, weights: Tensor | None = None) -> Ten
     return losses.sum() / torch.where(total == 0, 1, total)
 
 
-def check_queue(queue: object) -> None:
+def check_options(temperature: float | Tensor, reduction: object, queue: object = None) -> None:
+    """Those that every loss has; a queue where it takes one."""
+    _checks.temperature("temperature", temperature)
+    _checks.one_of("reduction", reduction, REDUCTIONS)
     if queue is not None and not isinstance(queue, MemoryQueue):
         raise TypeError(f"queue must be a fastsupcon.MemoryQueue or None, got {type(queue).__name__}")
 

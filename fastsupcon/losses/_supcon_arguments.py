@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ._frame import LONE_ANCHORS, REDUCTIONS, check_queue
+from . import _frame
 
 
 def are_several(labels: object, samples: int) -> TypeGuard[Tensor]:
@@ -110,13 +110,11 @@ def check_options(
     lone_anchors: object,
     queue: object,
 ) -> None:
-    _checks.temperature("temperature", temperature)
+    _frame.check_options(temperature, reduction, queue)
     if base_temperature is not None:
         _checks.temperature("base_temperature", base_temperature)
     _checks.one_of("contrast_mode", contrast_mode, ("all", "one"))
     _checks.one_of("form", form, ("out", "in"))
     _checks.one_of("denominator", denominator, ("all", "negatives"))
-    _checks.one_of("reduction", reduction, REDUCTIONS)
-    _checks.one_of("lone_anchors", lone_anchors, LONE_ANCHORS)
-    check_queue(queue)
+    _checks.one_of("lone_anchors", lone_anchors, _frame.LONE_ANCHORS)
     _checks.number("beta", beta, 0, math.inf)

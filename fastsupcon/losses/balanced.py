@@ -10,7 +10,8 @@ from ..backends import sum_dtype
 from ..backends._dtypes import no_autocast
 from ..blocks import logaddexp, quantities
 from ..problem import Pairs
-from ._frame import REDUCTIONS, class_labels, reduce, rows_of, wide_temperature
+from ..rows import wide_number
+from ._frame import check_options, class_labels, reduce, rows_of
 from ._prototypes import PrototypeLoss, check_prototypes
 
 
@@ -56,7 +57,7 @@ def balanced_supcon_loss(
     """
     z, views = rows_of(features)
     check_prototypes(prototypes, z)
-    _check_options(temperature, reduction)
+    check_options(temperature, reduction)
     classes, (rows, _) = len(prototypes), z.shape
     labels = class_labels(labels, features.shape[0], z.device)
     _checks.within("labels", labels, 0, classes)
@@ -66,15 +67,10 @@ def balanced_supcon_loss(
         members = torch.zeros(classes, dtype=torch.int64, device=z.device).scatter_add(0, keys, torch.ones_like(keys))  # waits for nobody
         bias = -members.to(sum_dtype(z.dtype)).log()[keys]
         columns, itself = torch.cat([z, prototypes.to(z.dtype)]), torch.arange(rows, device=z.device)
-        pairs = Pairs(z, columns, 1 / wide_temperature(temperature, z), normalize, bias, labels, keys, itself)
+        pairs = Pairs(z, columns, 1 / wide_number(temperature, z), normalize, bias, labels, keys, itself)
         q = quantities([pairs], "different", "equal", "similarity", "count", backend=backend)
         own = q.equal + (1 / q.count).log1p()  # the bias divides by the members with the anchor, count + 1
         return reduce(logaddexp(q.different, own) - q.similarity / q.count, reduction)
-
-
-def _check_options(temperature: float | Tensor, reduction: object) -> None:
-    _checks.temperature("temperature", temperature)
-    _checks.one_of("reduction", reduction, REDUCTIONS)
 
 
 class BalancedSupConLoss(PrototypeLoss):
@@ -99,7 +95,7 @@ class BalancedSupConLoss(PrototypeLoss):
         reduction: str = "mean",
         backend: str = "auto",
     ) -> None:
-        _check_options(temperature, reduction)
+        check_options(temperature, reduction)
         super().__init__(num_classes, dim, temperature=temperature, normalize=normalize, reduction=reduction, backend=backend)
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:

@@ -12,7 +12,9 @@ from ..backends._dtypes import no_autocast
 from ..blocks import join, logaddexp
 from ..problem import Line, Pairs
 from ..queue import NOBODY, MemoryQueue
-from ._frame import REDUCTIONS, Loss, check_queue, reduce, wide_temperature
+from ..rows import wide_number
+from ._contrast import queue_block
+from ._frame import Loss, check_options, reduce
 
 
 def info_nce_loss(
@@ -63,7 +65,7 @@ def info_nce_loss(
     Cost: with M columns 2 N M D flops forward and 6 N M D backward, for both directions; memory O((N + M) D). The columns are those of b;
     negatives and queue are blocks of their own, read where they lie.
     """
-    _check_options(temperature, reduction, queue)
+    check_options(temperature, reduction, queue)
     _checks.rows("a", a)
     _checks.rows_like("b", b, "a", a)
     if len(b) != len(a):
@@ -76,12 +78,9 @@ def info_nce_loss(
         keys = keys.long()
     if negatives is not None:
         _checks.rows_like("negatives", negatives, "a", a)
-    scale = 1 / wide_temperature(temperature, a)
+    scale = 1 / wide_number(temperature, a)
     more = [] if negatives is None else [Pairs(a, negatives, scale, normalize)]
-    if queue is not None:
-        earlier, earlier_keys = queue.columns(a)
-        if len(earlier):
-            more.append(Pairs(a, earlier, scale, normalize, None, keys, None if keys is None else earlier_keys))
+    more += queue_block(queue, a, keys, scale, normalize)
     own = torch.arange(len(a), device=a.device) if keys is None else keys
     pairs = Pairs(a, b, scale, normalize, row_keys=own, column_keys=own)
 
@@ -123,12 +122,6 @@ def _several_positives(pairs: Pairs, more: list[Pairs], symmetric: bool, backend
     return losses
 
 
-def _check_options(temperature: float | Tensor, reduction: object, queue: object) -> None:
-    _checks.temperature("temperature", temperature)
-    _checks.one_of("reduction", reduction, REDUCTIONS)
-    check_queue(queue)
-
-
 class InfoNCELoss(Loss):
     """:func:`fastsupcon.functional.info_nce_loss` with its options held.
 
@@ -155,7 +148,7 @@ class InfoNCELoss(Loss):
         queue: MemoryQueue | None = None,
         backend: str = "auto",
     ) -> None:
-        _check_options(temperature, reduction, queue)
+        check_options(temperature, reduction, queue)
         super().__init__(
             temperature=temperature, symmetric=symmetric, normalize=normalize, reduction=reduction, queue=queue, backend=backend
         )

@@ -13,8 +13,8 @@ from ..backends._dtypes import no_autocast
 from ..blocks import logaddexp
 from ..problem import Line, Pairs
 from ..queue import NOBODY, MemoryQueue
-from ..rows import wide_rows
-from ._frame import REDUCTIONS, Loss, check_queue, reduce, wide_temperature
+from ..rows import wide_number, wide_rows
+from ._frame import Loss, check_options, reduce
 
 
 def nt_xent_loss(
@@ -62,12 +62,12 @@ def nt_xent_loss(
     Cost: 4 B^2 D flops forward, as a pair of rows is visited once, and 12 to 16 B^2 D backward; memory O(B D), of which [z0; z1] is the
     one copy of the rows. With K rows in the queue 2 B K D and 6 B K D flops, and O(B D) memory beside the queue.
     """
-    _check_options(temperature, reduction, queue)
+    check_options(temperature, reduction, queue)
     _checks.rows("z0", z0)
     _checks.rows_like("z1", z1, "z0", z0)
     if len(z1) != len(z0):
         raise ValueError(f"z1 must have shape {list(z0.shape)} like z0, a row for each of z0's, got {list(z1.shape)}")
-    scale = 1 / wide_temperature(temperature, z0)
+    scale = 1 / wide_number(temperature, z0)
     if queue is None:
         samples = torch.arange(len(z0), device=z0.device).repeat(2)
         pairs = Pairs(torch.cat([z0, z1]), scale=scale, unit=normalize, row_keys=samples)
@@ -85,12 +85,6 @@ def nt_xent_loss(
     if queue.training:
         queue.put(z1, torch.full((len(z1),), NOBODY, device=z1.device))
     return loss
-
-
-def _check_options(temperature: float | Tensor, reduction: object, queue: object) -> None:
-    _checks.temperature("temperature", temperature)
-    _checks.one_of("reduction", reduction, REDUCTIONS)
-    check_queue(queue)
 
 
 class NTXentLoss(Loss):
@@ -115,7 +109,7 @@ class NTXentLoss(Loss):
         queue: MemoryQueue | None = None,
         backend: str = "auto",
     ) -> None:
-        _check_options(temperature, reduction, queue)
+        check_options(temperature, reduction, queue)
         super().__init__(temperature=temperature, normalize=normalize, reduction=reduction, queue=queue, backend=backend)
 
     def forward(self, z0: Tensor, z1: Tensor) -> Tensor:

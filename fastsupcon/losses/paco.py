@@ -13,8 +13,9 @@ from ..backends._dtypes import no_autocast
 from ..blocks import logaddexp, quantities
 from ..problem import Pairs
 from ..queue import MemoryQueue
-from ..rows import wide_rows
-from ._frame import REDUCTIONS, check_queue, class_labels, reduce, rows_of, wide_temperature
+from ..rows import wide_number, wide_rows
+from ._contrast import queue_block
+from ._frame import check_options, class_labels, reduce, rows_of
 from ._prototypes import PrototypeLoss, check_prototypes, log_prior
 
 
@@ -98,13 +99,11 @@ def paco_loss(
         keys_of_others = labels.repeat(len(others) // samples)
     with no_autocast(z):
         p = prototypes.to(z.dtype)
-        scale, class_scale = 1 / wide_temperature(temperature, z), 1 / wide_temperature(class_temperature, z)
+        scale, class_scale = 1 / wide_number(temperature, z), 1 / wide_number(class_temperature, z)
         blocks = [Pairs(z, scale=scale, unit=normalize, row_keys=keys)]
         if momentum_features is not None:
             blocks.append(Pairs(z, others, scale, normalize, None, keys, keys_of_others))
-        if queue is not None and len(queue):
-            rows, keys_of_rows = queue.columns(z)
-            blocks.append(Pairs(z, rows, scale, normalize, None, keys, keys_of_rows))
+        blocks += queue_block(queue, z, keys, scale, normalize)
         contrast = quantities(blocks, "all", "similarity", "count", backend=backend)
         prior = None if class_counts is None else log_prior(class_counts, p)
         bias = None if prior is None else prior * class_scale
@@ -142,15 +141,13 @@ def _check_options(
     queue: object,
     reduction: object,
 ) -> None:
+    check_options(temperature, reduction, queue)
     for name, value in (("alpha", alpha), ("beta", beta), ("gamma", gamma)):
         _checks.number(name, value, 0, math.inf)
     if beta == 0:
         raise ValueError("beta must be above 0, got 0: an anchor without another of its class would have no positive")
     _checks.number("label_smoothing", label_smoothing, 0, 1)
-    _checks.temperature("temperature", temperature)
     _checks.temperature("class_temperature", class_temperature)
-    check_queue(queue)
-    _checks.one_of("reduction", reduction, REDUCTIONS)
 
 
 class PaCoLoss(PrototypeLoss):

@@ -16,7 +16,8 @@ from .. import _checks
 from ..backends._dtypes import no_autocast
 from ..blocks import quantities
 from ..problem import Pairs
-from ._frame import REDUCTIONS, class_labels, reduce, wide_temperature
+from ..rows import wide_number
+from ._frame import check_options, class_labels, reduce
 from ._prototypes import PrototypeLoss, check_prototypes, log_prior
 
 
@@ -84,7 +85,7 @@ def prototype_cross_entropy(
     labels = labels if counted is None else labels.masked_fill(~counted, 0)
     _checks.within("labels", labels, 0, len(prototypes))
     with no_autocast(features):
-        p, scale = prototypes.to(features.dtype), 1 / wide_temperature(temperature, features)
+        p, scale = prototypes.to(features.dtype), 1 / wide_number(temperature, features)
         bias = None if class_counts is None else log_prior(class_counts, p)
         pairs = Pairs(features, p, scale, normalize, bias, labels, torch.arange(len(p), device=p.device))
         q = quantities([pairs], "different", "similarity", backend=backend)
@@ -113,14 +114,13 @@ def _turned(cosine: Tensor, angle: float) -> Tensor:
 def _check_options(
     temperature: float | Tensor, margin: float, angular_margin: float, normalize: bool, ignore_index: object, reduction: object
 ) -> None:
-    _checks.temperature("temperature", temperature)
+    check_options(temperature, reduction)
     _checks.number("margin", margin, 0, math.inf)
     _checks.number("angular_margin", angular_margin, 0, math.pi / 2)
     if angular_margin > 0 and not normalize:
         raise ValueError("angular_margin needs normalize=True, got False: rows of any length have no cosine")
     if ignore_index is not None and not _checks.is_integer(ignore_index):
         raise TypeError(f"ignore_index must be an int or None, got {type(ignore_index).__name__}")
-    _checks.one_of("reduction", reduction, REDUCTIONS)
 
 
 class PrototypeCrossEntropyLoss(PrototypeLoss):

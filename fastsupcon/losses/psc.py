@@ -12,7 +12,8 @@ from .. import _checks, operators
 from ..backends._dtypes import no_autocast
 from ..positives import own_prototypes
 from ..problem import Line, Pairs
-from ._frame import REDUCTIONS, class_labels, reduce, wide_temperature
+from ..rows import wide_number
+from ._frame import check_options, class_labels, reduce
 from ._prototypes import PrototypeLoss, check_prototypes
 
 
@@ -100,7 +101,7 @@ def _psc_loss(
     if denominator == "negatives" and count < 2:
         raise ValueError("prototypes must hold at least 2 classes for denominator='negatives', got 1: there is no negative")
     labels = class_labels(labels, len(features), features.device)
-    z, p, scale = features, prototypes.to(features.dtype), 1 / wide_temperature(temperature, features)
+    z, p, scale = features, prototypes.to(features.dtype), 1 / wide_number(temperature, features)
     pairs = Pairs(z, p, scale, normalize, row_keys=labels, column_keys=classes)
     log_sum = "different" if denominator == "negatives" else "all"
     if per_class == 1:
@@ -117,9 +118,8 @@ def _psc_loss(
 
 
 def _check_options(temperature: float | Tensor, denominator: object, reduction: object) -> None:
-    _checks.temperature("temperature", temperature)
+    check_options(temperature, reduction)
     _checks.one_of("denominator", denominator, ("negatives", "all"))
-    _checks.one_of("reduction", reduction, REDUCTIONS)
 
 
 class PSCLoss(PrototypeLoss):

@@ -14,8 +14,9 @@ from ..blocks import Quantities, logaddexp, quantities
 from ..positives import listed_positives, mask_positives, shared_label_positives
 from ..problem import Line, Pairs
 from ..queue import MemoryQueue
+from ..rows import wide_number
 from ._contrast import Keys, blocks_of, pairs_of_each, remember
-from ._frame import Loss, class_labels, reduce, refuse_lone_anchors, rows_of, weights_of, wide_temperature
+from ._frame import Loss, class_labels, reduce, refuse_lone_anchors, rows_of, weights_of
 from ._supcon_arguments import are_several, check_options, check_positives, check_together
 
 
@@ -69,15 +70,15 @@ def supcon_loss(
         positives: integer [A, K], for each anchor the numbers of its positives among the columns, -1 for none (KCL, Kang et al. 2021).
             At most one of ``labels``, ``mask`` and ``positives``; the last two and several labels need form="out", denominator="all".
         keys: [M, D], other columns: the anchors meet these, and not each other (MoCo's keys, a reference set). Needs ``positives``, or
-            ``labels``, one class a row, with ``key_labels``.
+            ``labels``, one class a row, with ``key_labels``. Cast to the dtype of ``features``.
         key_labels: integer [M], the classes of ``keys``.
         temperature: tau, a number or a tensor of one element, which may require grad.
         base_temperature: the loss is multiplied by temperature / base_temperature; None: by 1.
         contrast_mode: "all": every view is an anchor; "one": the first view only. All rows are contrasted with in both.
         form: "out" or "in". ``denominator``: "all" or "negatives". ``beta``: >= 0.
         ignore_index: rows of this label are no anchors and nobody's positives, but negatives.
-        class_weights: floating [C], for labels in [0, C): each anchor's loss is weighted by its class's.
-        anchor_weights: floating [B] or [A]: each anchor's loss is weighted. The mean is over the weights.
+        class_weights: floating [C], >= 0, for labels in [0, C): each anchor's loss is weighted by its class's.
+        anchor_weights: floating [B] or [A], >= 0: each anchor's loss is weighted. The mean is over the weights.
         queue: a MemoryQueue: its rows are more columns, which no gradient reaches, and positives where their label is the anchor's. In
             training mode it then takes in this batch: its rows, or ``keys`` where they are given.
         normalize: bring the rows to unit length first. Without it the caller's rows are used as they are.
@@ -104,8 +105,8 @@ def supcon_loss(
     classes = class_labels(labels, samples, z.device) if by_keys and labels is not None else None
     check_together(z, by_keys, classes, positives, form, denominator, beta, keys, key_labels, ignore_index, queue)
     weights = weights_of(classes, class_weights, ignore_index, anchor_weights, samples, anchors, z)
-    temperature = wide_temperature(temperature, z)
-    scale, factor = 1 / temperature, 1.0 if base_temperature is None else temperature / wide_temperature(base_temperature, z)
+    temperature = wide_number(temperature, z)
+    scale, factor = 1 / temperature, 1.0 if base_temperature is None else temperature / wide_number(base_temperature, z)
 
     of_keys = None
     if by_keys:

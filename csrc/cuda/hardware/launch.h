@@ -126,7 +126,8 @@ void launch(const char* name, const Shape& shape, Kernel* kernel, Grid grid, int
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &overlap;
-  config.numAttrs = CUDART_VERSION >= 12030 && device_info(where.device).capability >= 90;  // ptx::begin_kernel; captured from 12.3 on
+  // What such a launch does not wait for, ptx::begin_kernel does. From CUDA 12.3 on a graph that is captured keeps it.
+  config.numAttrs = CUDART_VERSION >= 12030 && device_info(where.device).capability >= 90;
   const cudaError_t status = cudaLaunchKernelEx(&config, kernel, arguments...);
   if (status != cudaSuccess) check(status, described());
 }
