@@ -294,7 +294,16 @@ def test_a_step_whose_memory_went_back_is_warmed_before_it_is_timed(monkeypatch)
 
 
 def runs(process: int) -> bool:
-    return Path(f"/proc/{process}").exists() and Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"
+    """Whether it does not end: a process that was killed may still be there for a moment. What the tests leave would run for a minute."""
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        try:
+            if Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return False
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+        time.sleep(0.02)
+    return True
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="stops processes by signals")
