@@ -245,13 +245,14 @@ Triangle cut_triangle(const Work& work, const Family& family, const Device& devi
       const std::int64_t ragged = cut.groups / 2, wanted = std::max(waves * device.multiprocessors - ragged, std::int64_t{1});
       cut.chunk = static_cast<int>(std::min(ceil_div(tiles, wanted), std::int64_t{cut.tiles()}));
       cut.length = 0;
+      std::int64_t chunks = 0;
       for (int fold = 0; fold < cut.folds(); ++fold) {
-        const int other = cut.groups - 1 - fold;
-        cut.length = std::max(cut.length, cut.chunks(fold) + (other > fold ? cut.chunks(other) : 0));
+        const int other = cut.groups - 1 - fold, of_fold = cut.chunks(fold) + (other > fold ? cut.chunks(other) : 0);
+        cut.length = std::max(cut.length, of_fold);
+        chunks += of_fold;
       }
       const TriangleBytes bytes = triangle_bytes(cut);
-      const std::int64_t places = std::int64_t{cut.folds()} * cut.length;
-      const std::int64_t cost = ceil_div(places, device.multiprocessors) * cut.group * (cut.chunk * of_tile + of_block) + of_launch +
+      const std::int64_t cost = ceil_div(chunks, device.multiprocessors) * cut.group * (cut.chunk * of_tile + of_block) + of_launch +
                                 (bytes.rows + bytes.columns) / 1700;
       if (bytes.rows + bytes.columns <= most_sums && cost < least) {
         least = cost;

@@ -10,16 +10,15 @@ namespace fastsupcon::cuda {
 
 struct TriangleChunk {
   const Triangle& triangle;
-  int block_tiles;                      // in the square on the diagonal of a row block
-  int group, first_tile, last_tile = 0; // 0: an idle place
+  int block_tiles;                              // in the square on the diagonal of a row block
+  int group, chunk, first_tile, last_tile = 0;  // 0: an idle block
 
   FASTSUPCON_DEVICE TriangleChunk(const Triangle& triangle, int block_tiles) : triangle(triangle), block_tiles(block_tiles) {
-    const auto index = static_cast<int>(ptx::block_x());
-    const int fold = index / triangle.length, place = index % triangle.length, of_fold = triangle.chunks(fold);
-    group = place < of_fold ? fold : triangle.groups - 1 - fold;
-    const int chunk = place < of_fold ? place : place - of_fold;
+    int stripe = 0;
+    for (group = static_cast<int>(ptx::block_x()); group >= triangle.groups_in(stripe); ++stripe) group -= triangle.groups_in(stripe);
+    chunk = stripe - triangle.first_tile(group) / triangle.chunk;
     first_tile = triangle.first_tile(group) + chunk * triangle.chunk;
-    if ((group == fold && place >= of_fold) || chunk >= triangle.chunks(group)) return;
+    if (chunk >= triangle.chunks(group)) return;
     last_tile = least(first_tile + triangle.chunk, triangle.tiles());
   }
 
@@ -32,7 +31,9 @@ struct TriangleChunk {
   FASTSUPCON_DEVICE int first_of(int row_block) const { return most(first_tile, row_block * block_tiles); }
   FASTSUPCON_DEVICE int beyond(int row_block) const { return (row_block + 1) * block_tiles; }
 
-  FASTSUPCON_DEVICE float* row_sums() const { return triangle.row_sums + ptx::block_x() * kTriangleSums * triangle.group_rows(); }
+  FASTSUPCON_DEVICE float* row_sums() const {
+    return triangle.row_sums + triangle.place(group, chunk) * kTriangleSums * triangle.group_rows();
+  }
 };
 
 // WARPS: that fill a place. THREADS: that add up.

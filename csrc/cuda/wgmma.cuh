@@ -135,7 +135,7 @@ struct WgmmaBlock {
     const ptx::Address y = y_at + stage_of(tile) * Shape::y_bytes;
 #pragma unroll
     for (int step = 0; step < tile_columns / 16; ++step) {
-      ptx::Wgmma<PRODUCT == Product::bf16, PANELS * 64>::registers(out, w[step], row_major_descriptor(y, step, Shape::y_panel_bytes));
+      ptx::Wgmma<PRODUCT == Product::bf16, PANELS * 64>::registers_row_major(out, w[step], row_major_descriptor(y, step, Shape::y_panel_bytes));
     }
     ptx::wgmma_commit();
   }

@@ -75,7 +75,7 @@ struct DeepSlice {
     } else {
       ptx::wgmma_fence();
       for_each_product(tile, tile_at,
-                       [&](int p, ptx::Address y, int k) { Product64::registers(out[p], w[k], row_major_descriptor(y, k, 0)); });
+                       [&](int p, ptx::Address y, int k) { Product64::registers_row_major(out[p], w[k], row_major_descriptor(y, k, 0)); });
       ptx::wgmma_commit();
     }
   }

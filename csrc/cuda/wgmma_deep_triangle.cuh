@@ -2,8 +2,9 @@
 //
 // Consumers own 64 rows each. The products of a tile come slab by slab, and one slab of the next tile runs under the exps of each fourth of
 // this one, so that the ring goes round meanwhile. All that a tile needs comes with its slabs: x of a row block with those of its first
-// tile, panel by panel in the place of the row block before, whose last product with a panel is as many slabs ago as a tile has, and places
-// of the ring are no more; the slots with a tile's last. So a row block follows the other without a pause.
+// tile, panel by panel in the place of the row block before, whose last product with a panel is as many slabs ago as a tile has; the slots
+// with a tile's last, in the place of those of two tiles ago, read before the tile before gave its first slabs back. So where the ring has
+// no more places than a tile has slabs, nothing but a place is waited for, and the ring goes on from a row block to the next.
 #pragma once
 
 #include <algorithm>
@@ -19,25 +20,25 @@ struct DeepTriangleShape {
   static constexpr int most_places = 12, most_threads = 3 * 128;
   static constexpr int producer_registers = 40, consumer_registers = 232;
   static_assert(producer_registers + 2 * consumer_registers <= 3 * (65536 / most_threads / 8 * 8));
-  // A consumer's four warps fill a place. Where shared memory is short, at depth > 512, tiles have one set of slots, and consumers a place
-  // for their sums of columns that they use in turn.
-  static constexpr int copies = COLUMNS == 128 ? 2 : 1;
-  using Sums = ColumnSums<COLUMNS, 4, copies, 64>;
+  // Panels of x that consumers hold in registers, the last of the depth, so that the ring has more places. They come by the ring, 64 rows in
+  // a place, before a row block's first tile.
+  static constexpr int held = COLUMNS == 64 ? 2 : 0;
+  using Sums = ColumnSums<COLUMNS, 4, 2, 64>;  // a consumer's four warps fill a place: with two consumers each has its own
   static constexpr int slots = cuda::slots(false, false, false), slots_bytes = slots * COLUMNS * kFieldBytes;
-  // Shared memory: slots; sums; barriers; x; the ring.
-  static constexpr int sums_at = copies * slots_bytes, barriers_at = sums_at + Sums::bytes;
+  // Shared memory: slots of two tiles; sums; barriers; x; the ring.
+  static constexpr int sums_at = 2 * slots_bytes, barriers_at = sums_at + Sums::bytes;
   static constexpr int ring_barriers_at = barriers_at + Sums::barriers_bytes;
   static constexpr int x_at = (ring_barriers_at + 16 * most_places + 1023) / 1024 * 1024;
 
   static constexpr int consumers(std::int64_t depth) { return depth <= 12 * kPanelDepth ? 2 : 1; }  // what shared memory holds the rows of
   __host__ __device__ static constexpr int rows(int consumers) { return 64 * consumers; }
-  __host__ __device__ static constexpr int ring_at(int slabs, int consumers) { return x_at + slabs * rows(consumers) * kPanelBytes; }
+  __host__ __device__ static constexpr int ring_at(int slabs, int consumers) {
+    return x_at + (slabs - held) * rows(consumers) * kPanelBytes;
+  }
   static DeepLayout layout(std::int64_t depth) {
     const int slabs = static_cast<int>(ceil_div(depth, kPanelDepth)), of = consumers(depth);
     const int fitting = (kBlockSharedBytes - ring_at(slabs, of)) / SlabShape<COLUMNS>::slab_bytes;
-    // A tile's slots are asked for behind its last slab's place in the ring, and may overwrite those of `copies` tiles ago: a warp
-    // has read those before it gives the steps-th slab of the tile behind them back.
-    return {slabs, 0, of, std::min({fitting, most_places, slabs, copies * slabs - steps})};
+    return {slabs, 0, of, std::min({fitting, most_places, slabs})};
   }
   static int shared_bytes(const DeepLayout& layout) {
     return ring_at(layout.slabs, layout.consumers) + layout.places * SlabShape<COLUMNS>::slab_bytes;
@@ -70,7 +71,7 @@ struct DeepTriangleBlock {
   }
 
   // The slots of the block's number-th tile.
-  static FASTSUPCON_DEVICE int slots_of(unsigned number) { return static_cast<int>(number % Shape::copies) * Shape::slots_bytes; }
+  static FASTSUPCON_DEVICE int slots_of(unsigned number) { return static_cast<int>(number % 2) * Shape::slots_bytes; }
   FASTSUPCON_DEVICE Columns columns_of(unsigned number) const { return {shared + slots_of(number), COLUMNS}; }
 
   // By one thread.
@@ -82,13 +83,19 @@ struct DeepTriangleBlock {
       const int first = chunk.first_of(row_block);
 #pragma unroll 1
       for (int tile = first; tile < chunk.last_tile; ++tile, ++number) {
-        const int x_bytes = tile == first ? rows * kPanelBytes : 0;
+        const bool is_first = tile == first;
+        if (is_first) {
+          for (int i = 0; i < Shape::held * layout.consumers; ++i) {
+            ring.fetch(y_map, row_block * layout.consumers + i % layout.consumers, layout.slabs - Shape::held + i / layout.consumers, at);
+            at = ring.after(at, 1);
+          }
+        }
 #pragma unroll 1
         for (int slab = 0; slab < layout.slabs; ++slab) {
-          const bool is_last = slab + 1 == layout.slabs;
+          const bool is_last = slab + 1 == layout.slabs, with_x = is_first && slab < layout.slabs - Shape::held;
           const ptx::Address full = ring.full(at.index);
-          ring.fetch(y_map, tile, slab, at, x_bytes + (is_last ? Shape::slots_bytes : 0));
-          if (x_bytes) ptx::copy_box_async(ring.x_panel(slab), x_map, kPanelDepth * slab, row_block * rows, full);
+          ring.fetch(y_map, tile, slab, at, (with_x ? rows * kPanelBytes : 0) + (is_last ? Shape::slots_bytes : 0));
+          if (with_x) ptx::copy_box_async(ring.x_panel(slab), x_map, kPanelDepth * slab, row_block * rows, full);
           if (is_last) fetch_slots(slots_at + slots_of(number), side, tile * COLUMNS, COLUMNS, Shape::slots, false, false, full);
           at = ring.after(at, 1);
         }
@@ -140,10 +147,33 @@ __global__ void __launch_bounds__(DeepTriangleShape<COLUMNS>::most_threads, 1)
     ring.release(read);
     read = ring.after(read, 1);
   };
+  // Before a row block's first tile, nothing being under way.
+  std::uint32_t held[Shape::held > 0 ? Shape::held : 1][4][4];
+  const auto take_held = [&] {
+#pragma unroll
+    for (int panel = 0; panel < Shape::held; ++panel) {
+      for (int of = 0; of < layout.consumers; ++of) {
+        ring.wait_for(at);
+        if (of == consumer) ring.take_x(held[panel], at);
+        ptx::sync_warp();
+        at = ring.after(at, 1);
+        release_slab();
+      }
+    }
+  };
   const auto finish = [&](int slab) {  // the first that is not issued
 #pragma unroll 1
-    for (; slab < layout.slabs; ++slab) {
+    for (; slab < layout.slabs - Shape::held; ++slab) {
       issue_slab(slab);
+      ptx::wgmma_wait<1>();
+      release_slab();
+    }
+#pragma unroll
+    for (int panel = 0; panel < Shape::held; ++panel) {
+      ring.wait_for(at);
+      ptx::wgmma_fence();
+      ring.issue_logits(next, held[panel], at);
+      at = ring.after(at, 1);
       ptx::wgmma_wait<1>();
       release_slab();
     }
@@ -157,6 +187,7 @@ __global__ void __launch_bounds__(DeepTriangleShape<COLUMNS>::most_threads, 1)
     }
   };
 
+  take_held();
   issue_slab(0);
   finish(1);
 #pragma unroll 1
@@ -199,6 +230,7 @@ __global__ void __launch_bounds__(DeepTriangleShape<COLUMNS>::most_threads, 1)
       if (block.is_last(row_block, tile)) {
         add(tile, [](int) {}, [] {});
       } else {
+        if (tile + 1 == chunk.last_tile) take_held();
         issue_slab(0);
         add(
             tile, [&](int step) { issue_slab(step + 1); },

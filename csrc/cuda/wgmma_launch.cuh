@@ -125,7 +125,7 @@ inline ptx::TensorMap triangle_map(const Work& work, bool bf16, int box_rows) {
   return make_tensor_map(side.rows, side.count, work.depth, bf16, box_rows, [&] { return shape_of(work); });
 }
 
-inline Grid triangle_grid(const Work& work) { return {std::int64_t{work.triangle.folds()} * work.triangle.length}; }
+inline Grid triangle_grid(const Work& work) { return {work.triangle.blocks()}; }
 
 template <Product PRODUCT, int PANELS>
 struct TriangleVariant {

@@ -81,6 +81,21 @@ struct Slabs {
     }
     ptx::wgmma_commit();
   }
+
+  // x in registers: a warp's 16 rows of a panel, as it comes with 64 rows in a place of the ring; what is held of it gives the place back.
+  FASTSUPCON_DEVICE void take_x(std::uint32_t (&x)[4][4], Place at) const {
+    const MatrixRow mine = fragment_rows(ptx::lane());
+    const int row = ptx::warp() % 4 * 16 + mine.row;
+#pragma unroll
+    for (int step = 0; step < 4; ++step) ptx::load_matrices(x[step], y_slab(at) + panel_offset(row, 2 * step + mine.chunk));
+  }
+  FASTSUPCON_DEVICE void issue_logits(float (&s)[COLUMNS / 8][4], const std::uint32_t (&x)[4][4], Place at) const {
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      ptx::Wgmma<PRODUCT == Product::bf16, COLUMNS>::registers(s, x[step], depth_major_descriptor(y_slab(at), step));
+    }
+    ptx::wgmma_commit();
+  }
 };
 
 }  // namespace fastsupcon::cuda

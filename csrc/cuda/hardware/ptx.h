@@ -236,7 +236,8 @@ FASTSUPCON_DEVICE void hold(std::uint32_t (&a)[N][4]) {
 // d (64 × N, rows of the warpgroup) = or += a b.
 //   shared            a and b in shared memory, depth-major both
 //   shared_row_major  the same, b (16 × N) row-major, which the descriptor's transpose bit says; always adds
-//   registers         a in registers, b row-major; always adds
+//   registers         a in registers, b depth-major; always adds
+//   registers_row_major  the same, b row-major
 template <bool BF16, int N>
 struct Wgmma;
 
@@ -278,6 +279,11 @@ struct Wgmma;
                    : "l"(a), "l"(b));                                                                                  \
     }                                                                                                                  \
     static FASTSUPCON_DEVICE void registers(Accumulators& d, const std::uint32_t (&a)[4], std::uint64_t b) {           \
+      asm volatile(FASTSUPCON_WGMMA_D(N, TYPE, I0) ", {%" #I0 ", %" #I1 ", %" #I2 ", %" #I3 "}, %" #I4 ", 1, 1, 1, 0;" \
+                   : FASTSUPCON_D##J(0)                                                                                \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                              \
+    }                                                                                                                  \
+    static FASTSUPCON_DEVICE void registers_row_major(Accumulators& d, const std::uint32_t (&a)[4], std::uint64_t b) { \
       asm volatile(FASTSUPCON_WGMMA_D(N, TYPE, I0) ", {%" #I0 ", %" #I1 ", %" #I2 ", %" #I3 "}, %" #I4 ", 1, 1, 1, 1;" \
                    : FASTSUPCON_D##J(0)                                                                                \
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                              \

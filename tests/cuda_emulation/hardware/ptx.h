@@ -464,6 +464,9 @@ struct Wgmma {
     issue<false, true>({&d[0][0], {}, a, b, true});
   }
   static void registers(float (&d)[N / 8][4], const std::uint32_t (&a)[4], std::uint64_t b) {
+    issue<true, false>({&d[0][0], {a[0], a[1], a[2], a[3]}, 0, b, true});
+  }
+  static void registers_row_major(float (&d)[N / 8][4], const std::uint32_t (&a)[4], std::uint64_t b) {
     issue<true, true>({&d[0][0], {a[0], a[1], a[2], a[3]}, 0, b, true});
   }
 };
