@@ -16,8 +16,10 @@ import pytest
 import torch
 from contract import CASES, LINES, PSC, SCL, Case, check, incoming, problem, run
 from cuda_emulation.backend import emulated_backend
+from table import LOSSES
+from test_losses import assert_agrees
 
-from fastsupcon.backends import cuda, reference
+from fastsupcon.backends import BACKENDS, cuda, reference
 from fastsupcon.backends._extension import missing as extension_missing
 from fastsupcon.problem import Line, Pairs, Side
 
@@ -90,6 +92,16 @@ def contract_cases() -> list:
 @pytest.mark.parametrize(("capability", "case"), contract_cases(), ids=str)
 def test_contract(on, capability, case):
     check(on(capability), case, HOST)
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+@pytest.mark.parametrize(("samples", "depth"), [(2, 3), (33, 64)])
+def test_every_loss(on, monkeypatch, name, dtype, samples, depth):
+    backend, row = on(WGMMA), LOSSES[name]
+    backend.unusable = lambda device, dtype, depth: None
+    monkeypatch.setitem(BACKENDS, "cuda", backend)
+    assert_agrees(row, row.on(samples, depth, HOST, dtype), dtype, "cuda")
 
 
 # A panel is 64 half numbers of the depth. At 8, 72 and 104 a box is wider than what is left of the tensor; at 136 and 192 the last of four

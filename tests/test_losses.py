@@ -11,7 +11,8 @@ from fastsupcon import PSCLoss, SupConLoss, functional
 
 losses = pytest.mark.parametrize("name", list(LOSSES))
 #: What the sums are made in, plus the rounding of a gradient to its dtype, relative to the largest entry.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
+# In half a precision a pair's weight and the gradient are both rounded: by half an ulp each, and terms of a sum cancel.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 def step(loss, inputs, **options):
