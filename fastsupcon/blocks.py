@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from . import operators
+from .backends import sum_dtype
 from .problem import LOG_SUMS, QUANTITIES, Pairs
 
 
@@ -22,14 +23,33 @@ class Quantities(NamedTuple):
     count: Tensor  # type: ignore[assignment]  # in the place of a tuple's count()
 
 
-def quantities(blocks: Sequence[Pairs], *names: str, backend: str = "auto") -> Quantities:
+class SharedBlock(Protocol):
+    """A block of several processes' columns: distributed.Shared."""
+
+    def terms(self, row_names: tuple[str, ...], column_names: tuple[str, ...] = (), *, backend: str = "auto") -> tuple[Tensor, Tensor]: ...
+
+
+Block = Pairs | SharedBlock
+
+
+def quantities(blocks: Sequence[Block], *names: str, backend: str = "auto") -> Quantities:
     """Of the rows that all blocks share, over the columns of all blocks together: one call of the operator for each block."""
     asked = tuple(name for name in QUANTITIES if name in names)
-    values = list(operators.terms(blocks[0], asked, backend=backend)[0])
+    values = list(_terms(blocks[0], asked, backend))
     for block in blocks[1:]:
-        values = join(asked, values, operators.terms(block, asked, backend=backend)[0])
+        values = join(asked, values, _terms(block, asked, backend))
     of = dict(zip(asked, values, strict=True))
     return Quantities(*(of[name] if name in of else values[0].new_empty(0) for name in QUANTITIES))
+
+
+def _terms(block: Block, asked: tuple[str, ...], backend: str) -> Tensor:
+    if not isinstance(block, Pairs):
+        return block.terms(asked, backend=backend)[0]
+    if len(block.rows):
+        return operators.terms(block, asked, backend=backend)[0]
+    # A rank without rows, which kernels do not take: nothing, whose gradient is a zero for each of the block's tensors.
+    nothing = sum(x.sum() * 0 for x in (block.rows, block.columns, block.bias) if x is not None)
+    return block.rows.new_zeros(len(asked), 0, dtype=sum_dtype(block.rows.dtype)) + nothing
 
 
 def join(names: Sequence[str], a: Iterable[Tensor], b: Iterable[Tensor]) -> list[Tensor]:

@@ -1,0 +1,182 @@
+"""The processes of a group in one call of a loss: what each brings, and what they tell each other. PyTorch's engine carries it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+ACROSS = ("gather", "ring")
+_MESSAGE = 1024  # bytes in which a rank says what it was called with
+
+# torch 2.13 gave the function another name
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+_host_groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+
+class Ranks:
+    """One call's view of a process group. ``rank`` is this process's number in it, ``size`` how many there are.
+
+    ``across`` says how rows of other ranks are met: "gather" brings all of them here, "ring" a rank's at a time.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, across: str) -> None:
+        if not isinstance(group, dist.ProcessGroup):
+            raise TypeError(f"group must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
+        if across not in ACROSS:
+            raise ValueError(f"across must be one of {', '.join(map(repr, ACROSS))}, got {across!r}")
+        self.group, self.across = group, across
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        if self.rank < 0:
+            raise ValueError("group must hold this process, got one that does not")
+        self.counts: dict[str, list[int]] = {}
+
+    @torch.compiler.disable
+    def meet(self, loss: str, device: torch.device, counts: Mapping[str, int], **alike: object) -> None:
+        """Tells all ranks how many rows of each kind this one has (``counts``), and asks that ``alike`` be the same everywhere.
+
+        It goes through the hosts' memory, so that no GPU is waited for.
+
+        Raises:
+            ValueError, on every rank: the ranks disagree; the text says which and on what.
+            RuntimeError: a rank did not come within the group's timeout.
+        """
+        mine = json.dumps({"counts": counts, "alike": {"loss": loss, "across": self.across} | {name: str(x) for name, x in alike.items()}})
+        text = mine.encode().ljust(_MESSAGE)
+        if len(text) > _MESSAGE:
+            raise AssertionError(f"what {loss} was called with takes {len(text)} bytes, more than {_MESSAGE}")
+        with self._named(f"{loss}, first of all"):
+            all_texts = torch.empty(self.size * _MESSAGE, dtype=torch.uint8)
+            _all_gather(all_texts, torch.frombuffer(bytearray(text), dtype=torch.uint8), group=_host_group(self.group))
+        said = [json.loads(bytes(text.tolist())) for text in all_texts.view(self.size, _MESSAGE)]
+        for name in said[0]["alike"] if all(x["alike"].keys() == said[0]["alike"].keys() for x in said) else ("loss",):
+            values = [one["alike"].get(name) for one in said]
+            if len(set(values)) > 1:
+                ranks_of = {value: [rank for rank, other in enumerate(values) if other == value] for value in values}
+                found = "; ".join(
+                    f"{value} on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}" for value, ranks in ranks_of.items()
+                )
+                raise ValueError(f"{name} must be the same on all ranks of the group, got {found}")
+        self.counts = {name: [one["counts"][name] for one in said] for name in counts}
+
+    def total(self, kind: str) -> int:
+        return sum(self.counts[kind])
+
+    def first(self, kind: str, rank: int | None = None) -> int:
+        """The number, among all ranks' rows of a kind, of a rank's first; of this one's by default."""
+        return sum(self.counts[kind][: self.rank if rank is None else rank])
+
+    def gather(self, x: Tensor, kind: str) -> Tensor:
+        """Of all ranks, [total, ...] from [own count, ...], in their order; without gradient. Bits travel, so any dtype will do."""
+        counts = self.counts[kind]
+        most = max(counts)
+        sent = x.detach().contiguous()
+        if len(x) < most:
+            sent = torch.cat([sent, sent.new_zeros(most - len(x), *x.shape[1:])])
+        received = sent.new_empty(self.size * most, *x.shape[1:])
+        if received.numel():
+            with self._named("gathering rows"):
+                _all_gather(_bytes(received), _bytes(sent), group=self.group)
+        if min(counts) == most:
+            return received
+        return torch.cat([part[:count] for part, count in zip(received.split(most), counts, strict=True)])
+
+    def exchange(self, x: Tensor, kind: str) -> list[Tensor]:
+        """x [total, ...] holds something for each row of every rank: [own count, ...] from each rank for the rows of this one."""
+        counts, here = self.counts[kind], self.counts[kind][self.rank]
+        sent = x.detach().contiguous()
+        received = sent.new_empty(self.size * here, *x.shape[1:])
+        width = sent[:1].numel() * sent.element_size() if len(sent) else 0
+        with self._named("exchanging partial sums"):
+            dist.all_to_all_single(
+                _bytes(received), _bytes(sent), [here * width] * self.size, [c * width for c in counts], group=self.group
+            )
+        return list(received.split(here)) if here else [received] * self.size
+
+    @torch.compiler.disable
+    def sum(self, x: Tensor) -> Tensor:
+        """Over all ranks, in their order, so that all have the same bits. Its gradient is the sum of all ranks' gradients."""
+        total: Tensor = _Sum.apply(x, self)  # type: ignore[no-untyped-call]  # torch's
+        return total
+
+    def sum_here(self, x: Tensor) -> Tensor:
+        received = x.new_empty(self.size, *x.shape)
+        with self._named("adding up"):
+            _all_gather(_bytes(received), _bytes(x.detach().contiguous()), group=self.group)
+        return received.sum(0)
+
+    def blocks(self, payload: Mapping[str, Tensor], kind: str) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Tensors [own count, ...] of every rank, a block at a time: the number of its first row, and its tensors.
+
+        One block of all rows; by the ring a rank's at a time, this one's first, while the next is on its way.
+        """
+        if self.across == "gather":
+            yield 0, {name: self.gather(x, kind) for name, x in payload.items()}
+            return
+        here = {name: x.detach().contiguous() for name, x in payload.items()}
+        for step in range(self.size):
+            source, after = ((self.rank - behind) % self.size for behind in (step, step + 1))
+            coming: dict[str, Tensor] = {}
+            requests = []
+            if step + 1 < self.size:
+                coming = {name: x.new_empty(self.counts[kind][after], *x.shape[1:]) for name, x in here.items()}
+                requests = self._pass_on(here, coming)
+            if self.counts[kind][source]:
+                yield self.first(kind, source), here
+            with self._named("passing rows on"):
+                for request in requests:
+                    request.wait()
+            here = coming
+
+    def _pass_on(self, here: Mapping[str, Tensor], coming: Mapping[str, Tensor]) -> list[Any]:
+        to, of = ((self.rank + step) % self.size for step in (1, -1))
+        operations = []
+        for sent, received in zip(here.values(), coming.values(), strict=True):
+            if sent.numel():
+                operations.append(dist.P2POp(dist.isend, _bytes(sent), dist.get_global_rank(self.group, to), self.group))
+            if received.numel():
+                operations.append(dist.P2POp(dist.irecv, _bytes(received), dist.get_global_rank(self.group, of), self.group))
+        with self._named("passing rows on"):
+            return list(dist.batch_isend_irecv(operations)) if operations else []
+
+    @contextlib.contextmanager
+    def _named(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:
+            raise RuntimeError(
+                f"fastsupcon: rank {self.rank} of {self.size} lost the others while {doing}: a rank ended, raised an error, or did not call "
+                f"the loss as often as this one within the group's timeout. torch.distributed says: {error}"
+            ) from error
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        return ranks.sum_here(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.ranks.sum_here(grad), None
+
+
+def _bytes(x: Tensor) -> Tensor:
+    return x.view(-1).view(torch.uint8)
+
+
+def _host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A group of the same ranks that carries tensors in the hosts' memory: the group itself, or one made at its first call."""
+    if "cpu" in (entry.split(":")[0] for entry in dist.get_backend_config(group).split(",")):
+        return group
+    if group not in _host_groups:
+        _host_groups[group] = dist.new_group(dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True)
+    found: dist.ProcessGroup = _host_groups[group]
+    return found
