@@ -6,17 +6,17 @@
 Every rank calls with its own rows, as many as it has. What comes back, value and gradient, is what one process would have with all rows
 side by side, rank after rank.
 
-**Forward.** Own rows meet the columns of all ranks, brought here at once ("gather") or a rank's at a time ("ring"); quantities of blocks are
-joined. Quantities of columns, which CLIP's second direction needs, come of the same pass: each rank has its rows' share of every column, and
-the shares are exchanged, a float each.
+**Forward.** Own rows meet the columns of all ranks, brought here at once ("gather") or a rank's at a time ("ring"); quantities of blocks
+are joined. Quantities of columns, which CLIP's second direction needs, come of the same pass: each rank has its rows' share of every
+column, and the shares are exchanged, a float each.
 
 **Backward.** The weight of a pair is made of the log-sums of both its rows and of their incoming gradients (problem.py), so a rank that is
-told these for all rows computes the whole gradient of its own ones: [N] floats travel, no gradient does. Where the columns are rows of their
-own (CLIP's captions), each rank has some of both, and meets all ranks' columns with its rows, then all ranks' rows with its columns.
+told these for all rows computes the whole gradient of its own ones: [N] floats travel, no gradient does. Where the columns are rows of
+their own (CLIP's captions), each rank has some of both, and meets all ranks' columns with its rows, then all ranks' rows with its columns.
 
 **Averages.** What is returned depends on all ranks' rows, and its gradient is that of the sum of what the ranks make of it. A loss that is
-the same on every rank has R times its gradient, which DistributedDataParallel and FSDP divide by R when they average: so each parameter has
-the gradient that one process would give it.
+the same on every rank has R times its gradient, which DistributedDataParallel and FSDP divide by R when they average: so each parameter
+has the gradient that one process would give it.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class _Terms(torch.autograd.Function):
                 if len(rows):
                     add(_with_columns(shared, first, block), own_rows, _side(met.names, block), needs_rows, False, needs_scale)
         if needs_columns:
-            for first, block in ranks.blocks(_rows(shared) | _sides(own_rows), shared.row_kind):
+            for _, block in ranks.blocks(_rows(shared) | _sides(own_rows), shared.row_kind):
                 if len(columns):
                     add(_with_rows(shared, block), _side(row_names, block), own_columns, False, True, False)
         of_scale = grads[2] if grads[2] is None or columns is not None else grads[2] / 2  # a pair's weight has both of its rows' shares

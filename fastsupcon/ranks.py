@@ -15,9 +15,6 @@ from torch import Tensor
 ACROSS = ("gather", "ring")
 _MESSAGE = 1024  # bytes in which a rank says what it was called with
 
-# torch 2.13 gave the function another name
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
 _host_groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
@@ -152,8 +149,8 @@ class Ranks:
             yield
         except (RuntimeError, ValueError) as error:
             raise RuntimeError(
-                f"fastsupcon: rank {self.rank} of {self.size} lost the others while {doing}: a rank ended, raised an error, or did not call "
-                f"the loss as often as this one within the group's timeout. torch.distributed says: {error}"
+                f"fastsupcon: rank {self.rank} of {self.size} lost the others while {doing}: a rank ended, raised an error, or did not "
+                f"call the loss as often as this one within the group's timeout. torch.distributed says: {error}"
             ) from error
 
 
@@ -166,6 +163,11 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.ranks.sum_here(grad), None
+
+
+def _all_gather(received: Tensor, sent: Tensor, group: dist.ProcessGroup) -> None:
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13 gave it another name
+    gather(received, sent, group=group)
 
 
 def _bytes(x: Tensor) -> Tensor:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from .. import _checks
 from ..backends import sum_dtype
 from ..backends._dtypes import no_autocast
+from ..ranks import Ranks
 from ..rows import wide_rows
-from ._frame import Loss
+from ._frame import Loss, said
 
 #: The share of all samples given to a class without any: its logarithm is finite, and the class all but leaves the denominator.
 SHARE_OF_NONE = 1e-9
@@ -22,6 +23,31 @@ def check_prototypes(prototypes: Tensor, rows: Tensor, name: str = "prototypes")
     """[C, D] beside rows [N, D]."""
     _checks.rows(name, prototypes, columns=rows.shape[1])
     _checks.on_device(name, prototypes, rows.device)
+
+
+def meet_with_prototypes(
+    ranks: Ranks,
+    loss: str,
+    features: Tensor,
+    prototypes: Tensor,
+    temperature: float | Tensor,
+    reduction: str,
+    counts: dict[str, int] | None = None,
+    **alike: object,
+) -> None:
+    """Ranks.meet of a loss whose rows meet prototypes that all ranks have."""
+    ranks.meet(
+        loss,
+        features.device,
+        {"rows": len(features), **(counts or {})},
+        depth=features.shape[1],
+        dtype=features.dtype,
+        requires_grad=features.requires_grad,
+        prototypes=list(prototypes.shape),
+        temperature=said(temperature),
+        reduction=reduction,
+        **alike,
+    )
 
 
 def log_prior(class_counts: Tensor, prototypes: Tensor) -> Tensor:

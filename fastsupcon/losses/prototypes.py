@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,8 +18,11 @@ from ..backends._dtypes import no_autocast
 from ..blocks import quantities
 from ..problem import Pairs
 from ..rows import wide_number
-from ._frame import check_options, class_labels, reduce
-from ._prototypes import PrototypeLoss, check_prototypes, log_prior
+from ._frame import check_options, class_labels, ranks_of, reduce
+from ._prototypes import PrototypeLoss, check_prototypes, log_prior, meet_with_prototypes
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def prototype_cross_entropy(
@@ -33,6 +37,8 @@ def prototype_cross_entropy(
     normalize: bool = True,
     ignore_index: int | None = None,
     reduction: str = "mean",
+    group: ProcessGroup | None = None,
+    across: str = "gather",
     backend: str = "auto",
 ) -> Tensor:
     """Cross-entropy of cosine logits, with class priors and with margins on the own logit; the [N, C] logits are never held.
@@ -64,6 +70,8 @@ def prototype_cross_entropy(
         normalize: bring features and prototypes to unit length first.
         ignore_index: rows of this label contribute 0 and leave the mean (which is 0 without any other).
         reduction: "mean", "sum" or "none": [N].
+        group, across: the ranks whose losses are averaged together, see :func:`fastsupcon.functional.supcon_loss`. The prototypes are the
+            same on all of them, and their gradient is for DistributedDataParallel to average; no features travel.
         backend: see :func:`fastsupcon.functional.self_logsumexp`.
 
     Returns:
@@ -77,10 +85,14 @@ def prototype_cross_entropy(
 
     Cost: 2 N C D flops forward, 6 N C D backward; memory O((N + C) D).
     """
-    _checks.rows("features", features)
+    ranks = ranks_of(group, across)
+    _checks.rows("features", features, least=1 if ranks is None else 0)
     check_prototypes(prototypes, features)
     _check_options(temperature, margin, angular_margin, normalize, ignore_index, reduction)
     labels = class_labels(labels, len(features), features.device)
+    if ranks is not None:
+        alike = {"margin": margin, "angular_margin": angular_margin, "normalize": normalize, "ignore_index": ignore_index}
+        meet_with_prototypes(ranks, "prototype_cross_entropy", features, prototypes, temperature, reduction, **alike)
     counted = None if ignore_index is None else labels != ignore_index
     labels = labels if counted is None else labels.masked_fill(~counted, 0)
     _checks.within("labels", labels, 0, len(prototypes))
@@ -96,7 +108,7 @@ def prototype_cross_entropy(
         if bias is not None:
             own = own + bias[labels]
         losses = softplus(q.different - own, threshold=40)  # beyond, exp(-x) is nothing beside x in float64 too
-        return reduce(losses, reduction, counted)
+        return reduce(losses, reduction, counted, ranks)
 
 
 def _turned(cosine: Tensor, angle: float) -> Tensor:
@@ -138,6 +150,8 @@ class PrototypeCrossEntropyLoss(PrototypeLoss):
     angular_margin: float
     ignore_index: int | None
     reduction: str
+    group: ProcessGroup | None
+    across: str
     backend: str
 
     def __init__(
@@ -152,9 +166,12 @@ class PrototypeCrossEntropyLoss(PrototypeLoss):
         normalize: bool = True,
         ignore_index: int | None = None,
         reduction: str = "mean",
+        group: ProcessGroup | None = None,
+        across: str = "gather",
         backend: str = "auto",
     ) -> None:
         _check_options(temperature, margin, angular_margin, normalize, ignore_index, reduction)
+        ranks_of(group, across)
         super().__init__(
             num_classes,
             dim,
@@ -165,6 +182,8 @@ class PrototypeCrossEntropyLoss(PrototypeLoss):
             normalize=normalize,
             ignore_index=ignore_index,
             reduction=reduction,
+            group=group,
+            across=across,
             backend=backend,
         )
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .. import _checks, operators
 from ..backends._dtypes import no_autocast
+from ..blocks import quantities
 from ..positives import own_prototypes
 from ..problem import Line, Pairs
 from ..rows import wide_number
-from ._frame import check_options, class_labels, reduce
-from ._prototypes import PrototypeLoss, check_prototypes
+from ._frame import check_options, class_labels, ranks_of, reduce
+from ._prototypes import PrototypeLoss, check_prototypes, meet_with_prototypes
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def psc_loss(
@@ -27,6 +32,8 @@ def psc_loss(
     denominator: str = "negatives",
     normalize: bool = True,
     reduction: str = "mean",
+    group: ProcessGroup | None = None,
+    across: str = "gather",
     backend: str = "auto",
 ) -> Tensor:
     """Prototypical supervised contrastive loss of Wang et al. 2021 (section 3.4): anchors against learned class prototypes.
@@ -47,6 +54,8 @@ def psc_loss(
             cosine logits.
         normalize: bring features and prototypes to unit length first.
         reduction: "mean", "sum" or "none".
+        group, across: the ranks whose losses are averaged together, see :func:`fastsupcon.functional.supcon_loss`. The prototypes are the
+            same on all of them, and their gradient is for DistributedDataParallel to average; no features travel.
         backend: see :func:`fastsupcon.functional.self_logsumexp`.
 
     Returns:
@@ -67,6 +76,8 @@ def psc_loss(
         denominator=denominator,
         normalize=normalize,
         reduction=reduction,
+        group=group,
+        across=across,
         backend=backend,
     )
 
@@ -90,10 +101,13 @@ def _psc_loss(
     denominator: str,
     normalize: bool,
     reduction: str,
+    group: ProcessGroup | None,
+    across: str,
     backend: str,
 ) -> Tensor:
     """``classes`` are made once by the module: on a GPU making them is a launch of its own."""
-    _checks.rows("features", features)
+    ranks = ranks_of(group, across)
+    _checks.rows("features", features, least=1 if ranks is None else 0)
     check_prototypes(prototypes, features)
     _check_options(temperature, denominator, reduction)
     per_class = prototypes_per_class
@@ -101,10 +115,12 @@ def _psc_loss(
     if denominator == "negatives" and count < 2:
         raise ValueError("prototypes must hold at least 2 classes for denominator='negatives', got 1: there is no negative")
     labels = class_labels(labels, len(features), features.device)
+    if ranks is not None:
+        meet_with_prototypes(ranks, "psc_loss", features, prototypes, temperature, reduction, denominator=denominator, normalize=normalize)
     z, p, scale = features, prototypes.to(features.dtype), 1 / wide_number(temperature, features)
     pairs = Pairs(z, p, scale, normalize, row_keys=labels, column_keys=classes)
     log_sum = "different" if denominator == "negatives" else "all"
-    if per_class == 1:
+    if per_class == 1 and ranks is None:
         line = Line(**{log_sum: 1.0}, similarity=-1, lone="nan", reduction=reduction)
         loss = operators.loss(pairs, line, backend=backend)
         if loss.is_cpu and not operators.traced((loss,)) and loss.isnan().any():  # a label out of range makes it so
@@ -112,9 +128,9 @@ def _psc_loss(
         return loss
     _checks.within("labels", labels, 0, count)
     with no_autocast(z):
-        ((others,), _) = operators.terms(pairs, (log_sum,), backend=backend)
+        others = getattr(quantities([pairs], log_sum, backend=backend), log_sum)
         own = own_prototypes(z, p, labels, per_class, normalize) * scale  # [N, M]
-        return reduce(others - (own.detach().softmax(1) * own).sum(1), reduction)
+        return reduce(others - (own.detach().softmax(1) * own).sum(1), reduction, ranks=ranks)
 
 
 def _check_options(temperature: float | Tensor, denominator: object, reduction: object) -> None:
@@ -135,6 +151,8 @@ class PSCLoss(PrototypeLoss):
     prototypes_per_class: int
     denominator: str
     reduction: str
+    group: ProcessGroup | None
+    across: str
     backend: str
     classes: Tensor
 
@@ -148,9 +166,12 @@ class PSCLoss(PrototypeLoss):
         denominator: str = "negatives",
         normalize: bool = True,
         reduction: str = "mean",
+        group: ProcessGroup | None = None,
+        across: str = "gather",
         backend: str = "auto",
     ) -> None:
         _check_options(temperature, denominator, reduction)
+        ranks_of(group, across)
         _checks.size("num_classes", num_classes, 2 if denominator == "negatives" else 1)
         _checks.size("embedding_dim", embedding_dim)
         _checks.size("prototypes_per_class", prototypes_per_class)
@@ -163,6 +184,8 @@ class PSCLoss(PrototypeLoss):
             denominator=denominator,
             normalize=normalize,
             reduction=reduction,
+            group=group,
+            across=across,
             backend=backend,
         )
         self.register_buffer("classes", prototype_classes(self.prototypes, self.prototypes_per_class), persistent=False)
