@@ -149,9 +149,9 @@ def averaging(function: Callable[..., Any], parameters: list[nn.Parameter]) -> C
 
 
 class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch normalisation by the statistics of all processes' images, on CPUs, for which torch.nn.SyncBatchNorm is not written.
+    """Batch normalisation by the statistics of all processes' images, on CPUs, which torch.nn.SyncBatchNorm refuses.
 
-    In plain tensor operations: it takes several times as long as the fused one, and holds three times as much for the backward.
+    Of plain tensor operations: slower than the fused one, and more is held for the backward.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -160,20 +160,21 @@ class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        x, channels = input.float(), (1, -1) + (1,) * (input.ndim - 2)
-        others = [dim for dim in range(x.ndim) if dim != 1]
-        wide = x.double()  # in which the variance may be taken as a difference
-        here = torch.cat([wide.sum(others), wide.square().sum(others), wide.new_tensor([x.numel() / x.shape[1]])])
-        mean, square, images = total(here).split([x.shape[1], x.shape[1], 1])
-        mean, square = mean / images, square / images
-        variance = square - mean.square()
+        x = input.to(torch.promote_types(input.dtype, self.weight.dtype))
+        others, channels = [dim for dim in range(x.ndim) if dim != 1], (1, -1) + (1,) * (x.ndim - 2)
+        wide = x.double()  # in which a variance may be taken as a difference
+        here = torch.stack([wide.sum(others), wide.square().sum(others), wide.new_full(x.shape[1:2], x.numel() / x.shape[1])])
+        sum_of_all, square_of_all, places = total(here)
+        mean = sum_of_all / places
+        variance = square_of_all / places - mean.square()
         with torch.no_grad():
             self.num_batches_tracked += 1
-            share = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
-            self.running_mean += share * (mean.float() - self.running_mean)
-            self.running_var += share * ((variance * images / (images - 1)).float() - self.running_var)
-        slope = self.weight * (variance + self.eps).rsqrt().float()
-        return ((x - mean.float().view(channels)) * slope.view(channels) + self.bias.view(channels)).to(input.dtype)
+            share = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
+            self.running_var.lerp_((variance * places / (places - 1)).to(self.running_var.dtype), share)
+        slope = self.weight * (variance + self.eps).rsqrt()
+        mean, slope = (value.to(x.dtype).view(channels) for value in (mean, slope))
+        return ((x - mean) * slope + self.bias.view(channels)).to(input.dtype)
 
 
 def share_batch_statistics(network: nn.Module, own: torch.device) -> nn.Module:
