@@ -35,7 +35,7 @@ class Ranks:
             raise ValueError("group must hold this process, got one that does not")
         self.counts: dict[str, list[int]] = {}
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
     def meet(self, loss: str, device: torch.device, counts: Mapping[str, int], **alike: object) -> None:
         """Tells all ranks how many rows of each kind this one has (``counts``), and asks that ``alike`` be the same everywhere.
 
@@ -97,7 +97,7 @@ class Ranks:
             )
         return list(received.split(here)) if here else [received] * self.size
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
     def sum(self, x: Tensor) -> Tensor:
         """Over all ranks, in their order, so that all have the same bits. Its gradient is the sum of all ranks' gradients."""
         total: Tensor = _Sum.apply(x, self)  # type: ignore[no-untyped-call]  # torch's

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from table import LOSSES
+
 from tests.processes import Pool
-from tests.work_of_ranks import SHARES, same_bits, whole
+from tests.work_of_ranks import SHARES, whole
 
 NAMED = [name for name in LOSSES if name != "scl mask"]  # which names rows by number
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5}
