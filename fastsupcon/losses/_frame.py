@@ -100,9 +100,8 @@ def reduce(losses: Tensor, reduction: str, weights: Tensor | None = None, ranks:
         return losses
     if ranks is not None:
         weight = losses.new_full((), len(losses)) if weights is None else weights.sum(dtype=losses.dtype)
-        sums: Tensor = ranks.sum(torch.stack([losses.sum(), weight]))
-        total, weight = sums
-        return total if reduction == "sum" else total / torch.where(weight == 0, 1, weight)
+        sums: Tensor = ranks.sum(torch.stack([losses.sum(), weight]))  # and all ranks' weights
+        return sums[0] if reduction == "sum" else sums[0] / torch.where(sums[1] == 0, 1, sums[1])
     if reduction == "sum":
         return losses.sum()
     if weights is None:
