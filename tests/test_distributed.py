@@ -16,13 +16,6 @@ NAMED = [name for name in LOSSES if name != "scl mask"]  # which names rows by n
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5}
 
 
-@pytest.fixture(scope="session")
-def pool():
-    pool = Pool()
-    yield pool
-    pool.end()
-
-
 def results(pool: Pool, size: int, *arguments, function="step"):
     found = pool.run(function, size, *arguments)
     for one in found:
@@ -103,9 +96,11 @@ def test_the_same_bits_every_time(pool, name, across):
     assert results(pool, 4, name, across, function="twice_the_same_bits") == [True] * 4
 
 
-@pytest.mark.parametrize("across", ["gather", "ring"])
-@pytest.mark.parametrize(("how", "tolerance"), [("ddp", 1e-5), ("fsdp2", 1e-5), ("compile", 1e-5), ("autocast", 3e-2)])
-def test_a_network_has_the_gradient_of_one_process(pool, how, tolerance, across):
+NETWORKS = [(how, across, 1e-5) for how in ("ddp", "fsdp2") for across in ("gather", "ring")]
+
+
+@pytest.mark.parametrize(("how", "across", "tolerance"), [*NETWORKS, ("compile", "ring", 1e-5), ("autocast", "gather", 3e-2)])
+def test_a_network_has_the_gradient_of_one_process(pool, how, across, tolerance):
     for found in results(pool, 3, how, across, function="trained"):
         assert found["scl"] < tolerance, found
         assert found["psc"] < tolerance, found
@@ -148,6 +143,10 @@ def test_lone_anchors_are_an_error_on_every_rank(pool):
     for error in pool.run("lone", 3):
         assert isinstance(error, ValueError)
         assert "got 1 of 9 on all ranks without one" in str(error)
+
+
+def test_a_group_without_the_hosts_memory_gets_one_beside_it(pool):
+    assert results(pool, 3, function="host_groups") == [[True, True, True]] * 3
 
 
 def test_what_is_refused(pool):
