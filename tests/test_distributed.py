@@ -145,10 +145,6 @@ def test_lone_anchors_are_an_error_on_every_rank(pool):
         assert "got 1 of 9 on all ranks without one" in str(error)
 
 
-def test_a_group_without_the_hosts_memory_gets_one_beside_it(pool):
-    assert results(pool, 3, function="host_groups") == [[True, True, True]] * 3
-
-
 def test_what_is_refused(pool):
     for found in results(pool, 2, function="refused"):
         assert [text.split(":")[0] for text in found] == [*["ValueError"] * 4, "TypeError", "NotImplementedError", "TypeError"], found

@@ -232,18 +232,6 @@ def lone(group: dist.ProcessGroup) -> None:
     F.supcon_loss(torch.randn(3, 6), labels, lone_anchors="error", group=group)
 
 
-def host_groups(group: dist.ProcessGroup) -> list[bool]:
-    """As for a group of NCCL alone, whose tensors lie on GPUs: one more group carries what the hosts tell each other, made once."""
-    from unittest import mock
-
-    from fastsupcon import ranks
-
-    with mock.patch.object(dist, "get_backend_config", lambda group: "cuda:nccl"):
-        first, second = ranks._host_group(group), ranks._host_group(group)
-        loss = F.supcon_loss(torch.ones(4, 6), torch.arange(4) % 2, normalize=True, group=group)
-    return [first is second, first is not group, bool(loss.isfinite())]
-
-
 def refused(group: dist.ProcessGroup) -> list[str]:
     found = []
     z, labels = torch.randn(4, 6, requires_grad=True), torch.arange(4) % 2
