@@ -34,7 +34,8 @@ class Ranks:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
     def meet(self, loss: str, device: torch.device, counts: Mapping[str, int], **alike: object) -> None:
-        """Tells all ranks how many rows of each kind this one has (``counts``), and asks that ``alike`` be the same everywhere.
+        """Tells all ranks how many rows of each kind this one has (``counts``; of the first kind there must be some), and asks that ``alike``
+        be the same everywhere.
 
         It goes through the hosts' memory where the group has a backend for that, and no GPU is waited for.
 
@@ -60,6 +61,8 @@ class Ranks:
                 )
                 raise ValueError(f"{name} must be the same on all ranks of the group, got {found}")
         self.counts = {name: [one["counts"][name] for one in said] for name in counts}
+        if not self.total(first := next(iter(counts))):
+            raise ValueError(f"{loss} needs {first} on at least one rank of the group, got none on all {self.size}")
 
     def total(self, kind: str) -> int:
         return sum(self.counts[kind])

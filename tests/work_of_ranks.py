@@ -241,6 +241,7 @@ def refused(group: dist.ProcessGroup) -> list[str]:
         lambda: F.supcon_loss(z, labels, across="ring"),
         lambda: F.supcon_loss(z, labels, group=group, across="star"),
         lambda: F.supcon_loss(z, labels, group=3),
+        lambda: F.supcon_loss(z[:0], labels[:0], group=group),
         lambda: torch.autograd.grad(F.supcon_loss(z, labels, group=group), z, create_graph=True),
         lambda: pickle.dumps(SupConLoss(group=group)),
     ]
