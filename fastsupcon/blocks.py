@@ -41,7 +41,8 @@ def quantities(blocks: Sequence[Block], *names: str, backend: str = "auto") -> Q
 def terms(block: Block, row_names: tuple[str, ...], column_names: tuple[str, ...] = (), *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """operators.terms of a block, also of one that other processes have columns of, and of no rows, as a rank of those may have."""
     if not isinstance(block, Pairs):
-        return block.terms(row_names, column_names, backend=backend)
+        shared: tuple[Tensor, Tensor] = block.terms(row_names, column_names, backend=backend)
+        return shared
     if len(block.rows):
         return operators.terms(block, row_names, column_names, backend=backend)
     rows, columns, bias = block.rows, block.columns, block.bias

@@ -48,7 +48,7 @@ class Shared(NamedTuple):
     def columns_of_all(self) -> int:
         return self.ranks.total(self.column_kind)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
     def terms(self, row_names: tuple[str, ...], column_names: tuple[str, ...] = (), *, backend: str = "auto") -> tuple[Tensor, Tensor]:
         """operators.terms of this rank's rows over all ranks' columns, and of its columns over all ranks' rows."""
         scale = self.pairs.scale
@@ -81,7 +81,8 @@ class _Terms(torch.autograd.Function):
             for share in others:
                 of_columns = torch.stack(join(column_names, of_columns, share))
         ctx.save_for_backward(rows, columns, scale, of_rows, of_columns, *gathered.values())
-        ctx.call, ctx.gathered = (shared._replace(pairs=shared.pairs._replace(rows=None, columns=None)), *call[1:]), tuple(gathered)
+        without_rows = shared.pairs._replace(rows=None, columns=None)  # type: ignore[arg-type]  # which are saved for the backward
+        ctx.call, ctx.gathered = (shared._replace(pairs=without_rows), *call[1:]), tuple(gathered)
         return of_rows, of_columns
 
     @staticmethod
@@ -96,10 +97,9 @@ class _Terms(torch.autograd.Function):
         own_rows, own_columns = Side(row_names, of_rows, row_grads), Side(column_names, of_columns, column_grads)
         grads = _zeros(rows, needs_rows), _zeros(columns, needs_columns), _zeros(scale, needs_scale)
 
-        def add(problem: Pairs, of_rows: Side, of_columns: Side, *needs: bool) -> None:
-            found = operators._backward(
-                problem, of_rows, of_columns, _norms(problem, backend), rows.new_empty(0), (*needs[:2], False, needs[2]), backend
-            )
+        def add(problem: Pairs, of_rows: Side, of_columns: Side, needs: tuple[bool, bool, bool, bool]) -> None:
+            nothing = _nothing(rows)
+            found = operators._backward(problem, of_rows, of_columns, _norms(problem, backend), nothing, needs, backend)
             for grad, piece in zip(grads, (found.rows, found.columns, found.scale), strict=True):
                 if grad is not None and piece is not None:
                     grad += piece
@@ -111,11 +111,11 @@ class _Terms(torch.autograd.Function):
             for first, block in ranks.blocks(fresh, shared.column_kind):
                 block = known | block
                 if len(rows):
-                    add(_with_columns(shared, first, block), own_rows, _side(met.names, block), needs_rows, False, needs_scale)
+                    add(_with_columns(shared, first, block), own_rows, _side(met.names, block), (needs_rows, False, False, needs_scale))
         if needs_columns:
             for _, block in ranks.blocks(_rows(shared) | _sides(own_rows), shared.row_kind):
                 if len(columns):
-                    add(_with_rows(shared, block), _side(row_names, block), own_columns, False, True, False)
+                    add(_with_rows(shared, block), _side(row_names, block), own_columns, (False, True, False, False))
         of_scale = grads[2] if grads[2] is None or columns is not None else grads[2] / 2  # a pair's weight has both of its rows' shares
         return _cast(grads[0], rows), _cast(grads[1], columns), of_scale, None
 
@@ -142,7 +142,7 @@ def _sides(side: Side) -> dict[str, Tensor]:
 
 def _side(names: tuple[str, ...], block: dict[str, Tensor]) -> Side:
     if not names:
-        nothing = block["rows"].new_empty(0, len(block["rows"]), dtype=sum_dtype(block["rows"].dtype))
+        nothing = _nothing(block["rows"]).view(0, 1).expand(0, len(block["rows"]))
         return Side(names, nothing, nothing)
     return Side(names, block["values"].T, block["grads"].T)
 
@@ -176,8 +176,8 @@ def _with_rows(shared: Shared, block: dict[str, Tensor]) -> Pairs:
 def _norms(pairs: Pairs, backend: str) -> Tensor:
     """Those of a forward, which has them for each row and each column, at the cost of one column."""
     if not pairs.unit:
-        return pairs.rows.new_empty(0, dtype=sum_dtype(pairs.rows.dtype))
-    sides = (pairs.rows, pairs.columns)
+        return _nothing(pairs.rows)
+    sides = (x for x in (pairs.rows, pairs.columns) if x is not None)
     return torch.cat([operators._forward(Pairs(x, x[:1], unit=True), ("all",), (), backend, False).norms[: len(x)] for x in sides])
 
 
@@ -191,6 +191,10 @@ def _over_nobody(names: tuple[str, ...], count: int, like: Tensor) -> Tensor:
         if name in LOG_SUMS:
             value.fill_(-torch.inf)
     return values
+
+
+def _nothing(like: Tensor) -> Tensor:
+    return like.new_empty(0, dtype=sum_dtype(like.dtype))
 
 
 def _zeros(like: Tensor | None, needed: bool) -> Tensor | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,8 +13,6 @@ from torch import Tensor
 
 ACROSS = ("gather", "ring")
 _MESSAGE = 1024  # bytes in which a rank says what it was called with
-
-_host_groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 class Ranks:
@@ -35,11 +32,12 @@ class Ranks:
             raise ValueError("group must hold this process, got one that does not")
         self.counts: dict[str, list[int]] = {}
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
     def meet(self, loss: str, device: torch.device, counts: Mapping[str, int], **alike: object) -> None:
-        """Tells all ranks how many rows of each kind this one has (``counts``), and asks that ``alike`` be the same everywhere.
+        """Tells all ranks how many rows of each kind this one has, and asks that ``alike`` be the same everywhere.
 
-        It goes through the hosts' memory, so that no GPU is waited for.
+        Of the first kind in ``counts`` there must be some. This goes through the hosts' memory where the group has a backend for that, and no
+        GPU is waited for.
 
         Raises:
             ValueError, on every rank: the ranks disagree; the text says which and on what.
@@ -50,9 +48,10 @@ class Ranks:
         if len(text) > _MESSAGE:
             raise AssertionError(f"what {loss} was called with takes {len(text)} bytes, more than {_MESSAGE}")
         with self._named(f"{loss}, first of all"):
-            all_texts = torch.empty(self.size * _MESSAGE, dtype=torch.uint8)
-            _all_gather(all_texts, torch.frombuffer(bytearray(text), dtype=torch.uint8), group=_host_group(self.group))
-        said = [json.loads(bytes(text.tolist())) for text in all_texts.view(self.size, _MESSAGE)]
+            by = torch.device("cpu") if _carries_host_memory(self.group) else device
+            all_texts = torch.empty(self.size * _MESSAGE, dtype=torch.uint8, device=by)
+            _all_gather(all_texts, torch.frombuffer(bytearray(text), dtype=torch.uint8).to(by), group=self.group)
+            said = [json.loads(bytes(text)) for text in all_texts.view(self.size, _MESSAGE).tolist()]
         for name in said[0]["alike"] if all(x["alike"].keys() == said[0]["alike"].keys() for x in said) else ("loss",):
             values = [one["alike"].get(name) for one in said]
             if len(set(values)) > 1:
@@ -62,6 +61,8 @@ class Ranks:
                 )
                 raise ValueError(f"{name} must be the same on all ranks of the group, got {found}")
         self.counts = {name: [one["counts"][name] for one in said] for name in counts}
+        if not self.total(first := next(iter(counts))):
+            raise ValueError(f"{loss} needs {first} on at least one rank of the group, got none on all {self.size}")
 
     def total(self, kind: str) -> int:
         return sum(self.counts[kind])
@@ -97,7 +98,7 @@ class Ranks:
             )
         return list(received.split(here)) if here else [received] * self.size
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
     def sum(self, x: Tensor) -> Tensor:
         """Over all ranks, in their order, so that all have the same bits. Its gradient is the sum of all ranks' gradients."""
         total: Tensor = _Sum.apply(x, self)  # type: ignore[no-untyped-call]  # torch's
@@ -174,11 +175,6 @@ def _bytes(x: Tensor) -> Tensor:
     return x.view(-1).view(torch.uint8)
 
 
-def _host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A group of the same ranks that carries tensors in the hosts' memory: the group itself, or one made at its first call."""
-    if "cpu" in (entry.split(":")[0] for entry in dist.get_backend_config(group).split(",")):
-        return group
-    if group not in _host_groups:
-        _host_groups[group] = dist.new_group(dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True)
-    found: dist.ProcessGroup = _host_groups[group]
-    return found
+def _carries_host_memory(group: dist.ProcessGroup) -> bool:
+    """A group of NCCL alone does not; init_process_group() without a backend makes one of gloo beside it."""
+    return "cpu" in (entry.split(":")[0] for entry in dist.get_backend_config(group).split(","))

@@ -23,51 +23,55 @@ PACKAGE = Path(fastsupcon.__file__).parent
 #: parameter away, or to give it another place, breaks somebody's code.
 PUBLIC = {
     "fastsupcon": {
-        "BalancedSupConLoss": "num_classes dim temperature= * normalize= reduction= backend=",
+        "BalancedSupConLoss": "num_classes dim temperature= * normalize= reduction= group= across= backend=",
         "BalancedSupConLoss.forward": "features labels",
         "BalancedSupConLoss.logits": "features",
-        "InfoNCELoss": "temperature= symmetric= * normalize= reduction= queue= backend=",
+        "InfoNCELoss": "temperature= symmetric= * normalize= reduction= queue= group= across= backend=",
         "InfoNCELoss.chance_level": "pairs",
         "InfoNCELoss.forward": "a b keys= negatives=",
         "MemoryQueue": "size dim * dtype=",
         "MemoryQueue.clear": "",
         "MemoryQueue.columns": "like",
         "MemoryQueue.put": "rows keys",
-        "NTXentLoss": "temperature= * normalize= reduction= queue= backend=",
+        "NTXentLoss": "temperature= * normalize= reduction= queue= group= across= backend=",
         "NTXentLoss.chance_level": "rows",
         "NTXentLoss.forward": "z0 z1",
-        "PSCLoss": "num_classes embedding_dim temperature= * prototypes_per_class= denominator= normalize= reduction= backend=",
+        "PSCLoss": "num_classes embedding_dim temperature= * prototypes_per_class= denominator= normalize= "
+        "reduction= group= across= backend=",
         "PSCLoss.chance_level": "",
         "PSCLoss.forward": "features labels",
         "PSCLoss.logits": "features",
         "PaCoLoss": "num_classes dim class_counts= alpha= beta= gamma= * label_smoothing= temperature= class_temperature= normalize= "
-        "queue= reduction= backend=",
+        "queue= reduction= group= across= backend=",
         "PaCoLoss.forward": "features labels momentum_features= class_features=",
         "PaCoLoss.logits": "features",
         "PrototypeCrossEntropyLoss": "num_classes dim class_counts= margin= angular_margin= * temperature= normalize= ignore_index= "
-        "reduction= backend=",
+        "reduction= group= across= backend=",
         "PrototypeCrossEntropyLoss.forward": "features labels",
         "PrototypeCrossEntropyLoss.logits": "features",
         "SupConLoss": "temperature= contrast_mode= base_temperature= * form= denominator= beta= ignore_index= class_weights= queue= "
-        "normalize= reduction= lone_anchors= backend=",
+        "normalize= reduction= lone_anchors= "
+        "group= across= backend=",
         "SupConLoss.chance_level": "rows",
         "SupConLoss.forward": "features labels= mask= * positives= keys= key_labels= anchor_weights=",
         "diagnostics": "a module",
         "functional": "a module",
     },
     "fastsupcon.functional": {
-        "balanced_supcon_loss": "features labels prototypes * temperature= normalize= reduction= backend=",
+        "balanced_supcon_loss": "features labels prototypes * temperature= normalize= reduction= group= across= backend=",
         "cross_logsumexp": "a b * scale= bias= skip= row_labels= column_labels= backend=",
-        "info_nce_loss": "a b keys= negatives= * temperature= symmetric= normalize= reduction= queue= backend=",
-        "nt_xent_loss": "z0 z1 * temperature= normalize= reduction= queue= backend=",
+        "info_nce_loss": "a b keys= negatives= * temperature= symmetric= normalize= reduction= queue= group= across= backend=",
+        "nt_xent_loss": "z0 z1 * temperature= normalize= reduction= queue= group= across= backend=",
         "paco_loss": "features labels prototypes momentum_features= class_features= * alpha= beta= gamma= class_counts= label_smoothing= "
-        "temperature= class_temperature= normalize= queue= reduction= backend=",
+        "temperature= class_temperature= normalize= queue= reduction= group= across= backend=",
         "prototype_cross_entropy": "features labels prototypes * temperature= class_counts= margin= angular_margin= normalize= "
-        "ignore_index= reduction= backend=",
-        "psc_loss": "features labels prototypes * temperature= prototypes_per_class= denominator= normalize= reduction= backend=",
+        "ignore_index= reduction= group= across= backend=",
+        "psc_loss": "features labels prototypes * temperature= prototypes_per_class= denominator= normalize= "
+        "reduction= group= across= backend=",
         "self_logsumexp": "z * scale= backend=",
         "supcon_loss": "features labels= mask= * positives= keys= key_labels= temperature= base_temperature= contrast_mode= form= "
-        "denominator= beta= ignore_index= class_weights= anchor_weights= queue= normalize= reduction= lone_anchors= backend=",
+        "denominator= beta= ignore_index= class_weights= anchor_weights= queue= normalize= reduction= lone_anchors= "
+        "group= across= backend=",
     },
     "fastsupcon.diagnostics": {
         "alignment": "features labels=",

@@ -100,8 +100,8 @@ def reduce(losses: Tensor, reduction: str, weights: Tensor | None = None, ranks:
         return losses
     if ranks is not None:
         weight = losses.new_full((), len(losses)) if weights is None else weights.sum(dtype=losses.dtype)
-        total, weight = ranks.sum(torch.stack([losses.sum(), weight]))
-        return total if reduction == "sum" else total / torch.where(weight == 0, 1, weight)
+        sums: Tensor = ranks.sum(torch.stack([losses.sum(), weight]))  # and all ranks' weights
+        return sums[0] if reduction == "sum" else sums[0] / torch.where(sums[1] == 0, 1, sums[1])
     if reduction == "sum":
         return losses.sum()
     if weights is None:
@@ -195,7 +195,7 @@ class Loss(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         if isinstance(state.get("group"), _Uncopied):
             state["group"] = state["group"].group
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's
 
     def extra_repr(self) -> str:
         options = {name: value for name, value in self.options.items() if not isinstance(value, nn.Module)}  # those are shown as children

@@ -119,8 +119,16 @@ class BalancedSupConLoss(PrototypeLoss):
     ) -> None:
         check_options(temperature, reduction)
         ranks_of(group, across)
-        options = {"normalize": normalize, "reduction": reduction, "group": group, "across": across, "backend": backend}
-        super().__init__(num_classes, dim, temperature=temperature, **options)
+        super().__init__(
+            num_classes,
+            dim,
+            temperature=temperature,
+            normalize=normalize,
+            reduction=reduction,
+            group=group,
+            across=across,
+            backend=backend,
+        )
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         return balanced_supcon_loss(features, labels, self.prototypes, **self.options)

@@ -142,8 +142,15 @@ class NTXentLoss(Loss):
     ) -> None:
         check_options(temperature, reduction, queue)
         ranks_of(group, across)
-        options = {"reduction": reduction, "queue": queue, "group": group, "across": across, "backend": backend}
-        super().__init__(temperature=temperature, normalize=normalize, **options)
+        super().__init__(
+            temperature=temperature,
+            normalize=normalize,
+            reduction=reduction,
+            queue=queue,
+            group=group,
+            across=across,
+            backend=backend,
+        )
 
     def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
         return nt_xent_loss(z0, z1, **self.options)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -91,7 +91,7 @@ def prototype_cross_entropy(
     _check_options(temperature, margin, angular_margin, normalize, ignore_index, reduction)
     labels = class_labels(labels, len(features), features.device)
     if ranks is not None:
-        alike = {"margin": margin, "angular_margin": angular_margin, "normalize": normalize, "ignore_index": ignore_index}
+        alike: dict[str, Any] = {"margins": (margin, angular_margin), "normalize": normalize, "ignore_index": ignore_index}
         meet_with_prototypes(ranks, "prototype_cross_entropy", features, prototypes, temperature, reduction, **alike)
     counted = None if ignore_index is None else labels != ignore_index
     labels = labels if counted is None else labels.masked_fill(~counted, 0)

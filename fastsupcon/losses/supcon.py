@@ -111,7 +111,8 @@ def supcon_loss(
     "none" is of this rank's. Gradients are for DistributedDataParallel or FSDP to average. A queue takes in all ranks' rows.
     """
     ranks = ranks_of(group, across)
-    z, views = rows_of(features, least=1 if ranks is None else 0)
+    least = 1 if ranks is None else 0
+    z, views = rows_of(features, least=least)
     samples = features.shape[0]
     anchors = samples if contrast_mode == "one" else z.shape[0]
     check_options(temperature, contrast_mode, base_temperature, form, denominator, beta, reduction, lone_anchors, queue)
@@ -119,7 +120,7 @@ def supcon_loss(
     several = labels if are_several(labels, samples) else None
     by_keys = mask is None and positives is None and several is None
     classes = class_labels(labels, samples, z.device) if by_keys and labels is not None else None
-    check_together(z, by_keys, classes, positives, form, denominator, beta, keys, key_labels, ignore_index, queue)
+    check_together(z, by_keys, classes, positives, form, denominator, beta, keys, key_labels, ignore_index, queue, least)
     if ranks is not None:
         if mask is not None or positives is not None:
             raise ValueError(f"{'mask' if positives is None else 'positives'} names rows by number: expected group=None, got a group")
