@@ -50,7 +50,12 @@ def together(own: torch.device) -> Iterator[None]:
         return
     if own.type == "cuda":
         torch.cuda.set_device(own)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo")  # what lies in the hosts' memory goes by gloo
+    backends = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"  # what lies in the hosts' memory goes by gloo
+    store, number, size = next(dist.rendezvous("env://"))
+    if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
+        # A restart finds the addresses of before in torchrun's store (PyTorch's issue 135712). Machines may count restarts differently.
+        store = dist.PrefixStore(f"start {restarts('RESTART_COUNT')}", store)
+    dist.init_process_group(backends, store=store, rank=number, world_size=size)
     yield
     dist.destroy_process_group()
 
