@@ -434,7 +434,7 @@ def train(config: Config, data: datasets.Data, *, resume: bool = False) -> dict[
         task = progress.add_task(name, total=config.epochs * run.steps, completed=done, text="")
 
         def leave_if_stopped(*, unsaved: bool) -> None:
-            """All processes at the same step, whichever was told to stop."""
+            """All processes at the same step, whichever was told to stop; they ask each other at every one."""
             if not (received := processes.largest(stop.received or 0)):
                 return
             if unsaved:

@@ -5,6 +5,8 @@
 All of them draw the whole batch's indices and random numbers from the same seeds, and each keeps its part. Whatever is said of a batch, its
 batch statistics and its losses, is of the whole one; gradients are averaged by DistributedDataParallel. Without torchrun there is one
 process, and every function here gives back what it was given.
+
+A network that draws random numbers itself, for dropout, draws other ones than in one process. All processes read the run's folder.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ def launched() -> bool:
 
 
 def restarts(number: str) -> int:
-    """How often torchrun has started this run again (COUNT), or may (MAX)."""
+    """How often torchrun has started this run again ("RESTART_COUNT"), or may ("MAX_RESTARTS")."""
     return int(os.environ.get(f"TORCHELASTIC_{number}", 0)) if launched() else 0
 
 
