@@ -36,8 +36,8 @@ class Ranks:
     def meet(self, loss: str, device: torch.device, counts: Mapping[str, int], **alike: object) -> None:
         """Tells all ranks how many rows of each kind this one has, and asks that ``alike`` be the same everywhere.
 
-        Of the first kind in ``counts`` there must be some. This goes through the hosts' memory where the group has a backend for that, and no
-        GPU is waited for.
+        Of the first kind in ``counts`` there must be some. This goes through the hosts' memory where the group has a backend for that, and
+        no GPU is waited for.
 
         Raises:
             ValueError, on every rank: the ranks disagree; the text says which and on what.

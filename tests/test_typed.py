@@ -56,6 +56,7 @@ PUBLIC = {
         "SupConLoss.forward": "features labels= mask= * positives= keys= key_labels= anchor_weights=",
         "diagnostics": "a module",
         "functional": "a module",
+        "grad_cache": "encoder *inputs chunk **options",
     },
     "fastsupcon.functional": {
         "balanced_supcon_loss": "features labels prototypes * temperature= normalize= reduction= group= across= backend=",

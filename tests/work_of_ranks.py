@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastsupcon import SupConLoss
+from fastsupcon import SupConLoss, grad_cache
 from fastsupcon import functional as F
 from tests.table import LOSSES
 
@@ -128,6 +130,12 @@ def with_queue(group: dist.ProcessGroup, across: str) -> list[tuple[float, float
     return found
 
 
+def grad_cached(group: dist.ProcessGroup) -> dict[str, Any]:
+    from tests.test_grad_cache import of_rank
+
+    return of_rank(dist.get_rank(group), group)
+
+
 class Network(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -165,6 +173,9 @@ def trained(group: dist.ProcessGroup, how: str, across: str) -> dict[str, float]
             mesh = DeviceMesh.from_group(group, "cpu")
             fully_shard(both.network, mesh=mesh)
             wrapped = both
+        elif how == "grad_cache":
+            encoder = torch.nn.parallel.DistributedDataParallel(both.network, process_group=group)
+            wrapped = Both(functools.partial(grad_cache, encoder, chunk=2), both.loss)
         elif how == "compile":
             wrapped = torch.nn.parallel.DistributedDataParallel(both, process_group=group)
             wrapped = torch.compile(wrapped, backend="aot_eager")
@@ -173,7 +184,7 @@ def trained(group: dist.ProcessGroup, how: str, across: str) -> dict[str, float]
         with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
             loss = wrapped(mine(samples, rank, size), mine(labels, rank, size))
         loss.backward()
-        if how == "fsdp2" and name == "psc":
+        if how in ("fsdp2", "grad_cache") and name == "psc":  # the loss stands outside of what is wrapped
             torch.distributed.all_reduce(both.loss.prototypes.grad.div_(size), group=group)
         difference = 0.0
         for one, other in zip(of_one.parameters(), both.parameters(), strict=True):
@@ -184,7 +195,7 @@ def trained(group: dist.ProcessGroup, how: str, across: str) -> dict[str, float]
 
 
 class Both(torch.nn.Module):
-    def __init__(self, network: torch.nn.Module, loss: torch.nn.Module) -> None:
+    def __init__(self, network: Callable[[Tensor], Tensor], loss: torch.nn.Module) -> None:
         super().__init__()
         self.network, self.loss = network, loss
 
