@@ -151,6 +151,7 @@ class SupConLoss(HasGroup, losses.SupConLoss):
                 dtype=(embeddings.dtype, ref_emb.dtype),
                 requires_grad=(embeddings.requires_grad, ref_emb.requires_grad),
                 ref_emb="embeddings" if among_themselves else "others",
+                own_column=own is not None,
                 temperature=said(self.temperature),
                 normalize=_unit(self.distance),
             )
