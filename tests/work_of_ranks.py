@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before there is a default group: its functions keep for theirs the one that was when they were imported
 from torch import Tensor
 
 from fastsupcon import SupConLoss, grad_cache
@@ -56,6 +57,20 @@ def step(group: dist.ProcessGroup, name: str, dtype: torch.dtype, across: str, o
 
 def same_bits(first: dict[str, Any], second: dict[str, Any]) -> bool:
     return np.array_equal(first["loss"], second["loss"]) and all(map(np.array_equal, first["grads"], second["grads"]))
+
+
+def of_libraries(group: dist.ProcessGroup, function: str, *arguments: Any) -> Any:
+    """A function of work_of_libraries.py, which imports other libraries, with this group for the default one."""
+    from torch.distributed import distributed_c10d
+
+    from tests import work_of_libraries
+
+    everybody = dist.group.WORLD
+    distributed_c10d._update_default_pg(group)
+    try:
+        return getattr(work_of_libraries, function)(*arguments)
+    finally:
+        distributed_c10d._update_default_pg(everybody)
 
 
 def rows_of_rank(group: dist.ProcessGroup, *shape: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, int, int]:
