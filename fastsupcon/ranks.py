@@ -36,8 +36,8 @@ class Ranks:
     def meet(self, loss: str, device: torch.device, counts: Mapping[str, int], **alike: object) -> None:
         """Tells all ranks how many rows of each kind this one has, and asks that ``alike`` be the same everywhere.
 
-        Of the first kind in ``counts`` there must be some. This goes through the hosts' memory where the group has a backend for that, and no
-        GPU is waited for.
+        Of the first kind in ``counts`` there must be some. This goes through the hosts' memory where the group has a backend for that, and
+        no GPU is waited for.
 
         Raises:
             ValueError, on every rank: the ranks disagree; the text says which and on what.
@@ -104,6 +104,12 @@ class Ranks:
         total: Tensor = _Sum.apply(x, self)  # type: ignore[no-untyped-call]  # torch's
         return total
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
+    def gather_values(self, x: Tensor, kind: str) -> Tensor:
+        """As ``gather``. The gradient of this rank's values is the sum of all ranks' gradients of them."""
+        values: Tensor = _Gather.apply(x, self, kind)  # type: ignore[no-untyped-call]  # torch's
+        return values
+
     def sum_here(self, x: Tensor) -> Tensor:
         received = x.new_empty(self.size, *x.shape)
         with self._named("adding up"):
@@ -164,6 +170,18 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.ranks.sum_here(grad), None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: Ranks, kind: str) -> Tensor:
+        ctx.ranks, ctx.kind = ranks, kind
+        return ranks.gather(x, kind)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        ranks, first = ctx.ranks, ctx.ranks.first(ctx.kind)
+        return ranks.sum_here(grad)[first : first + ranks.counts[ctx.kind][ranks.rank]], None, None
 
 
 def _all_gather(received: Tensor, sent: Tensor, group: dist.ProcessGroup) -> None:

@@ -54,6 +54,15 @@ class Pool:
                 results[missing.pop(pipe)] = pipe.recv()
         return results
 
+    def results(self, function: str, size: int, *arguments: Any) -> list[Any]:
+        """The same where none may raise."""
+        found = self.run(function, size, *arguments)
+        for one in found:
+            if isinstance(one, Exception):
+                self.end()  # another rank may wait for this one
+                raise one
+        return found
+
     def end(self) -> None:
         for process in self.processes:
             process.kill()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before there is a default group: its functions keep for theirs the one that was when they were imported
 from torch import Tensor
 
-from fastsupcon import SupConLoss
+from fastsupcon import SupConLoss, grad_cache
 from fastsupcon import functional as F
 from tests.table import LOSSES
 
@@ -54,6 +57,20 @@ def step(group: dist.ProcessGroup, name: str, dtype: torch.dtype, across: str, o
 
 def same_bits(first: dict[str, Any], second: dict[str, Any]) -> bool:
     return np.array_equal(first["loss"], second["loss"]) and all(map(np.array_equal, first["grads"], second["grads"]))
+
+
+def of_libraries(group: dist.ProcessGroup, function: str, *arguments: Any) -> Any:
+    """A function of work_of_libraries.py, which imports other libraries, with this group for the default one."""
+    from torch.distributed import distributed_c10d
+
+    from tests import work_of_libraries
+
+    everybody = dist.group.WORLD
+    distributed_c10d._update_default_pg(group)
+    try:
+        return getattr(work_of_libraries, function)(*arguments)
+    finally:
+        distributed_c10d._update_default_pg(everybody)
 
 
 def rows_of_rank(group: dist.ProcessGroup, *shape: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, int, int]:
@@ -128,6 +145,12 @@ def with_queue(group: dist.ProcessGroup, across: str) -> list[tuple[float, float
     return found
 
 
+def grad_cached(group: dist.ProcessGroup) -> dict[str, Any]:
+    from tests.test_grad_cache import of_rank
+
+    return of_rank(dist.get_rank(group), group)
+
+
 class Network(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -165,6 +188,9 @@ def trained(group: dist.ProcessGroup, how: str, across: str) -> dict[str, float]
             mesh = DeviceMesh.from_group(group, "cpu")
             fully_shard(both.network, mesh=mesh)
             wrapped = both
+        elif how == "grad_cache":
+            encoder = torch.nn.parallel.DistributedDataParallel(both.network, process_group=group)
+            wrapped = Both(functools.partial(grad_cache, encoder, chunk=2), both.loss)
         elif how == "compile":
             wrapped = torch.nn.parallel.DistributedDataParallel(both, process_group=group)
             wrapped = torch.compile(wrapped, backend="aot_eager")
@@ -173,7 +199,7 @@ def trained(group: dist.ProcessGroup, how: str, across: str) -> dict[str, float]
         with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
             loss = wrapped(mine(samples, rank, size), mine(labels, rank, size))
         loss.backward()
-        if how == "fsdp2" and name == "psc":
+        if how in ("fsdp2", "grad_cache") and name == "psc":  # the loss stands outside of what is wrapped
             torch.distributed.all_reduce(both.loss.prototypes.grad.div_(size), group=group)
         difference = 0.0
         for one, other in zip(of_one.parameters(), both.parameters(), strict=True):
@@ -184,7 +210,7 @@ def trained(group: dist.ProcessGroup, how: str, across: str) -> dict[str, float]
 
 
 class Both(torch.nn.Module):
-    def __init__(self, network: torch.nn.Module, loss: torch.nn.Module) -> None:
+    def __init__(self, network: Callable[[Tensor], Tensor], loss: torch.nn.Module) -> None:
         super().__init__()
         self.network, self.loss = network, loss
 

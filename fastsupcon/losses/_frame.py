@@ -161,7 +161,23 @@ class _Uncopied:
         raise TypeError("a loss with a process group cannot be pickled: save its state_dict, or set its group to None first")
 
 
-class Loss(nn.Module):
+class HasGroup(nn.Module):
+    """A module that may hold a process group as ``group``. Its deep copies hold the same; pickling one is an error."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy.deepcopy, which cannot copy a process group, nor needs to."""
+        state = self.__dict__.copy()
+        if state.get("group") is not None:
+            state["group"] = _Uncopied(state["group"])
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if isinstance(state.get("group"), _Uncopied):
+            state["group"] = state["group"].group
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's
+
+
+class Loss(HasGroup):
     """A loss function with its options held as attributes. A temperature that is an nn.Parameter is registered, and learned.
 
     Subclasses annotate their options: to a type checker, an attribute of a module is otherwise a tensor or a module.
@@ -184,18 +200,6 @@ class Loss(nn.Module):
     @property
     def options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self._names}
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For copy.deepcopy, which cannot copy a process group, nor needs to."""
-        state = self.__dict__.copy()
-        if state.get("group") is not None:
-            state["group"] = _Uncopied(state["group"])
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        if isinstance(state.get("group"), _Uncopied):
-            state["group"] = state["group"].group
-        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's
 
     def extra_repr(self) -> str:
         options = {name: value for name, value in self.options.items() if not isinstance(value, nn.Module)}  # those are shown as children
