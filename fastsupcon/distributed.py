@@ -30,7 +30,7 @@ from . import operators
 from .backends import sum_dtype
 from .blocks import join
 from .problem import LOG_SUMS, Pairs, Side
-from .ranks import Ranks
+from .ranks import Ranks, outside_of_graphs
 
 
 class Shared(NamedTuple):
@@ -48,7 +48,7 @@ class Shared(NamedTuple):
     def columns_of_all(self) -> int:
         return self.ranks.total(self.column_kind)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
+    @outside_of_graphs
     def terms(self, row_names: tuple[str, ...], column_names: tuple[str, ...] = (), *, backend: str = "auto") -> tuple[Tensor, Tensor]:
         """operators.terms of this rank's rows over all ranks' columns, and of its columns over all ranks' rows."""
         scale = self.pairs.scale

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
-from collections.abc import Iterator, Mapping
-from typing import Any
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +15,25 @@ from torch import Tensor
 
 ACROSS = ("gather", "ring")
 _MESSAGE = 1024  # bytes in which a rank says what it was called with
+
+
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
+
+
+def outside_of_graphs(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
+    """torch.compiler.disable, but without the two seconds that importing the compiler takes where nothing is compiled."""
+    disabled: list[Callable[_Parameters, _Result]] = []
+
+    @functools.wraps(function)
+    def call(*arguments: _Parameters.args, **options: _Parameters.kwargs) -> _Result:
+        if "torch._dynamo" not in sys.modules:
+            return function(*arguments, **options)
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))
+        return disabled[0](*arguments, **options)
+
+    return call
 
 
 class Ranks:
@@ -32,7 +53,7 @@ class Ranks:
             raise ValueError("group must hold this process, got one that does not")
         self.counts: dict[str, list[int]] = {}
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
+    @outside_of_graphs
     def meet(self, loss: str, device: torch.device, counts: Mapping[str, int], **alike: object) -> None:
         """Tells all ranks how many rows of each kind this one has, and asks that ``alike`` be the same everywhere.
 
@@ -98,13 +119,13 @@ class Ranks:
             )
         return list(received.split(here)) if here else [received] * self.size
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
+    @outside_of_graphs
     def sum(self, x: Tensor) -> Tensor:
         """Over all ranks, in their order, so that all have the same bits. Its gradient is the sum of all ranks' gradients."""
         total: Tensor = _Sum.apply(x, self)  # type: ignore[no-untyped-call]  # torch's
         return total
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
+    @outside_of_graphs
     def gather_values(self, x: Tensor, kind: str) -> Tensor:
         """As ``gather``. The gradient of this rank's values is the sum of all ranks' gradients of them."""
         values: Tensor = _Gather.apply(x, self, kind)  # type: ignore[no-untyped-call]  # torch's
