@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ParamSpec, TypeVar
@@ -107,17 +108,27 @@ class Ranks:
             return received
         return torch.cat([part[:count] for part, count in zip(received.split(most), counts, strict=True)])
 
-    def exchange(self, x: Tensor, kind: str) -> list[Tensor]:
-        """x [total, ...] holds something for each row of every rank: [own count, ...] from each rank for the rows of this one."""
+    def exchange(self, x: Tensor, kind: str, owner: int | None = None) -> list[Tensor]:
+        """x [total, ...] holds something for each row of every rank: [own count, ...] from each rank for the rows of this one.
+
+        With an ``owner``, as ``blocks`` gives it by the ring, x is for that rank's rows alone, and this one's come from the one rank that
+        has its block. The order of what comes is the same each time.
+        """
         counts, here = self.counts[kind], self.counts[kind][self.rank]
+        takers = range(self.size) if owner is None else [owner]
+        givers = range(self.size) if owner is None else [(2 * self.rank - owner) % self.size]
         sent = x.detach().contiguous()
-        received = sent.new_empty(self.size * here, *x.shape[1:])
-        width = sent[:1].numel() * sent.element_size() if len(sent) else 0
+        received = sent.new_empty(len(givers) * here, *x.shape[1:])
+        width = math.prod(x.shape[1:]) * x.element_size()
         with self._named("exchanging partial sums"):
             dist.all_to_all_single(
-                _bytes(received), _bytes(sent), [here * width] * self.size, [c * width for c in counts], group=self.group
+                _bytes(received),
+                _bytes(sent),
+                [here * width if rank in givers else 0 for rank in range(self.size)],
+                [counts[rank] * width if rank in takers else 0 for rank in range(self.size)],
+                group=self.group,
             )
-        return list(received.split(here)) if here else [received] * self.size
+        return list(received.split(here)) if here else [received] * len(givers)
 
     @outside_of_graphs
     def sum(self, x: Tensor) -> Tensor:
@@ -137,13 +148,14 @@ class Ranks:
             _all_gather(_bytes(received), _bytes(x.detach().contiguous()), group=self.group)
         return received.sum(0)
 
-    def blocks(self, payload: Mapping[str, Tensor], kind: str) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """Tensors [own count, ...] of every rank, a block at a time: the number of its first row, and its tensors.
+    def blocks(self, payload: Mapping[str, Tensor], kind: str) -> Iterator[tuple[int | None, dict[str, Tensor]]]:
+        """Tensors [own count, ...] of every rank, a block at a time: the rank whose they are, and they.
 
-        One block of all rows; by the ring a rank's at a time, this one's first, while the next is on its way.
+        One block of all rows, which is no single rank's (None); by the ring a rank's at a time, this one's first, while the next is on its
+        way. A block may be empty.
         """
         if self.across == "gather":
-            yield 0, {name: self.gather(x, kind) for name, x in payload.items()}
+            yield None, {name: self.gather(x, kind) for name, x in payload.items()}
             return
         here = {name: x.detach().contiguous() for name, x in payload.items()}
         for step in range(self.size):
@@ -153,8 +165,7 @@ class Ranks:
             if step + 1 < self.size:
                 coming = {name: x.new_empty(self.counts[kind][after], *x.shape[1:]) for name, x in here.items()}
                 requests = self._pass_on(here, coming)
-            if self.counts[kind][source]:
-                yield self.first(kind, source), here
+            yield source, here
             with self._named("passing rows on"):
                 for request in requests:
                     request.wait()

@@ -48,7 +48,7 @@ def blocks_of(
     if columns is not None:
         blocks.append(shared(Pairs(own, columns.to(z.dtype), scale, unit, None, of_own, of_columns), ranks, "anchors", "keys"))
     elif of_all > 1 and not whole:
-        pairs = Pairs(own, z, scale, unit, None, of_own, of_rows, torch.arange(anchors, device=z.device))
+        pairs = Pairs(own, z, scale, unit, None, of_own, of_rows, numbers(anchors, z.device, ranks, "rows"))
         blocks.append(shared(pairs, ranks, "anchors", "rows"))
     elif of_all > 1:
         blocks.append(shared(Pairs(z, None, scale, unit, None, of_rows), ranks, "rows", "rows"))

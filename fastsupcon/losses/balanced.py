@@ -13,7 +13,7 @@ from ..backends._dtypes import no_autocast
 from ..blocks import Block, logaddexp, quantities
 from ..problem import Pairs
 from ..rows import wide_number
-from ._contrast import shared
+from ._contrast import numbers, shared
 from ._frame import check_options, class_labels, ranks_of, reduce, rows_of
 from ._prototypes import PrototypeLoss, check_prototypes, meet_with_prototypes
 
@@ -80,7 +80,7 @@ def balanced_supcon_loss(
         if ranks is not None:
             members = ranks.sum_here(members) - (ranks.size - 1)  # each has counted the prototypes
         bias = -members.to(sum_dtype(z.dtype)).log()[keys]
-        p, itself, scale = prototypes.to(z.dtype), torch.arange(rows, device=z.device), 1 / wide_number(temperature, z)
+        p, itself, scale = prototypes.to(z.dtype), numbers(rows, z.device, ranks, "rows"), 1 / wide_number(temperature, z)
         if ranks is None:
             blocks: list[Block] = [Pairs(z, torch.cat([z, p]), scale, normalize, bias, labels, keys, itself)]
         else:
