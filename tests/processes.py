@@ -1,4 +1,7 @@
-"""Four processes with gloo, started once for a whole run of the tests: ``run`` calls a function of work_of_ranks.py on some of them."""
+"""Four processes with gloo, started once for a whole run of the tests: ``run`` calls a function of work_of_ranks.py on some of them.
+
+A function of another file comes as "file.function".
+"""
 
 from __future__ import annotations
 
@@ -81,12 +84,13 @@ def _serve(rank: int, port: int, pipe: Connection) -> None:
     for size in range(1, SIZE + 1):
         groups[f"{size}"] = dist.new_group(list(range(size)), timeout=TIMEOUT)
         groups[f"short{size}"] = dist.new_group(list(range(size)), timeout=SHORT)
-    work = importlib.import_module("tests.work_of_ranks")
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
             function, group, arguments = pipe.recv()
             try:
-                result = getattr(work, function)(groups[group], *arguments)
+                module, _, name = function.rpartition(".")
+                work = importlib.import_module(f"tests.{module or 'work_of_ranks'}")
+                result = getattr(work, name)(groups[group], *arguments)
             except Exception as error:
                 error.add_note(traceback.format_exc()) if hasattr(error, "add_note") else None
                 result = error

@@ -60,7 +60,7 @@ PUBLIC = {
     },
     "fastsupcon.functional": {
         "balanced_supcon_loss": "features labels prototypes * temperature= normalize= reduction= group= across= backend=",
-        "cross_logsumexp": "a b * scale= bias= skip= row_labels= column_labels= backend=",
+        "cross_logsumexp": "a b * scale= bias= skip= row_labels= column_labels= group= across= backend=",
         "info_nce_loss": "a b keys= negatives= * temperature= symmetric= normalize= reduction= queue= group= across= backend=",
         "nt_xent_loss": "z0 z1 * temperature= normalize= reduction= queue= group= across= backend=",
         "paco_loss": "features labels prototypes momentum_features= class_features= * alpha= beta= gamma= class_counts= label_smoothing= "
@@ -69,7 +69,7 @@ PUBLIC = {
         "ignore_index= reduction= group= across= backend=",
         "psc_loss": "features labels prototypes * temperature= prototypes_per_class= denominator= normalize= "
         "reduction= group= across= backend=",
-        "self_logsumexp": "z * scale= backend=",
+        "self_logsumexp": "z * scale= group= across= backend=",
         "supcon_loss": "features labels= mask= * positives= keys= key_labels= temperature= base_temperature= contrast_mode= form= "
         "denominator= beta= ignore_index= class_weights= anchor_weights= queue= normalize= reduction= lone_anchors= "
         "group= across= backend=",
