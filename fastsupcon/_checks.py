@@ -95,13 +95,18 @@ def whole(name: str, value: Tensor) -> None:
         torch._assert_async(~broken.any(), message)
 
 
-def counts(name: str, value: Tensor, classes: int, device: torch.device) -> None:
-    """A [classes] of integers or floats, none below 0 and not all 0. Values on a GPU and under torch.compile are not read back."""
+def counts(name: str, value: Tensor, classes: int, device: torch.device, *, least: int = 1) -> None:
+    """A [classes] of integers or floats, none below 0 and not all 0. Values on a GPU and under torch.compile are not read back.
+
+    ``least`` = 0: these may all be 0, and there may be none of them.
+    """
     vector(name, value, classes, device, floating=isinstance(value, Tensor) and value.is_floating_point())
-    if value.device.type == "cpu" and not torch.compiler.is_compiling():
-        least, total = value.min().item(), value.sum().item()
-        if not (least >= 0 and 0 < total < math.inf):
-            raise ValueError(f"{name} must be finite, at least 0 and not all 0, got a least of {least:g} and a sum of {total:g}")
+    if least == 0:
+        not_negative(name, value)
+    elif value.device.type == "cpu" and not torch.compiler.is_compiling():
+        smallest, total = value.min().item(), value.sum().item()
+        if not (smallest >= 0 and 0 < total < math.inf):
+            raise ValueError(f"{name} must be finite, at least 0 and not all 0, got a least of {smallest:g} and a sum of {total:g}")
 
 
 def is_integer(value: object) -> TypeGuard[int]:

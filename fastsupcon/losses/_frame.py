@@ -203,7 +203,7 @@ class Loss(HasGroup):
 
     def extra_repr(self) -> str:
         options = {name: value for name, value in self.options.items() if not isinstance(value, nn.Module)}  # those are shown as children
-        if options.get("group", True) is None:  # across says nothing then
-            options = {name: value for name, value in options.items() if name not in ("group", "across")}
+        if options.get("group", True) is None:  # the others say nothing then
+            options = {name: value for name, value in options.items() if name not in ("group", "across", "sharded")}
         shown = {name: "learned" if isinstance(value, Tensor) else repr(value) for name, value in options.items()}
         return ", ".join(f"{name}={value}" for name, value in shown.items())

@@ -250,4 +250,5 @@ class PaCoLoss(PrototypeLoss):
 
     def logits(self, features: Tensor) -> Tensor:
         """x_i . p_c / tau_c of class features [N, dim] -> [N, num_classes]."""
-        return self._logits(features, self.class_temperature, unit=False)
+        _checks.rows("features", features, columns=self.prototypes.shape[1])
+        return self._logits(features, self.prototypes, self.class_temperature, unit=False)

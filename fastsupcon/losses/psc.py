@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,9 +14,11 @@ from ..backends._dtypes import no_autocast
 from ..blocks import quantities
 from ..positives import own_prototypes
 from ..problem import Line, Pairs
+from ..ranks import Ranks
 from ..rows import wide_number
-from ._frame import check_options, class_labels, ranks_of, reduce
-from ._prototypes import PrototypeLoss, check_prototypes, meet_with_prototypes
+from ._frame import check_options, class_labels, reduce
+from ._prototypes import check_prototypes, meet_with_prototypes
+from ._shards import ShardableLoss, against_shards, of_owners, ranks_of_shards
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -34,6 +36,7 @@ def psc_loss(
     reduction: str = "mean",
     group: ProcessGroup | None = None,
     across: str = "gather",
+    sharded: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Prototypical supervised contrastive loss of Wang et al. 2021 (section 3.4): anchors against learned class prototypes.
@@ -56,6 +59,11 @@ def psc_loss(
         reduction: "mean", "sum" or "none".
         group, across: the ranks whose losses are averaged together, see :func:`fastsupcon.functional.supcon_loss`. The prototypes are the
             same on all of them, and their gradient is for DistributedDataParallel to average; no features travel.
+        sharded: the prototypes are shared out among the ranks of ``group``, for more classes than one of them has memory for.
+            ``prototypes`` are this rank's, of the classes that follow those of the rank before it, as many as it has, or none. Labels
+            number the classes of all ranks. Here all features travel (``across``). The prototypes' gradient is that of one process, and
+            nobody must average it; those of the features and of the temperature are for DistributedDataParallel to average, as without.
+            With reduction="none" it is that of the average over ranks of what they make of their losses.
         backend: see :func:`fastsupcon.functional.self_logsumexp`.
 
     Returns:
@@ -65,7 +73,7 @@ def psc_loss(
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the text names it. On a GPU and under
             torch.compile a label out of range makes the loss NaN: reading it back would wait for the device.
     """
-    classes = prototype_classes(prototypes, prototypes_per_class)
+    classes = prototype_classes(prototypes, prototypes_per_class, least=int(not sharded))
     return _psc_loss(
         features,
         labels,
@@ -78,13 +86,14 @@ def psc_loss(
         reduction=reduction,
         group=group,
         across=across,
+        sharded=sharded,
         backend=backend,
     )
 
 
-def prototype_classes(prototypes: Tensor, per_class: int) -> Tensor:
+def prototype_classes(prototypes: Tensor, per_class: int, *, least: int = 1) -> Tensor:
     """The class of each prototype: int64 [C M]."""
-    _checks.rows("prototypes", prototypes)
+    _checks.rows("prototypes", prototypes, least=least)
     if not _checks.is_integer(per_class) or per_class < 1 or len(prototypes) % per_class:
         raise ValueError(f"prototypes_per_class must be a positive divisor of the {len(prototypes)} prototypes, got {per_class!r}")
     return torch.arange(len(prototypes), device=prototypes.device) // int(per_class)
@@ -103,20 +112,22 @@ def _psc_loss(
     reduction: str,
     group: ProcessGroup | None,
     across: str,
+    sharded: bool,
     backend: str,
 ) -> Tensor:
     """``classes`` are made once by the module: on a GPU making them is a launch of its own."""
-    ranks = ranks_of(group, across)
+    ranks = ranks_of_shards(group, across, sharded)
     _checks.rows("features", features, least=1 if ranks is None else 0)
-    check_prototypes(prototypes, features)
+    check_prototypes(prototypes, features, least=int(not sharded))
     _check_options(temperature, denominator, reduction)
     per_class = prototypes_per_class
-    count = len(prototypes) // per_class
-    if denominator == "negatives" and count < 2:
-        raise ValueError("prototypes must hold at least 2 classes for denominator='negatives', got 1: there is no negative")
     labels = class_labels(labels, len(features), features.device)
     if ranks is not None:
-        meet_with_prototypes(ranks, "psc_loss", features, prototypes, temperature, reduction, denominator=denominator, normalize=normalize)
+        alike: dict[str, Any] = {"prototypes_per_class": per_class, "denominator": denominator, "normalize": normalize}
+        meet_with_prototypes(ranks, "psc_loss", features, prototypes, temperature, reduction, sharded=sharded, **alike)
+    count = (ranks.total("prototypes") if sharded and ranks is not None else len(prototypes)) // per_class
+    if denominator == "negatives" and count < 2:
+        raise ValueError(f"prototypes must hold at least 2 classes for denominator='negatives', got {count}: there is no negative")
     z, p, scale = features, prototypes.to(features.dtype), 1 / wide_number(temperature, features)
     pairs = Pairs(z, p, scale, normalize, row_keys=labels, column_keys=classes)
     log_sum = "different" if denominator == "negatives" else "all"
@@ -128,9 +139,37 @@ def _psc_loss(
         return loss
     _checks.within("labels", labels, 0, count)
     with no_autocast(z):
-        others = getattr(quantities([pairs], log_sum, backend=backend), log_sum)
-        own = own_prototypes(z, p, labels, per_class, normalize) * scale  # [N, M]
-        return reduce(others - (own.detach().softmax(1) * own).sum(1), reduction, ranks=ranks)
+        if sharded and ranks is not None:
+            others, own = _over_shards(pairs, p, labels, ranks, log_sum, per_class, backend)
+        else:
+            others = getattr(quantities([pairs], log_sum, backend=backend), log_sum)
+            own = _positive(own_prototypes(z, p, labels, per_class, normalize) * scale)
+        return reduce(others - own, reduction, ranks=ranks)
+
+
+def _positive(own: Tensor) -> Tensor:
+    """The mean of the own similarities [N, M], weighted by affinity."""
+    return (own.detach().softmax(1) * own).sum(1)
+
+
+def _over_shards(
+    pairs: Pairs, p: Tensor, labels: Tensor, ranks: Ranks, log_sum: str, per_class: int, backend: str
+) -> tuple[Tensor, Tensor]:
+    """The denominator and the positive term of each row, [N] both, where each rank has some of the prototypes.
+
+    The log-sum over the own prototypes has the gradient of their mean weighted by affinity, whose weights count as constants. Its value is
+    put right by the rank that has them.
+    """
+    block = against_shards(pairs, ranks, per_class)
+    q = quantities([block], log_sum, "similarity" if per_class == 1 else "equal", backend=backend)
+    if per_class == 1:
+        return getattr(q, log_sum), q.similarity
+
+    def positive(block: dict[str, Tensor], classes: Tensor) -> Tensor:
+        return _positive(own_prototypes(block["rows"], p, classes, per_class, pairs.unit) * pairs.scale)
+
+    value = of_owners(positive, labels, p, ranks, per_class, rows=pairs.rows)
+    return getattr(q, log_sum), q.equal + (value - q.equal.detach())
 
 
 def _check_options(temperature: float | Tensor, denominator: object, reduction: object) -> None:
@@ -138,7 +177,7 @@ def _check_options(temperature: float | Tensor, denominator: object, reduction: 
     _checks.one_of("denominator", denominator, ("negatives", "all"))
 
 
-class PSCLoss(PrototypeLoss):
+class PSCLoss(ShardableLoss):
     """:func:`fastsupcon.functional.psc_loss` with learned prototypes, ``prototypes`` [num_classes * prototypes_per_class, embedding_dim].
 
     Hand the prototypes to the optimiser with the network's parameters: ``[*model.parameters(), *loss.parameters()]``.
@@ -153,6 +192,7 @@ class PSCLoss(PrototypeLoss):
     reduction: str
     group: ProcessGroup | None
     across: str
+    sharded: bool
     backend: str
     classes: Tensor
 
@@ -168,10 +208,10 @@ class PSCLoss(PrototypeLoss):
         reduction: str = "mean",
         group: ProcessGroup | None = None,
         across: str = "gather",
+        sharded: bool = False,
         backend: str = "auto",
     ) -> None:
         _check_options(temperature, denominator, reduction)
-        ranks_of(group, across)
         _checks.size("num_classes", num_classes, 2 if denominator == "negatives" else 1)
         _checks.size("embedding_dim", embedding_dim)
         _checks.size("prototypes_per_class", prototypes_per_class)
@@ -186,14 +226,18 @@ class PSCLoss(PrototypeLoss):
             reduction=reduction,
             group=group,
             across=across,
+            sharded=sharded,
             backend=backend,
         )
-        self.register_buffer("classes", prototype_classes(self.prototypes, self.prototypes_per_class), persistent=False)
+        self.register_buffer("classes", self._classes(), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PSCLoss:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's
-        self.classes = prototype_classes(self.prototypes, self.prototypes_per_class)  # to_empty() leaves a buffer without values
+        self.classes = self._classes()  # to_empty() leaves a buffer without values
         return self
+
+    def _classes(self) -> Tensor:
+        return prototype_classes(self.prototypes, self.prototypes_per_class, least=int(not self.sharded))
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         return _psc_loss(features, labels, self.prototypes, self.classes, **self.options)
