@@ -37,18 +37,20 @@ PUBLIC = {
         "NTXentLoss.chance_level": "rows",
         "NTXentLoss.forward": "z0 z1",
         "PSCLoss": "num_classes embedding_dim temperature= * prototypes_per_class= denominator= normalize= "
-        "reduction= group= across= backend=",
+        "reduction= group= across= sharded= backend=",
         "PSCLoss.chance_level": "",
         "PSCLoss.forward": "features labels",
         "PSCLoss.logits": "features",
+        "PSCLoss.whole_state_dict": "",
         "PaCoLoss": "num_classes dim class_counts= alpha= beta= gamma= * label_smoothing= temperature= class_temperature= normalize= "
         "queue= reduction= group= across= backend=",
         "PaCoLoss.forward": "features labels momentum_features= class_features=",
         "PaCoLoss.logits": "features",
         "PrototypeCrossEntropyLoss": "num_classes dim class_counts= margin= angular_margin= * temperature= normalize= ignore_index= "
-        "reduction= group= across= backend=",
+        "reduction= group= across= sharded= backend=",
         "PrototypeCrossEntropyLoss.forward": "features labels",
         "PrototypeCrossEntropyLoss.logits": "features",
+        "PrototypeCrossEntropyLoss.whole_state_dict": "",
         "SupConLoss": "temperature= contrast_mode= base_temperature= * form= denominator= beta= ignore_index= class_weights= queue= "
         "normalize= reduction= lone_anchors= "
         "group= across= backend=",
@@ -66,9 +68,9 @@ PUBLIC = {
         "paco_loss": "features labels prototypes momentum_features= class_features= * alpha= beta= gamma= class_counts= label_smoothing= "
         "temperature= class_temperature= normalize= queue= reduction= group= across= backend=",
         "prototype_cross_entropy": "features labels prototypes * temperature= class_counts= margin= angular_margin= normalize= "
-        "ignore_index= reduction= group= across= backend=",
+        "ignore_index= reduction= group= across= sharded= backend=",
         "psc_loss": "features labels prototypes * temperature= prototypes_per_class= denominator= normalize= "
-        "reduction= group= across= backend=",
+        "reduction= group= across= sharded= backend=",
         "self_logsumexp": "z * scale= group= across= backend=",
         "supcon_loss": "features labels= mask= * positives= keys= key_labels= temperature= base_temperature= contrast_mode= form= "
         "denominator= beta= ignore_index= class_weights= anchor_weights= queue= normalize= reduction= lone_anchors= "
