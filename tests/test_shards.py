@@ -43,6 +43,21 @@ def test_the_module(pool, kind, across):
             assert_close(got, want, 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("kind", "how", "across", "tolerance"),
+    [
+        ("psc", "eager", "gather", 1e-5),
+        ("margins", "eager", "ring", 1e-5),
+        ("margins", "compile", "gather", 1e-5),
+        ("psc", "autocast", "ring", 3e-2),
+        ("margins", "autocast", "gather", 3e-2),
+    ],
+)
+def test_beside_a_network_under_ddp(pool, kind, how, across, tolerance):
+    for difference in results(pool, 4, kind, how, across, function="work_of_shards.trained"):
+        assert difference < tolerance
+
+
 @pytest.mark.parametrize(("count", "dim"), [(7, 3), (1, 1), (200_003, 17), (70_000, 30)])
 def test_directions_are_those_drawn_together(count, dim):
     torch.manual_seed(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -27,6 +28,10 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "margins": (F.prototype_cross_entropy, {"class_counts": COUNTS, "margin": 0.2, "angular_margin": 0.3}),
     "ignored": (F.prototype_cross_entropy, {"ignore_index": -7}),
     "none": (F.prototype_cross_entropy, {"reduction": "none", "margin": 0.1}),
+}
+BUILD = {
+    "psc": lambda **options: PSCLoss(CLASSES, DEPTH, prototypes_per_class=3, **options),
+    "margins": lambda **options: PrototypeCrossEntropyLoss(CLASSES, DEPTH, COUNTS, 0.2, 0.3, temperature=0.1, **options),
 }
 
 
@@ -76,10 +81,7 @@ def twice(group: dist.ProcessGroup, case: str, across: str) -> bool:
 def module(group: dist.ProcessGroup, kind: str, across: str) -> dict[str, Any]:
     """What a module of shards does, beside one with all prototypes."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    build = {
-        "psc": lambda **options: PSCLoss(CLASSES, DEPTH, prototypes_per_class=3, **options),
-        "margins": lambda **options: PrototypeCrossEntropyLoss(CLASSES, DEPTH, COUNTS, 0.2, 0.3, temperature=0.1, **options),
-    }[kind]
+    build = BUILD[kind]
     torch.manual_seed(5)
     whole = build()
     after = torch.randn(2)
@@ -114,6 +116,28 @@ def module(group: dist.ProcessGroup, kind: str, across: str) -> dict[str, Any]:
     again.load_state_dict(shards.state_dict())
     found["loads its own"] = torch.equal(again.prototypes, shards.prototypes)
     return found
+
+
+def trained(group: dist.ProcessGroup, kind: str, how: str, across: str) -> float:
+    """Largest relative difference from one process's of the gradients of a network under DistributedDataParallel, and of a shard."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    torch.manual_seed(6)
+    network, samples, labels = torch.nn.Linear(8, DEPTH), torch.randn(SAMPLES, 8), torch.randint(0, CLASSES, (SAMPLES,))
+    whole, shards = BUILD[kind](), BUILD[kind](group=group, across=across, sharded=True)
+    shards.load_state_dict(whole.state_dict())
+    other = copy.deepcopy(network)
+    model = torch.nn.parallel.DistributedDataParallel(other, process_group=group)
+    loss: Any = torch.compile(shards, backend="aot_eager") if how == "compile" else shards
+    z, y = (x.split(SHARES[size])[rank] for x in (samples, labels))
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        found = loss(model(z), y)
+    found.backward()
+    whole(network(samples), labels).backward()
+    rows = slice(shards.own.start * shards.per_class, shards.own.stop * shards.per_class)
+    pairs = [(x.grad, y.grad) for x, y in zip(other.parameters(), network.parameters(), strict=True)]
+    pairs.append((shards.prototypes.grad, whole.prototypes.grad[rows]))
+    scales = [y.grad.abs().max() for y in (*network.parameters(), whole.prototypes)]
+    return max(((x - y).abs().max() / scale).item() for (x, y), scale in zip(pairs, scales, strict=True) if len(x))
 
 
 def refused(group: dist.ProcessGroup) -> list[str]:
