@@ -73,6 +73,12 @@ def test_a_nan_is_seen_everywhere(pool, across):
     assert all(np.isnan(loss) for loss in results(pool, 3, across, function="work_of_shards.with_nan"))
 
 
+@pytest.mark.parametrize("how", ["ddp", "load"])
+def test_copies_are_no_shards(pool, how):
+    for error in pool.run("work_of_shards.copied", 3, how):
+        assert isinstance(error, ValueError) and str(error).startswith("prototypes of two ranks begin with the same row")
+
+
 def test_what_is_refused(pool):
     for said in results(pool, 2, function="work_of_shards.refused"):
         expected = [

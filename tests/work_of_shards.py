@@ -140,6 +140,18 @@ def trained(group: dist.ProcessGroup, kind: str, how: str, across: str) -> float
     return max(((x - y).abs().max() / scale).item() for (x, y), scale in zip(pairs, scales, strict=True) if len(x))
 
 
+def copied(group: dist.ProcessGroup, how: str) -> None:
+    """Calls a loss of even shards, of which all ranks have been given rank 0's."""
+    loss = PSCLoss(2 * dist.get_world_size(group), DEPTH, group=group, sharded=True)
+    called: Any = loss
+    if how == "ddp":
+        called = torch.nn.parallel.DistributedDataParallel(loss, process_group=group)
+    else:
+        loss(torch.randn(2, DEPTH), torch.arange(2))
+        loss.load_state_dict({"prototypes": torch.ones(2, DEPTH)})
+    called(torch.randn(2, DEPTH), torch.arange(2))
+
+
 def refused(group: dist.ProcessGroup) -> list[str]:
     """What each of these says, on every rank."""
     rank = dist.get_rank(group)

@@ -76,8 +76,8 @@ def directions(count: int, dim: int, own: range) -> Tensor:
     for start in starts:
         stop = count if start == starts[-1] else start + few
         drawn = torch.randn(stop - start, dim)
-        parts.append(drawn[max(own.start - start, 0) : max(own.stop - start, 0)].clone())
-    return wide_rows(torch.cat(parts), unit=True)
+        parts.append(wide_rows(drawn[max(own.start - start, 0) : max(own.stop - start, 0)], unit=True))
+    return torch.cat(parts)
 
 
 class PrototypeLoss(Loss):

@@ -68,8 +68,8 @@ def of_owners(
 class ShardableLoss(PrototypeLoss):
     """With ``sharded=True`` rank r of R has the prototypes of the classes num_classes r // R ... num_classes (r + 1) // R - 1 alone.
 
-    They are what one process with the same seed would begin with (drawn on a CPU), and each rank draws them all, a few at a time, so that
-    its random state goes on as anybody's. Their gradient is that of one process, and nobody must average it: keep the module out of what
+    They are what one process with the same seed would begin with, and each rank draws them all, a few at a time, so that its random state
+    goes on as anybody's. Their gradient is that of one process, and nobody must average it: keep the module out of what
     DistributedDataParallel or FSDP wraps. Their optimiser's state is each rank's own.
 
     ``state_dict()`` has this rank's prototypes and class counts, ``whole_state_dict()`` those of all; ``load_state_dict`` takes either, so
@@ -89,6 +89,7 @@ class ShardableLoss(PrototypeLoss):
         if options["sharded"] and ranks is not None:
             own = range(*(num_classes * rank // ranks.size for rank in (ranks.rank, ranks.rank + 1)))
         super().__init__(num_classes, dim, per_class, class_counts, own, **options)
+        self._are_apart = False
 
     def logits(self, features: Tensor) -> Tensor:
         """z_i . p_c / tau: [N, D] -> [N, num_classes]; with several prototypes per class the log-sum-exp over them.
@@ -109,6 +110,23 @@ class ShardableLoss(PrototypeLoss):
             first, count = (number // self.per_class for number in (ranks.first("prototypes", owner or 0), len(block["prototypes"])))
             logits[:, first : first + count] = self._logits(features, block["prototypes"], self.temperature, self.normalize)
         return logits
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
+    def _check_apart(self) -> None:
+        """Of shards, at the first call and after each load: a ValueError on all ranks where two have the same, and not each its own.
+
+        DistributedDataParallel makes copies of rank 0's when it wraps them, and so does a checkpoint of one rank's that all ranks load.
+        """
+        if self._are_apart:
+            return
+        ranks = self._met("the first call of a loss with shards", self.prototypes, first=min(1, len(self.prototypes)))
+        firsts = ranks.gather(self.prototypes[:1], "first")
+        if len(firsts.unique(dim=0)) < len(firsts):
+            raise ValueError(
+                "prototypes of two ranks begin with the same row, where each must have its own: keep the loss out of what "
+                "DistributedDataParallel wraps, and load what whole_state_dict() gave or each rank's own"
+            )
+        self._are_apart = True
 
     def whole_state_dict(self) -> dict[str, Any]:
         """state_dict() as one process has it, the same on every rank; all ranks call it. Of prototypes that are no shards: state_dict()."""
@@ -132,4 +150,5 @@ class ShardableLoss(PrototypeLoss):
                 x = state_dict.get(prefix + name)
                 if isinstance(x, Tensor) and x.ndim and len(x) == self.num_classes * per_class:
                     state_dict = {**state_dict, prefix + name: x[self.own.start * per_class : self.own.stop * per_class]}
+        self._are_apart = False
         super()._load_from_state_dict(state_dict, prefix, *arguments)

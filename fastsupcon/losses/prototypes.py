@@ -146,6 +146,9 @@ class PrototypeCrossEntropyLoss(ShardableLoss):
 
     Hand the prototypes to the optimiser with the network's parameters: ``[*model.parameters(), *loss.parameters()]``.
 
+    With a ``group`` and ``sharded=True`` each rank has its part of the classes' prototypes: see
+    :class:`~fastsupcon.losses._shards.ShardableLoss` for which, how they are saved, and that DistributedDataParallel must not wrap them.
+
     >>> arcface = PrototypeCrossEntropyLoss(num_classes=1_000_000, dim=128, angular_margin=0.5)
     >>> arcface(features, labels).backward()  # features [N, 128]
     >>> balanced = PrototypeCrossEntropyLoss(10, 128, class_counts=[5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50], temperature=0.1)
@@ -196,4 +199,6 @@ class PrototypeCrossEntropyLoss(ShardableLoss):
         )
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        if self.sharded:
+            self._check_apart()
         return prototype_cross_entropy(features, labels, self.prototypes, class_counts=self.class_counts, **self.options)

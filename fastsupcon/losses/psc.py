@@ -182,6 +182,9 @@ class PSCLoss(ShardableLoss):
 
     Hand the prototypes to the optimiser with the network's parameters: ``[*model.parameters(), *loss.parameters()]``.
 
+    With a ``group`` and ``sharded=True`` each rank has its part of the classes' prototypes: see
+    :class:`~fastsupcon.losses._shards.ShardableLoss` for which, how they are saved, and that DistributedDataParallel must not wrap them.
+
     >>> psc = PSCLoss(num_classes=10, embedding_dim=128, temperature=0.1)
     >>> psc(features, labels).backward()  # features [N, 128]
     >>> psc.logits(features).argmax(1)  # the nearest prototype's class
@@ -240,6 +243,8 @@ class PSCLoss(ShardableLoss):
         return prototype_classes(self.prototypes, self.prototypes_per_class, least=int(not self.sharded))
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        if self.sharded:
+            self._check_apart()
         return _psc_loss(features, labels, self.prototypes, self.classes, **self.options)
 
     def chance_level(self) -> float:
