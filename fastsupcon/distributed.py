@@ -2,7 +2,6 @@
 
     from torch.distributed import group
     SupConLoss(0.1, group=group.WORLD)(features, labels)         # this rank's rows; the loss of all ranks' rows, the same on each
-
     PSCLoss(10**6, 128, group=group.WORLD, sharded=True)         # and a part of the prototypes on each rank
 
 Every rank calls with its own rows, as many as it has. What comes back, value and gradient, is what one process would have with all rows

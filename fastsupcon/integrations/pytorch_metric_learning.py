@@ -156,6 +156,7 @@ class SupConLoss(HasGroup, losses.SupConLoss):
                 normalize=_unit(self.distance),
             )
             n, m = ranks.total("rows"), ranks.total("references")
+            own = None if own is None else torch.where(own < 0, -1, own + ranks.first("references"))  # the number among all ranks' columns
         if n * m - (0 if own is None else n) <= 2:
             return None
         scale = 1 / wide_number(self.temperature, embeddings)
