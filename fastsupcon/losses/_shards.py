@@ -12,7 +12,7 @@ from .. import _checks
 from ..backends import sum_dtype
 from ..distributed import Shared
 from ..problem import Pairs
-from ..ranks import Ranks
+from ..ranks import Ranks, outside_of_graphs
 from ._frame import ranks_of
 from ._prototypes import PrototypeLoss
 
@@ -37,7 +37,7 @@ def against_shards(pairs: Pairs, ranks: Ranks, per_class: int = 1) -> Shared:
     return Shared(pairs._replace(column_keys=keys), ranks, "rows", "prototypes", rows_travel=True)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
+@outside_of_graphs
 @torch.no_grad()
 def of_owners(
     value: Callable[[dict[str, Tensor], Tensor], Tensor],
@@ -111,7 +111,7 @@ class ShardableLoss(PrototypeLoss):
             logits[:, first : first + count] = self._logits(features, block["prototypes"], self.temperature, self.normalize)
         return logits
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
+    @outside_of_graphs
     def _check_apart(self) -> None:
         """Of shards, at the first call and after each load: a ValueError on all ranks where two have the same, and not each its own.
 
