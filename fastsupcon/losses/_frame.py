@@ -26,7 +26,7 @@ def ranks_of(group: ProcessGroup | None, across: str) -> Ranks | None:
 
 def said(number: float | Tensor | None) -> str:
     """A temperature in what ranks tell each other: the value of a tensor is not read back."""
-    return "a tensor" if isinstance(number, Tensor) else str(number)
+    return f"a tensor, requires_grad={number.requires_grad}" if isinstance(number, Tensor) else str(number)
 
 
 def rows_of(features: Tensor, name: str = "features", *, least: int = 1) -> tuple[Tensor, int]:
