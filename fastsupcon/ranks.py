@@ -97,7 +97,7 @@ class Ranks:
         """Of all ranks, [total, ...] from [own count, ...], in their order; without gradient. Bits travel, so any dtype will do."""
         counts = self.counts[kind]
         most = max(counts)
-        sent = x.detach().contiguous()
+        sent = _packed(x)
         if len(x) < most:
             sent = torch.cat([sent, sent.new_zeros(most - len(x), *x.shape[1:])])
         received = sent.new_empty(self.size * most, *x.shape[1:])
@@ -117,7 +117,7 @@ class Ranks:
         counts, here = self.counts[kind], self.counts[kind][self.rank]
         takers = range(self.size) if owner is None else [owner]
         givers = range(self.size) if owner is None else [(2 * self.rank - owner) % self.size]
-        sent = x.detach().contiguous()
+        sent = _packed(x)
         received = sent.new_empty(len(givers) * here, *x.shape[1:])
         width = math.prod(x.shape[1:]) * x.element_size()
         with self._named("exchanging partial sums"):
@@ -145,7 +145,7 @@ class Ranks:
     def sum_here(self, x: Tensor) -> Tensor:
         received = x.new_empty(self.size, *x.shape)
         with self._named("adding up"):
-            _all_gather(_bytes(received), _bytes(x.detach().contiguous()), group=self.group)
+            _all_gather(_bytes(received), _bytes(_packed(x)), group=self.group)
         return received.sum(0)
 
     def blocks(self, payload: Mapping[str, Tensor], kind: str) -> Iterator[tuple[int | None, dict[str, Tensor]]]:
@@ -157,7 +157,7 @@ class Ranks:
         if self.across == "gather":
             yield None, {name: self.gather(x, kind) for name, x in payload.items()}
             return
-        here = {name: x.detach().contiguous() for name, x in payload.items()}
+        here = {name: _packed(x) for name, x in payload.items()}
         for step in range(self.size):
             source, after = ((self.rank - behind) % self.size for behind in (step, step + 1))
             coming: dict[str, Tensor] = {}
@@ -221,8 +221,12 @@ def _all_gather(received: Tensor, sent: Tensor, group: dist.ProcessGroup) -> Non
     gather(received, sent, group=group)
 
 
+def _packed(x: Tensor) -> Tensor:
+    return x.detach().resolve_neg().contiguous()
+
+
 def _bytes(x: Tensor) -> Tensor:
-    return x.view(-1).view(torch.uint8)
+    return x.as_strided((x.numel(),), (1,)).view(torch.uint8)  # a single number is contiguous at any stride, which view() would keep
 
 
 def _carries_host_memory(group: dist.ProcessGroup) -> bool:

@@ -85,6 +85,12 @@ def test_queues_hold_all_ranks_rows(pool, across):
             assert got == pytest.approx(want, rel=1e-12)
 
 
+@pytest.mark.parametrize("across", ["gather", "ring"])
+def test_a_row_a_rank_however_it_lies_in_memory(pool, across):
+    for want, got in results(pool, 4, across, function="of_one_row"):
+        assert got == pytest.approx(want, rel=1e-5)
+
+
 @pytest.mark.parametrize("name", ["scl", "scl several", "bcl", "paco", "infonce keys"])
 @pytest.mark.parametrize("across", ["gather", "ring"])
 def test_the_same_bits_every_time(pool, name, across):

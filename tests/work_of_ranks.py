@@ -245,6 +245,20 @@ def late(group: dist.ProcessGroup) -> float:
     return F.supcon_loss(torch.randn(4, 6), torch.arange(4) % 2, normalize=True, group=group).item()
 
 
+def of_one_row(group: dist.ProcessGroup, across: str) -> tuple[float, float]:
+    """Losses of a row on each rank, whose label is a stride apart from the others' and whose features stand as their negatives."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    torch.manual_seed(5)
+    z, labels = torch._neg_view(torch.randn(size, 6)), torch.arange(size) % 2
+    found = []
+    for rows, more in ((slice(None), {}), (slice(rank, None, size), {"group": group, "across": across})):
+        own = z[rows].detach().requires_grad_()
+        loss = F.supcon_loss(own, labels[rows], normalize=True, temperature=0.2, denominator="negatives", **more)
+        loss.backward()
+        found.append(loss.item())
+    return found[0], found[1]
+
+
 def with_nan(group: dist.ProcessGroup) -> float:
     z = torch.randn(4, 6)
     if dist.get_rank(group) == 0:
