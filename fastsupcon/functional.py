@@ -136,7 +136,7 @@ def cross_logsumexp(
             dtype=a.dtype,
             requires_grad=(a.requires_grad, b.requires_grad),
             scale=said(scale),
-            bias=None if bias is None else f"requires_grad={bias.requires_grad}",
+            bias=said(bias),
             skip=skip is not None,
             labels=row_labels is not None,
         )

@@ -65,7 +65,8 @@ class Ranks:
             ValueError, on every rank: the ranks disagree; the text says which and on what.
             RuntimeError: a rank did not come within the group's timeout.
         """
-        mine = json.dumps({"counts": counts, "alike": {"loss": loss, "across": self.across} | {name: str(x) for name, x in alike.items()}})
+        alike = {"loss": loss, "across": self.across, "device": device.type, "grad_enabled": torch.is_grad_enabled()} | alike
+        mine = json.dumps({"counts": counts, "alike": {name: str(x) for name, x in alike.items()}})
         text = mine.encode().ljust(_MESSAGE)
         if len(text) > _MESSAGE:
             raise AssertionError(f"what {loss} was called with takes {len(text)} bytes, more than {_MESSAGE}")

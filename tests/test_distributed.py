@@ -91,6 +91,14 @@ def test_a_row_a_rank_however_it_lies_in_memory(pool, across):
         assert got == pytest.approx(want, rel=1e-5)
 
 
+@pytest.mark.parametrize("across", ["gather", "ring"])
+def test_one_row_in_all_meets_the_queue(pool, across):
+    for rank, found in enumerate(results(pool, 3, across, function="with_one_row")):
+        for number, (loss, gradient) in enumerate(found[:3]):
+            mine = rank == 0
+            assert found[3 + number] == pytest.approx((loss if mine or number < 2 else 0, gradient if mine else 0), rel=1e-5)
+
+
 @pytest.mark.parametrize("name", ["scl", "scl several", "bcl", "paco", "infonce keys"])
 @pytest.mark.parametrize("across", ["gather", "ring"])
 def test_the_same_bits_every_time(pool, name, across):
@@ -125,6 +133,24 @@ def test_ranks_that_disagree_are_named_on_every_rank(pool, what, message):
     for error in pool.run("disagreeing", 3, what):
         assert isinstance(error, ValueError)
         assert str(error) == message
+
+
+@pytest.mark.parametrize(
+    ("what", "others", "last"),
+    [
+        ("queue", "0 of 8 rows, training=True", "0 of 8 rows, training=False"),
+        ("grad_enabled", "True", "False"),
+        ("anchor_weights", "a tensor, requires_grad=True", "a tensor, requires_grad=False"),
+        ("class_weights", "a tensor, requires_grad=True", "a tensor, requires_grad=False"),
+        ("prototypes", "[4, 6], requires_grad=True", "[4, 6], requires_grad=False"),
+        ("class_features", "a tensor, requires_grad=True", "a tensor, requires_grad=False"),
+        ("class_counts", "a tensor, requires_grad=False", "None"),
+    ],
+)
+def test_a_rank_that_would_meet_the_others_less_often(pool, what, others, last):
+    for error in pool.run("apart", 3, what):
+        assert isinstance(error, ValueError)
+        assert str(error) == f"{what} must be the same on all ranks of the group, got {others} on ranks 0, 1; {last} on rank 2"
 
 
 def test_a_rank_that_does_not_come(pool):

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.distributed.nn  # before there is a default group: its functions keep for theirs the one that was when they were imported
 from torch import Tensor
 
-from fastsupcon import SupConLoss, grad_cache
+from fastsupcon import MemoryQueue, SupConLoss, grad_cache
 from fastsupcon import functional as F
 from tests.table import LOSSES
 
@@ -128,7 +128,7 @@ def supcon(group: dist.ProcessGroup, across: str, given: tuple[str, ...], option
 
 def with_queue(group: dist.ProcessGroup, across: str) -> list[tuple[float, float]]:
     """Losses of three steps, and of one process's."""
-    from fastsupcon import InfoNCELoss, MemoryQueue, NTXentLoss, SupConLoss
+    from fastsupcon import InfoNCELoss, NTXentLoss
 
     found = []
     everything, _, rank, size = rows_of_rank(group, 3, DEPTH)
@@ -236,6 +236,47 @@ def disagreeing(group: dist.ProcessGroup, what: str) -> str:
     else:
         F.supcon_loss(z, torch.arange(4) % 2, **options)
     return ""
+
+
+def apart(group: dist.ProcessGroup, what: str) -> str:
+    """The same where the last rank would meet the others less often, or would be left out by them."""
+    odd = dist.get_rank(group) == dist.get_world_size(group) - 1
+    z, labels, p = torch.randn(4, 6), torch.arange(4) % 2, torch.randn(4, 6)
+    weights = torch.rand(4, requires_grad=not odd)
+    if what == "queue":
+        F.supcon_loss(z, labels, queue=MemoryQueue(8, 6).train(not odd), group=group)
+    elif what == "grad_enabled":
+        with torch.set_grad_enabled(not odd):
+            F.supcon_loss(z.requires_grad_(), labels, group=group)
+    elif what == "anchor_weights":
+        F.supcon_loss(z, labels, anchor_weights=weights, group=group)
+    elif what == "class_weights":
+        F.supcon_loss(z, labels, class_weights=weights, group=group)
+    elif what == "prototypes":
+        F.psc_loss(z, labels, p.requires_grad_(not odd), group=group)
+    elif what == "class_features":
+        F.paco_loss(z, labels, p, class_features=torch.randn(4, 6, requires_grad=not odd), group=group)
+    elif what == "class_counts":
+        F.paco_loss(z, labels, p, class_counts=None if odd else torch.ones(4), group=group)
+    return ""
+
+
+def with_one_row(group: dist.ProcessGroup, across: str) -> list[tuple[float, float]]:
+    """Losses, and lengths of gradients, for each reduction: of one process, then where the first rank has the only row of all."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    torch.manual_seed(6)
+    row, rows = torch.randn(1, 6), torch.randn(5, 6)
+    found = []
+    for over in ({}, {"group": group, "across": across}):
+        for reduction in ("mean", "sum", "none"):
+            queue = MemoryQueue(5, 6)
+            queue.put(rows, torch.arange(5) % 2)
+            z = (row[:0] if over and rank else row).clone().requires_grad_()
+            loss = F.supcon_loss(z, torch.zeros(len(z), dtype=torch.int64), queue=queue, normalize=True, reduction=reduction, **over)
+            (gradient,) = torch.autograd.grad(loss.sum(), z)
+            share = size if over and reduction != "none" else 1
+            found.append((loss.sum().item(), gradient.norm().item() / share))
+    return found
 
 
 def late(group: dist.ProcessGroup) -> float:

@@ -24,9 +24,16 @@ def ranks_of(group: ProcessGroup | None, across: str) -> Ranks | None:
     return None if group is None else Ranks(group, across)
 
 
-def said(number: float | Tensor | None) -> str:
-    """A temperature in what ranks tell each other: the value of a tensor is not read back."""
-    return f"a tensor, requires_grad={number.requires_grad}" if isinstance(number, Tensor) else str(number)
+def said(value: float | Tensor | MemoryQueue | None) -> str:
+    """An argument in what ranks tell each other: of a tensor no value, which would have to be read back, but where a gradient is to go.
+
+    Both decide how often they meet: in the backward for each gradient, and after the loss to fill a queue in training mode.
+    """
+    if isinstance(value, Tensor):
+        return f"a tensor, requires_grad={value.requires_grad}"
+    if isinstance(value, MemoryQueue):
+        return f"{len(value)} of {len(value.rows)} rows, training={value.training}"
+    return str(value)
 
 
 def rows_of(features: Tensor, name: str = "features", *, least: int = 1) -> tuple[Tensor, int]:

@@ -45,7 +45,7 @@ def meet_with_prototypes(
         depth=features.shape[1],
         dtype=features.dtype,
         requires_grad=features.requires_grad,
-        prototypes=f"shards, requires_grad={prototypes.requires_grad}" if sharded else list(prototypes.shape),
+        prototypes=f"{'shards' if sharded else list(prototypes.shape)}, requires_grad={prototypes.requires_grad}",
         temperature=said(temperature),
         reduction=reduction,
         **alike,

@@ -97,10 +97,10 @@ def info_nce_loss(
             dtype=a.dtype,
             requires_grad=(a.requires_grad, b.requires_grad),
             keys=keys is not None,
-            negatives=None if negatives is None else f"requires_grad={negatives.requires_grad}",
+            negatives=said(negatives),
             temperature=said(temperature),
             symmetric=symmetric,
-            queue=None if queue is None else len(queue),
+            queue=said(queue),
             normalize=normalize,
             reduction=reduction,
         )

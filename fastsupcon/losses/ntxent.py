@@ -86,7 +86,7 @@ def nt_xent_loss(
             dtype=z0.dtype,
             requires_grad=z0.requires_grad or z1.requires_grad,
             temperature=said(temperature),
-            queue=None if queue is None else len(queue),
+            queue=said(queue),
             normalize=normalize,
             reduction=reduction,
         )

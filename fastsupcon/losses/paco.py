@@ -116,13 +116,15 @@ def paco_loss(
             reduction,
             counts={"others": len(others)},
             views=views,
-            momentum=None if momentum_features is None else f"requires_grad={momentum_features.requires_grad}",
+            momentum_features=said(momentum_features),
+            class_features=said(class_features),
+            class_counts=said(class_counts),
             alpha=alpha,
             beta=beta,
             gamma=gamma,
             label_smoothing=label_smoothing,
             class_temperature=said(class_temperature),
-            queue=None if queue is None else len(queue),
+            queue=said(queue),
             normalize=normalize,
         )
     with no_autocast(z):

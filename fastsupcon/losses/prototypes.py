@@ -18,7 +18,7 @@ from ..backends._dtypes import no_autocast
 from ..blocks import quantities
 from ..problem import Pairs
 from ..rows import wide_number
-from ._frame import check_options, class_labels, reduce
+from ._frame import check_options, class_labels, reduce, said
 from ._prototypes import check_prototypes, log_prior, meet_with_prototypes
 from ._shards import ShardableLoss, against_shards, of_owners, ranks_of_shards
 
@@ -96,7 +96,7 @@ def prototype_cross_entropy(
     labels = class_labels(labels, len(features), features.device)
     if ranks is not None:
         alike: dict[str, Any] = {"margins": (margin, angular_margin), "normalize": normalize, "ignore_index": ignore_index}
-        alike["class_counts"] = class_counts is not None
+        alike["class_counts"] = said(class_counts)
         meet_with_prototypes(ranks, "prototype_cross_entropy", features, prototypes, temperature, reduction, sharded=sharded, **alike)
     owners = ranks if sharded else None  # of the prototypes
     counted = None if ignore_index is None else labels != ignore_index

@@ -15,6 +15,7 @@ from ..blocks import Block, Quantities, logaddexp, quantities
 from ..positives import listed_positives, mask_positives, shared_label_positives
 from ..problem import Line, Pairs
 from ..queue import MemoryQueue
+from ..ranks import Ranks
 from ..rows import wide_number
 from ._contrast import Keys, blocks_of, numbers, pairs_of_each, remember, scaled
 from ._frame import Loss, class_labels, ranks_of, reduce, refuse_lone_anchors, rows_of, said, weights_of
@@ -121,6 +122,7 @@ def supcon_loss(
     by_keys = mask is None and positives is None and several is None
     classes = class_labels(labels, samples, z.device) if by_keys and labels is not None else None
     check_together(z, by_keys, classes, positives, form, denominator, beta, keys, key_labels, ignore_index, queue, least)
+    weights = weights_of(classes, class_weights, ignore_index, anchor_weights, samples, anchors, z)
     if ranks is not None:
         if mask is not None or positives is not None:
             raise ValueError(f"{'mask' if positives is None else 'positives'} names rows by number: expected group=None, got a group")
@@ -133,20 +135,20 @@ def supcon_loss(
             dtype=z.dtype,
             requires_grad=z.requires_grad,
             positives="none" if labels is None else "labels" if several is None else f"labels of {several.shape[1]} classes",
-            keys=None if keys is None else f"requires_grad={keys.requires_grad}",
+            keys=said(keys),
             temperature=said(temperature),
             base_temperature=said(base_temperature),
             form=form,
             denominator=denominator,
             beta=beta,
             ignore_index=ignore_index,
-            weighted=(class_weights is not None, anchor_weights is not None),
-            queue=None if queue is None else len(queue),
+            class_weights=said(class_weights),
+            anchor_weights=said(anchor_weights),
+            queue=said(queue),
             normalize=normalize,
             reduction=reduction,
             lone_anchors=lone_anchors,
         )
-    weights = weights_of(classes, class_weights, ignore_index, anchor_weights, samples, anchors, z)
     temperature = wide_number(temperature, z)
     scale, factor = 1 / temperature, 1.0 if base_temperature is None else temperature / wide_number(base_temperature, z)
 
@@ -157,7 +159,7 @@ def supcon_loss(
         of_keys = Keys(of_samples if views == 1 else of_samples.repeat(views), of_columns)
     blocks = blocks_of(z, anchors, of_keys, scale, normalize, keys, queue, ranks)
 
-    if by_keys and denominator == "all" and not beta and weights is None and lone_anchors != "error" and _is_one(blocks):
+    if by_keys and denominator == "all" and not beta and weights is None and lone_anchors != "error" and _is_one(blocks, ranks):
         learned = isinstance(factor, Tensor)
         parts = {"similarity": -1.0} if form == "out" else {"equal": -1.0, "log_count": 1.0}
         line = Line(all=1.0, **parts, factor=1.0 if learned else float(factor), lone=lone_anchors, reduction=reduction)
@@ -191,9 +193,9 @@ def supcon_loss(
     return loss
 
 
-def _is_one(blocks: list[Block]) -> TypeGuard[list[Pairs]]:
-    """Whether there is one block, of this process's columns."""
-    return len(blocks) == 1 and isinstance(blocks[0], Pairs)
+def _is_one(blocks: list[Block], ranks: Ranks | None) -> TypeGuard[list[Pairs]]:
+    """Whether the loss is that of one block and of this process alone."""
+    return len(blocks) == 1 and ranks is None
 
 
 def _by_keys(blocks: list[Block], form: str, denominator: str, beta: float, backend: str) -> tuple[Tensor, Tensor]:
