@@ -153,6 +153,43 @@ def test_triangle_named_by_no_number(on, monkeypatch):
         check(on(WGMMA), Case(40, d=8, dtype=BF16, scale=10.0, keys="few"), HOST)
 
 
+# Whether sums are bounded, only the device knows: a family for each case is launched, and its blocks end at once where it is not its turn.
+EITHER = [(None, 8, F16), (None, 64, BF16), (70, 128, F16), (None, 256, BF16), (70, 512, BF16), (None, 768, F16), (70, 776, BF16)]
+
+
+@pytest.mark.parametrize("scale", [-10.0, 1000.0, math.nan])
+@pytest.mark.parametrize(("m", "depth", "dtype"), EITHER)
+@pytest.mark.parametrize("group", ["0", "2"])
+def test_learned_scales_on_hopper(on, emulated, monkeypatch, m, depth, dtype, scale, group):
+    """To the bit what the family gives that runs alone where the scale is a number."""
+    monkeypatch.setenv("FASTSUPCON_TRIANGLE", group)
+    sides = {"rows": SCL} if m is None else {"rows": PSC, "columns": SCL}
+    case = Case(129, m, d=depth, dtype=dtype, keys="few", learned=True, scale=scale, own=m is not None, **sides)
+    pairs, backend = problem(case, HOST), on(WGMMA, multiprocessors=depth % 7 + 1)
+    terms, row_grads, column_grads, gradients = run(backend, pairs, case)
+    launched = names(emulated)
+    assert sum(name.startswith("wgmma") for name in launched) == sum(name.startswith("mma") for name in launched) == 2
+    if math.isfinite(scale):
+        check(backend, case, HOST)
+    number = pairs._replace(scale=scale)
+    names(emulated)
+    alone = backend.forward(number, case.rows, case.columns, False)
+    for got, want in zip(terms[:2], alone[:2], strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    row_side, column_side = Side(case.rows, terms.rows, row_grads), Side(case.columns, terms.columns, column_grads)
+    want = backend.backward(number, row_side, column_side, terms.norms, terms.kept, (True, m is not None, False, False))
+    assert all(name.startswith("mma") == (abs(scale) != 10.0) for name in names(emulated) if "mma" in name)
+    torch.testing.assert_close(gradients.rows, want.rows, rtol=0, atol=0, equal_nan=True)
+    if m is not None:
+        torch.testing.assert_close(gradients.columns, want.columns, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_family_named_must_serve_what_a_device_may_find(on, monkeypatch):
+    monkeypatch.setenv("FASTSUPCON_CUDA", "wgmma")
+    with pytest.raises(RuntimeError, match="FASTSUPCON_CUDA=wgmma"):
+        check(on(WGMMA), Case(70, d=64, dtype=BF16, keys="few", learned=True), HOST)
+
+
 @pytest.mark.parametrize("capability", [MMA, WGMMA])
 @pytest.mark.parametrize("scale", [-10.0, -1.0, 0.0])
 @pytest.mark.parametrize("m", [None, 41])
@@ -180,7 +217,8 @@ def test_splits(on, emulated, capability, case):
 @pytest.mark.parametrize("loss", ["SCL", "PSC"])
 @pytest.mark.parametrize("learned", [False, True])
 def test_launches_of_a_step(on, emulated, capability, dtype, loss, learned):
-    """Five, and one more for the gradient of a learned temperature; one for sums of columns where rows are many on Hopper."""
+    """Five; with a learned temperature two more on Hopper, where each family stands ready for the sums that it is for, and the triangle's
+    sums of columns, where rows are many."""
     backend = on(capability, multiprocessors=132)
     line = Line(all=1, similarity=-1) if loss == "SCL" else Line(different=1, similarity=-1)
     case = Case(70, None if loss == "SCL" else 10, d=64, dtype=dtype, keys="few", learned=learned, rows=line.names)
@@ -190,7 +228,7 @@ def test_launches_of_a_step(on, emulated, capability, dtype, loss, learned):
         _, kept = backend.loss(pairs, line.names, line)
         backend.loss_backward(pairs, line.names, line, kept, torch.ones(()), (True, loss == "PSC", False, learned))
         launches = names(emulated)
-        assert len(launches) == (6 if learned else 5), launches
+        assert len(launches) == (7 if learned and capability == WGMMA else 5), launches
     emulated.set_dry(False)
 
 

@@ -19,16 +19,6 @@ FASTSUPCON_DEVICE float block_sum(float value) {
 }
 constexpr int kBlockSumBytes = kBlockThreads / 32 * static_cast<int>(sizeof(float));
 
-// out = factor Σ values.
-__global__ void __launch_bounds__(kBlockThreads) sum_rows(const float* values, std::int64_t count, float factor, float* out) {
-  ptx::begin_kernel();
-  float sum = 0.0f;
-  load_ahead<8, std::int64_t>(
-      ptx::thread(), count, kBlockThreads, [&](std::int64_t i) { return values[i]; }, [&](float value) { sum += value; });
-  sum = block_sum(sum);
-  if (ptx::thread() == 0) *out = factor * sum;
-}
-
 // Many blocks without reduction, else one, which adds up in the order of add_to_loss.
 __global__ void __launch_bounds__(kBlockThreads) line_forward(const __grid_constant__ LineWork line) {
   ptx::begin_kernel();

@@ -42,6 +42,18 @@ FASTSUPCON_DEVICE float scale_of(const Scale& scale) { return scale.address ? *s
 // beside a row's length: 2 |scale| < 126 ln 2, less a margin of 2 % for rounded rows. NaN is not bounded: running maxima show it.
 __host__ __device__ constexpr bool in_bounds(float scale) { return 2 * 1.02f * (scale < 0 ? -scale : scale) < 126 * kLn2; }
 FASTSUPCON_DEVICE bool is_bounded(const Scale& scale) { return scale.may_bound && in_bounds(scale_of(scale)); }
+FASTSUPCON_DEVICE bool is_turn(const Work& work) {
+  return work.turn == Turn::always || is_bounded(work.scale) == (work.turn == Turn::bounded);
+}
+FASTSUPCON_DEVICE int splits_of(const Splits& splits, const Scale& scale) { return is_bounded(scale) ? splits.bounded : splits.running; }
+
+// What is known before a launch.
+enum class Sums { bounded, running, either };
+inline Sums known_sums(const Scale& scale) {
+  if (!scale.may_bound) return Sums::running;
+  if (scale.address) return Sums::either;
+  return in_bounds(static_cast<float>(scale.value)) ? Sums::bounded : Sums::running;
+}
 
 // ---- What rows and columns bring ------------------------------------------------------------------------------------------------
 
