@@ -15,7 +15,7 @@ from fastsupcon.backends._extension import module as extension
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
 # Forward and backward of each depth for each of four products, and the small kernels, of which two more are there for each product.
-SMALL = 4
+SMALL = 5
 MMA = 4 + 4 + 3 + 3  # depths of f16, bf16, tf32, f32
 # Of f16 and bf16, apart and not: 1, 2, 4 panels and the deep ones, backward with the scale's gradient and without; triangles.
 WGMMA = 2 * 2 * (3 + 2 + 2 * (3 + 3)) + 2 * 5

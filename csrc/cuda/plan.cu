@@ -89,8 +89,8 @@ struct Sides {
     work.aligned = row_bytes % 16 == 0 && starts % 16 == 0;
     // Running maxima make a pair that is alone come out as exactly its similarity.
     const bool pairs_alone = std::min(problem.rows, problem.columns) <= (work.exclusion == Exclusion::none ? 1 : 2);
-    const bool may_bound = problem.unit && !problem.bias && !pairs_alone;
-    work.scale = rows.scale = {problem.scale, static_cast<const float*>(problem.scale_address), may_bound};
+    const bool may_bound = !problem.bias && !pairs_alone;
+    work.scale = rows.scale = {problem.scale, static_cast<const float*>(problem.scale_address), may_bound, problem.unit ? nullptr : norms};
     float* norms_of[2] = {norms, norms && !self ? norms + problem.rows : norms};
     rows.count = count;
     rows.self = self;
@@ -317,14 +317,22 @@ Plan plan_forward(const Problem& problem, const Quantities<void*>& rows, const Q
     const std::size_t line_done_at = reserve(plan, sizeof(int));
     const std::int64_t done_count = static_cast<std::int64_t>((plan.bytes - first_done) / sizeof(int));
     const std::size_t line_sums_at = reserve(plan, 2 * sizeof(float) * static_cast<std::size_t>(ceil_div(line.rows, 32)));
+    const int lanes = row_lanes(sides.work.depth), rows_of_block = kRowsThreads / lanes;
+    const std::int64_t lengths = !problem.unit ? sides.blocks(rows_of_block) * kRowsWarps : 0;
+    const std::size_t lengths_at = reserve(plan, sizeof(float) * static_cast<std::size_t>(lengths));
     plan.launches.push_back([=](char* scratch, const Where& where) {
       RowsWork of = sides.rows_work(scratch);
       of.done = reinterpret_cast<int*>(scratch + first_done);
       of.done_count = done_count;
       of.wide = is_wide<PRODUCT>(of.depth, {of.sides[0].rows, of.sides[1].rows});
-      of.row_lanes = row_lanes(of.depth);
-      launch("prepare_forward", [&] { return shape_of(sides.work); }, prepare_forward<PRODUCT>, {sides.blocks(kRowsThreads / of.row_lanes)},
-             kRowsThreads, 0, where, of);
+      of.row_lanes = lanes;
+      if (!problem.unit) of.lengths = reinterpret_cast<float*>(scratch + lengths_at);
+      launch("prepare_forward", [&] { return shape_of(sides.work); }, prepare_forward<PRODUCT>, {sides.blocks(rows_of_block)}, kRowsThreads,
+             0, where, of);
+      if (problem.unit) return;
+      const std::int64_t first = ceil_div(sides.sides[0].field_rows, rows_of_block) * kRowsWarps;
+      const LengthsWork work{of.lengths, first, lengths, of.scale, static_cast<float*>(norms)};
+      launch("decide_bounded", [&] { return shape_of(sides.work); }, decide_bounded, {1}, kBlockThreads, kBlockSumBytes, where, work);
     });
     if (sides.work.count == 0) return;
     reserve_shared(plan, cuts, [&](const Cut& cut) {
@@ -531,6 +539,6 @@ void line_backward(const Line& line, std::int64_t rows, const Quantities<const v
 }
 
 // All kernels are built by one nvcc for the same generations, so any of them will do.
-std::string unusable(int device) { return why_not(line_forward, device); }
+std::string unusable(int device) { return why_not(decide_bounded, device); }
 
 }  // namespace fastsupcon::cuda

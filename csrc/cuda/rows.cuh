@@ -92,6 +92,7 @@ struct RowsWork {
   Scale scale;
   int* done;  // forward: set to 0
   std::int64_t done_count;
+  float* lengths;  // forward, of rows as they are: for each warp the largest of its rows' lengths
   LineWork line;  // backward: what the gradients of the first side are made from; without a gradient they are given
 };
 
@@ -158,10 +159,16 @@ __global__ void __launch_bounds__(kRowsThreads) prepare_forward(const __grid_con
   const std::uint32_t code = is_row ? code_of(work, at.side, row) : 0u;
   const float bias = is_row && side.bias ? side.bias[row] : 0.0f;
   float factor = 1.0f;
-  if (side.norms) {
+  if (side.norms || work.lengths) {
     const std::int64_t depth = is_row ? work.depth : 0, of_row = row * work.depth;
     factor = work.wide ? inverse_norm<PRODUCT, true>(side.rows, of_row, depth, work.row_lanes)
                        : inverse_norm<PRODUCT, false>(side.rows, of_row, depth, work.row_lanes);
+  }
+  if (work.lengths) {  // a row of zeros counts as one of unit length, one that is not finite as longer than all
+    const float largest = warp_largest(!is_row ? 0.0f : factor > 0.0f ? 1.0f / factor : kInfinity);
+    const int warp = ptx::warp();  // a shuffle: of all lanes
+    if (ptx::lane() == 0) work.lengths[ptx::block_x() * kRowsWarps + warp] = largest;
+    factor = 1.0f;
   }
   if (ptx::lane() % work.row_lanes == 0) {
     const Fields fields = fields_of(side, row);

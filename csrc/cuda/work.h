@@ -87,7 +87,8 @@ struct LineWork {
 struct Scale {
   double value;
   const float* address;  // on the device; or null
-  bool may_bound;        // unit rows, no bias, and more than one pair for a row
+  bool may_bound;        // no bias, and more than one pair for a row
+  const float* bounded;  // of rows as they are, whether their lengths bound sums, 1 or 0, on the device; null: of unit rows the scale tells
 };
 
 enum class Turn { always, bounded, running };  // for which sums a launch is
