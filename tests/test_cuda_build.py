@@ -48,7 +48,7 @@ def hopper() -> dict[str, str]:
 
 def test_kernels_keep_to_registers():
     """None is spilled, but for a few that do not change and are read again once a tile: in the rings, where the result of 6 panels leaves
-    no more, in single precision at 4 panels, and one of f16's factors."""
+    no more, in single precision at 4 panels, one of f16's factors, and where wgmma's backward sums the scale's gradient too."""
     found = {arch: [] for arch in KERNELS}
     for part in cuobjdump("-res-usage").split("arch = ")[1:]:
         arch = part.split("\n", 1)[0]
@@ -59,6 +59,7 @@ def test_kernels_keep_to_registers():
     assert {arch: len(kernels) for arch, kernels in found.items()} == KERNELS
     spilled = {name: size for kernels in found.values() for name, size in kernels if size}
     few = {r"\d+mma_\w+ILN\w+ELi0E": 40, r"11mma_forward\w+E3ELi4E": 56, "deep_backward.*ELi6E": 112, r"14wgmma_backward\w+E0ELi4ELb0E": 8}
+    few |= {"14wgmma_backward.*ELb1EEEv": 40, "deep_backward.*ELi6E.*ELb1EEEv": 152}
     for name, size in spilled.items():
         assert any(re.search(kernel, name) and size <= most for kernel, most in few.items()), (name, size)
 
