@@ -59,7 +59,7 @@ class Terms(NamedTuple):
 
     rows: Tensor  # [quantities asked of the rows, N], sum dtype
     columns: Tensor  # [quantities asked of the columns, M]
-    norms: Tensor  # for the backward, in a form of the backend's own: [N], cross [N + M], sum dtype; [0] unless unit
+    norms: Tensor  # for the backward, in a form of the backend's own: [N], cross [N + M], sum dtype; [1] unless unit
     kept: Tensor  # for the backward: exponentials that need not be recomputed, [kept_size], sum dtype; [0] where none are
 
 
