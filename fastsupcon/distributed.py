@@ -90,6 +90,7 @@ class _Terms(torch.autograd.Function):
         of_here = _over_nobody(names_here, count, rows)
         of_met = _over_nobody(names, ranks.total(kind), rows)  # what the side that stays here adds to all that comes by
         gathered: dict[str, Tensor] = {}
+        bounded = rows.new_ones(1, dtype=sum_dtype(rows.dtype))  # while all blocks are
         for owner, block in ranks.blocks(_travelling(shared), kind):
             if owner is None:
                 gathered = block
@@ -99,14 +100,18 @@ class _Terms(torch.autograd.Function):
                 found_here, found_met = shared.stays_and_travels(found.rows, found.columns)
                 of_here = _joined(names_here, of_here, found_here)
                 of_met[:, first : first + len(block["rows"])] = found_met
+                if not shared.pairs.unit:
+                    bounded = torch.minimum(bounded, found.norms)
         if not names:
             of_met = of_met[:, : ranks.counts[kind][ranks.rank]]
         else:
             of_met, *others = (share.T for share in ranks.exchange(of_met.T, kind))
             for share in others:
                 of_met = _joined(names, of_met, share)
+        if not shared.pairs.unit:
+            bounded = (ranks.sum_here(1 - bounded) == 0).to(bounded.dtype)
         of_rows, of_columns = shared.stays_and_travels(of_here, of_met)
-        ctx.save_for_backward(rows, columns, bias, scale, of_rows, of_columns, *gathered.values())
+        ctx.save_for_backward(rows, columns, bias, scale, bounded, of_rows, of_columns, *gathered.values())
         without_rows = shared.pairs._replace(rows=None, columns=None, bias=None)  # type: ignore[arg-type]  # which are saved for the backward
         ctx.call, ctx.gathered = (shared._replace(pairs=without_rows), *call[1:]), tuple(gathered)
         return of_rows, of_columns
@@ -115,7 +120,7 @@ class _Terms(torch.autograd.Function):
     def backward(ctx: Any, row_grads: Tensor, column_grads: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise NotImplementedError("fastsupcon: second derivatives are not supported with group=: take them in one process")
-        rows, columns, bias, scale, of_rows, of_columns, *gathered = ctx.saved_tensors
+        rows, columns, bias, scale, bounded, of_rows, of_columns, *gathered = ctx.saved_tensors
         shared, row_names, column_names, backend = ctx.call
         pairs = shared.pairs._replace(rows=rows, columns=columns, bias=bias, scale=shared.pairs.scale if scale is None else scale)
         shared, inputs, needs = shared._replace(pairs=pairs), (rows, columns, bias, scale), ctx.needs_input_grad[:4]
@@ -123,23 +128,29 @@ class _Terms(torch.autograd.Function):
         known = dict(zip(ctx.gathered, gathered, strict=True))
         sums = Gradients(*(_zeros(x, need) for x, need in zip(inputs, needs, strict=True)))
         if shared.rows_travel:
-            _add(sums, shared, sides, needs, known, backend)
+            _add(sums, shared, sides, needs, known, bounded, backend)
             for shard in (sums.columns, sums.bias):
                 if shard is not None:
                     shard /= shared.ranks.size
         else:
             of_row, of_column, of_bias, of_scale = needs
             if of_row or of_scale:
-                _add(sums, shared, sides, (of_row, False, False, of_scale), known, backend)
+                _add(sums, shared, sides, (of_row, False, False, of_scale), known, bounded, backend)
             if of_column or of_bias:
-                _add(sums, shared._replace(rows_travel=True), sides, (False, of_column, of_bias, False), {}, backend)
+                _add(sums, shared._replace(rows_travel=True), sides, (False, of_column, of_bias, False), {}, bounded, backend)
         if columns is None and sums.scale is not None:
             sums.scale.div_(2)  # a pair's weight has both of its rows' shares
         return *(_cast(grad, x) for grad, x in zip(sums, inputs, strict=True)), None
 
 
 def _add(
-    sums: Gradients, shared: Shared, sides: tuple[Side, Side], needs: tuple[bool, bool, bool, bool], known: dict[str, Tensor], backend: str
+    sums: Gradients,
+    shared: Shared,
+    sides: tuple[Side, Side],
+    needs: tuple[bool, bool, bool, bool],
+    known: dict[str, Tensor],
+    bounded: Tensor,
+    backend: str,
 ) -> None:
     """Gradients of the side that stays here, whole, as all that travels comes by, and where it is wanted of the side that travels."""
     ranks = shared.ranks
@@ -154,7 +165,8 @@ def _add(
         if ranks.counts[kind_here][ranks.rank] and len(block["rows"]):
             problem = _met(shared, ranks.first(kind, owner or 0), block)
             of_rows, of_columns = shared.stays_and_travels(of_here, _side(of_met.names, block))
-            found = operators._backward(problem, of_rows, of_columns, _norms(problem, backend), _nothing(block["rows"]), needs, backend)
+            norms = _norms(problem, backend) if problem.unit else bounded
+            found = operators._backward(problem, of_rows, of_columns, norms, _nothing(block["rows"]), needs, backend)
             for total, grad in zip(sums[shared.rows_travel :], found[shared.rows_travel :], strict=True):
                 if total is not None and grad is not None:
                     total += grad
@@ -207,9 +219,7 @@ def _side(names: tuple[str, ...], block: dict[str, Tensor]) -> Side:
 
 
 def _norms(pairs: Pairs, backend: str) -> Tensor:
-    """Those of a forward, which has them for each row and each column, at the cost of one column."""
-    if not pairs.unit:
-        return _nothing(pairs.rows)
+    """Those of unit rows, which a forward has for each row and each column, at the cost of one column."""
     sides = (x for x in (pairs.rows, pairs.columns) if x is not None)
     return torch.cat([operators._forward(Pairs(x, x[:1], unit=True), ("all",), (), backend, False).norms[: len(x)] for x in sides])
 
