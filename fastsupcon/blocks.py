@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import operators
-from .backends import sum_dtype
+from .backends import select, sum_dtype
 from .problem import LOG_SUMS, QUANTITIES, Pairs
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def terms(block: Block, row_names: tuple[str, ...], column_names: tuple[str, ...
     if len(block.rows):
         return operators.terms(block, row_names, column_names, backend=backend)
     rows, columns, bias = block.rows, block.columns, block.bias
+    select(backend, rows.device, rows.dtype, rows.shape[1])  # refuses here what the other ranks' rows are refused
     zero = sum((x.sum(dtype=sum_dtype(rows.dtype)) * 0 for x in (rows, columns, bias) if x is not None), rows.new_zeros(()))
     return zero.expand(len(row_names), 0), zero.expand(len(column_names), 0)  # their gradients are zeros
 

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from . import operators
-from .backends import sum_dtype
+from .backends import select, sum_dtype
 from .blocks import join
 from .problem import LOG_SUMS, Gradients, Pairs, Side
 from .ranks import Ranks, outside_of_graphs
@@ -84,6 +84,7 @@ class _Terms(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         shared, row_names, column_names, backend = call
         ranks = shared.ranks
+        select(backend, rows.device, rows.dtype, rows.shape[1])  # which ranks that have nothing to compute refuse as well
         kind_here, kind = shared.stays_and_travels(shared.row_kind, shared.column_kind)
         names_here, names = shared.stays_and_travels(row_names, column_names)
         count = ranks.counts[kind_here][ranks.rank]

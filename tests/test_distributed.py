@@ -162,6 +162,13 @@ def test_a_rank_that_does_not_come(pool):
     pool.end()  # its groups are broken
 
 
+@pytest.mark.parametrize("loss", ["scl", "psc"])
+def test_a_backend_that_does_not_serve_is_an_error_without_rows_too(pool, loss):
+    for error in pool.run("unserved", 3, loss, group="short"):
+        assert isinstance(error, ValueError)
+        assert "abacus" in str(error)
+
+
 def test_a_nan_is_seen_everywhere(pool):
     assert all(np.isnan(loss) for loss in results(pool, 4, function="with_nan"))
 

@@ -307,6 +307,16 @@ def with_nan(group: dist.ProcessGroup) -> float:
     return F.supcon_loss(z, torch.arange(4) % 2, normalize=True, group=group).item()
 
 
+def unserved(group: dist.ProcessGroup, loss: str) -> None:
+    """A backend that does not exist, where the first rank alone has rows."""
+    count = 4 if dist.get_rank(group) == 0 else 0
+    z, labels = torch.randn(count, 6), torch.arange(count) % 2
+    if loss == "scl":
+        F.supcon_loss(z, labels, group=group, backend="abacus")
+    else:
+        F.psc_loss(z, labels, torch.randn(4, 6), group=group, backend="abacus")
+
+
 def lone(group: dist.ProcessGroup) -> None:
     """Every second rank has an anchor whose label nobody shares."""
     labels = torch.tensor([0, 0, 100 + dist.get_rank(group)]) if dist.get_rank(group) % 2 else torch.zeros(3, dtype=torch.int64)
