@@ -202,7 +202,7 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.ranks.sum_here(grad), None
+        return ctx.ranks.sum(grad), None  # differentiable again
 
 
 class _Gather(torch.autograd.Function):
@@ -214,7 +214,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         ranks, first = ctx.ranks, ctx.ranks.first(ctx.kind)
-        return ranks.sum_here(grad)[first : first + ranks.counts[ctx.kind][ranks.rank]], None, None
+        return ranks.sum(grad)[first : first + ranks.counts[ctx.kind][ranks.rank]], None, None
 
 
 def _all_gather(received: Tensor, sent: Tensor, group: dist.ProcessGroup) -> None:

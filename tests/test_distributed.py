@@ -105,6 +105,12 @@ def test_the_same_bits_every_time(pool, name, across):
     assert results(pool, 4, name, across, function="twice_the_same_bits") == [True] * 4
 
 
+def test_second_derivatives_where_no_rows_travel(pool):
+    for found in results(pool, 3, function="penalised"):
+        for want, got in zip(found[::2], found[1::2], strict=True):
+            assert_close(got, want, 1e-10)
+
+
 NETWORKS = [(how, across, 1e-5) for how in ("ddp", "fsdp2", "grad_cache") for across in ("gather", "ring")]
 
 

@@ -145,6 +145,22 @@ def with_queue(group: dist.ProcessGroup, across: str) -> list[tuple[float, float
     return found
 
 
+def penalised(group: dist.ProcessGroup) -> list[np.ndarray]:
+    """The gradients of squared lengths of a squared loss's gradient: of one process's rows and of this rank's, a rank after another."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    torch.manual_seed(7)
+    z, labels, p = torch.randn(SAMPLES, DEPTH, dtype=torch.float64), torch.arange(SAMPLES) % 3, torch.randn(3, DEPTH, dtype=torch.float64)
+    found = []
+    for loss in (F.psc_loss, F.prototype_cross_entropy):
+        for over in ({}, {"group": group}):
+            rows = (mine(z, rank, size) if over else z).clone().requires_grad_()
+            value = loss(rows, mine(labels, rank, size) if over else labels, p, temperature=0.3, **over)
+            (grad,) = torch.autograd.grad(value**2, rows, create_graph=True)
+            (second,) = torch.autograd.grad((grad / size if over else grad).square().sum(), rows)
+            found.append((second if over else mine(second, rank, size)).numpy())
+    return found
+
+
 def grad_cached(group: dist.ProcessGroup) -> dict[str, Any]:
     from tests.test_grad_cache import of_rank
 

@@ -104,7 +104,7 @@ def supcon_loss(
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value, two of them cannot be used together, or no
             anchor can have a positive (one view, nothing that names positives); the text names it. On a GPU and under torch.compile a
             weight below 0 or a number out of range is asserted by the device: reading it back would wait. With a group, all ranks raise
-            where they disagree on an option, on a shape or on what is given.
+            where they disagree on an option, on a shape, on what is given or on what requires a gradient.
         RuntimeError: a rank did not come within the group's timeout.
 
     With a group: labels, weights and views are those of this rank's rows, and a rank may have none (B = 0). Masks and lists of positives,
