@@ -46,7 +46,8 @@ def terms(block: Block, row_names: tuple[str, ...], column_names: tuple[str, ...
     if len(block.rows):
         return operators.terms(block, row_names, column_names, backend=backend)
     rows, columns, bias = block.rows, block.columns, block.bias
-    select(backend, rows.device, rows.dtype, rows.shape[1])  # refuses here what the other ranks' rows are refused
+    if not torch.compiler.is_compiling():  # which would trace how a backend is found
+        select(backend, rows.device, rows.dtype, rows.shape[1])  # refuses here what the other ranks' rows are refused
     zero = sum((x.sum(dtype=sum_dtype(rows.dtype)) * 0 for x in (rows, columns, bias) if x is not None), rows.new_zeros(()))
     return zero.expand(len(row_names), 0), zero.expand(len(column_names), 0)  # their gradients are zeros
 
