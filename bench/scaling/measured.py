@@ -46,6 +46,8 @@ def measure(rows: tuple[int, ...], depth: int, rounds: int) -> list[dict] | None
         dist.init_process_group("nccl" if gpus else "gloo", timeout=datetime.timedelta(minutes=5))
         try:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpus else torch.device("cpu")
+            if gpus:
+                torch.cuda.set_device(device)
             found = [entry(n, depth, rounds, device) for n in rows]
             return found if dist.get_rank() == 0 else None
         finally:
