@@ -19,7 +19,7 @@ import torch
 
 from fastsupcon import functional as F
 from fastsupcon.backends import BACKENDS
-from tests.contract import ALL, BF16, F16, F32, PSC, Case, check, check_bits, check_some, problem
+from tests.contract import ALL, BF16, F16, F32, PSC, SCL, Case, check, check_bits, check_some, problem
 
 from .gpu import PYTHON, Part, ended
 from .report import write_whole
@@ -45,6 +45,13 @@ def cross(*shapes: tuple[int, int, int], dtype=BF16, whole=False, **options) -> 
     """With the quantities of PSC, or all of both sides."""
     quantities = {"rows": ALL, "columns": ALL} if whole else {"rows": PSC}
     return [Case(n, m, d=d, dtype=dtype, scale=10.0, keys="few", **quantities, **options) for n, m, d in shapes]
+
+
+def either(scale=10.0, **options) -> list[Case]:
+    """Only the device knows whether these sums are bounded: both families are launched. The last as CLIP's, of both sides."""
+    shapes = rows((300, 64), (1000, 128), (300, 256), (300, 512), (300, 768), scale=scale, **options)
+    clip = {"rows": SCL, "columns": SCL, "keys": "few", "dtype": BF16, "scale": scale}
+    return [*shapes, Case(300, 300, d=128, **clip, **options), Case(300, 200, d=384, **clip, **options)]
 
 
 def in_a_graph(backend, case: Case, device: torch.device) -> None:
@@ -81,6 +88,11 @@ RUNGS = [
     Rung("deep, 9 to 12 panels", "cuda", rows((64, 520), (300, 768)) + cross((70, 150, 640)), family="wgmma"),
     Rung("deep, 13 to 16 panels", "cuda", rows((90, 776), (300, 1024), (33, 1016)) + cross((70, 150, 1000)), family="wgmma"),
     Rung("deep, each pair once", "cuda", rows((8192, 320), (5000, 512), (8191, 768), (8192, 1000)), check_some),
+    Rung("learned scale, bounded", "cuda", either(learned=True)),
+    Rung("learned scale, running", "cuda", either(learned=True, scale=1000.0)),
+    Rung("rows as they are, bounded", "cuda", either(unit=False, scale=6.0)),
+    Rung("rows as they are, one long", "cuda", either(unit=False, scale=6.0, long_row=1000.0)),
+    Rung("learned scale, same bits", "cuda", rows((5000, 128), (700, 512), learned=True), check_bits),
     Rung("mma bf16", "cuda", rows((65, 100), (513, 129), (300, 128), (200, 1100)), family="mma"),
     Rung("mma bf16 cross", "cuda", cross((70, 150, 100), (300, 3000, 128), whole=True, bias=True, own=True), family="mma"),
     Rung("mma bf16, running sums", "cuda", rows((300, 128), (2000, 64), scale=1000.0) + rows((300, 128), learned=True), family="mma"),

@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from . import diagnostics, functional
+from .grad_cache import grad_cache
 from .losses.balanced import BalancedSupConLoss
 from .losses.infonce import InfoNCELoss
 from .losses.ntxent import NTXentLoss
@@ -28,4 +29,5 @@ __all__ = [
     "SupConLoss",
     "diagnostics",
     "functional",
+    "grad_cache",
 ]

@@ -18,8 +18,8 @@ def one_of(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def rows(name: str, value: object, columns: int | None = None) -> None:
-    """[N, D] of one of DTYPES with N, D >= 1, and D = ``columns`` where given."""
+def rows(name: str, value: object, columns: int | None = None, *, least: int = 1) -> None:
+    """[N, D] of one of DTYPES with N >= ``least``, D >= 1, and D = ``columns`` where given."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in DTYPES:
@@ -27,13 +27,13 @@ def rows(name: str, value: object, columns: int | None = None) -> None:
     if value.ndim != 2 or (columns is not None and value.shape[1] != columns):
         expected = f"[rows, {'dimension' if columns is None else columns}]"
         raise ValueError(f"{name} must have shape {expected}, got {list(value.shape)}")
-    if value.numel() == 0:
+    if value.shape[0] < least or value.shape[1] == 0:
         raise ValueError(f"{name} must not be empty, got shape {list(value.shape)}")
 
 
-def rows_like(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+def rows_like(name: str, value: Tensor, other_name: str, other: Tensor, *, least: int = 1) -> None:
     """[rows, D] of the D, dtype and device of the rows ``other``."""
-    rows(name, value, columns=other.shape[1])
+    rows(name, value, columns=other.shape[1], least=least)
     on_device(name, value, other.device)
     if value.dtype != other.dtype:
         raise TypeError(f"{name} must have {other_name}'s dtype {other.dtype}, got {value.dtype}")
@@ -58,6 +58,8 @@ def on_device(name: str, value: Tensor, device: torch.device) -> None:
 
 def within(name: str, value: Tensor, low: int, high: int) -> None:
     """low <= value < high. On a GPU and under torch.compile a breach is asserted by the device: reading the values would wait."""
+    if value.numel() == 0:
+        return
     message = f"{name} must lie in [{low}, {high})"
     wide = value.long()  # a uint8 cannot be compared with -1 or 256: the bound would be wrapped; a uint16 has no aminmax
     if value.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -93,13 +95,18 @@ def whole(name: str, value: Tensor) -> None:
         torch._assert_async(~broken.any(), message)
 
 
-def counts(name: str, value: Tensor, classes: int, device: torch.device) -> None:
-    """A [classes] of integers or floats, none below 0 and not all 0. Values on a GPU and under torch.compile are not read back."""
+def counts(name: str, value: Tensor, classes: int, device: torch.device, *, least: int = 1) -> None:
+    """A [classes] of integers or floats, none below 0 and not all 0. Values on a GPU and under torch.compile are not read back.
+
+    ``least`` = 0: these may all be 0, and there may be none of them.
+    """
     vector(name, value, classes, device, floating=isinstance(value, Tensor) and value.is_floating_point())
-    if value.device.type == "cpu" and not torch.compiler.is_compiling():
-        least, total = value.min().item(), value.sum().item()
-        if not (least >= 0 and 0 < total < math.inf):
-            raise ValueError(f"{name} must be finite, at least 0 and not all 0, got a least of {least:g} and a sum of {total:g}")
+    if least == 0:
+        not_negative(name, value)
+    elif value.device.type == "cpu" and not torch.compiler.is_compiling():
+        smallest, total = value.min().item(), value.sum().item()
+        if not (smallest >= 0 and 0 < total < math.inf):
+            raise ValueError(f"{name} must be finite, at least 0 and not all 0, got a least of {smallest:g} and a sum of {total:g}")
 
 
 def is_integer(value: object) -> TypeGuard[int]:

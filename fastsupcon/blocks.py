@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, Union
 
 import torch
 from torch import Tensor
@@ -11,6 +11,11 @@ from torch import Tensor
 from . import operators
 from .backends import sum_dtype
 from .problem import LOG_SUMS, QUANTITIES, Pairs
+
+if TYPE_CHECKING:
+    from .distributed import Shared
+
+Block: TypeAlias = Union[Pairs, "Shared"]  # this process's columns, or those of several
 
 
 class Quantities(NamedTuple):
@@ -23,33 +28,26 @@ class Quantities(NamedTuple):
     count: Tensor  # type: ignore[assignment]  # in the place of a tuple's count()
 
 
-class SharedBlock(Protocol):
-    """A block of several processes' columns: distributed.Shared."""
-
-    def terms(self, row_names: tuple[str, ...], column_names: tuple[str, ...] = (), *, backend: str = "auto") -> tuple[Tensor, Tensor]: ...
-
-
-Block = Pairs | SharedBlock
-
-
 def quantities(blocks: Sequence[Block], *names: str, backend: str = "auto") -> Quantities:
     """Of the rows that all blocks share, over the columns of all blocks together: one call of the operator for each block."""
     asked = tuple(name for name in QUANTITIES if name in names)
-    values = list(_terms(blocks[0], asked, backend))
+    values = list(terms(blocks[0], asked, backend=backend)[0])
     for block in blocks[1:]:
-        values = join(asked, values, _terms(block, asked, backend))
+        values = join(asked, values, terms(block, asked, backend=backend)[0])
     of = dict(zip(asked, values, strict=True))
     return Quantities(*(of[name] if name in of else values[0].new_empty(0) for name in QUANTITIES))
 
 
-def _terms(block: Block, asked: tuple[str, ...], backend: str) -> Tensor:
+def terms(block: Block, row_names: tuple[str, ...], column_names: tuple[str, ...] = (), *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """operators.terms of a block, also of one that other processes have columns of, and of no rows, as a rank of those may have."""
     if not isinstance(block, Pairs):
-        return block.terms(asked, backend=backend)[0]
+        shared: tuple[Tensor, Tensor] = block.terms(row_names, column_names, backend=backend)
+        return shared
     if len(block.rows):
-        return operators.terms(block, asked, backend=backend)[0]
-    # A rank without rows, which kernels do not take: nothing, whose gradient is a zero for each of the block's tensors.
-    nothing = sum(x.sum() * 0 for x in (block.rows, block.columns, block.bias) if x is not None)
-    return block.rows.new_zeros(len(asked), 0, dtype=sum_dtype(block.rows.dtype)) + nothing
+        return operators.terms(block, row_names, column_names, backend=backend)
+    rows, columns, bias = block.rows, block.columns, block.bias
+    zero = sum((x.sum(dtype=sum_dtype(rows.dtype)) * 0 for x in (rows, columns, bias) if x is not None), rows.new_zeros(()))
+    return zero.expand(len(row_names), 0), zero.expand(len(column_names), 0)  # their gradients are zeros
 
 
 def join(names: Sequence[str], a: Iterable[Tensor], b: Iterable[Tensor]) -> list[Tensor]:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-from . import _checks, operators
+from . import _checks
 from .backends import sum_dtype
+from .blocks import terms
+from .losses._contrast import shared
+from .losses._frame import ranks_of, said
 from .losses.balanced import balanced_supcon_loss
 from .losses.infonce import info_nce_loss
 from .losses.ntxent import nt_xent_loss
@@ -15,6 +20,9 @@ from .losses.psc import psc_loss
 from .losses.supcon import supcon_loss
 from .problem import Pairs
 from .rows import wide_number
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = [
     "balanced_supcon_loss",
@@ -29,7 +37,9 @@ __all__ = [
 ]
 
 
-def self_logsumexp(z: Tensor, *, scale: float | Tensor = 1.0, backend: str = "auto") -> Tensor:
+def self_logsumexp(
+    z: Tensor, *, scale: float | Tensor = 1.0, group: ProcessGroup | None = None, across: str = "gather", backend: str = "auto"
+) -> Tensor:
     """log sum over j != i of exp(z_i . z_j * scale).
 
     Equivalent to::
@@ -40,6 +50,9 @@ def self_logsumexp(z: Tensor, *, scale: float | Tensor = 1.0, backend: str = "au
     Args:
         z: rows [N, D], any floating dtype.
         scale: 1 / temperature, a number or a tensor of one element, which may require grad.
+        group, across: the ranks whose rows z meets: j runs over the rows of all of them, of which each calls with its own, as many as it
+            has (:mod:`fastsupcon.distributed`; ``across`` as in :func:`supcon_loss`). The gradient is that of the sum of what the ranks
+            make of their results.
         backend: "auto" (the fastest that serves these rows), "cuda", "triton", "cpu", "chunked" or "reference".
 
     Returns:
@@ -49,9 +62,13 @@ def self_logsumexp(z: Tensor, *, scale: float | Tensor = 1.0, backend: str = "au
         TypeError, ValueError: ``z`` is no floating-point [N, D] with N, D >= 1; ``scale`` is no number and no tensor of one element; the
             backend is unknown or cannot serve this.
     """
-    _checks.rows("z", z)
+    ranks = ranks_of(group, across)
+    _checks.rows("z", z, least=1 if ranks is None else 0)
     _checks.scale("scale", scale)
-    return operators.terms(Pairs(z, scale=wide_number(scale, z)), ("all",), backend=backend)[0][0]
+    if ranks is not None:
+        alike = {"depth": z.shape[1], "dtype": z.dtype, "requires_grad": z.requires_grad, "scale": said(scale)}
+        ranks.meet("self_logsumexp", z.device, {"rows": len(z)}, **alike)
+    return terms(shared(Pairs(z, scale=wide_number(scale, z)), ranks, "rows", "rows"), ("all",), backend=backend)[0][0]
 
 
 def cross_logsumexp(
@@ -63,6 +80,8 @@ def cross_logsumexp(
     skip: Tensor | None = None,
     row_labels: Tensor | None = None,
     column_labels: Tensor | None = None,
+    group: ProcessGroup | None = None,
+    across: str = "gather",
     backend: str = "auto",
 ) -> Tensor:
     """log sum over the columns j allowed for row i of exp(a_i . b_j * scale + bias_j), with gradients for a, b, bias and scale.
@@ -79,6 +98,9 @@ def cross_logsumexp(
         bias: floating [M], added to the logits.
         skip: integer [N], one excluded column per row; -1 excludes none.
         row_labels, column_labels: integer [N] and [M]: all columns of the row's own label are excluded. Not together with ``skip``.
+        group, across: the ranks whose columns the rows meet: j runs over the columns of all of them, rank after rank, and ``skip`` numbers
+            these. Each rank calls with its own rows and its own columns, their biases and labels, as many as it has. The gradient is that
+            of the sum of what the ranks make of their results.
         backend: see :func:`self_logsumexp`.
 
     Returns:
@@ -88,15 +110,14 @@ def cross_logsumexp(
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range; both exclusion rules are given; the backend
             is unknown or cannot serve this. On a GPU ``skip`` out of range is a device-side assertion: reading it back would wait.
     """
-    _checks.rows("a", a)
-    _checks.rows_like("b", b, "a", a)
+    ranks = ranks_of(group, across)
+    least = 1 if ranks is None else 0
+    _checks.rows("a", a, least=least)
+    _checks.rows_like("b", b, "a", a, least=least)
+    _checks.scale("scale", scale)
     if bias is not None:
         _checks.vector("bias", bias, len(b), a.device, floating=True)
         bias = bias.to(sum_dtype(a.dtype))
-    if skip is not None:
-        _checks.vector("skip", skip, len(a), a.device)
-        _checks.within("skip", skip, -1, len(b))
-        skip = skip.long()
     if (row_labels is None) != (column_labels is None):
         missing, given = ("row_labels", "column_labels") if row_labels is None else ("column_labels", "row_labels")
         raise ValueError(f"{missing} must be given together with {given}, got None")
@@ -106,6 +127,22 @@ def cross_logsumexp(
         _checks.vector("row_labels", row_labels, len(a), a.device)
         _checks.vector("column_labels", column_labels, len(b), a.device)
         row_labels, column_labels = row_labels.long(), column_labels.long()
-    _checks.scale("scale", scale)
+    if ranks is not None:
+        ranks.meet(
+            "cross_logsumexp",
+            a.device,
+            {"rows": len(a), "columns": len(b)},
+            depth=a.shape[1],
+            dtype=a.dtype,
+            requires_grad=(a.requires_grad, b.requires_grad),
+            scale=said(scale),
+            bias=None if bias is None else f"requires_grad={bias.requires_grad}",
+            skip=skip is not None,
+            labels=row_labels is not None,
+        )
+    if skip is not None:
+        _checks.vector("skip", skip, len(a), a.device)
+        _checks.within("skip", skip, -1, len(b) if ranks is None else ranks.total("columns"))
+        skip = skip.long()
     pairs = Pairs(a, b, wide_number(scale, a), False, bias, row_labels, column_labels, skip)
-    return operators.terms(pairs, ("different",), backend=backend)[0][0]
+    return terms(shared(pairs, ranks, "rows", "columns"), ("different",), backend=backend)[0][0]

@@ -182,7 +182,7 @@ def _fake_forward(*arguments: Any) -> Terms:
     def empty(*shape: int) -> Tensor:
         return pairs.rows.new_empty(shape, dtype=sum_dtype(pairs.rows.dtype))
 
-    norms = (n if pairs.columns is None else n + m) if pairs.unit else 0
+    norms = (n if pairs.columns is None else n + m) if pairs.unit else 1
     return Terms(empty(len(row_names), n), empty(len(column_names), m), empty(norms), empty(0))
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .backends._dtypes import no_autocast
+from .ranks import Ranks
 from .rows import wide_rows
 
 
@@ -67,19 +68,22 @@ def mask_positives(z: Tensor, mask: Tensor, unit: bool) -> tuple[Tensor, Tensor]
     return torch.where(paired, mean, 0).flatten(), paired.repeat(views)
 
 
-def shared_label_positives(z: Tensor, labels: Tensor, unit: bool) -> tuple[Tensor, Tensor]:
+def shared_label_positives(z: Tensor, labels: Tensor, unit: bool, ranks: Ranks | None = None) -> tuple[Tensor, Tensor]:
     """The same for labels [V B, C] >= 0 of several classes at once: y_i . y_p weighs row p as a positive of row i.
 
         sum_{p != i} (y_i . y_p) z_i . z_p = z_i . (Y (Y^T Z))_i - |y_i|^2 z_i . z_i
 
     Here the row itself is taken out of the sums, which are in float64 for that: next to a row 10^6 times longer than the others they lose
-    10^-10 of these. 2 N C D flops, O(N D + C D) memory.
+    10^-10 of these. 2 N C D flops, O(N D + C D) memory. Of several ranks, each with rows of its own, the sums over rows are added up.
     """
     z, y = wide_rows(z, unit).double(), labels.double()
+    weights, weighted = y.sum(0), y.T @ z  # over all rows
+    if ranks is not None:
+        weights, weighted = ranks.sum(weights), ranks.sum(weighted)
     itself = (y * y).sum(1)
-    every = y @ y.sum(0)
+    every = y @ weights
     paired = ~(every - itself <= 1e-12 * every)  # what rounding leaves of nothing; a NaN is no weight of nothing
-    similarity = (z * (y @ (y.T @ z) - itself[:, None] * z)).sum(1) / torch.where(paired, every - itself, 1)
+    similarity = (z * (y @ weighted - itself[:, None] * z)).sum(1) / torch.where(paired, every - itself, 1)
     return torch.where(paired, similarity, 0), paired
 
 

@@ -59,7 +59,8 @@ class Terms(NamedTuple):
 
     rows: Tensor  # [quantities asked of the rows, N], sum dtype
     columns: Tensor  # [quantities asked of the columns, M]
-    norms: Tensor  # for the backward, in a form of the backend's own: [N], cross [N + M], sum dtype; [0] unless unit
+    norms: Tensor  # for the backward, sum dtype: of unit rows in a form of the backend's own, [N], cross [N + M]; of others [1], whether
+    # the kernels found that exponentials need no shift: 1 or 0, which also stands where they do not ask
     kept: Tensor  # for the backward: exponentials that need not be recomputed, [kept_size], sum dtype; [0] where none are
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
-import weakref
-from collections.abc import Iterator, Mapping
-from typing import Any
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,10 +17,24 @@ from torch import Tensor
 ACROSS = ("gather", "ring")
 _MESSAGE = 1024  # bytes in which a rank says what it was called with
 
-# torch 2.13 gave the function another name
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-_host_groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
+
+
+def outside_of_graphs(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
+    """torch.compiler.disable, but without the two seconds that importing the compiler takes where nothing is compiled."""
+    disabled: list[Callable[_Parameters, _Result]] = []
+
+    @functools.wraps(function)
+    def call(*arguments: _Parameters.args, **options: _Parameters.kwargs) -> _Result:
+        if "torch._dynamo" not in sys.modules:
+            return function(*arguments, **options)
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))
+        return disabled[0](*arguments, **options)
+
+    return call
 
 
 class Ranks:
@@ -38,11 +54,12 @@ class Ranks:
             raise ValueError("group must hold this process, got one that does not")
         self.counts: dict[str, list[int]] = {}
 
-    @torch.compiler.disable
+    @outside_of_graphs
     def meet(self, loss: str, device: torch.device, counts: Mapping[str, int], **alike: object) -> None:
-        """Tells all ranks how many rows of each kind this one has (``counts``), and asks that ``alike`` be the same everywhere.
+        """Tells all ranks how many rows of each kind this one has, and asks that ``alike`` be the same everywhere.
 
-        It goes through the hosts' memory, so that no GPU is waited for.
+        Of the first kind in ``counts`` there must be some. This goes through the hosts' memory where the group has a backend for that, and
+        no GPU is waited for.
 
         Raises:
             ValueError, on every rank: the ranks disagree; the text says which and on what.
@@ -53,9 +70,10 @@ class Ranks:
         if len(text) > _MESSAGE:
             raise AssertionError(f"what {loss} was called with takes {len(text)} bytes, more than {_MESSAGE}")
         with self._named(f"{loss}, first of all"):
-            all_texts = torch.empty(self.size * _MESSAGE, dtype=torch.uint8)
-            _all_gather(all_texts, torch.frombuffer(bytearray(text), dtype=torch.uint8), group=_host_group(self.group))
-        said = [json.loads(bytes(text.tolist())) for text in all_texts.view(self.size, _MESSAGE)]
+            by = torch.device("cpu") if _carries_host_memory(self.group) else device
+            all_texts = torch.empty(self.size * _MESSAGE, dtype=torch.uint8, device=by)
+            _all_gather(all_texts, torch.frombuffer(bytearray(text), dtype=torch.uint8).to(by), group=self.group)
+            said = [json.loads(bytes(text)) for text in all_texts.view(self.size, _MESSAGE).tolist()]
         for name in said[0]["alike"] if all(x["alike"].keys() == said[0]["alike"].keys() for x in said) else ("loss",):
             values = [one["alike"].get(name) for one in said]
             if len(set(values)) > 1:
@@ -65,6 +83,8 @@ class Ranks:
                 )
                 raise ValueError(f"{name} must be the same on all ranks of the group, got {found}")
         self.counts = {name: [one["counts"][name] for one in said] for name in counts}
+        if not self.total(first := next(iter(counts))):
+            raise ValueError(f"{loss} needs {first} on at least one rank of the group, got none on all {self.size}")
 
     def total(self, kind: str) -> int:
         return sum(self.counts[kind])
@@ -88,23 +108,39 @@ class Ranks:
             return received
         return torch.cat([part[:count] for part, count in zip(received.split(most), counts, strict=True)])
 
-    def exchange(self, x: Tensor, kind: str) -> list[Tensor]:
-        """x [total, ...] holds something for each row of every rank: [own count, ...] from each rank for the rows of this one."""
+    def exchange(self, x: Tensor, kind: str, owner: int | None = None) -> list[Tensor]:
+        """x [total, ...] holds something for each row of every rank: [own count, ...] from each rank for the rows of this one.
+
+        With an ``owner``, as ``blocks`` gives it by the ring, x is for that rank's rows alone, and this one's come from the one rank that
+        has its block. The order of what comes is the same each time.
+        """
         counts, here = self.counts[kind], self.counts[kind][self.rank]
+        takers = range(self.size) if owner is None else [owner]
+        givers = range(self.size) if owner is None else [(2 * self.rank - owner) % self.size]
         sent = x.detach().contiguous()
-        received = sent.new_empty(self.size * here, *x.shape[1:])
-        width = sent[:1].numel() * sent.element_size() if len(sent) else 0
+        received = sent.new_empty(len(givers) * here, *x.shape[1:])
+        width = math.prod(x.shape[1:]) * x.element_size()
         with self._named("exchanging partial sums"):
             dist.all_to_all_single(
-                _bytes(received), _bytes(sent), [here * width] * self.size, [c * width for c in counts], group=self.group
+                _bytes(received),
+                _bytes(sent),
+                [here * width if rank in givers else 0 for rank in range(self.size)],
+                [counts[rank] * width if rank in takers else 0 for rank in range(self.size)],
+                group=self.group,
             )
-        return list(received.split(here)) if here else [received] * self.size
+        return list(received.split(here)) if here else [received] * len(givers)
 
-    @torch.compiler.disable
+    @outside_of_graphs
     def sum(self, x: Tensor) -> Tensor:
         """Over all ranks, in their order, so that all have the same bits. Its gradient is the sum of all ranks' gradients."""
         total: Tensor = _Sum.apply(x, self)  # type: ignore[no-untyped-call]  # torch's
         return total
+
+    @outside_of_graphs
+    def gather_values(self, x: Tensor, kind: str) -> Tensor:
+        """As ``gather``. The gradient of this rank's values is the sum of all ranks' gradients of them."""
+        values: Tensor = _Gather.apply(x, self, kind)  # type: ignore[no-untyped-call]  # torch's
+        return values
 
     def sum_here(self, x: Tensor) -> Tensor:
         received = x.new_empty(self.size, *x.shape)
@@ -112,13 +148,14 @@ class Ranks:
             _all_gather(_bytes(received), _bytes(x.detach().contiguous()), group=self.group)
         return received.sum(0)
 
-    def blocks(self, payload: Mapping[str, Tensor], kind: str) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """Tensors [own count, ...] of every rank, a block at a time: the number of its first row, and its tensors.
+    def blocks(self, payload: Mapping[str, Tensor], kind: str) -> Iterator[tuple[int | None, dict[str, Tensor]]]:
+        """Tensors [own count, ...] of every rank, a block at a time: the rank whose they are, and they.
 
-        One block of all rows; by the ring a rank's at a time, this one's first, while the next is on its way.
+        One block of all rows, which is no single rank's (None); by the ring a rank's at a time, this one's first, while the next is on its
+        way. A block may be empty.
         """
         if self.across == "gather":
-            yield 0, {name: self.gather(x, kind) for name, x in payload.items()}
+            yield None, {name: self.gather(x, kind) for name, x in payload.items()}
             return
         here = {name: x.detach().contiguous() for name, x in payload.items()}
         for step in range(self.size):
@@ -128,8 +165,7 @@ class Ranks:
             if step + 1 < self.size:
                 coming = {name: x.new_empty(self.counts[kind][after], *x.shape[1:]) for name, x in here.items()}
                 requests = self._pass_on(here, coming)
-            if self.counts[kind][source]:
-                yield self.first(kind, source), here
+            yield source, here
             with self._named("passing rows on"):
                 for request in requests:
                     request.wait()
@@ -152,8 +188,8 @@ class Ranks:
             yield
         except (RuntimeError, ValueError) as error:
             raise RuntimeError(
-                f"fastsupcon: rank {self.rank} of {self.size} lost the others while {doing}: a rank ended, raised an error, or did not call "
-                f"the loss as often as this one within the group's timeout. torch.distributed says: {error}"
+                f"fastsupcon: rank {self.rank} of {self.size} lost the others while {doing}: a rank ended, raised an error, or did not "
+                f"call the loss as often as this one within the group's timeout. torch.distributed says: {error}"
             ) from error
 
 
@@ -168,15 +204,27 @@ class _Sum(torch.autograd.Function):
         return ctx.ranks.sum_here(grad), None
 
 
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: Ranks, kind: str) -> Tensor:
+        ctx.ranks, ctx.kind = ranks, kind
+        return ranks.gather(x, kind)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        ranks, first = ctx.ranks, ctx.ranks.first(ctx.kind)
+        return ranks.sum_here(grad)[first : first + ranks.counts[ctx.kind][ranks.rank]], None, None
+
+
+def _all_gather(received: Tensor, sent: Tensor, group: dist.ProcessGroup) -> None:
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13 gave it another name
+    gather(received, sent, group=group)
+
+
 def _bytes(x: Tensor) -> Tensor:
     return x.view(-1).view(torch.uint8)
 
 
-def _host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A group of the same ranks that carries tensors in the hosts' memory: the group itself, or one made at its first call."""
-    if "cpu" in (entry.split(":")[0] for entry in dist.get_backend_config(group).split(",")):
-        return group
-    if group not in _host_groups:
-        _host_groups[group] = dist.new_group(dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True)
-    found: dist.ProcessGroup = _host_groups[group]
-    return found
+def _carries_host_memory(group: dist.ProcessGroup) -> bool:
+    """A group of NCCL alone does not; init_process_group() without a backend makes one of gloo beside it."""
+    return "cpu" in (entry.split(":")[0] for entry in dist.get_backend_config(group).split(","))

@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
 import pytest
 
 from fastsupcon.backends import BACKENDS
+from tests.processes import Pool
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the processes share the cores; tests of threads set their number themselves
     torch.set_num_threads(1)
@@ -28,6 +29,14 @@ def assert_same(got: torch.Tensor, want: torch.Tensor, *leaves: torch.Tensor, to
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
     for x, y in zip(*(torch.autograd.grad(value.sum(), leaves, retain_graph=True) for value in (got, want)), strict=True):
         torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
+
+
+@pytest.fixture(scope="session")
+def pool():
+    """Processes with gloo, started where first needed."""
+    processes = Pool()
+    yield processes
+    processes.end()
 
 
 @pytest.fixture(autouse=True)

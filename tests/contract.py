@@ -31,12 +31,15 @@ class Case:
     keys: str = ""  # "", "few", "int64"
     own: bool = False
     length: float = 1.0  # of the rows, times a factor of 0.5 to 2 each
+    long_row: float = 1.0  # so much longer is the last row,
+    long_column: float = 1.0  # and the last column of a cross shape
     rows: tuple[str, ...] = SCL
     columns: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         shape = f"{self.n}x{self.d}" if self.m is None else f"{self.n}x{self.m}x{self.d}"
         flags = [name for name in ("learned", "unit", "bias", "own") if getattr(self, name)]
+        flags += [f"long{x:g}" for x in (self.long_row, self.long_column) if x != 1]
         names = "".join(name[0] for name in self.rows) + ("|" + "".join(name[0] for name in self.columns) if self.columns else "")
         return "-".join([shape, str(self.dtype)[6:], f"{self.scale:g}", f"len{self.length:g}", f"keys={self.keys}", *flags, names])
 
@@ -44,8 +47,9 @@ class Case:
 def problem(case: Case, device: torch.device) -> Pairs:
     generator = torch.Generator().manual_seed(case.n * 7919 + (case.m or 0) * 31 + case.d)
 
-    def rows(count: int) -> Tensor:
+    def rows(count: int, longer: float) -> Tensor:
         x = torch.nn.functional.normalize(torch.randn(count, case.d, generator=generator, dtype=torch.float64))
+        x[-1] *= longer
         return (x * case.length * (0.5 + 1.5 * torch.rand(count, 1, generator=generator, dtype=torch.float64))).to(device, case.dtype)
 
     def keys(count: int) -> Tensor | None:
@@ -61,8 +65,8 @@ def problem(case: Case, device: torch.device) -> Pairs:
     if case.own:
         own = torch.randint(-1, m, (case.n,), generator=generator).to(device)
     return Pairs(
-        rows(case.n),
-        None if m is None else rows(m),
+        rows(case.n, case.long_row),
+        None if m is None else rows(m, case.long_column),
         torch.tensor(case.scale, dtype=wide, device=device) if case.learned else case.scale,
         case.unit,
         torch.randn(m or case.n, generator=generator).to(device, wide) if case.bias else None,

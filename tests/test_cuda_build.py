@@ -14,10 +14,11 @@ import torch
 from fastsupcon.backends._extension import module as extension
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
-# Forward and backward of each depth for each of four products, and four kernels of rows, two of which are there for each product.
+# Forward and backward of each depth for each of four products, and the small kernels, of which two more are there for each product.
 SMALL = 5
 MMA = 4 + 4 + 3 + 3  # depths of f16, bf16, tf32, f32
-WGMMA = 2 * 2 * (2 * 3 + 2 + 3) + 2 * 5  # of f16 and bf16, apart and not: 1, 2, 4 panels each way, and the deep ones; triangles
+# Of f16 and bf16, apart and not: 1, 2, 4 panels and the deep ones, backward with the scale's gradient and without; triangles.
+WGMMA = 2 * 2 * (3 + 2 + 2 * (3 + 3)) + 2 * 5
 KERNELS = {"sm_80": 2 * MMA + 2 * 4 + SMALL, "sm_90a": 2 * MMA + 2 * 4 + SMALL + WGMMA}
 
 
@@ -47,7 +48,7 @@ def hopper() -> dict[str, str]:
 
 def test_kernels_keep_to_registers():
     """None is spilled, but for a few that do not change and are read again once a tile: in the rings, where the result of 6 panels leaves
-    no more, in single precision at 4 panels, and one of f16's factors."""
+    no more, in single precision at 4 panels, one of f16's factors, and where wgmma's backward sums the scale's gradient too."""
     found = {arch: [] for arch in KERNELS}
     for part in cuobjdump("-res-usage").split("arch = ")[1:]:
         arch = part.split("\n", 1)[0]
@@ -58,6 +59,7 @@ def test_kernels_keep_to_registers():
     assert {arch: len(kernels) for arch, kernels in found.items()} == KERNELS
     spilled = {name: size for kernels in found.values() for name, size in kernels if size}
     few = {r"\d+mma_\w+ILN\w+ELi0E": 40, r"11mma_forward\w+E3ELi4E": 56, "deep_backward.*ELi6E": 112, r"14wgmma_backward\w+E0ELi4ELb0E": 8}
+    few |= {"14wgmma_backward.*ELb1EEEv": 40, "deep_backward.*ELi6E.*ELb1EEEv": 152}
     for name, size in spilled.items():
         assert any(re.search(kernel, name) and size <= most for kernel, most in few.items()), (name, size)
 

@@ -165,6 +165,102 @@ def test_triangle_named_by_no_number(on, monkeypatch):
         check(on(WGMMA), Case(40, d=8, dtype=BF16, scale=10.0, keys="few"), HOST)
 
 
+# Whether sums are bounded, only the device knows: a family for each case is launched, and its blocks end at once where it is not its turn.
+EITHER = [(None, 8, F16), (None, 64, BF16), (70, 128, F16), (None, 256, BF16), (70, 512, BF16), (None, 768, F16), (70, 776, BF16)]
+
+
+@pytest.mark.parametrize("scale", [-10.0, 1000.0, math.nan])
+@pytest.mark.parametrize(("m", "depth", "dtype"), EITHER)
+@pytest.mark.parametrize("group", ["0", "2"])
+def test_learned_scales_on_hopper(on, emulated, monkeypatch, m, depth, dtype, scale, group):
+    """To the bit what the family gives that runs alone where the scale is a number."""
+    monkeypatch.setenv("FASTSUPCON_TRIANGLE", group)
+    sides = {"rows": SCL} if m is None else {"rows": PSC, "columns": SCL}
+    case = Case(129, m, d=depth, dtype=dtype, keys="few", learned=True, scale=scale, own=m is not None, **sides)
+    pairs, backend = problem(case, HOST), on(WGMMA, multiprocessors=depth % 7 + 1)
+    terms, row_grads, column_grads, gradients = run(backend, pairs, case)
+    launched = names(emulated)
+    assert sum(name.startswith("wgmma") for name in launched) == sum(name.startswith("mma") for name in launched) == 2
+    if math.isfinite(scale):
+        check(backend, case, HOST)
+    number = pairs._replace(scale=scale)
+    names(emulated)
+    alone = backend.forward(number, case.rows, case.columns, False)
+    for got, want in zip(terms[:2], alone[:2], strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    row_side, column_side = Side(case.rows, terms.rows, row_grads), Side(case.columns, terms.columns, column_grads)
+    want = backend.backward(number, row_side, column_side, terms.norms, terms.kept, (True, m is not None, False, False))
+    assert all(name.startswith("mma") == (abs(scale) != 10.0) for name in names(emulated) if "mma" in name)
+    torch.testing.assert_close(gradients.rows, want.rows, rtol=0, atol=0, equal_nan=True)
+    if m is not None:
+        torch.testing.assert_close(gradients.columns, want.columns, rtol=0, atol=0, equal_nan=True)
+
+
+AS_THEY_ARE = {
+    "bounded": {},
+    "scale": {"scale": 900.0},
+    "one row": {"long_row": 1e3},
+    "one column": {"long_column": 1e3},
+    "a far longer row": {"long_row": 1e6},
+    "nothing longer than 1": {"length": 1e-3, "scale": 30.0},
+}
+
+
+@pytest.mark.parametrize(
+    ("capability", "m", "depth", "dtype"), [*((WGMMA, *either) for either in EITHER[:-1]), (MMA, None, 40, F32), (MMA, 70, 72, BF16)]
+)
+@pytest.mark.parametrize("what", AS_THEY_ARE)
+def test_rows_as_they_are(on, emulated, monkeypatch, capability, m, depth, dtype, what):
+    """Their lengths and the scale bound the sums, if neither the scale is large nor a single row or column long."""
+    if (dtype == F16 and what == "a far longer row") or (m is None and what == "one column"):
+        pytest.skip("there is none")
+    sides = {"rows": SCL} if m is None else {"rows": PSC, "columns": SCL}
+    options = {"scale": 2.0, **AS_THEY_ARE[what], **sides}
+    case = Case(129, m, d=depth, dtype=dtype, keys="few", learned=m is None, unit=False, own=m is not None, **options)
+    backend, pairs = on(capability, multiprocessors=depth % 7 + 1), problem(case, HOST)
+    terms, _, _, gradients = run(backend, pairs, case)
+    is_bounded, launched = what in ("bounded", "nothing longer than 1"), names(emulated)
+    assert terms.norms.tolist() == [is_bounded]
+    assert sum(name.startswith("mma") for name in launched) == 2
+    assert sum(name.startswith("wgmma") for name in launched) == (2 if capability == WGMMA else 0)
+    check(backend, case, HOST)
+    if not is_bounded:
+        monkeypatch.setenv("FASTSUPCON_CUDA", "mma")
+        alone, _, _, expected = run(backend, pairs, case)
+        for got, want in zip((*terms, *gradients), (*alone, *expected), strict=True):
+            assert torch.equal(got, want) if got is not None else want is None
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(("m", "of"), [(None, "rows"), (70, "rows"), (70, "columns"), (70, "scale")])
+def test_what_is_not_finite_is_not_bounded(on, m, value, of):
+    case = Case(129, m, d=64, dtype=BF16, keys="few", learned=True, unit=False, rows=("all",))
+    pairs, backend = problem(case, HOST), on(WGMMA)
+    if of == "scale":
+        pairs.scale.fill_(value)
+    else:
+        getattr(pairs, of)[5, 3] = value
+    terms = backend.forward(pairs, ("all",), (), False)
+    assert terms.norms.tolist() == [0]
+    assert not terms.rows.isfinite().all()
+
+
+def test_unit_rows_as_they_are(on, monkeypatch):
+    """Rows of exactly unit length have the quantities of rows that are brought to it, to the bit, whatever is known before the launch."""
+    monkeypatch.setenv("FASTSUPCON_TRIANGLE", "1")
+    pairs, backend = problem(Case(200, d=64, dtype=BF16, keys="few", scale=10.0), HOST), on(WGMMA)
+    unit = pairs._replace(rows=torch.sign(pairs.rows) / 8)
+    terms, want = (backend.forward(of, SCL, (), False) for of in (unit._replace(unit=False), unit))
+    assert terms.norms.tolist() == [1]
+    assert torch.equal(terms.rows, want.rows)
+
+
+def test_a_family_named_must_serve_what_a_device_may_find(on, monkeypatch):
+    monkeypatch.setenv("FASTSUPCON_CUDA", "wgmma")
+    with pytest.raises(RuntimeError, match="FASTSUPCON_CUDA=wgmma"):
+        check(on(WGMMA), Case(70, d=64, dtype=BF16, keys="few", learned=True), HOST)
+
+
 @pytest.mark.parametrize("capability", [MMA, WGMMA])
 @pytest.mark.parametrize("scale", [-10.0, -1.0, 0.0])
 @pytest.mark.parametrize("m", [None, 41])
@@ -191,18 +287,20 @@ def test_splits(on, emulated, capability, case):
 @pytest.mark.parametrize(("capability", "dtype"), [(MMA, F32), (MMA, F16), (WGMMA, BF16)])
 @pytest.mark.parametrize("loss", ["SCL", "PSC"])
 @pytest.mark.parametrize("learned", [False, True])
-def test_launches_of_a_step(on, emulated, capability, dtype, loss, learned):
-    """Five, and one more for the gradient of a learned temperature; one for sums of columns where rows are many on Hopper."""
+@pytest.mark.parametrize("unit", [True, False])
+def test_launches_of_a_step(on, emulated, capability, dtype, loss, learned, unit):
+    """Five. One more looks at the lengths of rows as they are; two more are there on Hopper where only the device knows whether sums are
+    bounded, as a family stands ready for either; and one makes the sums of columns where rows are many."""
     backend = on(capability, multiprocessors=132)
     line = Line(all=1, similarity=-1) if loss == "SCL" else Line(different=1, similarity=-1)
-    case = Case(70, None if loss == "SCL" else 10, d=64, dtype=dtype, keys="few", learned=learned, rows=line.names)
-    pairs = problem(case, HOST)
+    case = Case(70, None if loss == "SCL" else 10, d=64, dtype=dtype, keys="few", learned=learned, unit=unit, rows=line.names)
+    pairs, expected = problem(case, HOST), 5 + (not unit) + 2 * (capability == WGMMA and (learned or not unit))
     emulated.set_dry(True)
     for _ in range(2):
         _, kept = backend.loss(pairs, line.names, line)
         backend.loss_backward(pairs, line.names, line, kept, torch.ones(()), (True, loss == "PSC", False, learned))
         launches = names(emulated)
-        assert len(launches) == (6 if learned else 5), launches
+        assert len(launches) == expected, launches
     emulated.set_dry(False)
 
 

@@ -63,6 +63,16 @@ def test_million_classes():
         assert 240 < numbers(r"1,000,000 classes: (\d+) MiB over the 244 MiB of prototypes", text)[0] < 1000
 
 
+def test_large_batch():
+    text = printed("large_batch.py")
+    apart = [numbers(rf"chunks of {chunk}: .*gradients ([\d.e+-]+) apart", text)[0] for chunk in (128, 32, 8)]
+    assert max(apart) < 1e-4
+    if ON_LINUX:
+        direct, half, least = (numbers(rf"{way}: (\d+) MiB", text)[0] for way in ("direct", "chunks of 128", "chunks of 8"))
+        assert least < half < 0.6 * direct
+        assert least < 0.25 * direct
+
+
 def grace(u, v, temperature):
     """Zhu et al. 2020, eq. 1 and 2: a node's other view among all nodes of the other view and all others of its own; both views' mean."""
     u, v = F.normalize(u, dim=1), F.normalize(v, dim=1)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from contract import ALL, PSC, Case, check, check_bits, error, problem, run
+from contract import ALL, PSC, SCL, Case, check, check_bits, error, problem, run
 
 from fastsupcon import PSCLoss, SupConLoss
 from fastsupcon import functional as F
@@ -56,6 +56,21 @@ def test_deep_rows(name, d, dtype):
     check(BACKENDS[name], Case(1000, d=d, dtype=dtype, scale=10.0, keys="few"), GPU)
     check(BACKENDS[name], Case(300, 200, d=d, dtype=dtype, scale=10.0, rows=ALL, columns=ALL, own=True, keys="int64"), GPU)
     check(BACKENDS[name], Case(200, 5000, d=d, dtype=dtype, rows=ALL, columns=ALL, bias=True, keys="int64"), GPU)
+
+
+@pytest.mark.parametrize("d", [64, 100, 128, 256, 384, 512, 768, 1024])
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+@pytest.mark.parametrize("scale", [6.0, 1000.0], ids=["bounded", "running"])
+@pytest.mark.parametrize("unit", [True, False])
+def test_sums_that_the_device_finds_bounded_or_not(name, d, dtype, scale, unit):
+    """A learned scale, and rows as they are: of both shapes, with the quantities of rows and columns; and a single row that is long."""
+    options = {"d": d, "dtype": dtype, "scale": scale, "unit": unit, "learned": True, "keys": "few"}
+    check(BACKENDS[name], Case(1000, **options), GPU)
+    check(BACKENDS[name], Case(300, 700, rows=SCL, columns=SCL, own=True, **options), GPU)
+    check(BACKENDS[name], Case(300, 200, rows=ALL, columns=PSC, **options), GPU)
+    if not unit and scale == 6.0:
+        check(BACKENDS[name], Case(1000, long_row=1000.0, **options), GPU)
+    check_bits(BACKENDS[name], Case(1000, **options), GPU)
 
 
 @pytest.mark.parametrize("group", [1, 8])  # row blocks
@@ -142,6 +157,33 @@ def test_cuda_graph(name, batch, warm):
         assert torch.equal(mine, expected)
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_graph_decides_anew_whether_sums_are_bounded(name, batch, normalize):
+    """Captured where they are, replayed where they are not, with another temperature and longer rows, and where they are again."""
+    z, labels = batch
+    temperature = torch.tensor(0.5, device=GPU, requires_grad=True)
+    with torch.no_grad():
+        z.copy_(torch.nn.functional.normalize(z.float()))
+
+    def step():
+        loss = F.supcon_loss(z, labels, temperature=temperature, normalize=normalize, backend=name)
+        return loss, *torch.autograd.grad(loss, (z, temperature))
+
+    step()  # the first call of Triton compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for length, value in ((1.0, 0.001), (100.0, 0.5), (1.0, 0.2)):
+        with torch.no_grad():
+            z.copy_(torch.nn.functional.normalize(z.float()) * length)
+            temperature.fill_(value)
+        graph.replay()
+        torch.cuda.synchronize()
+        for mine, expected in zip(captured, step(), strict=True):
+            assert torch.equal(mine, expected)
+
+
 def test_kept_launches_give_the_bits_of_ordinary_ones(batch, monkeypatch):
     if reason := triton.unusable(GPU, BF16, 128):
         pytest.skip(f"triton: {reason}")
@@ -226,7 +268,11 @@ def test_no_host_sync(name, batch):
 
 def test_at_most_eight_launches_a_step(name, batch):
     z, labels = batch
-    for loss in (SupConLoss(normalize=True, backend=name), PSCLoss(50, 128, backend=name).to(GPU, BF16)):
+    for loss in (
+        SupConLoss(normalize=True, backend=name),
+        SupConLoss(backend=name),
+        PSCLoss(50, 128, backend=name).to(GPU, BF16),
+    ):
         loss(z, labels).backward()
         z.grad = None
         loss.zero_grad(set_to_none=True)

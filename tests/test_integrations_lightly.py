@@ -130,16 +130,6 @@ def test_it_does_not_import_lightly(monkeypatch):
     importlib.reload(lightly)
 
 
-@pytest.mark.parametrize(("kind", "labels"), [(NTXentLoss, ()), (SupConLoss, (torch.zeros(B, dtype=torch.int64),))])
-def test_several_processes_are_refused(monkeypatch, kind, labels):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    out = views(torch.device("cpu"))
-    kind()(*out, *labels)  # which asks for no other process
-    with pytest.raises(NotImplementedError, match=r"gather_distributed=True among 2 processes comes with .* distributed losses"):
-        kind(gather_distributed=True)(*out, *labels)
-
-
 def z(n=4, d=3, dtype=torch.float32):
     return torch.zeros(n, d, dtype=dtype)
 

@@ -141,9 +141,12 @@ def test_it_does_not_import_open_clip(monkeypatch):
     importlib.reload(open_clip)
 
 
-def test_several_processes_are_refused():
-    with pytest.raises(NotImplementedError, match=r"world_size must be 1, got 2: .*distributed losses"):
-        ClipLoss(local_loss=True, world_size=2)
+def test_no_processes_to_gather_from():
+    with pytest.raises(NotImplementedError, match=r"use_horovod must be False with world_size=2, got True"):
+        ClipLoss(world_size=2, use_horovod=True)
+    text = "rank and world_size must be 0 and 1, as torch.distributed has no process group of several, got 1 and 2"
+    with pytest.raises(ValueError, match=text):
+        ClipLoss(rank=1, world_size=2)(z(), z(), 1.0)
 
 
 def z(n=4, d=3, dtype=torch.float32):

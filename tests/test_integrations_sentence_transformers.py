@@ -1,5 +1,6 @@
 """sentence-transformers' own losses against ours: of embeddings in every option, and through a tiny model made here."""
 
+import logging
 import re
 import subprocess
 import sys
@@ -13,7 +14,6 @@ pytest.importorskip("sentence_transformers", minversion="6.0")
 import transformers
 from sentence_transformers import SentenceTransformer, util
 from sentence_transformers.sentence_transformer import losses, modules
-from sentence_transformers.sentence_transformer.losses import multiple_negatives_ranking as library_module
 
 from fastsupcon import functional
 from fastsupcon.integrations import sentence_transformers as ours
@@ -95,23 +95,23 @@ def test_ranking(name, n, negatives, dtype):
     )
 
 
-@every_option
-@pytest.mark.parametrize("negatives", [0, 2])
-def test_gathered(name, negatives, monkeypatch):
-    """As the second of two processes."""
-    columns, others = embeddings(2 + negatives, 7), iter(embeddings(2 * (2 + negatives), 7))
-
-    def gather(x):
-        return torch.cat([next(others).detach(), x])
-
-    for module in (library_module, ours):
-        monkeypatch.setattr(module, "all_gather_with_grad", gather)
-        monkeypatch.setattr(module, "get_rank", lambda: 1)
-    kept = [next(others) for _ in range(2 * (2 + negatives))]
-    half = kept[: 2 + negatives]
-    others = iter(half + half)  # the same for the library's and for ours
-    options = OPTIONS[name] | {"gather_across_devices": True}
-    assert_same("MultipleNegativesRankingLoss", options, columns, lambda loss: loss.compute_loss_from_embeddings(columns, None))
+def test_nothing_to_gather(caplog):
+    """Without a process group: this process alone, with the library's warning."""
+    columns = embeddings(2, 7)
+    alone, gathered = (ours.MultipleNegativesRankingLoss(None, gather_across_devices=gather) for gather in (False, True))
+    library_logger = logging.getLogger("sentence_transformers")
+    propagate, library_logger.propagate = library_logger.propagate, True
+    util.distributed.logger.warning_once.cache_clear()
+    try:
+        assert torch.equal(gathered.compute_loss_from_embeddings(columns), alone.compute_loss_from_embeddings(columns))
+    finally:
+        library_logger.propagate = propagate
+    assert "Trying to gather while torch.distributed" in caplog.text
+    supcon = ours.SupConLoss(None, 0.1, gather_across_devices=True)
+    labels = torch.arange(7, device=DEVICE) // 2
+    want = functional.supcon_loss(columns[0], labels, temperature=0.1, normalize=True)
+    torch.testing.assert_close(supcon.compute_loss_from_embeddings(columns[:1], labels), want)
+    assert supcon.get_config_dict()["gather_across_devices"] is True
 
 
 @pytest.mark.parametrize("name", ["default", "in batch", "all negatives", "all"])
@@ -251,6 +251,10 @@ def test_supcon_takes_the_options_of_fastsupcon(model):
     assert (loss.loss.temperature, loss.loss.base_temperature, loss.loss.reduction, loss.loss.normalize) == (0.07, 0.07, "sum", True)
     with pytest.raises(TypeError, match="margin"):
         ours.SupConLoss(model, margin=1)
+    with pytest.raises(TypeError, match=r"group must be a torch\.distributed\.ProcessGroup or None, got int"):
+        ours.SupConLoss(model, group=3)
+    with pytest.raises(ValueError, match="gather_across_devices=True takes the default group: expected group=None, got a group"):
+        ours.SupConLoss(model, group=3, gather_across_devices=True)
 
 
 @pytest.mark.parametrize("name", ["MultipleNegativesRankingLoss", "CachedMultipleNegativesRankingLoss"])

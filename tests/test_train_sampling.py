@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("numpy", reason="needs the [train] extra")
 
 import augment
-from augment import Augmentation, apply_operation
+from augment import Augmentation, Draws, apply_operation
 from sampling import Sampler
 from schedule import feature_weight, learning_rate
 
@@ -111,7 +111,7 @@ def test_evaluation_only_normalizes():
 
 def test_each_image_has_its_own_crop():
     x = images(1).repeat(200, 1, 1, 1)
-    cropped = augment.random_crop(x, 2)
+    cropped = augment.random_crop(x, 2, Draws(200, x.device))
     padded = torch.nn.functional.pad(x[0], (2,) * 4)
     windows = {padded[:, r : r + 8, c : c + 8].numpy().tobytes() for r in range(5) for c in range(5)}
     seen = {image.numpy().tobytes() for image in cropped}
@@ -155,10 +155,10 @@ def test_randaugment_operation_touches_the_images_that_drew_it(name):
 
 def test_color_jitter_of_strength_zero_changes_nothing_and_hue_keeps_grey():
     x = images(8) / 255
-    torch.testing.assert_close(augment.color_jitter(x, 0.0), x, atol=2e-6, rtol=0)
+    torch.testing.assert_close(augment.color_jitter(x, 0.0, Draws(8, x.device)), x, atol=2e-6, rtol=0)
     grey = torch.full((2, 3, 2, 2), 0.4)
     torch.testing.assert_close(augment.mix_channels(grey, torch.tensor([0.3, 1.7]), torch.tensor([0.1, 0.4])), grey)
-    assert augment.color_jitter(x, 1.0).isfinite().all()
+    assert augment.color_jitter(x, 1.0, Draws(8, x.device)).isfinite().all()
 
 
 def test_grayscale_images_take_every_option():

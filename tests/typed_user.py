@@ -41,6 +41,11 @@ assert_type(PSCLoss(8, 16).logits(features), Tensor)
 assert_type(SupConLoss().chance_level(8), float)
 assert_type(len(MemoryQueue(64, 16)), int)
 
+# What the encoder gives; of a module, anything.
+assert_type(fastsupcon.grad_cache(PSCLoss(8, 16).logits, features, chunk=4), Tensor)
+embedded: Tensor = fastsupcon.grad_cache(nn.Linear(16, 8), features, chunk=4)
+fastsupcon.grad_cache(nn.Linear(16, 8), features)  # type: ignore[call-arg]
+
 assert_type(F.supcon_loss(features, labels, temperature=nn.Parameter(torch.tensor(0.1))), Tensor)
 assert_type(F.self_logsumexp(features, scale=10), Tensor)
 F.cross_logsumexp(features, features, mask=labels)  # type: ignore[call-arg]

@@ -20,6 +20,7 @@ import checkpoint
 import compare
 import data as datasets
 import hybrid
+import processes
 import torch
 import tyro
 
@@ -115,6 +116,8 @@ class Ablate:
 
 
 def run_grid(options: Ablate) -> dict[str, Any]:
+    if processes.launched():
+        raise ValueError("ablate.py must be started once, by python: under torchrun each process would write the same tables")
     out = options.out or Path("runs") / options.grid
     out.mkdir(parents=True, exist_ok=True)
     load = functools.lru_cache(1)(datasets.load)

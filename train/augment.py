@@ -1,5 +1,8 @@
 """Augmentation as tensor code: a whole batch at once, on the device, with its own random parameters for every image.
 
+Where processes share a batch, each draws the parameters of all its images and keeps those of its own: they are the ones that one process
+would draw, at the price of a few random numbers for each image of the others.
+
 Each operation has a strength at which it does nothing, so "this image, not that one" is a strength per image and never a branch.
 Images are float [N, C, H, W] in [0, 1].
 """
@@ -8,12 +11,36 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 LUMA = (0.299, 0.587, 0.114)
+
+
+class Draws(NamedTuple):
+    """Random numbers for each image of a batch of ``images``, of which this process has those numbered ``own``; None: all."""
+
+    images: int
+    device: torch.device
+    own: Tensor | None = None
+
+    def uniform(self, *shape: int) -> Tensor:
+        """In [0, 1): [N, *shape]."""
+        return self._own(torch.rand(self.images, *shape, device=self.device))
+
+    def number(self, low: float = 0.0, high: float = 1.0) -> Tensor:
+        """One for each image, [N, 1, 1, 1]."""
+        return self.uniform(1, 1, 1) * (high - low) + low
+
+    def integers(self, below: int) -> Tensor:
+        """[N]"""
+        return self._own(torch.randint(below, (self.images,), device=self.device))
+
+    def _own(self, drawn: Tensor) -> Tensor:
+        return drawn if self.own is None else drawn[self.own]
 
 
 @dataclass(frozen=True)
@@ -29,21 +56,22 @@ class Augmentation:
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.5,)
 
-    def train(self, images: Tensor) -> Tensor:
-        """uint8 -> augmented and normalised float."""
+    def train(self, images: Tensor, draws: Draws | None = None) -> Tensor:
+        """uint8 -> augmented and normalised float. ``draws`` are of the batch that the images are part of; None: they are all of it."""
+        draws = draws or Draws(len(images), images.device)
         if self.crop_padding:
-            images = random_crop(images, self.crop_padding)
+            images = random_crop(images, self.crop_padding, draws)
         x = images.float() / 255
         if self.flip:
-            x = torch.where(_rand(x) < 0.5, x.flip(3), x)
+            x = torch.where(draws.number() < 0.5, x.flip(3), x)
         if self.rotate or self.shift or self.zoom:
-            x = random_affine(x, math.radians(self.rotate), self.shift, self.zoom)
+            x = random_affine(x, math.radians(self.rotate), self.shift, self.zoom, draws)
         if self.randaugment:
-            x = randaugment(x, self.randaugment)
+            x = randaugment(x, self.randaugment, draws)
         if self.color_jitter:
-            x = color_jitter(x, self.color_jitter)
+            x = color_jitter(x, self.color_jitter, draws)
         if self.grayscale and x.shape[1] == 3:
-            x = torch.where(_rand(x) < self.grayscale, luma(x), x)
+            x = torch.where(draws.number() < self.grayscale, luma(x), x)
         return self._normalize(x)
 
     def evaluate(self, images: Tensor) -> Tensor:
@@ -54,18 +82,13 @@ class Augmentation:
         return (x - mean) / std
 
 
-def _rand(x: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
-    """One number per image, [N, 1, 1, 1]."""
-    return torch.rand(len(x), 1, 1, 1, device=x.device) * (high - low) + low
-
-
 def luma(x: Tensor) -> Tensor:
     return (x * x.new_tensor(LUMA).view(1, 3, 1, 1)).sum(1, keepdim=True) if x.shape[1] == 3 else x
 
 
-def random_crop(images: Tensor, padding: int) -> Tensor:
+def random_crop(images: Tensor, padding: int, draws: Draws) -> Tensor:
     n, _, h, w = images.shape
-    rows, columns = (torch.randint(2 * padding + 1, (n, 1), device=images.device) + torch.arange(s, device=images.device) for s in (h, w))
+    rows, columns = (draws.integers(2 * padding + 1)[:, None] + torch.arange(s, device=images.device) for s in (h, w))
     padded = F.pad(images, (padding,) * 4)
     image = torch.arange(n, device=images.device)[:, None, None]
     return padded.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
@@ -77,10 +100,10 @@ def warp(x: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:
     return F.grid_sample(x, grid, align_corners=False)
 
 
-def random_affine(x: Tensor, radians: float, shift: float, zoom: float) -> Tensor:
-    angle, scale = _rand(x, -radians, radians).view(-1), 1 / _rand(x, 1 - zoom, 1 + zoom).view(-1)
+def random_affine(x: Tensor, radians: float, shift: float, zoom: float, draws: Draws) -> Tensor:
+    angle, scale = draws.number(-radians, radians).view(-1), 1 / draws.number(1 - zoom, 1 + zoom).view(-1)
     cos, sin = angle.cos() * scale, angle.sin() * scale
-    offset = (torch.rand(len(x), 2, device=x.device) * 2 - 1) * 2 * shift
+    offset = (draws.uniform(2) * 2 - 1) * 2 * shift
     return warp(x, torch.stack([cos, -sin, sin, cos], 1).view(-1, 2, 2), offset)
 
 
@@ -103,12 +126,12 @@ def blend(x: Tensor, other: Tensor, factor: Tensor) -> Tensor:
     return (other + factor * (x - other)).clamp(0, 1)
 
 
-def color_jitter(x: Tensor, s: float) -> Tensor:
+def color_jitter(x: Tensor, s: float, draws: Draws) -> Tensor:
     """Brightness, contrast, saturation, hue: always in this order."""
     reach = 0.8 * s
-    x = (x * _rand(x, 1 - reach, 1 + reach)).clamp(0, 1)
-    x = blend(x, luma(x).mean((2, 3), keepdim=True), _rand(x, 1 - reach, 1 + reach))
-    return mix_channels(x, _rand(x, 1 - reach, 1 + reach), _rand(x, -0.2 * s, 0.2 * s)).clamp(0, 1)
+    x = (x * draws.number(1 - reach, 1 + reach)).clamp(0, 1)
+    x = blend(x, luma(x).mean((2, 3), keepdim=True), draws.number(1 - reach, 1 + reach))
+    return mix_channels(x, draws.number(1 - reach, 1 + reach), draws.number(-0.2 * s, 0.2 * s)).clamp(0, 1)
 
 
 OPERATIONS = (
@@ -117,11 +140,11 @@ OPERATIONS = (
 )
 
 
-def randaugment(x: Tensor, operations: int, strength: float = 0.3) -> Tensor:
+def randaugment(x: Tensor, operations: int, draws: Draws, strength: float = 0.3) -> Tensor:
     """RandAugment (Cubuk et al. 2020): ``operations`` times one of OPERATIONS drawn per image. Its equalize is left out."""
     for _ in range(operations):
-        choice = torch.randint(len(OPERATIONS), (len(x),), device=x.device)
-        sign = torch.randint(2, (len(x),), device=x.device) * 2.0 - 1
+        choice = draws.integers(len(OPERATIONS))
+        sign = draws.integers(2) * 2.0 - 1
         x = apply_operation(x, choice, sign * strength)
     return x
 

@@ -381,15 +381,16 @@ def leave_process_group(_worker: int) -> None:
 
 
 class KeyedRows:
-    """A batch sampler for :class:`ImageFiles`: the rows of the plan at hand, each index with the key of its crop."""
+    """A batch sampler for :class:`ImageFiles`: the given columns of the plan at hand, row by row, each index with the key of its crop."""
 
     plan: Tensor
+    columns: list[int]
     first = 0
     key: tuple[int, ...] | None = None
 
     def __iter__(self) -> Iterator[list[tuple[int, tuple[int, ...] | None]]]:
-        for row, indices in enumerate(self.plan[self.first :], self.first):
-            yield [(i, None if self.key is None else (*self.key, row, n)) for n, i in enumerate(indices.tolist())]
+        for row, indices in enumerate(self.plan[self.first :].tolist(), self.first):
+            yield [(indices[n], None if self.key is None else (*self.key, row, n)) for n in self.columns]
 
 
 class Batches:
@@ -405,22 +406,25 @@ class Batches:
             options["generator"] = torch.Generator()  # or the loader would draw from the generator that augments
             self.loader = DataLoader(ImageFiles(split, image_size), batch_sampler=self.rows, collate_fn=stack, **options)
 
-    def __call__(self, plan: Tensor, first: int = 0, key: tuple[int, ...] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """From row ``first`` on. ``key`` seeds the crops of files; None takes the middle."""
-        rows = plan.to(self.device)[first:]
+    def __call__(
+        self, plan: Tensor, first: int = 0, key: tuple[int, ...] | None = None, columns: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """From row ``first`` on, of each the given columns. ``key`` seeds the crops of files; None takes the middle."""
+        columns = torch.arange(plan.shape[1]) if columns is None else columns
+        rows = plan[first:, columns].to(self.device)
         if self.resident is not None:
             for indices in rows:
                 yield self.resident[indices], self.labels[indices]
             return
-        self.rows.plan, self.rows.first, self.rows.key = plan, first, key
+        self.rows.plan, self.rows.columns, self.rows.first, self.rows.key = plan, columns.tolist(), first, key
         for indices, images in zip(rows, self.loader, strict=True):
             if isinstance(images, ValueError):
                 raise images
             yield images.to(self.device, non_blocking=True), self.labels[indices]
 
-    def in_order(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every image once, for evaluation."""
-        indices = torch.arange(len(self.labels))
+    def in_order(self, size: int, part: range | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every image once, or every one of a part, for evaluation."""
+        indices = torch.arange(len(self.labels)) if part is None else torch.arange(part.start, part.stop)
         whole = len(indices) // size * size
         yield from self(indices[:whole].view(-1, size))
         if whole < len(indices):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+import processes
 import torch
 from data import Batches, shots
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, recall_score
@@ -13,15 +14,16 @@ from torch import Tensor
 
 @torch.no_grad()
 def predict(network, batches: Batches, augmentation, autocast, size: int = 1024) -> tuple[Tensor, Tensor, Tensor]:
-    """Embeddings (the head's, unit length), logits and labels of every image, in order, on the CPU."""
+    """Embeddings (the head's, unit length), logits and labels of every image, in order, on the CPU. Processes share the images out."""
     network.eval()
     embeddings, logits = [], []
-    for images, _ in batches.in_order(size):
+    for images, _ in batches.in_order(size, processes.part(len(batches.labels))):
         with autocast:
             features = network.backbone(augmentation.evaluate(images))
             embeddings.append(torch.nn.functional.normalize(network.head(features).float()))
             logits.append(network.classifier(features).float())
-    return torch.cat(embeddings).cpu(), torch.cat(logits).cpu(), batches.labels.cpu()
+    embeddings, logits = (torch.cat(processes.gathered([part.cpu() for part in parts])) for parts in (embeddings, logits))
+    return embeddings, logits, batches.labels.cpu()
 
 
 def metrics(logits: Tensor, labels: Tensor, counts: Tensor, many: int, few: int) -> dict:

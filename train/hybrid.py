@@ -9,6 +9,7 @@ after Wang et al., CVPR 2021. With no argument it trains on scikit-learn's digit
     python train/hybrid.py --data cifar10-lt --imbalance 100              # the paper's CIFAR-10-LT; downloads
     python train/hybrid.py --data list --root D --train-list A --test-list B --network resnet50
     python train/hybrid.py --resume runs/X                                # go on after Ctrl-C, SIGTERM or a crash, to the same bits
+    torchrun --nproc-per-node 2 train/hybrid.py                           # the same batches shared out among processes
 
 A setting left at None is the data set's recipe, where nothing else is said; config.json in the run's folder tells what it was.
 """
@@ -16,6 +17,7 @@ A setting left at None is the data set's recipe, where nothing else is said; con
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import statistics
@@ -25,15 +27,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import checkpoint
 import data as datasets
 import evaluate
 import plots
+import processes
 import torch
 import tyro
-from augment import Augmentation
+from augment import Augmentation, Draws
 from networks import HybridNetwork, freeze_below_classifier, make_backbone
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -60,7 +63,7 @@ class Config:
     largest_class: int | None = None  # images of class 0; None: as many as the imbalance allows
     validation: float = 0.0  # fraction of train held out to choose the best epoch; 0: the last epoch is chosen
     image_size: int = 224  # side of images that are decoded from files
-    workers: int = 8  # processes that decode files
+    workers: int = 8  # processes that decode files; under torchrun so many for each of its own
     data_seed: int = 0  # which images the long tail keeps; 0 is the field's convention
     many: int | None = None  # many-shot: more training images than this
     few: int | None = None  # few-shot: fewer than this
@@ -84,7 +87,7 @@ class Config:
 
     # -- optimisation
     epochs: int | None = None  # an epoch is one pass of the feature branch (of the classifier branch for --loss ce)
-    batch: int | None = None  # images of the feature branch, each in two views for sc
+    batch: int | None = None  # images of the feature branch, each in two views for sc; of all processes together
     classifier_batch: int | None = None  # None: as many as batch
     lr: float | None = None  # at its peak
     warmup: float | None = None  # fraction of the steps
@@ -195,7 +198,8 @@ def resolve(config: Config) -> Config:
     if config.schedule == "two-stage" and config.loss == "ce":
         raise ValueError("schedule 'two-stage' needs a feature loss (sc, psc or mpsc) for its first stage, got loss 'ce'")
     try:
-        torch.empty(0, device=config.device)
+        device = processes.device(config.device)
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {config.device!r} is not usable here: {error}") from error
     for option, package in (("export", "safetensors"), ("tensorboard", "tensorboard")):
@@ -204,7 +208,7 @@ def resolve(config: Config) -> Config:
     with torch.device("meta"):  # raises where there is no such network
         make_backbone(config.network, 3, config.width)
     if config.loss != "ce":  # raises where this backend cannot serve
-        select_backend(config.backend, torch.device(config.device), DTYPES[config.precision], config.embedding)
+        select_backend(config.backend, device, DTYPES[config.precision], config.embedding)
     return config
 
 
@@ -214,15 +218,19 @@ def source_of(config: Config) -> datasets.Source:
 
 
 class Run:
-    """A network in training: one step of it, and everything that a checkpoint holds."""
+    """A network in training: one step of it, and everything that a checkpoint holds. Processes share the steps, and all hold the same."""
 
     def __init__(self, config: Config, data: datasets.Data) -> None:
-        self.config, self.data, self.device = config, data, torch.device(config.device)
+        self.config, self.data, self.device = config, data, processes.device(config.device)
         self.classes = len(data.classes)
+        for name in ("batch", "classifier_batch"):
+            if (images := getattr(config, name)) < processes.count():
+                raise ValueError(f"{name} must be at least the number of processes, {processes.count()}, got {images}")
         torch.manual_seed(config.seed)
         self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
         backbone = make_backbone(config.network, data.train.channels, config.width)
         network = HybridNetwork(backbone, self.classes, config.hidden, config.embedding)
+        network = processes.share_batch_statistics(network, self.device)
         self.network = network.to(self.device, memory_format=self.layout)
         self.forward = torch.compile(self.network) if config.compile else self.network
         self.feature_loss = make_feature_loss(config, self.classes).to(self.device)
@@ -257,7 +265,9 @@ class Run:
 
         self.epoch, self.step, self.lr_now = 0, 0, 0.0  # step: inside the epoch
         self.alpha = torch.zeros((), device=self.device)
-        self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # feature loss, classifier loss, share right, of this epoch
+        # Feature loss, classifier loss and share right, of this epoch. Each process has its part; what is meant is the sum over them.
+        self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        self.used: list[nn.Module] = []
         self.history: list[dict[str, Any]] = []
         self.best = {"epoch": config.epochs - 1, "balanced": -1.0}
         self.begin_epoch()
@@ -283,6 +293,28 @@ class Run:
         if self.classifies:
             parts.append(self.samplers["classifier"].draw(self.steps * config.classifier_batch).view(self.steps, -1))
         self.plan = torch.cat(parts, 1)
+        ends = list(itertools.accumulate([config.batch] * self.views + [config.classifier_batch] * self.classifies, initial=0))
+        own = [torch.tensor(processes.part(end - start)) + start for start, end in itertools.pairwise(ends)]
+        self.columns, self.split = torch.cat(own), sum(map(len, own[: self.views]))  # of the plan's rows this process has these
+        self.draws = Draws(ends[-1], self.device, None if processes.count() == 1 else self.columns.to(self.device))
+        used = [self.network.backbone]
+        used += [self.network.head, self.feature_loss] if self.views else []
+        used += [self.network.classifier] if self.classifies else []
+        if used != self.used:  # at the start, and where the second of two stages begins
+            self.used, parameters = used, [p for module in used for p in module.parameters() if p.requires_grad]
+            self.averaged_losses = processes.averaging(self.losses, parameters)
+
+    def losses(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """What is minimised, whose gradient is the mean over the processes; and this process's part of ``sums``."""
+        config, count = self.config, processes.count()
+        z, logits = self.forward(images, self.split)
+        feature_loss = self.feature_loss(z, labels[: self.split]) if self.views else self.alpha.new_zeros(())  # the same on every process
+        adjusted, labels = logits.float() + config.logit_adjustment * self.log_prior, labels[self.split :]
+        part = len(labels) / config.classifier_batch
+        classifier_loss = part * nn.functional.cross_entropy(adjusted, labels) if self.classifies else self.alpha.new_zeros(())
+        loss = self.alpha * feature_loss + (1 - self.alpha) * (count * classifier_loss)
+        right = (logits.argmax(1) == labels).sum() / config.classifier_batch
+        return loss, torch.stack([feature_loss.detach() / count, classifier_loss.detach(), right])
 
     def update(self, raw: Tensor, labels: Tensor) -> None:
         """One step: both batches through the backbone as one."""
@@ -290,14 +322,9 @@ class Run:
         done, total = (self.epoch - first) * self.steps + self.step, (last - first) * self.steps
         self.lr_now = learning_rate(config.lr, done, total, warmup=config.warmup, milestones=config.milestones)
         self.lr.fill_(self.lr_now)
-        split = self.views * config.batch
-        images = self.augmentation.train(raw).contiguous(memory_format=self.layout)
+        images = self.augmentation.train(raw, self.draws).contiguous(memory_format=self.layout)
         with self.autocast:
-            z, logits = self.forward(images, split)
-            feature_loss = self.feature_loss(z, labels[:split]) if self.views else self.alpha.new_zeros(())
-            adjusted = logits.float() + config.logit_adjustment * self.log_prior
-            classifier_loss = nn.functional.cross_entropy(adjusted, labels[split:]) if self.classifies else self.alpha.new_zeros(())
-            loss = self.alpha * feature_loss + (1 - self.alpha) * classifier_loss
+            loss, measured = self.averaged_losses(images, labels)
         self.scaler.scale(loss).backward()
         if config.clip is not None:
             self.scaler.unscale_(self.optimizer)
@@ -307,13 +334,12 @@ class Run:
         self.optimizer.zero_grad()
         if self.ema is not None:
             self.ema.update_parameters(self.network)
-        right = (logits.argmax(1) == labels[split:]).sum() / max(1, len(logits))
-        self.sums += torch.stack([feature_loss.detach(), classifier_loss.detach(), right])
+        self.sums += measured
         self.step += 1
 
     def means(self) -> dict[str, float | None]:
-        """Of the epoch so far. Waits for the device."""
-        feature, classifier, right = (self.sums / self.step).tolist()
+        """Of the epoch so far, over all processes, each of which must ask. Waits for the device."""
+        feature, classifier, right = (processes.total(self.sums) / self.step).tolist()
         return {
             "alpha": self.alpha_now,
             "lr": self.lr_now,
@@ -342,11 +368,13 @@ class Run:
         return modules | ({} if self.ema is None else {"ema": self.ema})
 
     def state_dict(self) -> dict[str, Any]:
+        """The same on every process, each of which must ask, and for any number of them to go on from."""
         return {
             **{name: module.state_dict() for name, module in self._modules().items()},
             "samplers": self.drawn_from,  # as the epoch began: its indices are drawn again, and the steps done are left out
             "random": checkpoint.random_state(self.device),
-            **{name: getattr(self, name) for name in ("epoch", "step", "lr_now", "sums", "history", "best")},
+            "sums": processes.total(self.sums),
+            **{name: getattr(self, name) for name in ("epoch", "step", "lr_now", "history", "best")},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -355,8 +383,9 @@ class Run:
         self.lr = self.optimizer.param_groups[0]["lr"] = self.lr.fill_(0)
         for name, sampler in self.samplers.items():
             sampler.load_state_dict({key: value.cpu() for key, value in state["samplers"][name].items()})
-        for name in ("epoch", "step", "lr_now", "sums", "history", "best"):
+        for name in ("epoch", "step", "lr_now", "history", "best"):
             setattr(self, name, state[name])
+        self.sums = state["sums"] if processes.rank() == 0 else torch.zeros_like(self.sums)
         self.begin_epoch()
         checkpoint.set_random_state(state["random"], self.device)
 
@@ -365,8 +394,9 @@ def make_feature_loss(config: Config, classes: int) -> nn.Module:
     if config.loss == "ce":
         return nn.Identity()
     if config.loss == "sc":
-        return SupConLoss(config.temperature, base_temperature=config.temperature, normalize=True, backend=config.backend)
-    options = {"denominator": config.denominator, "backend": config.backend}
+        options = {"normalize": True, "backend": config.backend, "group": processes.group()}
+        return SupConLoss(config.temperature, base_temperature=config.temperature, **options)
+    options = {"denominator": config.denominator, "backend": config.backend, "group": processes.group()}
     return PSCLoss(classes, config.embedding, config.temperature, prototypes_per_class=prototypes(config), **options)
 
 
@@ -383,43 +413,47 @@ def chance_level(config: Config, classes: int) -> float:
 
 def train(config: Config, data: datasets.Data, *, resume: bool = False) -> dict[str, Any]:
     """Train one network in ``config.out``; returns its metrics. A stop signal ends the process after a checkpoint."""
-    out = config.out
-    if not resume and (out / "config.json").exists():
+    out, writes = config.out, processes.rank() == 0
+    if not resume and processes.told((out / "config.json").exists()):
         raise ValueError(f"out {out} holds a run already: go on with --resume {out}, or name another folder")
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.backends.cudnn.deterministic = True  # so that a resumed run comes to the same bits
     run = Run(config, data)
-    if resume and (out / "last.pt").exists():
+    if resume and processes.told((out / "last.pt").exists()):
         run.load_state_dict(checkpoint.load(out / "last.pt", run.device))
-    else:
+    elif writes:
         out.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(out / "environment.json", checkpoint.environment(run.device))
+        checkpoint.write_json(out / "environment.json", checkpoint.environment(run.device) | {"processes": processes.count()})
         write_config(config)
-    writer = summary_writer(out, run.epoch) if config.tensorboard else None
+    writer = summary_writer(out, run.epoch) if config.tensorboard and writes else None
     monitored = "test" if data.validation is None else "validation"
 
     with checkpoint.StopSignal() as stop, progress_bar() as progress:
         name, done = "/".join(out.parts[-2:]), run.epoch * run.steps + run.step
         task = progress.add_task(name, total=config.epochs * run.steps, completed=done, text="")
 
-        def leave() -> NoReturn:
+        def leave_if_stopped(*, unsaved: bool) -> None:
+            """All processes at the same step, whichever was told to stop; they ask each other at every one."""
+            if not (received := processes.largest(stop.received or 0)):
+                return
+            if unsaved:
+                save(run)
+            processes.wait_for_all()  # torchrun ends the others as soon as one has left
             progress.stop()
             console.print(f"stopped in epoch {run.epoch}; go on with: python train/hybrid.py --resume {out}", soft_wrap=True)
-            sys.exit(128 + stop.received)
+            sys.exit(128 + received)
 
         while run.epoch < config.epochs:
             began, first = time.perf_counter(), run.step
-            for raw, labels in run.batches["train"](run.plan, first, key=(config.seed, run.epoch)):
+            for raw, labels in run.batches["train"](run.plan, first, (config.seed, run.epoch), run.columns):
                 run.update(raw, labels)
                 progress.advance(task)
-                if stop.received:
-                    checkpoint.save(out / "last.pt", run.state_dict())
-                    leave()
+                leave_if_stopped(unsaved=True)
                 if run.step % config.log_every == 0:
                     progress.update(task, text=status(run.means()))
 
-            row = {"epoch": run.epoch, **run.means()}
+            row = {"epoch": run.epoch, **run.means(), "processes": processes.count()}
             row["seconds"] = time.perf_counter() - began
             row["images"] = run.plan.numel()
             row["images_per_second"] = (run.step - first) * run.plan.shape[1] / row["seconds"]
@@ -430,21 +464,28 @@ def train(config: Config, data: datasets.Data, *, resume: bool = False) -> dict[
                 row[f"{monitored}_balanced"] = balanced = evaluate.balanced_accuracy(logits, labels)
                 if monitored == "validation" and balanced > run.best["balanced"]:
                     run.best = {"epoch": run.epoch, "balanced": balanced}
-                    checkpoint.save(out / "best.pt", run.evaluated.state_dict())
+                    if writes:
+                        checkpoint.save(out / "best.pt", run.evaluated.state_dict())
             run.history.append(row)
             run.end_epoch()
-            checkpoint.save(out / "last.pt", run.state_dict())
-            write_log(run)
+            save(run)
+            if writes:
+                write_log(run)
             progress.update(task, text=status(row))
             if writer:
-                for name in row.keys() - {"epoch"}:
+                for name in row.keys() - {"epoch", "processes"}:
                     if row[name] is not None:
                         writer.add_scalar(name, row[name], row["epoch"])
-            if stop.received:  # during the evaluation
-                leave()
+            leave_if_stopped(unsaved=False)  # during the evaluation
     if writer:
         writer.close()
     return report(run)
+
+
+def save(run: Run) -> None:
+    state = run.state_dict()
+    if processes.rank() == 0:
+        checkpoint.save(run.config.out / "last.pt", state)
 
 
 def write_log(run: Run) -> None:
@@ -470,8 +511,11 @@ def report(run: Run) -> dict[str, Any]:
         "updates": run.steps * len(run.history),
         "images": sum(row["images"] for row in run.history),
         "seconds": sum(row["seconds"] for row in run.history),
+        "processes": sorted({row.get("processes", 1) for row in run.history}),  # more than one number: it was resumed by other ones
         "config": as_json(config),
     }
+    if processes.rank() > 0:
+        return result
     write_log(run)  # again: a kill between the last checkpoint and its row would have left it out
     checkpoint.write_json(out / "metrics.json", result)
     evaluate.write_per_class(out / "per_class.csv", data.classes, data.counts, labels, chosen["per_class"])
@@ -575,13 +619,13 @@ def mean_std(values: list[float | None]) -> str:
 def finish(config: Config, data: datasets.Data) -> dict[str, Any]:
     """The run in ``config.out``: trained from the start, from where it was stopped, or read where it is finished."""
     out = config.out
-    if not (out / "config.json").exists():
+    if not processes.told((out / "config.json").exists()):
         return train(config, data)
     there = read_config(out, Config())
     names = [f.name for f in dataclasses.fields(Config) if f.name not in FREE and getattr(there, f.name) != getattr(config, f.name)]
     if names:
         raise ValueError(f"out {out} holds a run of other settings ({', '.join(names)}): name another folder")
-    if (out / "metrics.json").exists() and len((out / "log.jsonl").read_text().splitlines()) == config.epochs:
+    if processes.told((out / "metrics.json").exists() and len((out / "log.jsonl").read_text().splitlines()) == config.epochs):
         return json.loads((out / "metrics.json").read_text())  # with fewer epochs they are those of --eval-only on a run that was stopped
     return train(config, data, resume=True)
 
@@ -596,18 +640,28 @@ def main(given: Config) -> None:
     try:
         command(given)
     except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error{f' on rank {processes.rank()}' if processes.count() > 1 else ''}: {error}")
 
 
 def command(given: Config) -> None:
     folder = given.resume or given.eval_only
+    if not (folder or given.out) and processes.restarts("MAX_RESTARTS"):
+        raise ValueError("out must be named where torchrun may restart the run (--max-restarts), which must find its folder, got None")
     config = resolve(read_config(folder, given) if folder else given)
-    if not folder and (config.out / "config.json").exists():
+    with processes.together(processes.device(config.device)):
+        console.quiet = processes.rank() > 0
+        perform(given, dataclasses.replace(config, out=processes.told(config.out)))
+
+
+def perform(given: Config, config: Config) -> None:
+    begun = processes.told((config.out / "config.json").exists())
+    if begun and not (given.resume or given.eval_only or processes.restarts("RESTART_COUNT")):
         raise ValueError(f"out {config.out} holds a run already: go on with --resume {config.out}, or name another folder")
-    data = datasets.load(source_of(config))
+    with processes.first_of_machine_first():
+        data = datasets.load(source_of(config))
     seeds = range(config.seed, config.seed + config.seeds)
     runs = [config if config.seeds == 1 else dataclasses.replace(config, seeds=1, seed=s, out=config.out / f"seed-{s}") for s in seeds]
-    if config.seeds > 1 and not folder:
+    if config.seeds > 1 and not begun and processes.rank() == 0:
         config.out.mkdir(parents=True, exist_ok=True)
         write_config(config)
     results = [evaluate_again(one, data) if given.eval_only else finish(one, data) for one in runs]

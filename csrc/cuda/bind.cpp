@@ -22,7 +22,7 @@ struct Kept {
     values = make_quantities(first, step, mask);
     for (unsigned bits = mask; bits; bits &= bits - 1) first += step;
     norms = pointer(first);
-    if (problem.unit) first += step + (problem.b ? problem.columns * static_cast<std::int64_t>(sizeof(float)) : 0);
+    first += sizeof(float) * (problem.unit ? problem.rows + (problem.b ? problem.columns : 0) : 1);
     paired = pointer(first);
   }
 };

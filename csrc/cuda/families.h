@@ -18,6 +18,7 @@ struct Tiling {
 // A family can cut the same work into blocks of more or fewer consumers: groups of warps that own rows of their own.
 struct Family {
   const char* name;
+  bool runs;  // sums of every size; else only such as are bounded: running ones of a tile of 128 columns spilled 0.3 KiB
   bool (*serves)(const Work& work, const Device& device);
   std::vector<int> (*consumers)(std::int64_t depth, bool backward);  // numbers to choose from
   Tiling (*tiling)(const Work& work, bool backward, int consumers);
@@ -35,7 +36,7 @@ inline Grid tile_grid(const Work& work, const Tiling& tiling) {
   return grid;
 }
 
-// For sm_80 and newer: everything. For sm_90: half rows of a depth up to 1024 whose sums are known to be bounded.
+// For sm_80 and newer: everything. For sm_90: half rows of a depth up to 1024 whose sums are bounded.
 template <Product PRODUCT>
 Family mma_family();
 template <Product PRODUCT>

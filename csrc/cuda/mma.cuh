@@ -374,6 +374,7 @@ struct MmaBlock {
 template <Product PRODUCT, int PANELS>
 __global__ void __launch_bounds__(kMmaThreads) mma_forward(const __grid_constant__ Work work) {
   ptx::begin_kernel();
+  if (!is_turn(work)) return;
   using Block = MmaBlock<PRODUCT, PANELS, false>;
   using Shape = typename Block::Shape;
   Block block(work);
@@ -409,6 +410,7 @@ __global__ void __launch_bounds__(kMmaThreads) mma_forward(const __grid_constant
 template <Product PRODUCT, int PANELS>
 __global__ void __launch_bounds__(kMmaThreads) mma_backward(const __grid_constant__ Work work) {
   ptx::begin_kernel();
+  if (!is_turn(work)) return;
   using Block = MmaBlock<PRODUCT, PANELS, true>;
   using Shape = typename Block::Shape;
   constexpr bool half = kIsHalf<PRODUCT>;

@@ -42,7 +42,7 @@ auto with_mma_variant(std::int64_t depth, bool backward, Use use) {
 
 template <Product PRODUCT>
 Family mma_family() {
-  return {"mma", [](const Work&, const Device&) { return true; }, [](std::int64_t, bool) { return std::vector<int>{1}; },
+  return {"mma", true, [](const Work&, const Device&) { return true; }, [](std::int64_t, bool) { return std::vector<int>{1}; },
           [](const Work& work, bool backward, int) {
             return with_mma_variant<PRODUCT>(work.depth, backward, [&](auto variant) { return decltype(variant)::tiling(work.depth); });
           },

@@ -20,7 +20,8 @@ struct Plan {
   std::vector<Launch> launches;
 };
 
-// norms: inverse lengths, [rows], cross [rows + columns], where problem.unit: written by the forward, read by the backward.
+// norms: where problem.unit inverse lengths, [rows], cross [rows + columns]; else whether sums are bounded, [1]. Written by the forward, read
+// by the backward.
 Plan forward(const Problem& problem, const Quantities<void*>& rows, const Quantities<void*>& columns, void* norms, bool allow_tf32,
              int device);
 Plan backward(const Problem& problem, const Incoming& rows, const Incoming& columns, const void* norms, const Outgoing& out,

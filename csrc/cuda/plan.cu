@@ -89,8 +89,8 @@ struct Sides {
     work.aligned = row_bytes % 16 == 0 && starts % 16 == 0;
     // Running maxima make a pair that is alone come out as exactly its similarity.
     const bool pairs_alone = std::min(problem.rows, problem.columns) <= (work.exclusion == Exclusion::none ? 1 : 2);
-    const bool may_bound = problem.unit && !problem.bias && !pairs_alone;
-    work.scale = rows.scale = {problem.scale, static_cast<const float*>(problem.scale_address), may_bound};
+    const bool may_bound = !problem.bias && !pairs_alone;
+    work.scale = rows.scale = {problem.scale, static_cast<const float*>(problem.scale_address), may_bound, problem.unit ? nullptr : norms};
     float* norms_of[2] = {norms, norms && !self ? norms + problem.rows : norms};
     rows.count = count;
     rows.self = self;
@@ -113,9 +113,9 @@ struct Sides {
     return pass;
   }
 
-  // The work with its fields in scratch memory.
-  Work tile_work(char* scratch) const {
-    Work placed = work;
+  // Work with its fields in scratch memory.
+  Work tile_work(const Work& of, char* scratch) const {
+    Work placed = of;
     for (int i = 0; i < work.count; ++i) {
       placed.passes[i].x.fields = scratch + fields_at[owners[i]];
       placed.passes[i].y.fields = scratch + fields_at[count - 1 - owners[i]];
@@ -144,16 +144,6 @@ const std::vector<Family>& families_of() {
     static const std::vector<Family> families{mma_family<PRODUCT>()};
     return families;
   }
-}
-
-// The first of the families that serves; FASTSUPCON_CUDA names one.
-template <Product PRODUCT>
-const Family& family_of(const Work& work, const Device& device) {
-  const char* wanted = std::getenv("FASTSUPCON_CUDA");
-  for (const Family& family : families_of<PRODUCT>()) {
-    if (family.serves(work, device) && (!wanted || wanted == std::string(family.name))) return family;
-  }
-  throw std::runtime_error("fastsupcon CUDA: FASTSUPCON_CUDA=" + std::string(wanted) + " serves no such rows on this device");
 }
 
 struct Share {
@@ -264,6 +254,47 @@ Triangle cut_triangle(const Work& work, const Family& family, const Device& devi
   return best;
 }
 
+// A family and how it cuts the work.
+struct Cut {
+  const Family* family;
+  Work work;
+  int consumers = 0;
+};
+
+// For the first of the families that serves; FASTSUPCON_CUDA names one. For two where that one needs bounded sums and only the device knows
+// whether they are.
+template <Product PRODUCT>
+std::vector<Cut> cut_work(const Work& work, bool backward, const Device& device) {
+  const char* wanted = std::getenv("FASTSUPCON_CUDA");
+  const Sums sums = known_sums(work.scale);
+  std::vector<Cut> cuts;
+  for (const Family& family : families_of<PRODUCT>()) {
+    const bool serves = family.serves(work, device) && (family.runs || sums != Sums::running);
+    if (!serves || (wanted && wanted != std::string(family.name))) continue;
+    Cut found{&family, work};
+    found.work.turn = !cuts.empty() ? Turn::running : family.runs || sums == Sums::bounded ? Turn::always : Turn::bounded;
+    const Share share = share_out(found.work, family, backward, device);
+    found.consumers = share.consumers;
+    if (!backward) found.work.triangle = cut_triangle(found.work, family, device, share.clocks);
+    cuts.push_back(found);
+    if (found.work.turn != Turn::bounded) return cuts;
+  }
+  throw std::runtime_error("fastsupcon CUDA: FASTSUPCON_CUDA=" + std::string(wanted) + " does not serve such rows on this device");
+}
+
+// reserve(cut) for each of the cuts, of which one alone runs: in the same memory.
+template <class Reserve>
+void reserve_shared(Plan& plan, const std::vector<Cut>& cuts, Reserve reserve) {
+  const std::size_t first = plan.bytes;
+  std::size_t last = first;
+  for (const Cut& cut : cuts) {
+    plan.bytes = first;
+    reserve(cut);
+    last = std::max(last, plan.bytes);
+  }
+  plan.bytes = last;
+}
+
 // With a line, the tiles of the rows end with its loss.
 Plan plan_forward(const Problem& problem, const Quantities<void*>& rows, const Quantities<void*>& columns, void* norms, bool allow_tf32,
                   int device, const LineWork& line) {
@@ -275,51 +306,64 @@ Plan plan_forward(const Problem& problem, const Quantities<void*>& rows, const Q
   sides.work.apart = rows.different || rows.equal || columns.different || columns.equal;
   with_product(sides.product, [&](auto product) {
     constexpr Product PRODUCT = decltype(product)::value;
-    const Device info = device_info(device);
-    const Family& family = family_of<PRODUCT>(sides.work, info);
-    Work& work = sides.work;
-    const Share share = share_out(work, family, false, info);
-    const int consumers = share.consumers;
-    work.triangle = cut_triangle(work, family, info, share.clocks);
-    const bool is_triangle = work.triangle.group > 0;
-    std::size_t partial_at[2] = {}, done_at[2] = {};
+    const std::vector<Cut> cuts = cut_work<PRODUCT>(sides.work, false, device_info(device));
+    std::size_t done_at[2] = {};
     const std::size_t first_done = plan.bytes;
-    for (int i = 0; i < work.count; ++i) done_at[i] = reserve(plan, sizeof(int) * static_cast<std::size_t>(work.passes[i].row_blocks));
+    for (int i = 0; i < sides.work.count; ++i) {
+      int row_blocks = 0;
+      for (const Cut& cut : cuts) row_blocks = std::max(row_blocks, cut.work.passes[i].row_blocks);
+      done_at[i] = reserve(plan, sizeof(int) * static_cast<std::size_t>(row_blocks));
+    }
     const std::size_t line_done_at = reserve(plan, sizeof(int));
     const std::int64_t done_count = static_cast<std::int64_t>((plan.bytes - first_done) / sizeof(int));
-    for (int i = 0; i < work.count; ++i) {
-      const Pass& pass = work.passes[i];
-      if (!is_triangle) partial_at[i] = reserve(plan, sizeof(float) * kPartials * pass.splits * pass.x.count);
-    }
-    const TriangleBytes triangle_sums = is_triangle ? triangle_bytes(work.triangle) : TriangleBytes{};
-    const std::size_t row_sums_at = reserve(plan, static_cast<std::size_t>(triangle_sums.rows));
-    const std::size_t column_sums_at = reserve(plan, static_cast<std::size_t>(triangle_sums.columns));
     const std::size_t line_sums_at = reserve(plan, 2 * sizeof(float) * static_cast<std::size_t>(ceil_div(line.rows, 32)));
+    const int lanes = row_lanes(sides.work.depth), rows_of_block = kRowsThreads / lanes;
+    const std::int64_t lengths = !problem.unit ? sides.blocks(rows_of_block) * kRowsWarps : 0;
+    const std::size_t lengths_at = reserve(plan, sizeof(float) * static_cast<std::size_t>(lengths));
     plan.launches.push_back([=](char* scratch, const Where& where) {
       RowsWork of = sides.rows_work(scratch);
       of.done = reinterpret_cast<int*>(scratch + first_done);
       of.done_count = done_count;
       of.wide = is_wide<PRODUCT>(of.depth, {of.sides[0].rows, of.sides[1].rows});
-      of.row_lanes = row_lanes(of.depth);
-      launch("prepare_forward", [&] { return shape_of(sides.work); }, prepare_forward<PRODUCT>, {sides.blocks(kRowsThreads / of.row_lanes)},
-             kRowsThreads, 0, where, of);
+      of.row_lanes = lanes;
+      if (!problem.unit) of.lengths = reinterpret_cast<float*>(scratch + lengths_at);
+      launch("prepare_forward", [&] { return shape_of(sides.work); }, prepare_forward<PRODUCT>, {sides.blocks(rows_of_block)}, kRowsThreads,
+             0, where, of);
+      if (problem.unit) return;
+      const std::int64_t first = ceil_div(sides.sides[0].field_rows, rows_of_block) * kRowsWarps;
+      const LengthsWork work{of.lengths, first, lengths, of.scale, static_cast<float*>(norms)};
+      launch("decide_bounded", [&] { return shape_of(sides.work); }, decide_bounded, {1}, kBlockThreads, kBlockSumBytes, where, work);
     });
-    if (work.count == 0) return;
-    plan.launches.push_back([=, &family](char* scratch, const Where& where) {
-      Work of = sides.tile_work(scratch);
-      for (int i = 0; i < of.count; ++i) {
-        of.passes[i].partial = reinterpret_cast<float*>(scratch + partial_at[i]);
-        of.passes[i].done = reinterpret_cast<int*>(scratch + done_at[i]);
+    if (sides.work.count == 0) return;
+    reserve_shared(plan, cuts, [&](const Cut& cut) {
+      const bool is_triangle = cut.work.triangle.group > 0;
+      std::size_t partial_at[2] = {}, row_sums_at = 0, column_sums_at = 0;
+      if (is_triangle) {
+        const TriangleBytes sums = triangle_bytes(cut.work.triangle);
+        row_sums_at = reserve(plan, static_cast<std::size_t>(sums.rows));
+        column_sums_at = reserve(plan, static_cast<std::size_t>(sums.columns));
+      } else {
+        for (int i = 0; i < cut.work.count; ++i) {
+          const Pass& pass = cut.work.passes[i];
+          partial_at[i] = reserve(plan, sizeof(float) * kPartials * pass.splits * pass.x.count);
+        }
       }
-      LineWork& of_line = of.passes[0].line = line;
-      of_line.sums = reinterpret_cast<float*>(scratch + line_sums_at);
-      of_line.done = reinterpret_cast<int*>(scratch + line_done_at);
-      if (!is_triangle) return family.launch(of, false, consumers, where);
-      of.triangle.row_sums = reinterpret_cast<float*>(scratch + row_sums_at);
-      of.triangle.column_sums = reinterpret_cast<float*>(scratch + column_sums_at);
-      family.launch_triangle(of, where);
-      launch("combine_triangle", [&] { return shape_of(of); }, combine_triangle, {ceil_div(of.triangle.count, 32)}, kRowsThreads,
-             kCombineBytes, where, of);
+      plan.launches.push_back([=](char* scratch, const Where& where) {
+        Work of = sides.tile_work(cut.work, scratch);
+        for (int i = 0; i < of.count; ++i) {
+          of.passes[i].partial = reinterpret_cast<float*>(scratch + partial_at[i]);
+          of.passes[i].done = reinterpret_cast<int*>(scratch + done_at[i]);
+        }
+        LineWork& of_line = of.passes[0].line = line;
+        of_line.sums = reinterpret_cast<float*>(scratch + line_sums_at);
+        of_line.done = reinterpret_cast<int*>(scratch + line_done_at);
+        if (!is_triangle) return cut.family->launch(of, false, cut.consumers, where);
+        of.triangle.row_sums = reinterpret_cast<float*>(scratch + row_sums_at);
+        of.triangle.column_sums = reinterpret_cast<float*>(scratch + column_sums_at);
+        cut.family->launch_triangle(of, where);
+        launch("combine_triangle", [&] { return shape_of(of); }, combine_triangle, {ceil_div(of.triangle.count, 32)}, kRowsThreads,
+               kCombineBytes, where, of);
+      });
     });
   });
   return plan;
@@ -364,10 +408,7 @@ Plan plan_backward(const Problem& problem, const Incoming& rows, const Incoming&
   sides.work.apart = rows.values.different || rows.values.equal || columns.values.different || columns.values.equal;
   with_product(sides.product, [&](auto product) {
     constexpr Product PRODUCT = decltype(product)::value;
-    const Device info = device_info(device);
-    const Family& family = family_of<PRODUCT>(sides.work, info);
-    Work& work = sides.work;
-    const int consumers = share_out(work, family, true, info).consumers;
+    const std::vector<Cut> cuts = cut_work<PRODUCT>(sides.work, true, device_info(device));
     std::size_t largest_at[2] = {}, weight_sums_at = 0, products_at = 0;
     if (PRODUCT == Product::f16) {
       for (int i = 0; i < sides.count; ++i) {
@@ -376,11 +417,14 @@ Plan plan_backward(const Problem& problem, const Incoming& rows, const Incoming&
     }
     // The passes' sums one after the other, so that those of one side are added up as the splits of one.
     std::int64_t sums_of[2] = {}, sums = 0;
-    for (int i = 0; i < work.count; ++i) {
-      const Pass& pass = work.passes[i];
+    Splits splits[2];
+    for (int i = 0; i < sides.work.count; ++i) {
+      const Side& x = sides.work.passes[i].x;
+      splits[i] = {cuts.front().work.passes[i].splits, cuts.back().work.passes[i].splits};
+      const int most_splits = std::max(splits[i].bounded, splits[i].running);
       sums_of[i] = sums;
-      sums += std::int64_t{pass.splits} * pass.x.count * work.depth;
-      const std::size_t of_rows = sizeof(float) * pass.splits * pass.x.count;
+      sums += std::int64_t{most_splits} * x.count * sides.work.depth;
+      const std::size_t of_rows = sizeof(float) * most_splits * x.count;
       if (out.bias && sides.owners[i] == 1) weight_sums_at = reserve(plan, of_rows);
       if (out.scale && sides.owners[i] == 0) products_at = reserve(plan, of_rows);
     }
@@ -392,18 +436,20 @@ Plan plan_backward(const Problem& problem, const Incoming& rows, const Incoming&
       for (int i = 0; PRODUCT == Product::f16 && i < of.count; ++i) of.sides[i].largest = reinterpret_cast<float*>(scratch + largest_at[i]);
       launch("prepare_backward", shape, prepare_backward, {sides.blocks(kRowsThreads)}, kRowsThreads, kPrepareBytes, where, of);
     });
-    plan.launches.push_back([=, &family](char* scratch, const Where& where) {
-      Work of = sides.tile_work(scratch);
-      for (int i = 0; i < of.count; ++i) {
-        Pass& pass = of.passes[i];
-        pass.out = reinterpret_cast<float*>(scratch + sums_at) + sums_of[i];
-        if (out.bias && sides.owners[i] == 1) pass.weight_sums = reinterpret_cast<float*>(scratch + weight_sums_at);
-        if (out.scale && sides.owners[i] == 0) pass.products = reinterpret_cast<float*>(scratch + products_at);
-        pass.x.largest = reinterpret_cast<const float*>(scratch + largest_at[sides.owners[i]]);
-        pass.y.largest = reinterpret_cast<const float*>(scratch + largest_at[sides.count - 1 - sides.owners[i]]);
-      }
-      family.launch(of, true, consumers, where);
-    });
+    for (const Cut& cut : cuts) {
+      plan.launches.push_back([=](char* scratch, const Where& where) {
+        Work of = sides.tile_work(cut.work, scratch);
+        for (int i = 0; i < of.count; ++i) {
+          Pass& pass = of.passes[i];
+          pass.out = reinterpret_cast<float*>(scratch + sums_at) + sums_of[i];
+          if (out.bias && sides.owners[i] == 1) pass.weight_sums = reinterpret_cast<float*>(scratch + weight_sums_at);
+          if (out.scale && sides.owners[i] == 0) pass.products = reinterpret_cast<float*>(scratch + products_at);
+          pass.x.largest = reinterpret_cast<const float*>(scratch + largest_at[sides.owners[i]]);
+          pass.y.largest = reinterpret_cast<const float*>(scratch + largest_at[sides.count - 1 - sides.owners[i]]);
+        }
+        cut.family->launch(of, true, cut.consumers, where);
+      });
+    }
     plan.launches.push_back([=](char* scratch, const Where& where) {
       FinishWork of{};
       of.depth = sides.work.depth;
@@ -419,10 +465,11 @@ Plan plan_backward(const Problem& problem, const Incoming& rows, const Incoming&
           finish.sums = reinterpret_cast<float*>(scratch + sums_at) + sums_of[i];
           finish.out = owner && !both_ways ? out.columns : out.rows;
         }
-        finish.splits += pass.splits;
+        finish.splits.bounded += splits[i].bounded;
+        finish.splits.running += splits[i].running;
         if (out.bias && owner == 1) {
           finish.weight_sums = reinterpret_cast<const float*>(scratch + weight_sums_at);
-          finish.weight_splits = pass.splits;
+          finish.weight_splits = splits[i].running;
           finish.bias = static_cast<float*>(out.bias);
         }
       }
@@ -430,14 +477,13 @@ Plan plan_backward(const Problem& problem, const Incoming& rows, const Incoming&
       for (of.row_warps = 1; of.row_warps < kRowsWarps && of.row_warps * kWarpColumns < of.depth;) of.row_warps *= 2;
       std::int64_t blocks = 0;
       for (int i = 0; i < of.count; ++i) blocks += ceil_div(of.sides[i].count, kRowsWarps / of.row_warps);
+      if (out.scale) {
+        const float factor = sides.self && !both_ways ? 0.5f : 1.0f;  // w_ij + w_ji: both rows of a pair have its product
+        of.gradient = {reinterpret_cast<const float*>(scratch + products_at), sides.work.passes[0].x.count, splits[0], factor,
+                       static_cast<float*>(out.scale)};
+        ++blocks;
+      }
       launch("finish_gradients", shape, finish_gradients<PRODUCT>, {blocks}, kRowsThreads, kRowSumBytes, where, of);
-    });
-    if (!out.scale) return;
-    plan.launches.push_back([=](char* scratch, const Where& where) {
-      const Pass& pass = sides.work.passes[0];
-      const float factor = sides.self && !both_ways ? 0.5f : 1.0f;  // w_ij + w_ji: both rows of a pair have its product
-      launch("sum_rows", shape, sum_rows, {1}, kBlockThreads, kBlockSumBytes, where, reinterpret_cast<const float*>(scratch + products_at),
-             std::int64_t{pass.splits} * pass.x.count, factor, static_cast<float*>(out.scale));
     });
   });
   return plan;
@@ -493,6 +539,6 @@ void line_backward(const Line& line, std::int64_t rows, const Quantities<const v
 }
 
 // All kernels are built by one nvcc for the same generations, so any of them will do.
-std::string unusable(int device) { return why_not(sum_rows, device); }
+std::string unusable(int device) { return why_not(decide_bounded, device); }
 
 }  // namespace fastsupcon::cuda

@@ -1,32 +1,51 @@
 // Kernels of one block that reduce over all rows in a fixed order, and those of a loss's line alone.
 #pragma once
 
-#include "line.cuh"
+#include "tile.cuh"
 
 namespace fastsupcon::cuda {
 
 constexpr int kBlockThreads = 1024;
 
-// Of all threads; each of them gets it.
-FASTSUPCON_DEVICE float block_sum(float value) {
+// over_warp of all threads; each of them gets it.
+template <class OverWarp>
+FASTSUPCON_DEVICE float over_block(float value, OverWarp over_warp) {
   float* of_warps = reinterpret_cast<float*>(ptx::shared_memory());
   const int warp = ptx::warp();  // a shuffle: of all lanes, so not under a condition
-  value = warp_sum(value);
-  ptx::sync_block();  // those of an earlier sum have been read
+  value = over_warp(value);
+  ptx::sync_block();  // those of an earlier call have been read
   if (ptx::lane() == 0) of_warps[warp] = value;
   ptx::sync_block();
-  return warp_sum(of_warps[ptx::lane()]);
+  return over_warp(of_warps[ptx::lane()]);
+}
+FASTSUPCON_DEVICE float block_sum(float value) {
+  return over_block(value, [](float of) { return warp_sum(of); });
+}
+FASTSUPCON_DEVICE float block_largest(float value) {
+  return over_block(value, [](float of) { return warp_largest(of); });
 }
 constexpr int kBlockSumBytes = kBlockThreads / 32 * static_cast<int>(sizeof(float));
 
-// out = factor Σ values.
-__global__ void __launch_bounds__(kBlockThreads) sum_rows(const float* values, std::int64_t count, float factor, float* out) {
+// The lengths of rows as they are, of either side of a problem, and what comes of them.
+struct LengthsWork {
+  const float* lengths;  // not negative: of the first side `first`, of the second the rest; in the self shape there is no second
+  std::int64_t first, count;
+  Scale scale;
+  float* bounded;        // 1 or 0
+};
+__global__ void __launch_bounds__(kBlockThreads) decide_bounded(const __grid_constant__ LengthsWork work) {
   ptx::begin_kernel();
-  float sum = 0.0f;
-  load_ahead<8, std::int64_t>(
-      ptx::thread(), count, kBlockThreads, [&](std::int64_t i) { return values[i]; }, [&](float value) { sum += value; });
-  sum = block_sum(sum);
-  if (ptx::thread() == 0) *out = factor * sum;
+  const auto largest_of = [&](std::int64_t first, std::int64_t end) {
+    float largest = 1e-18f;  // so that a scale which overflows in another unit is not bounded by rows of any length
+    load_ahead<8, std::int64_t>(
+        first + ptx::thread(), end, kBlockThreads, [&](std::int64_t i) { return work.lengths[i]; },
+        [&](float length) { largest = fmaxf(largest, length); });
+    return block_largest(largest);
+  };
+  const float of_first = largest_of(0, work.first);
+  const float of_second = work.first < work.count ? largest_of(work.first, work.count) : of_first;
+  const bool bounded = work.scale.may_bound && in_bounds(scale_of(work.scale) * of_first * of_second);
+  if (ptx::thread() == 0) *work.bounded = bounded ? 1.0f : 0.0f;
 }
 
 // Many blocks without reduction, else one, which adds up in the order of add_to_loss.

@@ -92,6 +92,7 @@ struct RowsWork {
   Scale scale;
   int* done;  // forward: set to 0
   std::int64_t done_count;
+  float* lengths;  // forward, of rows as they are: for each warp the largest of its rows' lengths
   LineWork line;  // backward: what the gradients of the first side are made from; without a gradient they are given
 };
 
@@ -100,8 +101,8 @@ struct SideBlock {
   int side;
   std::int64_t first_row;
 };
-FASTSUPCON_DEVICE SideBlock side_block(std::int64_t rows_of_first, int rows) {
-  const std::int64_t of_first = ceil_div(rows_of_first, rows), block = ptx::block_x();
+FASTSUPCON_DEVICE SideBlock side_block(std::int64_t rows_of_first, int rows, std::int64_t block = ptx::block_x()) {
+  const std::int64_t of_first = ceil_div(rows_of_first, rows);
   return block < of_first ? SideBlock{0, block * rows} : SideBlock{1, (block - of_first) * rows};
 }
 
@@ -158,10 +159,16 @@ __global__ void __launch_bounds__(kRowsThreads) prepare_forward(const __grid_con
   const std::uint32_t code = is_row ? code_of(work, at.side, row) : 0u;
   const float bias = is_row && side.bias ? side.bias[row] : 0.0f;
   float factor = 1.0f;
-  if (side.norms) {
+  if (side.norms || work.lengths) {
     const std::int64_t depth = is_row ? work.depth : 0, of_row = row * work.depth;
     factor = work.wide ? inverse_norm<PRODUCT, true>(side.rows, of_row, depth, work.row_lanes)
                        : inverse_norm<PRODUCT, false>(side.rows, of_row, depth, work.row_lanes);
+  }
+  if (work.lengths) {  // a row of zeros counts as one of unit length, one that is not finite as longer than all
+    const float largest = warp_largest(!is_row ? 0.0f : factor > 0.0f ? 1.0f / factor : kInfinity);
+    const int warp = ptx::warp();  // a shuffle: of all lanes
+    if (ptx::lane() == 0) work.lengths[ptx::block_x() * kRowsWarps + warp] = largest;
+    factor = 1.0f;
   }
   if (ptx::lane() % work.row_lanes == 0) {
     const Fields fields = fields_of(side, row);
@@ -184,6 +191,7 @@ struct TriangleTotal {
 // time. Sums over all pairs alone, bounded.
 __global__ void __launch_bounds__(kRowsThreads) combine_triangle(const __grid_constant__ Work work) {
   ptx::begin_kernel();
+  if (!is_turn(work)) return;
   const Triangle& triangle = work.triangle;
   const Pass& pass = work.passes[0];
   const int row = static_cast<int>(ptx::block_x()) * 32 + ptx::lane(), warp = ptx::warp();
@@ -304,15 +312,24 @@ struct Finish {
   std::int64_t count;
   const float* norms;        // or null
   float* sums;               // [splits, count, depth]; the first split is used up
-  int splits;
+  Splits splits;
   void* out;                 // [count, depth]; null: only the bias is wanted
   const float* weight_sums;  // [weight_splits, count], or null
   int weight_splits;
   float* bias;               // [count], or null
 };
+// Of the scale, from the tiles' sums of w x̂·ŷ.
+struct FinishScale {
+  const float* products;  // [splits, count]
+  std::int64_t count;
+  Splits splits;
+  float factor;
+  float* out;             // null where it is not wanted
+};
 struct FinishWork {
   Finish sides[2];
   int count;
+  FinishScale gradient;
   std::int64_t depth;
   bool wide;                 // all rows, in and out
   int row_warps;             // that share a row
@@ -342,6 +359,7 @@ FASTSUPCON_DEVICE void finish_row(const FinishWork& work, const Finish& side, st
   const std::int64_t depth = work.depth, end = is_row ? depth : 0, of_row = row * depth, of_split = side.count * depth;
   const int step = work.row_warps * kWarpColumns, first = warp % work.row_warps * kWarpColumns + 4 * ptx::lane();
   const bool is_held = depth <= step;
+  const int splits = splits_of(side.splits, work.scale);
   const float factor = is_row && side.norms ? side.norms[row] : 1.0f, scale = scale_of(work.scale) * factor;
   const auto unit_four = [&](std::int64_t d) {
     Four<float> x = load_four<PRODUCT, WIDE>(side.rows, of_row + d, depth - d);
@@ -354,7 +372,7 @@ FASTSUPCON_DEVICE void finish_row(const FinishWork& work, const Finish& side, st
     x = unit_four(d);
     sum = {};
     load_ahead<WIDE ? 8 : 2>(
-        0, side.splits, 1,
+        0, splits, 1,
         [&](int split) { return load_four<Product::f32, WIDE>(side.sums, split * of_split + of_row + d, depth - d); },
         [&](const Four<float>& found) {
 #pragma unroll
@@ -376,12 +394,24 @@ FASTSUPCON_DEVICE void finish_row(const FinishWork& work, const Finish& side, st
   }
 }
 
-// As many warps for each row as its columns keep busy. Four blocks to a multiprocessor, as loads in flight are all that counts here: the
+// By one block.
+FASTSUPCON_DEVICE void finish_scale(const FinishScale& of, const Scale& scale) {
+  const std::int64_t count = splits_of(of.splits, scale) * of.count;
+  float sum = 0.0f;
+  load_ahead<8, std::int64_t>(
+      ptx::thread(), count, kRowsThreads, [&](std::int64_t i) { return of.products[i]; }, [&](float found) { sum += found; });
+  sum = row_sum(sum, ptx::warp(), kRowsWarps);
+  if (ptx::thread() == 0) *of.out = of.factor * sum;
+}
+
+// The first block makes the scale's gradient where that is wanted. As many warps for each row as its columns keep busy. Four blocks to a multiprocessor, as loads in flight are all that counts here: the
 // bound keeps ptxas from taking registers that leave room for fewer.
 template <Product PRODUCT>
 __global__ void __launch_bounds__(kRowsThreads, 4) finish_gradients(const __grid_constant__ FinishWork work) {
   ptx::begin_kernel();
-  const SideBlock at = side_block(work.sides[0].count, kRowsWarps / work.row_warps);
+  const std::int64_t block = ptx::block_x() - (work.gradient.out ? 1 : 0);
+  if (block < 0) return finish_scale(work.gradient, work.scale);
+  const SideBlock at = side_block(work.sides[0].count, kRowsWarps / work.row_warps, block);
   const Finish& side = work.sides[at.side];
   const int warp = ptx::warp();
   const std::int64_t row = at.first_row + warp / work.row_warps;

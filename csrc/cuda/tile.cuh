@@ -38,10 +38,28 @@ FASTSUPCON_DEVICE BlockWork block_work(const Work& work, int rows, int columns) 
 
 FASTSUPCON_DEVICE float scale_of(const Scale& scale) { return scale.address ? *scale.address : static_cast<float>(scale.value); }
 
-// Whether exp(t) stays a normal number for all |t| ≤ |scale|, and so do the weights, of incoming gradients that are no smaller than 1e-14
-// beside a row's length: 2 |scale| < 126 ln 2, less a margin of 2 % for rounded rows. NaN is not bounded: running maxima show it.
-__host__ __device__ constexpr bool in_bounds(float scale) { return 2 * 1.02f * (scale < 0 ? -scale : scale) < 126 * kLn2; }
-FASTSUPCON_DEVICE bool is_bounded(const Scale& scale) { return scale.may_bound && in_bounds(scale_of(scale)); }
+// Whether sums are bounded where all |t| ≤ |limit|: of unit rows the limit is the scale, of others the scale times the largest length of
+// either side (a product is no larger than its rows' lengths'). 2 |limit| < 126 ln 2, less a margin of 2 % for what rounding adds to a
+// product and to unit rows. So exp(t) is between 2^-63 and 2^63, and over less than 2^31 pairs its sum keeps to the normal range, as does
+// exp(−log-sum) > 2^-94. A weight is the product of that with an incoming gradient and, of unit rows, 1 / |x|: it is a normal number too if
+// the gradient is no smaller than 1e-14 and, of unit rows, beside the row's length, and pairs are up to 10^5; for more, as much larger.
+// The lengths of rows as they are ask for nothing more: none is a factor of a weight. NaN is not bounded: running maxima show it.
+__host__ __device__ constexpr bool in_bounds(float limit) { return 2 * 1.02f * (limit < 0 ? -limit : limit) < 126 * kLn2; }
+FASTSUPCON_DEVICE bool is_bounded(const Scale& scale) {
+  return scale.may_bound && (scale.bounded ? *scale.bounded != 0.0f : in_bounds(scale_of(scale)));
+}
+FASTSUPCON_DEVICE bool is_turn(const Work& work) {
+  return work.turn == Turn::always || is_bounded(work.scale) == (work.turn == Turn::bounded);
+}
+FASTSUPCON_DEVICE int splits_of(const Splits& splits, const Scale& scale) { return is_bounded(scale) ? splits.bounded : splits.running; }
+
+// What is known before a launch.
+enum class Sums { bounded, running, either };
+inline Sums known_sums(const Scale& scale) {
+  if (!scale.may_bound) return Sums::running;
+  if (scale.address || scale.bounded) return Sums::either;
+  return in_bounds(static_cast<float>(scale.value)) ? Sums::bounded : Sums::running;
+}
 
 // ---- What rows and columns bring ------------------------------------------------------------------------------------------------
 

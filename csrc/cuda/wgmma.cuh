@@ -50,7 +50,7 @@ struct WgmmaBlock {
   int consumers;
   BlockWork block;
   const Pass& pass;
-  float scale = static_cast<float>(work.scale.value) * logit_unit(true);  // of logits, in their unit
+  float scale = scale_of(work.scale) * logit_unit(true);  // of logits, in their unit
   unsigned char* shared = ptx::shared_memory();
   ptx::Address x_at = ptx::address(shared), y_at = x_at + Shape::x_bytes, barriers = x_at + Shape::barriers_at;
 
@@ -145,6 +145,7 @@ template <Product PRODUCT, int PANELS, bool APART>
 __global__ void __launch_bounds__(WgmmaShape<PANELS, false, APART>::threads, 1)
     wgmma_forward(const __grid_constant__ Work work, int consumers, const __grid_constant__ Maps maps) {
   ptx::begin_kernel();
+  if (!is_turn(work)) return;
   using Block = WgmmaBlock<PRODUCT, PANELS, false, APART>;
   using Shape = typename Block::Shape;
   constexpr int columns = Shape::columns;
@@ -186,10 +187,12 @@ __global__ void __launch_bounds__(WgmmaShape<PANELS, false, APART>::threads, 1)
   if (is_last_split(pass, block.block, thread, sync) && thread < 64 * consumers) combine_splits(pass, block.block.first_row + thread);
 }
 
-template <Product PRODUCT, int PANELS, bool APART>
+// SUMMED: the gradient of the scale is wanted too.
+template <Product PRODUCT, int PANELS, bool APART, bool SUMMED>
 __global__ void __launch_bounds__(WgmmaShape<PANELS, true, APART>::threads, 1)
     wgmma_backward(const __grid_constant__ Work work, int consumers, const __grid_constant__ Maps maps) {
   ptx::begin_kernel();
+  if (!is_turn(work)) return;
   using Block = WgmmaBlock<PRODUCT, PANELS, true, APART>;
   using Shape = typename Block::Shape;
   constexpr int columns = Shape::columns;
@@ -209,7 +212,7 @@ __global__ void __launch_bounds__(WgmmaShape<PANELS, true, APART>::threads, 1)
   const bool ambiguous = ptx::any(is_ambiguous(rows[0]) || is_ambiguous(rows[1]));
   const float unit = weight_unit<PRODUCT>(pass), per_unit = 1.0f / unit;
   const int turns = 128 * consumers;  // threads; one consumer alone finds its turn has always come
-  PairSums unused[2];
+  PairSums sums[2];
   float out[PANELS * 8][4] = {};
   float s[columns / 8][4];
   std::uint32_t packed[columns / 16][4];
@@ -217,7 +220,7 @@ __global__ void __launch_bounds__(WgmmaShape<PANELS, true, APART>::threads, 1)
     const bool is_special = ambiguous || block.needs_mask(row, tile);
     const Special what = block.special(is_special, rows, row, tile);
     with_special(is_special, [&](auto special) {
-      weigh_tile<false, special, APART, columns>(unused, s, rows, block.scale, unit, false, block.columns(tile), what, lane);
+      weigh_tile<false, special, APART, columns>(sums, s, rows, block.scale, unit, SUMMED, block.columns(tile), what, lane);
     });
   };
   // The first tile stands apart: no condition may stand between an issue and its wait, or ptxas serialises the wgmmas (C7514).
@@ -251,6 +254,7 @@ __global__ void __launch_bounds__(WgmmaShape<PANELS, true, APART>::threads, 1)
   ptx::hold(out);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
+    if constexpr (SUMMED) store_pair_sums(pass, block.block, sums[r], rows[r].factor * per_unit, row + 8 * r, lane);
     if (row + 8 * r >= pass.x.count) continue;
     float* to = pass.out + block.block.place(pass, row + 8 * r) * work.depth;
 #pragma unroll

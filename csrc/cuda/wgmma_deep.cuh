@@ -46,7 +46,7 @@ struct DeepBlock {
   int rows;
   BlockWork block;
   const Pass& pass;
-  float scale = static_cast<float>(work.scale.value) * logit_unit(true);  // of logits, in their unit
+  float scale = scale_of(work.scale) * logit_unit(true);  // of logits, in their unit
   unsigned char* shared = ptx::shared_memory();
   ptx::Address weights = ptx::address(shared), barriers = weights + Shape::barriers_at;
   Slabs<PRODUCT, COLUMNS> ring{layout, rows, weights + Shape::x_at, weights + Shape::ring_at(layout.slabs, layout.consumers),

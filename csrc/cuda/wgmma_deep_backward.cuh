@@ -94,16 +94,18 @@ struct DeepSlice {
   }
 };
 
-template <Product PRODUCT, int OUT_PANELS, bool APART, int COLUMNS>
+// SUMMED: the gradient of the scale is wanted too.
+template <Product PRODUCT, int OUT_PANELS, bool APART, int COLUMNS, bool SUMMED>
 __global__ void __launch_bounds__(DeepShape<true, APART, COLUMNS>::most_threads, 1)
     wgmma_deep_backward(const __grid_constant__ Work work, const __grid_constant__ DeepLayout layout,
                         const __grid_constant__ Maps maps) {
   ptx::begin_kernel();
+  if (!is_turn(work)) return;
   using Block = DeepBlock<PRODUCT, true, APART, COLUMNS>;
   using Shape = typename Block::Shape;
   using Slice = DeepSlice<PRODUCT, OUT_PANELS, APART, COLUMNS>;
   constexpr int columns = Shape::columns;
-  constexpr int published = 1;  // named barriers published + consumer
+  constexpr int published = 1, summed = 3;  // named barriers published + consumer, summed
   const Block block(work, layout);
   const int warp = ptx::warp(), consumer = warp / 4 - 1;
   if (consumer < 0) {
@@ -123,6 +125,7 @@ __global__ void __launch_bounds__(DeepShape<true, APART, COLUMNS>::most_threads,
   for (int p = 0; p < OUT_PANELS; ++p) ptx::hold(out[p]);  // zeros that no compiler may put off into the loop, between its wgmmas
   float s[columns / 8][4];
   std::uint32_t packed[Slice::steps][4] = {};
+  PairSums sums[2];
 
   const auto issue_logits_of_slab = [&](int slab, Place at, bool accumulate) {
     block.ring.wait_for(at);
@@ -151,7 +154,6 @@ __global__ void __launch_bounds__(DeepShape<true, APART, COLUMNS>::most_threads,
   };
   const auto weigh = [&](int tile) {
     block.with_columns(tile, [&](const Columns& of_tile) {
-      PairSums unused[2];
       const void* const fields = block.shared + Shape::x_slots_at;
       const int of_block = row - block.block.first_row;
       // Each time: registers are short.
@@ -159,7 +161,7 @@ __global__ void __launch_bounds__(DeepShape<true, APART, COLUMNS>::most_threads,
       const bool is_special = ambiguous || block.needs_mask(row, tile);
       const Special what = block.special(is_special, rows, row, tile, of_tile);
       with_special(is_special, [&](auto special) {
-        weigh_tile<false, special, APART, columns>(unused, s, rows, block.scale, unit, false, of_tile, what, lane);
+        weigh_tile<false, special, APART, columns>(sums, s, rows, block.scale, unit, SUMMED, of_tile, what, lane);
       });
     });
     pack_weights<PRODUCT, columns>(packed, s);
@@ -207,6 +209,21 @@ __global__ void __launch_bounds__(DeepShape<true, APART, COLUMNS>::most_threads,
 #pragma unroll
   for (int p = 0; p < OUT_PANELS; ++p) ptx::hold(out[p]);
 
+  if constexpr (SUMMED) {  // the consumers have tiles of the same rows: the second hands its sums over where W was, once all products are done
+    float* const of_second = reinterpret_cast<float*>(block.shared) + 2 * (ptx::thread() % 128);
+    ptx::sync_named(summed, 256);
+    if (consumer == 1) {
+      for (int r = 0; r < 2; ++r) of_second[r] = sums[r].products;
+    }
+    ptx::sync_named(summed, 256);
+    if (consumer == 0 && ptx::block_z() == 0) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        sums[r].products += of_second[r];
+        store_pair_sums(pass, block.block, sums[r], load_row<true>(pass.x, row + 8 * r).factor * per_unit, row + 8 * r, lane);
+      }
+    }
+  }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     if (row + 8 * r >= pass.x.count) continue;

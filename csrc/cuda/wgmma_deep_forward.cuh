@@ -12,6 +12,7 @@ __global__ void __launch_bounds__(DeepShape<false, APART, COLUMNS>::most_threads
     wgmma_deep_forward(const __grid_constant__ Work work, const __grid_constant__ DeepLayout layout,
                        const __grid_constant__ Maps maps) {
   ptx::begin_kernel();
+  if (!is_turn(work)) return;
   using Block = DeepBlock<PRODUCT, false, APART, COLUMNS>;
   using Shape = typename Block::Shape;
   constexpr int columns = Shape::columns;

@@ -115,6 +115,7 @@ __global__ void __launch_bounds__(DeepTriangleShape<COLUMNS>::most_threads, 1)
     wgmma_deep_triangle(const __grid_constant__ Work work, const __grid_constant__ DeepLayout layout,
                         const __grid_constant__ ptx::TensorMap x_map, const __grid_constant__ ptx::TensorMap y_map) {
   ptx::begin_kernel();
+  if (!is_turn(work)) return;
   using Block = DeepTriangleBlock<PRODUCT, COLUMNS>;
   using Shape = typename Block::Shape;
   constexpr int steps = Shape::steps;
@@ -132,7 +133,7 @@ __global__ void __launch_bounds__(DeepTriangleShape<COLUMNS>::most_threads, 1)
   ptx::raise_registers<Shape::consumer_registers>();
   const int lane = ptx::lane();
   const Pass& pass = work.passes[0];
-  const float scale = static_cast<float>(work.scale.value) * logit_unit(true);
+  const float scale = scale_of(work.scale) * logit_unit(true);
   float s[1][COLUMNS / 8][4], next[COLUMNS / 8][4];
   Place at{0, 0}, read{0, 0};  // the slab that is issued next, and that is given back next
   unsigned tiles = 0, turn = consumer;

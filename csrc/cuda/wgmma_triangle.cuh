@@ -134,6 +134,7 @@ __global__ void __launch_bounds__(TriangleShape<PANELS>::threads, 1)
     wgmma_triangle(const __grid_constant__ Work work, const __grid_constant__ ptx::TensorMap x_map,
                    const __grid_constant__ ptx::TensorMap y_map) {
   ptx::begin_kernel();
+  if (!is_turn(work)) return;
   using Block = TriangleBlock<PRODUCT, PANELS>;
   using Shape = typename Block::Shape;
   constexpr int columns = Shape::columns, blocks = Shape::blocks;
@@ -150,7 +151,7 @@ __global__ void __launch_bounds__(TriangleShape<PANELS>::threads, 1)
   ptx::raise_registers<Shape::consumer_registers>();
   const int lane = ptx::lane();
   const Pass& pass = work.passes[0];
-  const float scale = static_cast<float>(work.scale.value) * logit_unit(true);
+  const float scale = scale_of(work.scale) * logit_unit(true);
   float s[blocks][columns / 8][4];
   unsigned step = 0, turn = 0;
 #pragma unroll 1

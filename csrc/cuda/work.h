@@ -15,6 +15,8 @@
 //
 // Bounded: every |t| is known to be so small that exp(t) can be summed as it is. Then a weight is weight · exp(shift), a pair takes one
 // exp, and factor_j w = exp(t) (weight_i factor_j + weight_j factor_j) + … is two fused multiply-adds from the products in fields of y.
+// Where only the device knows whether sums are bounded, a family of kernels that needs to have them so is launched, and so is one that does
+// not: the blocks of the one whose turn it is not end at once, and the two share their scratch memory.
 // Apart: pairs of different and of equal keys are summed, and weighed, apart; else the sums over `different` and the weights are all
 // pairs'.
 #pragma once
@@ -85,7 +87,15 @@ struct LineWork {
 struct Scale {
   double value;
   const float* address;  // on the device; or null
-  bool may_bound;        // unit rows, no bias, and more than one pair for a row
+  bool may_bound;        // no bias, and more than one pair for a row
+  const float* bounded;  // of rows as they are, whether their lengths bound sums, 1 or 0, on the device; null: of unit rows the scale tells
+};
+
+enum class Turn { always, bounded, running };  // for which sums a launch is
+
+// How many blocks share out y, by the sums that there turn out to be: the same number where only one family is launched.
+struct Splits {
+  int bounded, running;
 };
 
 // A block of a launch is given by its place in the list: of the first pass, then of the second; in each, split by split.
@@ -116,6 +126,7 @@ struct Work {
   bool apart;                    // see above
   Exclusion exclusion;
   Scale scale;
+  Turn turn;
   Triangle triangle;             // forward: of one pass; without row blocks in a group the pass is visited as it stands
 };
 

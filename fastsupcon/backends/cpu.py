@@ -37,7 +37,7 @@ def forward(pairs: Pairs, row_names: tuple[str, ...], column_names: tuple[str, .
     def empty(*shape: int) -> Tensor:
         return pairs.rows.new_empty(shape, dtype=dtype)  # torch.empty would follow a default device
 
-    norms = empty((n if self_shape else n + m) if pairs.unit else 0)
+    norms = empty(n if self_shape else n + m) if pairs.unit else pairs.rows.new_zeros(1, dtype=dtype)
     kept = empty(kept_size(n, m, depth, self_shape) if keep else 0)
     terms = Terms(empty(len(row_names), n), empty(len(column_names), m), norms, kept)
     of_rows, of_columns = quantities(row_names, terms.rows), quantities(column_names, terms.columns)

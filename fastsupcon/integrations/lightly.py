@@ -15,6 +15,7 @@ from ..losses._frame import Loss
 from ..losses.ntxent import nt_xent_loss
 from ..losses.supcon import supcon_loss
 from ..queue import NOBODY, MemoryQueue
+from ._world import world
 
 
 class NTXentLoss(Loss):
@@ -28,18 +29,23 @@ class NTXentLoss(Loss):
 
     ``state_dict`` holds the bank (``queue``), so that a run that is resumed goes on with it; lightly's does not.
 
+    With ``gather_distributed`` each rank's rows meet those of all ranks of torch.distributed's default group, and a bank takes in all
+    ranks' ``out1``. The gradient is lightly's, which DistributedDataParallel's average makes that of the loss of all ranks' rows. The value
+    is that loss, the same on every rank, where lightly returns the mean over the rank's own rows; it is the average of those. Ranks may
+    have unlike numbers of rows, which lightly cannot gather.
+
     >>> loss = NTXentLoss(temperature=0.1, memory_bank_size=(4096, 128))
     >>> loss(queries, keys).backward()
 
     Args:
         temperature: a number or a 0-d tensor, which may require grad.
         memory_bank_size: (rows, their dimension), or 0 for none.
-        gather_distributed: in one process it says nothing, in lightly neither.
+        gather_distributed: whether all ranks' rows are contrasted. In one process, and where no process group is initialised when the
+            loss is called, it says nothing, in lightly neither.
         backend: see :func:`fastsupcon.functional.self_logsumexp`.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or value; the text names it.
-        NotImplementedError: ``gather_distributed`` in a call among several processes.
     """
 
     temperature: float | Tensor
@@ -61,10 +67,10 @@ class NTXentLoss(Loss):
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """The loss of two views [B, D] each, 0-d, in float32 or for float64 rows in float64."""
-        _refuse_to_gather(self.gather_distributed)
         if self.queue is not None:
             self.queue.train(out0.requires_grad)
-        return nt_xent_loss(out0, out1, temperature=self.temperature, queue=self.queue, backend=self.backend)
+        group = world(self.gather_distributed)
+        return nt_xent_loss(out0, out1, temperature=self.temperature, queue=self.queue, group=group, backend=self.backend)
 
 
 class SupConLoss(Loss):
@@ -92,13 +98,15 @@ class SupConLoss(Loss):
 
     def forward(self, out0: Tensor, out1: Tensor, labels: Tensor) -> Tensor:
         """The loss of two views [B, D] each of samples with integer ``labels`` [B], 0-d, in float32 or for float64 rows in float64."""
-        _refuse_to_gather(self.gather_distributed)
-        _checks.rows("out0", out0)
-        _checks.rows_like("out1", out1, "out0", out0)
+        group = world(self.gather_distributed)
+        least = 1 if group is None else 0
+        _checks.rows("out0", out0, least=least)
+        _checks.rows_like("out1", out1, "out0", out0, least=least)
         if len(out1) != len(out0):
             raise ValueError(f"out1 must have shape {list(out0.shape)} like out0, got {list(out1.shape)}")
         _checks.vector("labels", labels, len(out0), out0.device)
-        return supcon_loss(torch.cat([out0, out1]), labels.repeat(2), temperature=self.temperature, normalize=True, backend=self.backend)
+        out = torch.cat([out0, out1])
+        return supcon_loss(out, labels.repeat(2), temperature=self.temperature, normalize=True, group=group, backend=self.backend)
 
 
 def _random_queue(size: int | Sequence[int]) -> MemoryQueue | None:
@@ -113,12 +121,3 @@ def _random_queue(size: int | Sequence[int]) -> MemoryQueue | None:
     bank = nn.functional.normalize(torch.randn(rows, dim), dim=1)
     queue.put(bank.flip(0), torch.full((rows,), NOBODY))  # lightly overwrites its first rows first, and a queue's last rows fall out first
     return queue
-
-
-def _refuse_to_gather(gather_distributed: bool) -> None:
-    distributed = torch.distributed
-    if gather_distributed and distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise NotImplementedError(
-            f"gather_distributed=True among {distributed.get_world_size()} processes comes with fastsupcon's distributed losses. "
-            "Until then lightly's own loss serves there"
-        )

@@ -10,10 +10,13 @@ from torch import Tensor
 
 from .. import _checks
 from ..backends._dtypes import no_autocast
-from ..losses._frame import Loss
+from ..losses._contrast import shared
+from ..losses._frame import Loss, ranks_of, reduce, said
 from ..losses.infonce import single_positives
 from ..problem import Pairs
+from ..ranks import Ranks
 from ..rows import wide_number
+from ._world import mean_of_own, world
 
 
 class ClipLoss(Loss):
@@ -25,18 +28,36 @@ class ClipLoss(Loss):
     Features are used as they come (open_clip's models give rows of unit length). Both directions come from one pass over the logits, in
     float32 for half features, also under autocast: 2 N^2 D flops forward and 6 N^2 D backward.
 
-    >>> loss = ClipLoss(cache_labels=True)
+    **Several processes** (``world_size`` above 1). L is the loss of all ranks' pairs, L_r the mean over rank r's images and texts, each
+    against all ranks'; L is the average of the L_r. DistributedDataParallel averages the ranks' gradients, of which R ranks then have
+
+        local_loss  gather_with_grad | value | of the features, open_clip           here | of the scale
+        False       False            | L     | dL / R                               dL   | dL
+        False       True             | L     | dL                                   dL   | dL
+        True        False            | L_r   | the part of dL in which features     dL   | dL
+                                     |       | are rows, not columns of logits
+        True        True             | L_r   | dL                                   dL   | dL
+
+    so that the value is open_clip's, and the gradient that of its ``gather_with_grad=True``. Features are gathered once, and of the
+    gradient nothing but numbers of O(N); each rank computes its own rows of the logits, whatever ``local_loss`` says. Ranks may have
+    unlike numbers of pairs, which open_clip cannot gather; L_r is weighted then, so that L remains the average.
+
+    >>> loss = ClipLoss(cache_labels=True, rank=args.rank, world_size=args.world_size)
     >>> loss(image_features, text_features, logit_scale).backward()
 
     Args:
-        local_loss, gather_with_grad, rank, use_horovod: how features of several processes are gathered; in one process they say nothing,
-            in open_clip neither.
+        local_loss: whether to return L_r instead of L, the same gradient with it.
+        gather_with_grad: either way the gradient is the whole one.
         cache_labels: keep the numbers of the pairs from call to call, for each device: one launch less on a GPU.
-        world_size: the number of processes; 1.
+        rank, world_size: of torch.distributed's default group, if ``world_size`` is above 1; else features of this process are contrasted
+            alone.
+        use_horovod: with ``world_size`` above 1 an error; else it says nothing, in open_clip neither.
         backend: see :func:`fastsupcon.functional.self_logsumexp`.
 
     Raises:
-        NotImplementedError: ``world_size`` is above 1.
+        NotImplementedError: features are to be gathered by Horovod.
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value, or ``rank`` and ``world_size`` are not those
+            of the default group; the text names it.
     """
 
     local_loss: bool
@@ -59,10 +80,9 @@ class ClipLoss(Loss):
         *,
         backend: str = "auto",
     ) -> None:
-        if world_size != 1:
+        if use_horovod and world_size != 1:
             raise NotImplementedError(
-                f"world_size must be 1, got {world_size}: features of several processes come with fastsupcon's distributed losses. "
-                "Until then open_clip's own ClipLoss serves there"
+                f"use_horovod must be False with world_size={world_size}, got True: features are gathered by torch.distributed"
             )
         super().__init__(
             local_loss=local_loss,
@@ -91,21 +111,46 @@ class ClipLoss(Loss):
             logit_scale: 1 / temperature, a number or a tensor of one element, which may require grad.
             logit_bias: the same, or None. It moves no softmax, so that it changes neither the loss nor another gradient, and its own is 0.
         """
-        _checks.rows("image_features", image_features)
-        _checks.rows_like("text_features", text_features, "image_features", image_features)
+        ranks = self._ranks()
+        least = 1 if ranks is None else 0
+        _checks.rows("image_features", image_features, least=least)
+        _checks.rows_like("text_features", text_features, "image_features", image_features, least=least)
         if len(text_features) != len(image_features):
             raise ValueError(f"text_features must have shape {list(image_features.shape)}, got {list(text_features.shape)}")
         _checks.scale("logit_scale", logit_scale)
         if logit_bias is not None:
             _checks.scale("logit_bias", logit_bias)
+        numbers = self._numbers(len(image_features), image_features.device)
+        if ranks is not None:
+            ranks.meet(
+                "ClipLoss",
+                image_features.device,
+                {"pairs": len(image_features)},
+                depth=image_features.shape[1],
+                dtype=image_features.dtype,
+                requires_grad=(image_features.requires_grad, text_features.requires_grad),
+                logit_scale=said(logit_scale),
+                local_loss=self.local_loss,
+            )
+            numbers = numbers + ranks.first("pairs")
         with no_autocast(image_features):
-            numbers = self._numbers(len(image_features), image_features.device)
             scale = wide_number(logit_scale, image_features)
             pairs = Pairs(image_features, text_features, scale, row_keys=numbers, column_keys=numbers)
-            loss = single_positives(pairs, [], True, self.backend).mean()
+            losses = single_positives(shared(pairs, ranks, "pairs", "pairs"), [], True, self.backend)
+            loss = mean_of_own(losses, ranks, "pairs") if self.local_loss else reduce(losses, "mean", ranks=ranks)
             if logit_bias is not None:  # so that it gets a gradient, for which DistributedDataParallel waits, and shows if it is not finite
                 loss = loss + 0 * wide_number(logit_bias, image_features)
         return {"contrastive_loss": loss} if output_dict else loss
+
+    def _ranks(self) -> Ranks | None:
+        if self.world_size == 1:
+            return None
+        ranks = ranks_of(world(True), "gather")
+        found = (0, 1) if ranks is None else (ranks.rank, ranks.size)
+        if (self.rank, self.world_size) != found:
+            source = "torch.distributed has no process group of several" if ranks is None else "torch.distributed's default group says"
+            raise ValueError(f"rank and world_size must be {found[0]} and {found[1]}, as {source}, got {self.rank} and {self.world_size}")
+        return ranks
 
     def _numbers(self, count: int, device: torch.device) -> Tensor:
         numbers = self.labels.get(device)

@@ -6,19 +6,25 @@ Tested with pytorch-metric-learning 2.4 to 2.9.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from pytorch_metric_learning import losses
 from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimilarity
+from pytorch_metric_learning.reducers import ClassWeightedReducer
 from pytorch_metric_learning.utils import loss_and_miner_utils
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
-from .. import _checks, operators
+from .. import _checks
 from ..backends._dtypes import no_autocast
-from ..losses._frame import class_labels
+from ..blocks import terms
+from ..losses._contrast import shared
+from ..losses._frame import HasGroup, class_labels, ranks_of, said
 from ..problem import Pairs
+from ..ranks import Ranks
 from ..rows import wide_number, wide_rows
 
 _BLOCK = 2**20  # entries of a row block of listed pairs: 4 MiB a matrix in float32, of which some five live at a time
@@ -30,7 +36,7 @@ class AllPairs(NamedTuple):
     own_column: Tensor | None = None
 
 
-class SupConLoss(losses.SupConLoss):
+class SupConLoss(HasGroup, losses.SupConLoss):
     """pytorch-metric-learning's SupConLoss, its values and gradients, in O((N + M) D) memory.
 
     Called, and given reducers, regularizers, miners and wrappers, as the library's own, of which it is a subclass. All pairs by their
@@ -41,11 +47,19 @@ class SupConLoss(losses.SupConLoss):
     As in the library, anchors without a positive leave the mean (``AvgNonZeroReducer``, which also drops a NaN), and the loss is 0 if
     there is no positive pair, or no negative one, at all. The losses that the reducer gets are float32 for half embeddings.
 
+    With ``group`` each rank calls with rows of its own, as many as it has. They meet all ranks' rows (of ``ref_emb``: all ranks' of those),
+    and the reducer gets the losses of all ranks' anchors, so that the value is that of one process with all rows, on every rank the same.
+    Gradients are for DistributedDataParallel to average. A regularizer sees this rank's rows. It is instead of the library's
+    DistributedLossWrapper, and not to be put into it.
+
     >>> loss = SupConLoss(temperature=0.1)
     >>> loss(embeddings, labels).backward()
 
     Args:
         temperature: a number or a 0-d tensor, which may require grad.
+        group: the process group whose ranks' rows meet; None: this process alone. With one, an ``indices_tuple`` that lists pairs and a
+            ``ClassWeightedReducer``, which name rows of one process by number, are a ValueError.
+        across: "gather" or "ring", see :func:`fastsupcon.functional.supcon_loss`.
         backend: see :func:`fastsupcon.functional.self_logsumexp`.
         **options: ``reducer``, ``distance`` (CosineSimilarity, the default, or DotProductSimilarity), ``embedding_regularizer``,
             ``embedding_reg_weight``, ``collect_stats``.
@@ -55,10 +69,24 @@ class SupConLoss(losses.SupConLoss):
             names it.
     """
 
-    def __init__(self, temperature: float | Tensor = 0.1, *, backend: str = "auto", **options: Any) -> None:
+    temperature: float | Tensor
+    distance: Any
+    reducer: Any
+    zero_losses: Callable[[], dict[str, Any]]
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.1,
+        *,
+        group: ProcessGroup | None = None,
+        across: str = "gather",
+        backend: str = "auto",
+        **options: Any,
+    ) -> None:
         _checks.temperature("temperature", temperature)
+        ranks_of(group, across)
         super().__init__(temperature=temperature, **options)
-        self.backend = backend
+        self.group, self.across, self.backend = group, across, backend
         _unit(self.distance)
 
     def compute_loss(
@@ -69,23 +97,36 @@ class SupConLoss(losses.SupConLoss):
         ref_emb: Tensor,
         ref_labels: Tensor | None,
     ) -> Any:
-        _checks.rows("embeddings", embeddings)
-        _checks.rows("ref_emb", ref_emb, columns=embeddings.shape[1])
+        ranks = ranks_of(self.group, self.across)
+        least = 1 if ranks is None else 0
+        _checks.rows("embeddings", embeddings, least=least)
+        _checks.rows("ref_emb", ref_emb, columns=embeddings.shape[1], least=least)
         _checks.on_device("ref_emb", ref_emb, embeddings.device)
         _record_norms(self.distance, embeddings, ref_emb)
         if indices_tuple is None or isinstance(indices_tuple, AllPairs):
-            values = self._all_pairs(embeddings, labels, indices_tuple, ref_emb, ref_labels)
-        else:
+            values = self._all_pairs(embeddings, labels, indices_tuple, ref_emb, ref_labels, ranks)
+        elif ranks is None:
             values = self._listed_pairs(embeddings, loss_and_miner_utils.convert_to_pairs(indices_tuple, labels), ref_emb)
+        else:
+            raise ValueError(
+                "indices_tuple must be None or AllPairs with a group, got lists of pairs, which name rows of one process by number: "
+                "miners, the library's CrossBatchMemory and its DistributedLossWrapper go with group=None"
+            )
         if values is None:
             return self.zero_losses()
-        indices = torch.arange(len(embeddings), device=embeddings.device)
+        indices = torch.arange(len(values), device=embeddings.device)
         return {"loss": {"losses": values, "indices": indices, "reduction_type": "element"}}
 
     def _all_pairs(
-        self, embeddings: Tensor, labels: Tensor | None, all_pairs: AllPairs | None, ref_emb: Tensor, ref_labels: Tensor | None
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None,
+        all_pairs: AllPairs | None,
+        ref_emb: Tensor,
+        ref_labels: Tensor | None,
+        ranks: Ranks | None,
     ) -> Tensor | None:
-        """Of each anchor [N], or None where the library computes nothing."""
+        """Of each anchor [N], of all ranks' where there are several; or None where the library computes nothing."""
         n, m, device = len(embeddings), len(ref_emb), embeddings.device
         if labels is None:
             raise ValueError("labels must be given where indices_tuple does not list the pairs, got None")
@@ -98,22 +139,44 @@ class SupConLoss(losses.SupConLoss):
         own = diagonal if all_pairs is None else all_pairs.own_column
         if own is not None:
             _checks.vector("own_column", own, n, device)
+        among_themselves = ref_emb is embeddings and own is not None and all_pairs is None
+        if ranks is not None:
+            if any(isinstance(reducer, ClassWeightedReducer) for reducer in self.reducer.modules()):
+                raise ValueError("reducer must not be a ClassWeightedReducer with a group: it looks up labels of one process's rows")
+            ranks.meet(
+                "SupConLoss of pytorch-metric-learning",
+                device,
+                {"rows": n, "references": m},
+                depth=embeddings.shape[1],
+                dtype=(embeddings.dtype, ref_emb.dtype),
+                requires_grad=(embeddings.requires_grad, ref_emb.requires_grad),
+                ref_emb="embeddings" if among_themselves else "others",
+                own_column=own is not None,
+                temperature=said(self.temperature),
+                normalize=_unit(self.distance),
+            )
+            n, m = ranks.total("rows"), ranks.total("references")
+            own = None if own is None else torch.where(own < 0, -1, own + ranks.first("references"))  # the number among all ranks' columns
         if n * m - (0 if own is None else n) <= 2:
             return None
         scale = 1 / wide_number(self.temperature, embeddings)
-        if ref_emb is embeddings and own is not None and all_pairs is None:
+        if among_themselves:
             pairs = Pairs(embeddings, scale=scale, unit=_unit(self.distance), row_keys=row_keys)
         else:
             wide = torch.promote_types(embeddings.dtype, ref_emb.dtype)
             pairs = Pairs(embeddings.to(wide), ref_emb.to(wide), scale, _unit(self.distance), None, row_keys, column_keys, own)
+        if ranks is not None:
+            row_keys, column_keys = ranks.gather(row_keys, "rows"), ranks.gather(column_keys, "references")
+        several_classes = (row_keys != column_keys[0]).any() | (column_keys != column_keys[0]).any()
         with no_autocast(embeddings):
-            of_rows, _ = operators.terms(pairs, ("all", "similarity", "count"), backend=self.backend)
+            block = shared(pairs, ranks, "rows", "rows" if among_themselves else "references")
+            of_rows, _ = terms(block, ("all", "similarity", "count"), backend=self.backend)
             log_sum, similarity, count = of_rows.unbind()
             values = log_sum - similarity / count.clamp_min(1)
             # The loss of an anchor with a positive is above 0; rounded to 0 or less, it would leave the mean of AvgNonZeroReducer.
             values = torch.where(values > 0, values, torch.finfo(values.dtype).tiny + (values - values.detach()))
-            several_classes = (row_keys != column_keys[0]).any() | (column_keys != column_keys[0]).any()
-            return values * ((count > 0) & several_classes)  # NaN stays NaN; and to read the latter back would wait for a GPU
+            values = values * ((count > 0) & several_classes)  # NaN stays NaN; and to read the latter back would wait for a GPU
+            return values if ranks is None else ranks.gather_values(values, "rows")
 
     def _listed_pairs(self, embeddings: Tensor, pairs: tuple[Tensor, Tensor, Tensor, Tensor], ref_emb: Tensor) -> Tensor | None:
         """The same over the pairs (anchors, positives) and (anchors, negatives) alone."""
@@ -139,6 +202,9 @@ class CrossBatchMemory(losses.CrossBatchMemory):
     The library lists all pairs, 16 bytes each, and compares each positive one with every row of the batch to find those of a row with
     itself: beside that no loss counts. With a miner, pairs of one's own, or another loss it does so here too.
 
+    Of a SupConLoss with a ``group`` each rank's memory holds its own rows, and is met by all ranks' batches: R ranks have R memories of
+    ``memory_size`` together. In the library's DistributedLossWrapper each rank's memory holds all ranks' rows.
+
     >>> loss = CrossBatchMemory(SupConLoss(temperature=0.1), embedding_size=128, memory_size=4096)
     >>> loss(embeddings, labels).backward()
     """
@@ -152,6 +218,8 @@ class CrossBatchMemory(losses.CrossBatchMemory):
         input_indices_tuple: tuple[Tensor, ...] | None,
         do_remove_self_comparisons: bool,
     ) -> Any:
+        if len(self.curr_batch_idx) == 0 and getattr(self.loss, "group", None) is not None:
+            raise ValueError("embeddings must have a row for the memory at least, got none: the library takes it for full then")
         if isinstance(self.loss, SupConLoss) and not self.miner and input_indices_tuple is None:
             return AllPairs(self.curr_batch_idx if do_remove_self_comparisons else None)
         return super().create_indices_tuple(embeddings, labels, E_mem, L_mem, input_indices_tuple, do_remove_self_comparisons)

@@ -20,14 +20,19 @@ if int(sentence_transformers.__version__.split(".")[0]) < 6:
 
 from sentence_transformers.base.losses.gradcache import CachedLossMixin
 from sentence_transformers.sentence_transformer import losses
-from sentence_transformers.util import all_gather_with_grad, cos_sim, dot_score, get_rank, pytorch_cos_sim
+from sentence_transformers.util import all_gather, cos_sim, dot_score, pytorch_cos_sim
+from torch.distributed import ProcessGroup
 
 from .. import _checks, operators
 from ..backends._dtypes import no_autocast
-from ..blocks import logaddexp
+from ..blocks import logaddexp, terms
 from ..losses import supcon
+from ..losses._contrast import numbers, shared
+from ..losses._frame import ranks_of, said
 from ..problem import Line, Pairs
+from ..ranks import Ranks
 from ..rows import wide_number, wide_rows
+from ._world import mean_of_own, world
 
 
 class _Ranking:
@@ -47,9 +52,10 @@ class _Ranking:
         _unit(self.similarity_fct)
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
-        _check(embeddings)
+        ranks = ranks_of(_group(self.gather_across_devices), "gather")
+        _check(embeddings, least=1 if ranks is None else 0)
         with no_autocast(embeddings[0]):
-            return _ranking_loss(self, embeddings)
+            return _ranking_loss(self, embeddings, ranks)
 
 
 class _OfEmbeddings(Protocol):
@@ -79,12 +85,19 @@ class MultipleNegativesRankingLoss(_Ranking, losses.MultipleNegativesRankingLoss
     ``partition_mode="per_direction"`` in one each, averaged.
 
     2 N M D flops forward and 6 N M D backward for query_to_doc, with doc_to_query of the same pass; each other direction is a pass more,
-    and so is doc_to_query where ``gather_across_devices`` or a ``hardness_mode`` parts it from query_to_doc.
+    and so is doc_to_query where a ``hardness_mode`` parts it from query_to_doc.
+
+    With ``gather_across_devices`` each process's rows meet those of all ranks of torch.distributed's default group. Value and gradient are
+    the library's: the mean over this rank's queries, and what DistributedDataParallel's average makes the gradient of the mean over all.
+    Rows travel once, and of the gradient nothing but numbers of O(N + M). Ranks may have unlike numbers of queries, which the library
+    cannot gather; the value is weighted then, so that the average over ranks is the mean over all queries.
 
     >>> loss = MultipleNegativesRankingLoss(model)  # then as any loss of SentenceTransformerTrainer
 
     Args:
-        model, scale, gather_across_devices, directions, partition_mode, hardness_mode, hardness_strength: the library's.
+        model, scale, directions, partition_mode, hardness_mode, hardness_strength: the library's.
+        gather_across_devices: whether all ranks' rows are contrasted. Where no process group is initialised when the loss is called, a
+            warning, once, as in the library.
         similarity_fct: ``cos_sim`` (the default) or ``dot_score`` of sentence_transformers.util. Others are a ValueError.
         backend: see :func:`fastsupcon.functional.self_logsumexp`.
     """
@@ -108,30 +121,44 @@ class SupConLoss(nn.Module):
     Args:
         model: SentenceTransformer.
         temperature: a number or a 0-d tensor, which may require grad.
+        gather_across_devices: the loss of all ranks' rows, the same on each, of torch.distributed's default group at the time of a call:
+            the trainer may initialise it after this is made. Else as for :class:`MultipleNegativesRankingLoss`.
         **options: of :class:`fastsupcon.SupConLoss`, with the defaults ``base_temperature=None`` and ``normalize=True``.
+
+    Raises:
+        ValueError: both ``gather_across_devices`` and a ``group`` are given.
     """
 
-    def __init__(self, model: nn.Module, temperature: float | Tensor = 0.07, **options: Any) -> None:
+    def __init__(
+        self, model: nn.Module, temperature: float | Tensor = 0.07, *, gather_across_devices: bool = False, **options: Any
+    ) -> None:
         super().__init__()
+        if gather_across_devices and options.get("group") is not None:
+            raise ValueError("gather_across_devices=True takes the default group: expected group=None, got a group")
         self.model = model
         self.loss = supcon.SupConLoss(temperature, **({"base_temperature": None, "normalize": True} | options))
+        self.gather_across_devices = gather_across_devices
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
         return self.compute_loss_from_embeddings([self.model(features)["sentence_embedding"] for features in sentence_features], labels)
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
-        return self.loss(embeddings[0] if len(embeddings) == 1 else torch.stack(embeddings, 1), labels)
+        features = embeddings[0] if len(embeddings) == 1 else torch.stack(embeddings, 1)
+        if not self.gather_across_devices:
+            return self.loss(features, labels)
+        return supcon.supcon_loss(features, labels, **(self.loss.options | {"group": _group(True)}))
 
     def get_config_dict(self) -> dict[str, object]:
         """For the model card."""
-        return {name: value for name, value in self.loss.options.items() if not isinstance(value, (Tensor, nn.Module))}
+        options = {name: value for name, value in self.loss.options.items() if not isinstance(value, (Tensor, nn.Module, ProcessGroup))}
+        return options | {"gather_across_devices": self.gather_across_devices}
 
 
 class CachedSupConLoss(_Cached, CachedLossMixin, SupConLoss):
     """:class:`SupConLoss` behind GradCache: a batch as large as the loss wants it, in the memory of ``mini_batch_size`` sentences.
 
     Args:
-        model, temperature, **options: of :class:`SupConLoss`.
+        model, temperature, gather_across_devices, **options: of :class:`SupConLoss`.
         mini_batch_size: sentences that go through the model at a time.
         mini_batch_num_tokens: instead of it, most tokens at a time.
         show_progress_bar: of the mini-batches.
@@ -147,9 +174,10 @@ class CachedSupConLoss(_Cached, CachedLossMixin, SupConLoss):
         mini_batch_size: int = 32,
         mini_batch_num_tokens: int | None = None,
         show_progress_bar: bool = False,
+        gather_across_devices: bool = False,
         **options: Any,
     ) -> None:
-        super().__init__(model, temperature, **options)
+        super().__init__(model, temperature, gather_across_devices=gather_across_devices, **options)
         self.mini_batch_size = mini_batch_size
         self.mini_batch_num_tokens = mini_batch_num_tokens
         self.show_progress_bar = show_progress_bar
@@ -158,49 +186,62 @@ class CachedSupConLoss(_Cached, CachedLossMixin, SupConLoss):
         return self.forward_cached(sentence_features, labels)
 
 
-def _ranking_loss(options: _Ranking, embeddings: list[Tensor]) -> Tensor:
+def _ranking_loss(options: _Ranking, embeddings: list[Tensor], ranks: Ranks | None) -> Tensor:
     """Of queries, their documents and their hard negatives, each [N, D]; the mean over this process's queries."""
     unit, n, device = _unit(options.similarity_fct), len(embeddings[0]), embeddings[0].device
-    queries, *docs = map(all_gather_with_grad, embeddings) if options.gather_across_devices else embeddings
-    world, alone = len(queries), len(queries) == n
-    here = slice(0, n) if alone else slice(get_rank() * n, (get_rank() + 1) * n)
-    query, positive, candidates = queries[here], docs[0][here], torch.cat(docs)
-    keys = torch.arange(world, device=device)
-    own, of_query = keys[here], keys.repeat(len(docs))
-
+    query, *docs = embeddings
+    positive, candidates = docs[0], torch.cat(docs)
     _checks.scale("scale", options.scale)
+    if ranks is not None:
+        ranks.meet(
+            "MultipleNegativesRankingLoss",
+            device,
+            {"queries": n, "documents": len(candidates)},
+            depth=query.shape[1],
+            dtype=query.dtype,
+            requires_grad=(query.requires_grad, positive.requires_grad, candidates.requires_grad),
+            columns=len(embeddings),
+            similarity_fct="cos_sim" if unit else "dot_score",
+            scale=said(options.scale),
+            directions=sorted(options.directions),
+            partition_mode=options.partition_mode,
+            hardness=(options.hardness_mode, options.hardness_strength),
+        )
+    own = numbers(n, device, ranks, "queries")
+    of_query = own.repeat(len(docs))
     scale = wide_number(options.scale, query)
     hardness = options.hardness_mode if options.hardness_strength > 0 else None
 
-    if hardness is None and set(options.directions) == {"query_to_doc"}:
-        of_positive = of_query.masked_fill(torch.arange(len(candidates), device=device) >= world, -1)
+    if hardness is None and ranks is None and set(options.directions) == {"query_to_doc"}:
+        of_positive = of_query.masked_fill(torch.arange(len(candidates), device=device) >= n, -1)
         pairs = Pairs(query, candidates, scale, unit, row_keys=own, column_keys=of_positive)
         return operators.loss(pairs, Line(all=1, similarity=-1), backend=options.backend)
 
-    def log_sum(pairs: Pairs, name: str = "all") -> Tensor:
-        return operators.terms(pairs, (name,), backend=options.backend)[0][0]
+    def log_sum(pairs: Pairs, columns: str, name: str = "all") -> Tensor:
+        return terms(shared(pairs, ranks, "queries", columns), (name,), backend=options.backend)[0][0]
 
-    to_documents, to_queries = Pairs(query, candidates, scale, unit), Pairs(positive, queries, scale, unit)
+    to_documents = Pairs(query, candidates, scale, unit)
     wide_query = wide_rows(query, unit)
-    own_logits = torch.stack([(wide_query * wide_rows(doc[here], unit)).sum(1) for doc in docs], 1) * scale
-    if hardness is None and alone and "doc_to_query" in options.directions:  # the same products, summed the other way
-        rows, columns = operators.terms(to_documents, ("all",), ("all",), backend=options.backend)
+    own_logits = torch.stack([(wide_query * wide_rows(doc, unit)).sum(1) for doc in docs], 1) * scale
+    if hardness is None and "doc_to_query" in options.directions:  # the same products, summed the other way
+        rows, columns = terms(shared(to_documents, ranks, "queries", "documents"), ("all",), ("all",), backend=options.backend)
         log_sums = [rows[0], columns[0, :n]]
+    elif hardness is None:
+        log_sums = [log_sum(to_documents, "documents")]
     else:
-        log_sums = [log_sum(to_documents) if hardness is None else _harder(options, to_documents, own_logits, own, of_query)]
+        log_sums = [_harder(options, to_documents, own_logits, own, of_query, ranks)]
         if "doc_to_query" in options.directions:
-            log_sums.append(log_sum(to_queries))
+            log_sums.append(log_sum(Pairs(positive, query, scale, unit), "queries"))
     if "query_to_query" in options.directions:
-        others = Pairs(query, scale=scale, unit=unit) if alone else Pairs(query, queries, scale, unit, own_column=own)
-        log_sums.append(log_sum(others))
+        log_sums.append(log_sum(Pairs(query, scale=scale, unit=unit), "queries"))
     if "doc_to_doc" in options.directions:
-        log_sums.append(log_sum(Pairs(positive, candidates, scale, unit, row_keys=own, column_keys=of_query), "different"))
+        log_sums.append(log_sum(Pairs(positive, candidates, scale, unit, row_keys=own, column_keys=of_query), "documents", "different"))
     joint = options.partition_mode == "joint"
     total = functools.reduce(logaddexp, log_sums) if joint else sum(log_sums) / len(log_sums)
-    return (total - own_logits[:, 0]).mean()
+    return mean_of_own(total - own_logits[:, 0], ranks, "queries")
 
 
-def _harder(options: _Ranking, to_documents: Pairs, own_logits: Tensor, own: Tensor, of_query: Tensor) -> Tensor:
+def _harder(options: _Ranking, to_documents: Pairs, own_logits: Tensor, own: Tensor, of_query: Tensor, ranks: Ranks | None) -> Tensor:
     """query_to_doc, in which the logits of some negatives are raised by strength * cos, a constant in the gradient.
 
     Among the other queries' documents that is a scale of scale + strength, with the gradient of ``scale`` in the rows.
@@ -210,7 +251,7 @@ def _harder(options: _Ranking, to_documents: Pairs, own_logits: Tensor, own: Ten
     if mode != "hard_negatives":
         query, candidates = (_damped(x, scale / (scale + strength)) for x in (others.rows, others.columns))
         others = others._replace(rows=query, columns=candidates, scale=scale + strength)
-    ((of_others,), _) = operators.terms(others, ("different",), backend=options.backend)
+    ((of_others,), _) = terms(shared(others, ranks, "queries", "documents"), ("different",), backend=options.backend)
     if mode != "in_batch_negatives":
         positive, negatives = own_logits.split([1, own_logits.shape[1] - 1], 1)
         own_logits = torch.cat([positive, negatives + (negatives * (strength / scale)).detach()], 1)
@@ -234,11 +275,17 @@ class _Damped(torch.autograd.Function):
 _damped: Callable[..., Tensor] = _Damped.apply
 
 
-def _check(embeddings: list[Tensor]) -> None:
+def _group(gather: bool) -> ProcessGroup | None:
+    if gather and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        all_gather(torch.empty(0))  # for the library's warning that there is nothing to gather
+    return world(gather)
+
+
+def _check(embeddings: list[Tensor], least: int) -> None:
     if len(embeddings) < 2:
         raise ValueError(f"a row must hold an anchor and a positive at least, got {len(embeddings)} text column(s)")
     for k, x in enumerate(embeddings):
-        _checks.rows(f"the embeddings of column {k}", x, columns=embeddings[0].shape[1])
+        _checks.rows(f"the embeddings of column {k}", x, columns=embeddings[0].shape[1], least=least)
         if x.dtype != embeddings[0].dtype:
             raise TypeError(f"the embeddings of column {k} must have the anchors' dtype {embeddings[0].dtype}, got {x.dtype}")
         if len(x) != len(embeddings[0]):

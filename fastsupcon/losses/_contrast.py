@@ -7,8 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..blocks import Block
+from ..distributed import Shared
 from ..problem import Pairs
 from ..queue import NOBODY, MemoryQueue
+from ..ranks import Ranks
 
 
 class Keys(NamedTuple):
@@ -18,23 +21,37 @@ class Keys(NamedTuple):
     columns: Tensor | None = None  # [M] of other columns
 
 
+def shared(pairs: Pairs, ranks: Ranks | None, rows: str, columns: str) -> Block:
+    """The block as all ranks have it, where there are several; rows and columns by their names in ``ranks.counts``."""
+    return pairs if ranks is None else Shared(pairs, ranks, rows, columns)
+
+
 def blocks_of(
-    z: Tensor, anchors: int, keys: Keys | None, scale: float | Tensor, unit: bool, columns: Tensor | None, queue: MemoryQueue | None
-) -> list[Pairs]:
+    z: Tensor,
+    anchors: int,
+    keys: Keys | None,
+    scale: float | Tensor,
+    unit: bool,
+    columns: Tensor | None,
+    queue: MemoryQueue | None,
+    ranks: Ranks | None,
+) -> list[Block]:
     """Of the first ``anchors`` rows of z [N, D] against z, or against ``columns`` [M, D], and against what is in the queue.
 
-    Empty where there is nobody to meet: one row alone.
+    Empty where there is nobody to meet: one row alone. ``ranks.counts`` has "anchors", "rows" and, with columns, "keys".
     """
     count = z.shape[0]
+    of_all, whole = (count, anchors == count) if ranks is None else (ranks.total("rows"), ranks.total("anchors") == ranks.total("rows"))
     of_rows, of_columns = (None, None) if keys is None else keys
     own, of_own = (z, of_rows) if anchors == count else (z[:anchors], None if of_rows is None else of_rows[:anchors])
-    blocks = []
+    blocks: list[Block] = []
     if columns is not None:
-        blocks.append(Pairs(own, columns.to(z.dtype), scale, unit, None, of_own, of_columns))
-    elif count > 1 and anchors == count:
-        blocks.append(Pairs(z, None, scale, unit, None, of_rows))
-    elif count > 1:
-        blocks.append(Pairs(own, z, scale, unit, None, of_own, of_rows, torch.arange(anchors, device=z.device)))
+        blocks.append(shared(Pairs(own, columns.to(z.dtype), scale, unit, None, of_own, of_columns), ranks, "anchors", "keys"))
+    elif of_all > 1 and not whole:
+        pairs = Pairs(own, z, scale, unit, None, of_own, of_rows, numbers(anchors, z.device, ranks, "rows"))
+        blocks.append(shared(pairs, ranks, "anchors", "rows"))
+    elif of_all > 1:
+        blocks.append(shared(Pairs(z, None, scale, unit, None, of_rows), ranks, "rows", "rows"))
     return [*blocks, *queue_block(queue, own, of_own, scale, unit)]
 
 
@@ -46,17 +63,42 @@ def queue_block(queue: MemoryQueue | None, z: Tensor, keys: Tensor | None, scale
     return [Pairs(z, rows, scale, unit, None, keys, None if keys is None else of_rows)] if len(rows) else []
 
 
-def pairs_of_each(blocks: list[Pairs]) -> int:
+def numbers(count: int, device: torch.device, ranks: Ranks | None, kind: str) -> Tensor:
+    """Of the samples of this call, among those of all ranks: [count]."""
+    first = 0 if ranks is None else ranks.first(kind)
+    return torch.arange(first, first + count, device=device)
+
+
+def scaled(block: Block, by: float) -> Block:
+    """The block at ``by`` times its scale."""
+    if isinstance(block, Pairs):
+        return block._replace(scale=block.scale * by)
+    return block._replace(pairs=block.pairs._replace(scale=block.pairs.scale * by))
+
+
+def pairs_of_each(blocks: list[Block]) -> int:
     """How many columns each anchor meets."""
-    return sum(block.shape[1] - (block.columns is None or block.own_column is not None) for block in blocks)
+    total = 0
+    for block in blocks:
+        pairs = block if isinstance(block, Pairs) else block.pairs
+        columns = pairs.shape[1] if isinstance(block, Pairs) else block.columns_of_all
+        total += columns - (pairs.columns is None or pairs.own_column is not None)
+    return total
 
 
-def remember(queue: MemoryQueue, z: Tensor, keys: Keys, columns: Tensor | None, named: bool) -> None:
-    """Puts the batch into a queue in training mode: the other columns where there are some, else the rows.
+def remember(queue: MemoryQueue, z: Tensor, keys: Keys, columns: Tensor | None, named: bool, ranks: Ranks | None) -> None:
+    """Puts the batch into a queue in training mode, all ranks' where there are several: other columns where there are some, else the rows.
 
     Keys that are no labels (``named`` is False) are numbers of this batch, to which the next batch's would be equal: nobody's is put in.
     """
     if not queue.training:
         return
-    rows, of_rows = (z, keys.rows) if columns is None or keys.columns is None else (columns, keys.columns)
-    queue.put(rows, of_rows if named else torch.full_like(of_rows, NOBODY))
+    rows, of_rows, kind = (z, keys.rows, "rows") if columns is None or keys.columns is None else (columns, keys.columns, "keys")
+    put(queue, rows, of_rows if named else torch.full_like(of_rows, NOBODY), ranks, kind)
+
+
+def put(queue: MemoryQueue, rows: Tensor, keys: Tensor, ranks: Ranks | None, kind: str) -> None:
+    """Into the queue: all ranks' rows, rank after rank, so that their queues hold the same."""
+    if ranks is not None:
+        rows, keys = ranks.gather(rows, kind), ranks.gather(keys, kind)
+    queue.put(rows, keys)

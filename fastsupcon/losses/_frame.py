@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,19 +11,32 @@ from torch import Tensor, nn
 from .. import _checks
 from ..backends import sum_dtype
 from ..queue import MemoryQueue
+from ..ranks import Ranks
 
 REDUCTIONS = ("mean", "sum", "none")
 LONE_ANCHORS = ("zero", "skip", "error")
 
 
-def rows_of(features: Tensor, name: str = "features") -> tuple[Tensor, int]:
+def ranks_of(group: ProcessGroup | None, across: str) -> Ranks | None:
+    """Those that the loss is taken over, or None for this process alone."""
+    if group is None and across != "gather":
+        raise ValueError(f"across={across!r} needs a group, got None: this process meets no other")
+    return None if group is None else Ranks(group, across)
+
+
+def said(number: float | Tensor | None) -> str:
+    """A temperature in what ranks tell each other: the value of a tensor is not read back."""
+    return f"a tensor, requires_grad={number.requires_grad}" if isinstance(number, Tensor) else str(number)
+
+
+def rows_of(features: Tensor, name: str = "features", *, least: int = 1) -> tuple[Tensor, int]:
     """features [N, D], or [B, V, ...] with V views of B samples, as rows [V B, D], view-major, and V."""
     if not isinstance(features, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(features).__name__}")
     if features.ndim < 2:
         raise ValueError(f"{name} must have shape [N, D] or [B, V, ...], got {list(features.shape)}")
     rows = features if features.ndim == 2 else features.flatten(2).transpose(0, 1).flatten(0, 1)
-    _checks.rows(name, rows)
+    _checks.rows(name, rows, least=least)
     return rows, 1 if features.ndim == 2 else features.shape[1]
 
 
@@ -66,22 +79,29 @@ def weights_of(
         _checks.not_negative("class_weights", class_weights)
         of_class = torch.nn.functional.embedding(classes, class_weights[:, None].to(dtype))[:, 0]
         weights = of_class if weights is None else weights * of_class
-    weights = None if weights is None else weights.repeat(anchors // samples)
+    weights = None if weights is None else weights.repeat(anchors // max(1, samples))
     if anchor_weights is not None:
         of_samples = isinstance(anchor_weights, Tensor) and anchor_weights.shape == (samples,)
         _checks.vector("anchor_weights", anchor_weights, samples if of_samples else anchors, z.device, floating=True)
         _checks.not_negative("anchor_weights", anchor_weights)
-        of_anchor = anchor_weights.to(dtype).repeat(anchors // len(anchor_weights))
+        of_anchor = anchor_weights.to(dtype).repeat(anchors // max(1, len(anchor_weights)))
         weights = of_anchor if weights is None else weights * of_anchor
     return weights
 
 
-def reduce(losses: Tensor, reduction: str, weights: Tensor | None = None) -> Tensor:
-    """Of losses [N], each times its weight; the mean is over the weights, which may be all 0 and may be bools: who counts in the mean."""
+def reduce(losses: Tensor, reduction: str, weights: Tensor | None = None, ranks: Ranks | None = None) -> Tensor:
+    """Of losses [N], each times its weight; the mean is over the weights, which may be all 0 and may be bools: who counts in the mean.
+
+    Over all ranks' losses where there are several, the same on each.
+    """
     if weights is not None:
         losses = losses * weights
     if reduction == "none":
         return losses
+    if ranks is not None:
+        weight = losses.new_full((), len(losses)) if weights is None else weights.sum(dtype=losses.dtype)
+        sums: Tensor = ranks.sum(torch.stack([losses.sum(), weight]))  # and all ranks' weights
+        return sums[0] if reduction == "sum" else sums[0] / torch.where(sums[1] == 0, 1, sums[1])
     if reduction == "sum":
         return losses.sum()
     if weights is None:
@@ -98,14 +118,25 @@ def check_options(temperature: float | Tensor, reduction: object, queue: object 
         raise TypeError(f"queue must be a fastsupcon.MemoryQueue or None, got {type(queue).__name__}")
 
 
-def refuse_lone_anchors(paired: Tensor, needed: str) -> None:
-    """For lone_anchors="error". On a GPU this waits for the device; under torch.compile it is an assertion on it."""
+def refuse_lone_anchors(paired: Tensor, needed: str, ranks: Ranks | None = None) -> None:
+    """For lone_anchors="error". On a GPU this waits for the device; under torch.compile it is an assertion on it.
+
+    Of several ranks all raise where one has such an anchor.
+    """
     message = f"lone_anchors='error': every anchor must have {needed}"
+    if ranks is not None:
+        lone, anchors = ranks.sum_here(torch.stack([(~paired).sum(), torch.full_like(paired, 1, dtype=torch.int64).sum()])).tolist()
+        if lone:
+            raise ValueError(f"{message}, got {lone} of {anchors} on all ranks without one (labels)")
+        return
     if torch.compiler.is_compiling():
         torch._assert_async(paired.all(), message)
     elif not paired.all():
         raise ValueError(f"{message}, got {int((~paired).sum())} of {len(paired)} without one (labels or mask)")
 
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result", covariant=True)
@@ -117,7 +148,36 @@ class _Module(Protocol[_Arguments, _Result]):
     def forward(self, *arguments: _Arguments.args, **options: _Arguments.kwargs) -> _Result: ...
 
 
-class Loss(nn.Module):
+class _Uncopied:
+    """A process group in a module that is being copied."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: object) -> _Uncopied:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a loss with a process group cannot be pickled: save its state_dict, or set its group to None first")
+
+
+class HasGroup(nn.Module):
+    """A module that may hold a process group as ``group``. Its deep copies hold the same; pickling one is an error."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy.deepcopy, which cannot copy a process group, nor needs to."""
+        state = self.__dict__.copy()
+        if state.get("group") is not None:
+            state["group"] = _Uncopied(state["group"])
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if isinstance(state.get("group"), _Uncopied):
+            state["group"] = state["group"].group
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's
+
+
+class Loss(HasGroup):
     """A loss function with its options held as attributes. A temperature that is an nn.Parameter is registered, and learned.
 
     Subclasses annotate their options: to a type checker, an attribute of a module is otherwise a tensor or a module.
@@ -143,5 +203,7 @@ class Loss(nn.Module):
 
     def extra_repr(self) -> str:
         options = {name: value for name, value in self.options.items() if not isinstance(value, nn.Module)}  # those are shown as children
+        if options.get("group", True) is None:  # the others say nothing then
+            options = {name: value for name, value in options.items() if name not in ("group", "across", "sharded")}
         shown = {name: "learned" if isinstance(value, Tensor) else repr(value) for name, value in options.items()}
         return ", ".join(f"{name}={value}" for name, value in shown.items())

@@ -72,7 +72,9 @@ def check_together(
     key_labels: object,
     ignore_index: object,
     queue: object,
+    least: int,
 ) -> None:
+    """``least``: how many keys there must be."""
     if not by_keys:
         for name, is_given in (
             (f"form={form!r}", form != "out"),
@@ -89,7 +91,7 @@ def check_together(
     if keys is not None:
         if classes is None and positives is None:
             raise ValueError("keys needs labels, one class a row, or positives, and got none")
-        _checks.rows("keys", keys, columns=z.shape[1])
+        _checks.rows("keys", keys, columns=z.shape[1], least=least)
         _checks.on_device("keys", keys, z.device)
     if key_labels is None and keys is not None and positives is None:
         raise ValueError("key_labels must be given together with keys and labels, got None")

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from .. import _checks
 from ..backends import sum_dtype
 from ..backends._dtypes import no_autocast
-from ..blocks import logaddexp, quantities
+from ..blocks import Block, logaddexp, quantities
 from ..problem import Pairs
 from ..rows import wide_number
-from ._frame import check_options, class_labels, reduce, rows_of
-from ._prototypes import PrototypeLoss, check_prototypes
+from ._contrast import numbers, shared
+from ._frame import check_options, class_labels, ranks_of, reduce, rows_of
+from ._prototypes import PrototypeLoss, check_prototypes, meet_with_prototypes
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def balanced_supcon_loss(
@@ -23,6 +29,8 @@ def balanced_supcon_loss(
     temperature: float | Tensor = 0.1,
     normalize: bool = True,
     reduction: str = "mean",
+    group: ProcessGroup | None = None,
+    across: str = "gather",
     backend: str = "auto",
 ) -> Tensor:
     """Balanced contrastive loss of Zhu et al. (CVPR 2022): SCL whose denominator is a sum over classes of means over their members.
@@ -44,6 +52,7 @@ def balanced_supcon_loss(
         temperature: tau, a number or a 0-d tensor, which may require grad.
         normalize: bring features and prototypes to unit length first.
         reduction: "mean" over anchors, "sum", or "none": [N].
+        group, across: see :func:`fastsupcon.functional.supcon_loss`. Prototypes are the same on all ranks.
         backend: see :func:`fastsupcon.functional.self_logsumexp`.
 
     Returns:
@@ -55,22 +64,31 @@ def balanced_supcon_loss(
 
     Cost: 2 N (N + C) D flops forward, 6 N (N + C) D backward; memory O((N + C) D), of which rows and prototypes side by side are a part.
     """
-    z, views = rows_of(features)
+    ranks = ranks_of(group, across)
+    z, views = rows_of(features, least=1 if ranks is None else 0)
     check_prototypes(prototypes, z)
     check_options(temperature, reduction)
     classes, (rows, _) = len(prototypes), z.shape
     labels = class_labels(labels, features.shape[0], z.device)
     _checks.within("labels", labels, 0, classes)
+    if ranks is not None:
+        meet_with_prototypes(ranks, "balanced_supcon_loss", z, prototypes, temperature, reduction, views=views, normalize=normalize)
     with no_autocast(z):
         labels = labels.repeat(views)
         keys = torch.cat([labels, torch.arange(classes, device=z.device)])
         members = torch.zeros(classes, dtype=torch.int64, device=z.device).scatter_add(0, keys, torch.ones_like(keys))  # waits for nobody
+        if ranks is not None:
+            members = ranks.sum_here(members) - (ranks.size - 1)  # each has counted the prototypes
         bias = -members.to(sum_dtype(z.dtype)).log()[keys]
-        columns, itself = torch.cat([z, prototypes.to(z.dtype)]), torch.arange(rows, device=z.device)
-        pairs = Pairs(z, columns, 1 / wide_number(temperature, z), normalize, bias, labels, keys, itself)
-        q = quantities([pairs], "different", "equal", "similarity", "count", backend=backend)
+        p, itself, scale = prototypes.to(z.dtype), numbers(rows, z.device, ranks, "rows"), 1 / wide_number(temperature, z)
+        if ranks is None:
+            blocks: list[Block] = [Pairs(z, torch.cat([z, p]), scale, normalize, bias, labels, keys, itself)]
+        else:
+            of_rows = Pairs(z, z, scale, normalize, bias[:rows], labels, labels, itself)
+            blocks = [shared(of_rows, ranks, "rows", "rows"), Pairs(z, p, scale, normalize, bias[rows:], labels, keys[rows:])]
+        q = quantities(blocks, "different", "equal", "similarity", "count", backend=backend)
         own = q.equal + (1 / q.count).log1p()  # the bias divides by the members with the anchor, count + 1
-        return reduce(logaddexp(q.different, own) - q.similarity / q.count, reduction)
+        return reduce(logaddexp(q.different, own) - q.similarity / q.count, reduction, ranks=ranks)
 
 
 class BalancedSupConLoss(PrototypeLoss):
@@ -83,6 +101,8 @@ class BalancedSupConLoss(PrototypeLoss):
     """
 
     reduction: str
+    group: ProcessGroup | None
+    across: str
     backend: str
 
     def __init__(
@@ -93,10 +113,22 @@ class BalancedSupConLoss(PrototypeLoss):
         *,
         normalize: bool = True,
         reduction: str = "mean",
+        group: ProcessGroup | None = None,
+        across: str = "gather",
         backend: str = "auto",
     ) -> None:
         check_options(temperature, reduction)
-        super().__init__(num_classes, dim, temperature=temperature, normalize=normalize, reduction=reduction, backend=backend)
+        ranks_of(group, across)
+        super().__init__(
+            num_classes,
+            dim,
+            temperature=temperature,
+            normalize=normalize,
+            reduction=reduction,
+            group=group,
+            across=across,
+            backend=backend,
+        )
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         return balanced_supcon_loss(features, labels, self.prototypes, **self.options)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .. import _checks, operators
 from ..backends._dtypes import no_autocast
-from ..blocks import join, logaddexp
+from ..blocks import Block, join, logaddexp, terms
 from ..problem import Line, Pairs
 from ..queue import NOBODY, MemoryQueue
 from ..rows import wide_number
-from ._contrast import queue_block
-from ._frame import Loss, check_options, reduce
+from ._contrast import numbers, put, queue_block, shared
+from ._frame import Loss, check_options, ranks_of, reduce, said
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def info_nce_loss(
@@ -28,6 +32,8 @@ def info_nce_loss(
     normalize: bool = True,
     reduction: str = "mean",
     queue: MemoryQueue | None = None,
+    group: ProcessGroup | None = None,
+    across: str = "gather",
     backend: str = "auto",
 ) -> Tensor:
     """Row i of ``a`` and row i of ``b`` belong together (image and caption, query and document), and each has to find the other.
@@ -53,6 +59,8 @@ def info_nce_loss(
         queue: earlier rows of b, without gradient: more columns for a's direction, and for the same reason not for b's. With ``keys`` those
             of equal keys are positives, without they are all negatives. In training mode b is put in afterwards. MoCo is
             symmetric=False with b from the momentum encoder; for both directions add two such losses, with a queue for each encoder.
+        group, across: see :func:`fastsupcon.functional.supcon_loss`: each rank has pairs of its own, whose rows meet those of all ranks,
+            and the negatives of all ranks. A queue takes in all ranks' rows.
         backend: see :func:`fastsupcon.functional.self_logsumexp`.
 
     Returns:
@@ -66,8 +74,10 @@ def info_nce_loss(
     negatives and queue are blocks of their own, read where they lie.
     """
     check_options(temperature, reduction, queue)
-    _checks.rows("a", a)
-    _checks.rows_like("b", b, "a", a)
+    ranks = ranks_of(group, across)
+    least = 1 if ranks is None else 0
+    _checks.rows("a", a, least=least)
+    _checks.rows_like("b", b, "a", a, least=least)
     if len(b) != len(a):
         raise ValueError(
             f"b must have shape {list(a.shape)} like a, a row for each of a's, got {list(b.shape)}. Columns that are nobody's positive go "
@@ -77,43 +87,59 @@ def info_nce_loss(
         _checks.vector("keys", keys, len(a), a.device)
         keys = keys.long()
     if negatives is not None:
-        _checks.rows_like("negatives", negatives, "a", a)
+        _checks.rows_like("negatives", negatives, "a", a, least=least)
+    if ranks is not None:
+        ranks.meet(
+            "info_nce_loss",
+            a.device,
+            {"pairs": len(a), "negatives": 0 if negatives is None else len(negatives)},
+            depth=a.shape[1],
+            dtype=a.dtype,
+            requires_grad=(a.requires_grad, b.requires_grad),
+            keys=keys is not None,
+            negatives=None if negatives is None else f"requires_grad={negatives.requires_grad}",
+            temperature=said(temperature),
+            symmetric=symmetric,
+            queue=None if queue is None else len(queue),
+            normalize=normalize,
+            reduction=reduction,
+        )
     scale = 1 / wide_number(temperature, a)
-    more = [] if negatives is None else [Pairs(a, negatives, scale, normalize)]
+    more = [] if negatives is None else [shared(Pairs(a, negatives, scale, normalize), ranks, "pairs", "negatives")]
     more += queue_block(queue, a, keys, scale, normalize)
-    own = torch.arange(len(a), device=a.device) if keys is None else keys
+    own = numbers(len(a), a.device, ranks, "pairs") if keys is None else keys
     pairs = Pairs(a, b, scale, normalize, row_keys=own, column_keys=own)
 
-    if not symmetric and not more:
+    if not symmetric and not more and ranks is None:
         loss = operators.loss(pairs, Line(all=1, similarity=-1, reduction=reduction), backend=backend)
     else:
         with no_autocast(a):
             losses = single_positives if keys is None else _several_positives
-            loss = reduce(losses(pairs, more, symmetric, backend), reduction)
+            loss = reduce(losses(shared(pairs, ranks, "pairs", "pairs"), more, symmetric, backend), reduction, ranks=ranks)
     if queue is not None and queue.training:
-        queue.put(b, torch.full((len(b),), NOBODY, device=b.device) if keys is None else keys)
+        put(queue, b, torch.full((len(b),), NOBODY, device=b.device) if keys is None else keys, ranks, "pairs")
     return loss
 
 
-def single_positives(pairs: Pairs, more: list[Pairs], symmetric: bool, backend: str) -> Tensor:
+def single_positives(pairs: Block, more: list[Block], symmetric: bool, backend: str) -> Tensor:
     """[N], where keys are the numbers of the pairs: the column that is a row's one positive has it too, so both share its similarity."""
-    (everything, similarity), of_columns = operators.terms(pairs, ("all", "similarity"), ("all",) if symmetric else (), backend=backend)
+    (everything, similarity), of_columns = terms(pairs, ("all", "similarity"), ("all",) if symmetric else (), backend=backend)
     for block in more:
-        everything = logaddexp(everything, operators.terms(block, ("all",), backend=backend)[0].squeeze(0))
+        everything = logaddexp(everything, terms(block, ("all",), backend=backend)[0].squeeze(0))
     if symmetric:
         everything = (everything + of_columns.squeeze(0)) / 2
     losses: Tensor = everything - similarity
     return losses
 
 
-def _several_positives(pairs: Pairs, more: list[Pairs], symmetric: bool, backend: str) -> Tensor:
+def _several_positives(pairs: Block, more: list[Block], symmetric: bool, backend: str) -> Tensor:
     """[N]; every row and every column has a positive, its own pair."""
     names = ("all", "similarity", "count")
-    of_rows, of_columns = operators.terms(pairs, names, names[:2] if symmetric else (), backend=backend)
+    of_rows, of_columns = terms(pairs, names, names[:2] if symmetric else (), backend=backend)
     everything, similarity, count = of_rows
     batch_count = count  # of a row, and as rows and columns have the same keys, of the column beside it
     for block in more:
-        of_block = operators.terms(block, names, backend=backend)[0]
+        of_block = terms(block, names, backend=backend)[0]
         everything, similarity, count = join(names, (everything, similarity, count), of_block)
     losses: Tensor = everything - similarity / count
     if symmetric:
@@ -136,6 +162,8 @@ class InfoNCELoss(Loss):
     normalize: bool
     reduction: str
     queue: MemoryQueue | None
+    group: ProcessGroup | None
+    across: str
     backend: str
 
     def __init__(
@@ -146,11 +174,21 @@ class InfoNCELoss(Loss):
         normalize: bool = True,
         reduction: str = "mean",
         queue: MemoryQueue | None = None,
+        group: ProcessGroup | None = None,
+        across: str = "gather",
         backend: str = "auto",
     ) -> None:
         check_options(temperature, reduction, queue)
+        ranks_of(group, across)
         super().__init__(
-            temperature=temperature, symmetric=symmetric, normalize=normalize, reduction=reduction, queue=queue, backend=backend
+            temperature=temperature,
+            symmetric=symmetric,
+            normalize=normalize,
+            reduction=reduction,
+            queue=queue,
+            group=group,
+            across=across,
+            backend=backend,
         )
 
     def forward(self, a: Tensor, b: Tensor, keys: Tensor | None = None, negatives: Tensor | None = None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,11 +11,15 @@ from torch import Tensor
 from .. import _checks, operators
 from ..backends import select
 from ..backends._dtypes import no_autocast
-from ..blocks import logaddexp
+from ..blocks import logaddexp, quantities, terms
 from ..problem import Line, Pairs
 from ..queue import NOBODY, MemoryQueue
 from ..rows import wide_number, wide_rows
-from ._frame import Loss, check_options, reduce
+from ._contrast import numbers, put, shared
+from ._frame import Loss, check_options, ranks_of, reduce, said
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def nt_xent_loss(
@@ -25,6 +30,8 @@ def nt_xent_loss(
     normalize: bool = True,
     reduction: str = "mean",
     queue: MemoryQueue | None = None,
+    group: ProcessGroup | None = None,
+    across: str = "gather",
     backend: str = "auto",
 ) -> Tensor:
     """Two views of the same samples: each of the 2 B rows has to find its other view among the 2 B - 1 others.
@@ -50,6 +57,7 @@ def nt_xent_loss(
         normalize: bring the rows to unit length first. Without it the caller's rows are used as they are.
         reduction: "mean", "sum", or "none": [2 B], the rows of z0 first; with ``queue`` [B].
         queue: a MemoryQueue of rows of D.
+        group, across: see :func:`fastsupcon.functional.supcon_loss`. A queue takes in all ranks' rows.
         backend: see :func:`fastsupcon.functional.self_logsumexp`.
 
     Returns:
@@ -63,27 +71,46 @@ def nt_xent_loss(
     one copy of the rows. With K rows in the queue 2 B K D and 6 B K D flops, and O(B D) memory beside the queue.
     """
     check_options(temperature, reduction, queue)
-    _checks.rows("z0", z0)
-    _checks.rows_like("z1", z1, "z0", z0)
+    ranks = ranks_of(group, across)
+    least = 1 if ranks is None else 0
+    _checks.rows("z0", z0, least=least)
+    _checks.rows_like("z1", z1, "z0", z0, least=least)
     if len(z1) != len(z0):
         raise ValueError(f"z1 must have shape {list(z0.shape)} like z0, a row for each of z0's, got {list(z1.shape)}")
+    if ranks is not None:
+        ranks.meet(
+            "nt_xent_loss",
+            z0.device,
+            {"samples": len(z0), "rows": 2 * len(z0)},
+            depth=z0.shape[1],
+            dtype=z0.dtype,
+            requires_grad=z0.requires_grad or z1.requires_grad,
+            temperature=said(temperature),
+            queue=None if queue is None else len(queue),
+            normalize=normalize,
+            reduction=reduction,
+        )
     scale = 1 / wide_number(temperature, z0)
     if queue is None:
-        samples = torch.arange(len(z0), device=z0.device).repeat(2)
+        samples = numbers(len(z0), z0.device, ranks, "samples").repeat(2)
         pairs = Pairs(torch.cat([z0, z1]), scale=scale, unit=normalize, row_keys=samples)
-        return operators.loss(pairs, Line(all=1, similarity=-1, reduction=reduction), backend=backend)
+        if ranks is None:
+            return operators.loss(pairs, Line(all=1, similarity=-1, reduction=reduction), backend=backend)
+        with no_autocast(z0):
+            q = quantities([shared(pairs, ranks, "rows", "rows")], "all", "similarity", backend=backend)
+            return reduce(q.all - q.similarity, reduction, ranks=ranks)
     negatives, _ = queue.columns(z0)
     with no_autocast(z0):
         positive = (wide_rows(z0, normalize) * wide_rows(z1, normalize)).sum(1) * scale
         everything = positive
         if len(negatives):
-            ((of_queue,), _) = operators.terms(Pairs(z0, negatives, scale, normalize), ("all",), backend=backend)
+            ((of_queue,), _) = terms(Pairs(z0, negatives, scale, normalize), ("all",), backend=backend)
             everything = logaddexp(positive, of_queue)
         else:
             select(backend, z0.device, z0.dtype, z0.shape[1])  # which refuses a backend that could not serve the next step
-        loss = reduce(everything - positive, reduction)
+        loss = reduce(everything - positive, reduction, ranks=ranks)
     if queue.training:
-        queue.put(z1, torch.full((len(z1),), NOBODY, device=z1.device))
+        put(queue, z1, torch.full((len(z1),), NOBODY, device=z1.device), ranks, "samples")
     return loss
 
 
@@ -98,6 +125,8 @@ class NTXentLoss(Loss):
     normalize: bool
     reduction: str
     queue: MemoryQueue | None
+    group: ProcessGroup | None
+    across: str
     backend: str
 
     def __init__(
@@ -107,10 +136,21 @@ class NTXentLoss(Loss):
         normalize: bool = True,
         reduction: str = "mean",
         queue: MemoryQueue | None = None,
+        group: ProcessGroup | None = None,
+        across: str = "gather",
         backend: str = "auto",
     ) -> None:
         check_options(temperature, reduction, queue)
-        super().__init__(temperature=temperature, normalize=normalize, reduction=reduction, queue=queue, backend=backend)
+        ranks_of(group, across)
+        super().__init__(
+            temperature=temperature,
+            normalize=normalize,
+            reduction=reduction,
+            queue=queue,
+            group=group,
+            across=across,
+            backend=backend,
+        )
 
     def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
         return nt_xent_loss(z0, z1, **self.options)

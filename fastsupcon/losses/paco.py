@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,9 +15,12 @@ from ..blocks import logaddexp, quantities
 from ..problem import Pairs
 from ..queue import MemoryQueue
 from ..rows import wide_number, wide_rows
-from ._contrast import queue_block
-from ._frame import check_options, class_labels, reduce, rows_of
-from ._prototypes import PrototypeLoss, check_prototypes, log_prior
+from ._contrast import put, queue_block, shared
+from ._frame import check_options, class_labels, ranks_of, reduce, rows_of, said
+from ._prototypes import PrototypeLoss, check_prototypes, log_prior, meet_with_prototypes
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def paco_loss(
@@ -36,6 +40,8 @@ def paco_loss(
     normalize: bool = True,
     queue: MemoryQueue | None = None,
     reduction: str = "mean",
+    group: ProcessGroup | None = None,
+    across: str = "gather",
     backend: str = "auto",
 ) -> Tensor:
     """Parametric contrastive loss of Cui et al. (PaCo, ICCV 2021; GPaCo, TPAMI 2023): learned class prototypes among the contrasted rows.
@@ -68,6 +74,8 @@ def paco_loss(
         queue: rows of earlier batches. In training mode the batch is put into it afterwards: the momentum features, without them the last
             view. It begins empty (the authors' with random rows).
         reduction: "mean" over anchors, "sum", or "none": [N].
+        group, across: see :func:`fastsupcon.functional.supcon_loss`. Prototypes are the same on all ranks, a queue
+            takes in all ranks' rows.
         backend: see :func:`fastsupcon.functional.self_logsumexp`.
 
     Returns:
@@ -81,7 +89,8 @@ def paco_loss(
     Cost: with M momentum rows and K in the queue 2 N (N + M + K) D + 2 N C E flops forward, less N^2 D where a pair of the batch is visited
     once, and three times that backward; memory O((N + M + K) D + (N + C) E). A call of the operator for each block.
     """
-    z, views = rows_of(features)
+    ranks = ranks_of(group, across)
+    z, views = rows_of(features, least=1 if ranks is None else 0)
     samples, classes = features.shape[0], len(prototypes)
     x = z if class_features is None else _rows_beside("class_features", class_features, samples, z)
     check_prototypes(prototypes, x)
@@ -92,17 +101,36 @@ def paco_loss(
         raise ValueError("label_smoothing needs at least 2 prototypes, got 1: there is no other class")
     labels = class_labels(labels, samples, z.device)
     _checks.within("labels", labels, 0, classes)
-    keys, others, keys_of_others = labels.repeat(views), z[-samples:], labels
+    keys, others, keys_of_others = labels.repeat(views), z[len(z) - samples :], labels
     if momentum_features is not None:
         others = _rows_beside("momentum_features", momentum_features, samples, z)
-        _checks.rows("momentum_features", others, columns=z.shape[1])
-        keys_of_others = labels.repeat(len(others) // samples)
+        _checks.rows("momentum_features", others, columns=z.shape[1], least=0)
+        keys_of_others = labels.repeat(len(others) // max(1, samples))
+    if ranks is not None:
+        meet_with_prototypes(
+            ranks,
+            "paco_loss",
+            z,
+            prototypes,
+            temperature,
+            reduction,
+            counts={"others": len(others)},
+            views=views,
+            momentum=None if momentum_features is None else f"requires_grad={momentum_features.requires_grad}",
+            alpha=alpha,
+            beta=beta,
+            gamma=gamma,
+            label_smoothing=label_smoothing,
+            class_temperature=said(class_temperature),
+            queue=None if queue is None else len(queue),
+            normalize=normalize,
+        )
     with no_autocast(z):
         p = prototypes.to(z.dtype)
         scale, class_scale = 1 / wide_number(temperature, z), 1 / wide_number(class_temperature, z)
-        blocks = [Pairs(z, scale=scale, unit=normalize, row_keys=keys)]
+        blocks = [shared(Pairs(z, scale=scale, unit=normalize, row_keys=keys), ranks, "rows", "rows")]
         if momentum_features is not None:
-            blocks.append(Pairs(z, others, scale, normalize, None, keys, keys_of_others))
+            blocks.append(shared(Pairs(z, others, scale, normalize, None, keys, keys_of_others), ranks, "rows", "others"))
         blocks += queue_block(queue, z, keys, scale, normalize)
         contrast = quantities(blocks, "all", "similarity", "count", backend=backend)
         prior = None if class_counts is None else log_prior(class_counts, p)
@@ -116,15 +144,15 @@ def paco_loss(
             target = (1 - label_smoothing) * target + label_smoothing / (classes - 1) * (together - target)
         everything = logaddexp(parametric.all, contrast.all + math.log(gamma)) if gamma > 0 else parametric.all
         positive = (beta * target + alpha * contrast.similarity) / (beta + alpha * contrast.count)
-        loss = reduce(everything - positive, reduction)
+        loss = reduce(everything - positive, reduction, ranks=ranks)
     if queue is not None and queue.training:
-        queue.put(others, keys_of_others)
+        put(queue, others, keys_of_others, ranks, "others")
     return loss
 
 
 def _rows_beside(name: str, features: Tensor, samples: int, z: Tensor) -> Tensor:
     """What else there is of the samples [B, ...] that the rows z are of, as rows of their dtype."""
-    rows, _ = rows_of(features, name)
+    rows, _ = rows_of(features, name, least=0)
     if features.shape[0] != samples:
         raise ValueError(f"{name} must be of {samples} samples like the features, got {features.shape[0]}")
     _checks.on_device(name, rows, z.device)
@@ -171,6 +199,8 @@ class PaCoLoss(PrototypeLoss):
     class_temperature: float | Tensor
     queue: MemoryQueue | None
     reduction: str
+    group: ProcessGroup | None
+    across: str
     backend: str
 
     def __init__(
@@ -188,9 +218,12 @@ class PaCoLoss(PrototypeLoss):
         normalize: bool = True,
         queue: MemoryQueue | None = None,
         reduction: str = "mean",
+        group: ProcessGroup | None = None,
+        across: str = "gather",
         backend: str = "auto",
     ) -> None:
         _check_options(alpha, beta, gamma, label_smoothing, temperature, class_temperature, queue, reduction)
+        ranks_of(group, across)
         super().__init__(
             num_classes,
             dim,
@@ -204,6 +237,8 @@ class PaCoLoss(PrototypeLoss):
             normalize=normalize,
             queue=queue,
             reduction=reduction,
+            group=group,
+            across=across,
             backend=backend,
         )
 
@@ -215,4 +250,5 @@ class PaCoLoss(PrototypeLoss):
 
     def logits(self, features: Tensor) -> Tensor:
         """x_i . p_c / tau_c of class features [N, dim] -> [N, num_classes]."""
-        return self._logits(features, self.class_temperature, unit=False)
+        _checks.rows("features", features, columns=self.prototypes.shape[1])
+        return self._logits(features, self.prototypes, self.class_temperature, unit=False)

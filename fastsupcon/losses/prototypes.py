@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,11 @@ from ..blocks import quantities
 from ..problem import Pairs
 from ..rows import wide_number
 from ._frame import check_options, class_labels, reduce
-from ._prototypes import PrototypeLoss, check_prototypes, log_prior
+from ._prototypes import check_prototypes, log_prior, meet_with_prototypes
+from ._shards import ShardableLoss, against_shards, of_owners, ranks_of_shards
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def prototype_cross_entropy(
@@ -33,6 +38,9 @@ def prototype_cross_entropy(
     normalize: bool = True,
     ignore_index: int | None = None,
     reduction: str = "mean",
+    group: ProcessGroup | None = None,
+    across: str = "gather",
+    sharded: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Cross-entropy of cosine logits, with class priors and with margins on the own logit; the [N, C] logits are never held.
@@ -64,6 +72,10 @@ def prototype_cross_entropy(
         normalize: bring features and prototypes to unit length first.
         ignore_index: rows of this label contribute 0 and leave the mean (which is 0 without any other).
         reduction: "mean", "sum" or "none": [N].
+        group, across: the ranks whose losses are averaged together, see :func:`fastsupcon.functional.supcon_loss`. The prototypes are the
+            same on all of them, and their gradient is for DistributedDataParallel to average; no features travel.
+        sharded: the prototypes are shared out among the ranks, see :func:`fastsupcon.functional.psc_loss`: ``prototypes`` and
+            ``class_counts`` are this rank's.
         backend: see :func:`fastsupcon.functional.self_logsumexp`.
 
     Returns:
@@ -77,26 +89,32 @@ def prototype_cross_entropy(
 
     Cost: 2 N C D flops forward, 6 N C D backward; memory O((N + C) D).
     """
-    _checks.rows("features", features)
-    check_prototypes(prototypes, features)
+    ranks = ranks_of_shards(group, across, sharded)
+    _checks.rows("features", features, least=1 if ranks is None else 0)
+    check_prototypes(prototypes, features, least=int(not sharded))
     _check_options(temperature, margin, angular_margin, normalize, ignore_index, reduction)
     labels = class_labels(labels, len(features), features.device)
+    if ranks is not None:
+        alike: dict[str, Any] = {"margins": (margin, angular_margin), "normalize": normalize, "ignore_index": ignore_index}
+        alike["class_counts"] = class_counts is not None
+        meet_with_prototypes(ranks, "prototype_cross_entropy", features, prototypes, temperature, reduction, sharded=sharded, **alike)
+    owners = ranks if sharded else None  # of the prototypes
     counted = None if ignore_index is None else labels != ignore_index
     labels = labels if counted is None else labels.masked_fill(~counted, 0)
-    _checks.within("labels", labels, 0, len(prototypes))
+    _checks.within("labels", labels, 0, len(prototypes) if owners is None else owners.total("prototypes"))
     with no_autocast(features):
         p, scale = prototypes.to(features.dtype), 1 / wide_number(temperature, features)
-        bias = None if class_counts is None else log_prior(class_counts, p)
+        bias = None if class_counts is None else log_prior(class_counts, p, owners)
         pairs = Pairs(features, p, scale, normalize, bias, labels, torch.arange(len(p), device=p.device))
-        q = quantities([pairs], "different", "similarity", backend=backend)
+        q = quantities([pairs if owners is None else against_shards(pairs, owners)], "different", "similarity", backend=backend)
         own = q.similarity
         if angular_margin > 0:
             own = _turned(own / scale, angular_margin) * scale
         own = own - margin * scale
         if bias is not None:
-            own = own + bias[labels]
+            own = own + (bias[labels] if owners is None else of_owners(lambda _, classes: bias[classes], labels, p, owners))
         losses = softplus(q.different - own, threshold=40)  # beyond, exp(-x) is nothing beside x in float64 too
-        return reduce(losses, reduction, counted)
+        return reduce(losses, reduction, counted, ranks)
 
 
 def _turned(cosine: Tensor, angle: float) -> Tensor:
@@ -123,10 +141,13 @@ def _check_options(
         raise TypeError(f"ignore_index must be an int or None, got {type(ignore_index).__name__}")
 
 
-class PrototypeCrossEntropyLoss(PrototypeLoss):
+class PrototypeCrossEntropyLoss(ShardableLoss):
     """:func:`fastsupcon.functional.prototype_cross_entropy` with learned ``prototypes`` [num_classes, dim].
 
     Hand the prototypes to the optimiser with the network's parameters: ``[*model.parameters(), *loss.parameters()]``.
+
+    With a ``group`` and ``sharded=True`` each rank has its part of the classes' prototypes: see
+    :class:`~fastsupcon.losses._shards.ShardableLoss` for which, how they are saved, and that DistributedDataParallel must not wrap them.
 
     >>> arcface = PrototypeCrossEntropyLoss(num_classes=1_000_000, dim=128, angular_margin=0.5)
     >>> arcface(features, labels).backward()  # features [N, 128]
@@ -138,6 +159,9 @@ class PrototypeCrossEntropyLoss(PrototypeLoss):
     angular_margin: float
     ignore_index: int | None
     reduction: str
+    group: ProcessGroup | None
+    across: str
+    sharded: bool
     backend: str
 
     def __init__(
@@ -152,6 +176,9 @@ class PrototypeCrossEntropyLoss(PrototypeLoss):
         normalize: bool = True,
         ignore_index: int | None = None,
         reduction: str = "mean",
+        group: ProcessGroup | None = None,
+        across: str = "gather",
+        sharded: bool = False,
         backend: str = "auto",
     ) -> None:
         _check_options(temperature, margin, angular_margin, normalize, ignore_index, reduction)
@@ -165,8 +192,13 @@ class PrototypeCrossEntropyLoss(PrototypeLoss):
             normalize=normalize,
             ignore_index=ignore_index,
             reduction=reduction,
+            group=group,
+            across=across,
+            sharded=sharded,
             backend=backend,
         )
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        if self.sharded:
+            self._check_apart()
         return prototype_cross_entropy(features, labels, self.prototypes, class_counts=self.class_counts, **self.options)

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .. import _checks, operators
 from ..backends._dtypes import no_autocast
+from ..blocks import quantities
 from ..positives import own_prototypes
 from ..problem import Line, Pairs
+from ..ranks import Ranks
 from ..rows import wide_number
 from ._frame import check_options, class_labels, reduce
-from ._prototypes import PrototypeLoss, check_prototypes
+from ._prototypes import check_prototypes, meet_with_prototypes
+from ._shards import ShardableLoss, against_shards, of_owners, ranks_of_shards
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def psc_loss(
@@ -27,6 +34,9 @@ def psc_loss(
     denominator: str = "negatives",
     normalize: bool = True,
     reduction: str = "mean",
+    group: ProcessGroup | None = None,
+    across: str = "gather",
+    sharded: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Prototypical supervised contrastive loss of Wang et al. 2021 (section 3.4): anchors against learned class prototypes.
@@ -47,6 +57,13 @@ def psc_loss(
             cosine logits.
         normalize: bring features and prototypes to unit length first.
         reduction: "mean", "sum" or "none".
+        group, across: the ranks whose losses are averaged together, see :func:`fastsupcon.functional.supcon_loss`. The prototypes are the
+            same on all of them, and their gradient is for DistributedDataParallel to average; no features travel.
+        sharded: the prototypes are shared out among the ranks of ``group``, for more classes than one of them has memory for.
+            ``prototypes`` are this rank's, of the classes that follow those of the rank before it, as many as it has, or none. Labels
+            number the classes of all ranks. Here all features travel (``across``). The prototypes' gradient is that of one process, and
+            nobody must average it; those of the features and of the temperature are for DistributedDataParallel to average, as without.
+            With reduction="none" it is that of the average over ranks of what they make of their losses.
         backend: see :func:`fastsupcon.functional.self_logsumexp`.
 
     Returns:
@@ -56,7 +73,7 @@ def psc_loss(
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the text names it. On a GPU and under
             torch.compile a label out of range makes the loss NaN: reading it back would wait for the device.
     """
-    classes = prototype_classes(prototypes, prototypes_per_class)
+    classes = prototype_classes(prototypes, prototypes_per_class, least=int(not sharded))
     return _psc_loss(
         features,
         labels,
@@ -67,13 +84,16 @@ def psc_loss(
         denominator=denominator,
         normalize=normalize,
         reduction=reduction,
+        group=group,
+        across=across,
+        sharded=sharded,
         backend=backend,
     )
 
 
-def prototype_classes(prototypes: Tensor, per_class: int) -> Tensor:
+def prototype_classes(prototypes: Tensor, per_class: int, *, least: int = 1) -> Tensor:
     """The class of each prototype: int64 [C M]."""
-    _checks.rows("prototypes", prototypes)
+    _checks.rows("prototypes", prototypes, least=least)
     if not _checks.is_integer(per_class) or per_class < 1 or len(prototypes) % per_class:
         raise ValueError(f"prototypes_per_class must be a positive divisor of the {len(prototypes)} prototypes, got {per_class!r}")
     return torch.arange(len(prototypes), device=prototypes.device) // int(per_class)
@@ -90,21 +110,28 @@ def _psc_loss(
     denominator: str,
     normalize: bool,
     reduction: str,
+    group: ProcessGroup | None,
+    across: str,
+    sharded: bool,
     backend: str,
 ) -> Tensor:
     """``classes`` are made once by the module: on a GPU making them is a launch of its own."""
-    _checks.rows("features", features)
-    check_prototypes(prototypes, features)
+    ranks = ranks_of_shards(group, across, sharded)
+    _checks.rows("features", features, least=1 if ranks is None else 0)
+    check_prototypes(prototypes, features, least=int(not sharded))
     _check_options(temperature, denominator, reduction)
     per_class = prototypes_per_class
-    count = len(prototypes) // per_class
-    if denominator == "negatives" and count < 2:
-        raise ValueError("prototypes must hold at least 2 classes for denominator='negatives', got 1: there is no negative")
     labels = class_labels(labels, len(features), features.device)
+    if ranks is not None:
+        alike: dict[str, Any] = {"prototypes_per_class": per_class, "denominator": denominator, "normalize": normalize}
+        meet_with_prototypes(ranks, "psc_loss", features, prototypes, temperature, reduction, sharded=sharded, **alike)
+    count = (ranks.total("prototypes") if sharded and ranks is not None else len(prototypes)) // per_class
+    if denominator == "negatives" and count < 2:
+        raise ValueError(f"prototypes must hold at least 2 classes for denominator='negatives', got {count}: there is no negative")
     z, p, scale = features, prototypes.to(features.dtype), 1 / wide_number(temperature, features)
     pairs = Pairs(z, p, scale, normalize, row_keys=labels, column_keys=classes)
     log_sum = "different" if denominator == "negatives" else "all"
-    if per_class == 1:
+    if per_class == 1 and ranks is None:
         line = Line(**{log_sum: 1.0}, similarity=-1, lone="nan", reduction=reduction)
         loss = operators.loss(pairs, line, backend=backend)
         if loss.is_cpu and not operators.traced((loss,)) and loss.isnan().any():  # a label out of range makes it so
@@ -112,9 +139,37 @@ def _psc_loss(
         return loss
     _checks.within("labels", labels, 0, count)
     with no_autocast(z):
-        ((others,), _) = operators.terms(pairs, (log_sum,), backend=backend)
-        own = own_prototypes(z, p, labels, per_class, normalize) * scale  # [N, M]
-        return reduce(others - (own.detach().softmax(1) * own).sum(1), reduction)
+        if sharded and ranks is not None:
+            others, own = _over_shards(pairs, p, labels, ranks, log_sum, per_class, backend)
+        else:
+            others = getattr(quantities([pairs], log_sum, backend=backend), log_sum)
+            own = _positive(own_prototypes(z, p, labels, per_class, normalize) * scale)
+        return reduce(others - own, reduction, ranks=ranks)
+
+
+def _positive(own: Tensor) -> Tensor:
+    """The mean of the own similarities [N, M], weighted by affinity."""
+    return (own.detach().softmax(1) * own).sum(1)
+
+
+def _over_shards(
+    pairs: Pairs, p: Tensor, labels: Tensor, ranks: Ranks, log_sum: str, per_class: int, backend: str
+) -> tuple[Tensor, Tensor]:
+    """The denominator and the positive term of each row, [N] both, where each rank has some of the prototypes.
+
+    The log-sum over the own prototypes has the gradient of their mean weighted by affinity, whose weights count as constants. Its value is
+    put right by the rank that has them.
+    """
+    block = against_shards(pairs, ranks, per_class)
+    q = quantities([block], log_sum, "similarity" if per_class == 1 else "equal", backend=backend)
+    if per_class == 1:
+        return getattr(q, log_sum), q.similarity
+
+    def positive(block: dict[str, Tensor], classes: Tensor) -> Tensor:
+        return _positive(own_prototypes(block["rows"], p, classes, per_class, pairs.unit) * pairs.scale)
+
+    value = of_owners(positive, labels, p, ranks, per_class, rows=pairs.rows)
+    return getattr(q, log_sum), q.equal + (value - q.equal.detach())
 
 
 def _check_options(temperature: float | Tensor, denominator: object, reduction: object) -> None:
@@ -122,10 +177,13 @@ def _check_options(temperature: float | Tensor, denominator: object, reduction: 
     _checks.one_of("denominator", denominator, ("negatives", "all"))
 
 
-class PSCLoss(PrototypeLoss):
+class PSCLoss(ShardableLoss):
     """:func:`fastsupcon.functional.psc_loss` with learned prototypes, ``prototypes`` [num_classes * prototypes_per_class, embedding_dim].
 
     Hand the prototypes to the optimiser with the network's parameters: ``[*model.parameters(), *loss.parameters()]``.
+
+    With a ``group`` and ``sharded=True`` each rank has its part of the classes' prototypes: see
+    :class:`~fastsupcon.losses._shards.ShardableLoss` for which, how they are saved, and that DistributedDataParallel must not wrap them.
 
     >>> psc = PSCLoss(num_classes=10, embedding_dim=128, temperature=0.1)
     >>> psc(features, labels).backward()  # features [N, 128]
@@ -135,6 +193,9 @@ class PSCLoss(PrototypeLoss):
     prototypes_per_class: int
     denominator: str
     reduction: str
+    group: ProcessGroup | None
+    across: str
+    sharded: bool
     backend: str
     classes: Tensor
 
@@ -148,6 +209,9 @@ class PSCLoss(PrototypeLoss):
         denominator: str = "negatives",
         normalize: bool = True,
         reduction: str = "mean",
+        group: ProcessGroup | None = None,
+        across: str = "gather",
+        sharded: bool = False,
         backend: str = "auto",
     ) -> None:
         _check_options(temperature, denominator, reduction)
@@ -163,16 +227,24 @@ class PSCLoss(PrototypeLoss):
             denominator=denominator,
             normalize=normalize,
             reduction=reduction,
+            group=group,
+            across=across,
+            sharded=sharded,
             backend=backend,
         )
-        self.register_buffer("classes", prototype_classes(self.prototypes, self.prototypes_per_class), persistent=False)
+        self.register_buffer("classes", self._classes(), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PSCLoss:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's
-        self.classes = prototype_classes(self.prototypes, self.prototypes_per_class)  # to_empty() leaves a buffer without values
+        self.classes = self._classes()  # to_empty() leaves a buffer without values
         return self
 
+    def _classes(self) -> Tensor:
+        return prototype_classes(self.prototypes, self.prototypes_per_class, least=int(not self.sharded))
+
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        if self.sharded:
+            self._check_apart()
         return _psc_loss(features, labels, self.prototypes, self.classes, **self.options)
 
     def chance_level(self) -> float:

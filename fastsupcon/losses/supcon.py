@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor
@@ -10,14 +11,17 @@ from torch import Tensor
 from .. import operators
 from ..backends import select, sum_dtype
 from ..backends._dtypes import no_autocast
-from ..blocks import Quantities, logaddexp, quantities
+from ..blocks import Block, Quantities, logaddexp, quantities
 from ..positives import listed_positives, mask_positives, shared_label_positives
 from ..problem import Line, Pairs
 from ..queue import MemoryQueue
 from ..rows import wide_number
-from ._contrast import Keys, blocks_of, pairs_of_each, remember
-from ._frame import Loss, class_labels, reduce, refuse_lone_anchors, rows_of, weights_of
+from ._contrast import Keys, blocks_of, numbers, pairs_of_each, remember, scaled
+from ._frame import Loss, class_labels, ranks_of, reduce, refuse_lone_anchors, rows_of, said, weights_of
 from ._supcon_arguments import are_several, check_options, check_positives, check_together
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def supcon_loss(
@@ -41,6 +45,8 @@ def supcon_loss(
     normalize: bool = False,
     reduction: str = "mean",
     lone_anchors: str = "zero",
+    group: ProcessGroup | None = None,
+    across: str = "gather",
     backend: str = "auto",
 ) -> Tensor:
     """Supervised contrastive loss: L_out of Khosla et al. 2020 (eq. 2), the SC loss of Wang et al. 2021.
@@ -85,6 +91,9 @@ def supcon_loss(
         reduction: "mean" over anchors, "sum", or "none": [N], or [B] with contrast_mode="one".
         lone_anchors: an anchor without a positive (with denominator="negatives": or without a negative) contributes "zero" and counts in
             the mean; is left out of it ("skip"); or is an "error" (ValueError; on a GPU this waits for the device).
+        group: the process group whose ranks each call with rows of their own, as many as they have: the loss of all rows together
+            (:mod:`fastsupcon.distributed`). None: this process alone.
+        across: how rows of other ranks come: "gather" them all, or a rank's at a time by a "ring", in O(N D / ranks) memory.
         backend: see :func:`fastsupcon.functional.self_logsumexp`.
 
     Returns:
@@ -93,9 +102,17 @@ def supcon_loss(
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value, two of them cannot be used together, or no
             anchor can have a positive (one view, nothing that names positives); the text names it. On a GPU and under torch.compile a
-            weight below 0 or a number out of range is asserted by the device: reading it back would wait.
+            weight below 0 or a number out of range is asserted by the device: reading it back would wait. With a group, all ranks raise
+            where they disagree on an option, on a shape or on what is given.
+        RuntimeError: a rank did not come within the group's timeout.
+
+    With a group: labels, weights and views are those of this rank's rows, and a rank may have none (B = 0). Masks and lists of positives,
+    which name rows by number, are refused. "mean" and "sum" are over all ranks' anchors and come out the same on every rank, a NaN too;
+    "none" is of this rank's. Gradients are for DistributedDataParallel or FSDP to average. A queue takes in all ranks' rows.
     """
-    z, views = rows_of(features)
+    ranks = ranks_of(group, across)
+    least = 1 if ranks is None else 0
+    z, views = rows_of(features, least=least)
     samples = features.shape[0]
     anchors = samples if contrast_mode == "one" else z.shape[0]
     check_options(temperature, contrast_mode, base_temperature, form, denominator, beta, reduction, lone_anchors, queue)
@@ -103,19 +120,44 @@ def supcon_loss(
     several = labels if are_several(labels, samples) else None
     by_keys = mask is None and positives is None and several is None
     classes = class_labels(labels, samples, z.device) if by_keys and labels is not None else None
-    check_together(z, by_keys, classes, positives, form, denominator, beta, keys, key_labels, ignore_index, queue)
+    check_together(z, by_keys, classes, positives, form, denominator, beta, keys, key_labels, ignore_index, queue, least)
+    if ranks is not None:
+        if mask is not None or positives is not None:
+            raise ValueError(f"{'mask' if positives is None else 'positives'} names rows by number: expected group=None, got a group")
+        ranks.meet(
+            "supcon_loss",
+            z.device,
+            {"samples": samples, "rows": len(z), "anchors": anchors, "keys": 0 if keys is None else len(keys)},
+            views=views,
+            depth=z.shape[1],
+            dtype=z.dtype,
+            requires_grad=z.requires_grad,
+            positives="none" if labels is None else "labels" if several is None else f"labels of {several.shape[1]} classes",
+            keys=None if keys is None else f"requires_grad={keys.requires_grad}",
+            temperature=said(temperature),
+            base_temperature=said(base_temperature),
+            form=form,
+            denominator=denominator,
+            beta=beta,
+            ignore_index=ignore_index,
+            weighted=(class_weights is not None, anchor_weights is not None),
+            queue=None if queue is None else len(queue),
+            normalize=normalize,
+            reduction=reduction,
+            lone_anchors=lone_anchors,
+        )
     weights = weights_of(classes, class_weights, ignore_index, anchor_weights, samples, anchors, z)
     temperature = wide_number(temperature, z)
     scale, factor = 1 / temperature, 1.0 if base_temperature is None else temperature / wide_number(base_temperature, z)
 
     of_keys = None
     if by_keys:
-        of_samples = torch.arange(samples, device=z.device) if classes is None else classes
+        of_samples = numbers(samples, z.device, ranks, "samples") if classes is None else classes
         of_columns = None if keys is None or key_labels is None else class_labels(key_labels, len(keys), z.device, "key_labels")
         of_keys = Keys(of_samples if views == 1 else of_samples.repeat(views), of_columns)
-    blocks = blocks_of(z, anchors, of_keys, scale, normalize, keys, queue)
+    blocks = blocks_of(z, anchors, of_keys, scale, normalize, keys, queue, ranks)
 
-    if by_keys and denominator == "all" and not beta and weights is None and lone_anchors != "error" and len(blocks) == 1:
+    if by_keys and denominator == "all" and not beta and weights is None and lone_anchors != "error" and _is_one(blocks):
         learned = isinstance(factor, Tensor)
         parts = {"similarity": -1.0} if form == "out" else {"equal": -1.0, "log_count": 1.0}
         line = Line(all=1.0, **parts, factor=1.0 if learned else float(factor), lone=lone_anchors, reduction=reduction)
@@ -125,7 +167,7 @@ def supcon_loss(
         with no_autocast(z):
             if not blocks:  # nobody to meet: the log of an empty sum would be -inf; a zero that still shows a NaN
                 select(backend, z.device, z.dtype, z.shape[1])
-                losses, paired = (z * 0).sum(1, dtype=sum_dtype(z.dtype)), torch.zeros(1, dtype=torch.bool, device=z.device)
+                losses, paired = (z * 0).sum(1, dtype=sum_dtype(z.dtype)), torch.zeros(len(z), dtype=torch.bool, device=z.device)
             elif by_keys:
                 losses, paired = _by_keys(blocks, form, denominator, beta, backend)
             else:
@@ -134,22 +176,27 @@ def supcon_loss(
                 elif mask is not None:
                     positive, paired = mask_positives(z, mask, normalize)
                 elif several is not None:  # one of the three is given
-                    positive, paired = shared_label_positives(z, several.repeat(views, 1), normalize)
+                    positive, paired = shared_label_positives(z, several.repeat(views, 1), normalize, ranks)
                 everything = quantities(blocks, "all", backend=backend).all
                 losses, paired = everything - positive[:anchors].to(everything.dtype) * scale, paired[:anchors]
             if lone_anchors == "error":
                 needed = "a positive" if denominator == "all" else "a positive and a negative"
-                refuse_lone_anchors(paired if weights is None else paired | (weights == 0), needed)
+                refuse_lone_anchors(paired if weights is None else paired | (weights == 0), needed, ranks)
             losses = losses * paired * factor  # 0 for a lone anchor, but NaN stays NaN
             if lone_anchors == "skip":
                 weights = paired if weights is None else weights * paired
-            loss = reduce(losses, reduction, weights)
+            loss = reduce(losses, reduction, weights, ranks)
     if queue is not None and of_keys is not None:  # after all that may be refused, so that a batch that is stays out
-        remember(queue, z, of_keys, keys, named=classes is not None)
+        remember(queue, z, of_keys, keys, classes is not None, ranks)
     return loss
 
 
-def _by_keys(blocks: list[Pairs], form: str, denominator: str, beta: float, backend: str) -> tuple[Tensor, Tensor]:
+def _is_one(blocks: list[Block]) -> TypeGuard[list[Pairs]]:
+    """Whether there is one block, of this process's columns."""
+    return len(blocks) == 1 and isinstance(blocks[0], Pairs)
+
+
+def _by_keys(blocks: list[Block], form: str, denominator: str, beta: float, backend: str) -> tuple[Tensor, Tensor]:
     """The losses of anchors, finite where the input is, and which of them have a positive and something in the denominator."""
     names = ["count", "similarity" if form == "out" else "equal"]
     if not beta:
@@ -167,12 +214,9 @@ def _by_keys(blocks: list[Pairs], form: str, denominator: str, beta: float, back
     return _finite(log_sum) - positive, (q.count > 0) & (log_sum != -torch.inf)
 
 
-def _hard_negatives(blocks: list[Pairs], q: Quantities, beta: float, backend: str) -> Tensor:
+def _hard_negatives(blocks: list[Block], q: Quantities, beta: float, backend: str) -> Tensor:
     """log of n times the mean of e^t over the n negatives, each weighted by e^(beta t)."""
-    harder, hard = (
-        quantities([block._replace(scale=block.scale * by) for block in blocks], "different", backend=backend).different
-        for by in (1 + beta, beta)
-    )
+    harder, hard = (quantities([scaled(block, by) for block in blocks], "different", backend=backend).different for by in (1 + beta, beta))
     negatives = (pairs_of_each(blocks) - q.count).clamp_min(1)
     return (negatives.log() + _finite(harder) - _finite(hard)).masked_fill(hard == -torch.inf, -torch.inf)
 
@@ -202,6 +246,8 @@ class SupConLoss(Loss):
     normalize: bool
     reduction: str
     lone_anchors: str
+    group: ProcessGroup | None
+    across: str
     backend: str
 
     def __init__(
@@ -219,9 +265,12 @@ class SupConLoss(Loss):
         normalize: bool = False,
         reduction: str = "mean",
         lone_anchors: str = "zero",
+        group: ProcessGroup | None = None,
+        across: str = "gather",
         backend: str = "auto",
     ) -> None:
         check_options(temperature, contrast_mode, base_temperature, form, denominator, beta, reduction, lone_anchors, queue)
+        ranks_of(group, across)
         super().__init__(
             temperature=temperature,
             contrast_mode=contrast_mode,
@@ -235,6 +284,8 @@ class SupConLoss(Loss):
             normalize=normalize,
             reduction=reduction,
             lone_anchors=lone_anchors,
+            group=group,
+            across=across,
             backend=backend,
         )
 

@@ -113,7 +113,7 @@ def forward(pairs: Pairs, row_names: tuple[str, ...], column_names: tuple[str, .
     with _on(like.device):
         plan = forward_plan(_form(pairs), row_names, column_names)
         rows, columns = like.new_empty((len(row_names), n), dtype=f32), like.new_empty((len(column_names), m), dtype=f32)
-        norms = like.new_empty((n if pairs.columns is None else n + m) if pairs.unit else 0, dtype=f32)
+        norms = like.new_empty(n if pairs.columns is None else n + m, dtype=f32) if pairs.unit else like.new_zeros(1, dtype=f32)
         outputs = {"row_values": rows, "column_values": columns, "norms": norms, "scratch": plan.scratch.empty(like)}
         plan.run({**pairs._asdict(), **outputs}, like.device)
     return Terms(rows, columns, norms, like.new_empty(0, dtype=f32))
