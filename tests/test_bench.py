@@ -28,7 +28,7 @@ from bench.__main__ import cpu_cases, gpu_cases, quick_cases, run  # noqa: E402
 from bench.contenders import CONTENDERS, OPERATORS, ROWS, Case, at_once  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = sorted((ROOT / "bench/results").glob("*.json"))
+RESULTS = sorted((ROOT / "bench/results").glob("[cg]pu-*.json"))  # of python -m bench
 TINY = [Case("scl", 64, 128), Case("psc", 40, 128, 12)]
 ONE_POSITIVE = Case("psc all", 40, 128, 12)
 
