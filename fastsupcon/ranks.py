@@ -8,14 +8,14 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 ACROSS = ("gather", "ring")
-_MESSAGE = 1024  # bytes in which a rank says what it was called with
+_COUNTS, _TEXT = 8, 960  # numbers and bytes in which a rank says what it was called with
 
 
 _Parameters = ParamSpec("_Parameters")
@@ -66,29 +66,33 @@ class Ranks:
             RuntimeError: a rank did not come within the group's timeout.
         """
         alike = {"loss": loss, "across": self.across, "device": device.type, "grad_enabled": torch.is_grad_enabled()} | alike
-        mine = json.dumps({"counts": counts, "alike": {name: str(x) for name, x in alike.items()}})
-        text = mine.encode().ljust(_MESSAGE)
-        if len(text) > _MESSAGE:
-            raise AssertionError(f"what {loss} was called with takes {len(text)} bytes, more than {_MESSAGE}")
+        text = json.dumps({name: str(x) for name, x in alike.items()}).encode().ljust(_TEXT)
+        if len(text) > _TEXT or len(counts) > _COUNTS:
+            raise AssertionError(f"what {loss} was called with takes {len(text)} bytes and {len(counts)} counts, more than expected")
+        here = torch.tensor([*counts.values(), *[0] * (_COUNTS - len(counts))]).view(torch.uint8)
+        here = torch.cat([here, torch.frombuffer(bytearray(text), dtype=torch.uint8)])
+        by = torch.device("cpu") if _carries_host_memory(self.group) else device
+        there = torch.empty(self.size * len(here), dtype=torch.uint8, device=by)
         with self._named(f"{loss}, first of all"):
-            by = torch.device("cpu") if _carries_host_memory(self.group) else device
-            texts = bytearray(self.size * _MESSAGE)  # read as bytes: a tensor's tolist() takes a thousand times as long
-            received = torch.frombuffer(texts, dtype=torch.uint8)
-            there = torch.empty_like(received, device=by) if by.type != "cpu" else received
-            _all_gather(there, torch.frombuffer(bytearray(text), dtype=torch.uint8).to(by), group=self.group)
-            received.copy_(there)
-        said = [json.loads(texts[rank * _MESSAGE : (rank + 1) * _MESSAGE]) for rank in range(self.size)]
-        for name in said[0]["alike"] if all(x["alike"].keys() == said[0]["alike"].keys() for x in said) else ("loss",):
-            values = [one["alike"].get(name) for one in said]
-            if len(set(values)) > 1:
-                ranks_of = {value: [rank for rank, other in enumerate(values) if other == value] for value in values}
-                found = "; ".join(
-                    f"{value} on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}" for value, ranks in ranks_of.items()
-                )
-                raise ValueError(f"{name} must be the same on all ranks of the group, got {found}")
-        self.counts = {name: [one["counts"][name] for one in said] for name in counts}
+            _all_gather(there, here.to(by), group=self.group)
+            there = there.cpu()
+        counted, texts = there.view(self.size, -1).tensor_split([8 * _COUNTS], dim=1)
+        if not torch.equal(texts, texts[:1].expand_as(texts)):
+            self._refuse([json.loads(bytes(one)) for one in texts.tolist()])
+        self.counts = dict(zip(counts, counted.contiguous().view(torch.int64).T.tolist(), strict=False))
         if not self.total(first := next(iter(counts))):
             raise ValueError(f"{loss} needs {first} on at least one rank of the group, got none on all {self.size}")
+
+    def _refuse(self, said: list[dict[str, str]]) -> NoReturn:
+        """What the ranks first disagree on; on which loss, where they say unlike things of it."""
+        names = said[0] if all(one.keys() == said[0].keys() for one in said) else ["loss"]
+        for name in names:
+            values = [one[name] for one in said]
+            if len(set(values)) > 1:
+                ranks_of = {value: [str(rank) for rank, other in enumerate(values) if other == value] for value in values}
+                found = "; ".join(f"{value} on rank{'s' * (len(ranks) > 1)} {', '.join(ranks)}" for value, ranks in ranks_of.items())
+                raise ValueError(f"{name} must be the same on all ranks of the group, got {found}")
+        raise AssertionError(f"ranks said unlike things of one loss: {said}")
 
     def total(self, kind: str) -> int:
         return sum(self.counts[kind])
