@@ -24,7 +24,8 @@ class MemoryQueue(nn.Module):
 
     ``state_dict`` holds the rows [size, dim], their keys [size] and how many of them are filled.
 
-    Under DistributedDataParallel every process has a queue of its own where the loss stands outside of the wrapped module, or with
+    A loss with a process group puts all processes' rows into each one's queue, which so hold the same. Without a group, under
+    DistributedDataParallel, every process has a queue of its own where the loss stands outside of the wrapped module, or with
     ``broadcast_buffers=False``. Else the first process's rows overwrite the others' at each forward, unseen from here: where batches
     differ in size, rows that are not filled are then contrasted with.
 

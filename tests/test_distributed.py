@@ -33,6 +33,14 @@ def assert_close(got, want, tolerance):
     assert error <= tolerance * max(1e-3, np.abs(want).max(initial=0)), (error, np.abs(want).max(initial=0))
 
 
+def assert_parts_close(found, tolerance):
+    """Of each rank what it got and what it should have, the last of which is of all ranks together."""
+    for got, want in found:
+        for x, y in zip(got[:-1], want[:-1], strict=True):
+            assert_close(x, y, tolerance)
+    assert_close(sum(got[-1] for got, _ in found), found[0][1][-1], tolerance)
+
+
 def check(found, name, dtype, **options):
     loss, grads = expected(name, dtype, **options)
     row = LOSSES[name]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_distributed import TOLERANCE, assert_close, results
+from test_distributed import TOLERANCE, assert_close, assert_parts_close, results
 
 from fastsupcon.losses._prototypes import directions
 from fastsupcon.rows import wide_rows
@@ -19,10 +19,7 @@ ACROSS = pytest.mark.parametrize("across", ["gather", "ring"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_as_in_one_process(pool, case, across, size, dtype):
     found = results(pool, size, case, across, dtype, function="work_of_shards.step")
-    for got, want in found:
-        for x, y in zip(got[:-1], want[:-1], strict=True):
-            assert_close(x, y, TOLERANCE[dtype])
-    assert_close(sum(got[-1] for got, _ in found), found[0][1][-1], TOLERANCE[dtype])
+    assert_parts_close(found, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("case", ["psc", "mpsc", "margins"])

@@ -132,7 +132,7 @@ def refuse_lone_anchors(paired: Tensor, needed: str, ranks: Ranks | None = None)
     """
     message = f"lone_anchors='error': every anchor must have {needed}"
     if ranks is not None:
-        lone, anchors = ranks.sum_here(torch.stack([(~paired).sum(), torch.full_like(paired, 1, dtype=torch.int64).sum()])).tolist()
+        lone, anchors = ranks.sum_here(torch.stack([(~paired).sum(), torch.ones_like(paired).sum()])).tolist()
         if lone:
             raise ValueError(f"{message}, got {lone} of {anchors} on all ranks without one (labels)")
         return

@@ -139,12 +139,18 @@ def _psc_loss(
         return loss
     _checks.within("labels", labels, 0, count)
     with no_autocast(z):
-        if sharded and ranks is not None:
-            others, own = _over_shards(pairs, p, labels, ranks, log_sum, per_class, backend)
-        else:
-            others = getattr(quantities([pairs], log_sum, backend=backend), log_sum)
+        owners = ranks if sharded else None  # of the prototypes
+        block = pairs if owners is None else against_shards(pairs, owners, per_class)
+        if per_class == 1:
+            q = quantities([block], log_sum, "similarity", backend=backend)
+            own = q.similarity
+        elif owners is None:
+            q = quantities([block], log_sum, backend=backend)
             own = _positive(own_prototypes(z, p, labels, per_class, normalize) * scale)
-        return reduce(others - own, reduction, ranks=ranks)
+        else:
+            q = quantities([block], log_sum, "equal", backend=backend)
+            own = _positive_of_shards(q.equal, pairs, p, labels, owners, per_class)
+        return reduce(getattr(q, log_sum) - own, reduction, ranks=ranks)
 
 
 def _positive(own: Tensor) -> Tensor:
@@ -152,24 +158,18 @@ def _positive(own: Tensor) -> Tensor:
     return (own.detach().softmax(1) * own).sum(1)
 
 
-def _over_shards(
-    pairs: Pairs, p: Tensor, labels: Tensor, ranks: Ranks, log_sum: str, per_class: int, backend: str
-) -> tuple[Tensor, Tensor]:
-    """The denominator and the positive term of each row, [N] both, where each rank has some of the prototypes.
+def _positive_of_shards(equal: Tensor, pairs: Pairs, p: Tensor, labels: Tensor, owners: Ranks, per_class: int) -> Tensor:
+    """The same where each rank has some of the prototypes, from the log-sum over the own ones, ``equal`` [N].
 
-    The log-sum over the own prototypes has the gradient of their mean weighted by affinity, whose weights count as constants. Its value is
-    put right by the rank that has them.
+    That has the gradient of their mean weighted by affinity, whose weights count as constants. Its value is put right by the rank that
+    has them.
     """
-    block = against_shards(pairs, ranks, per_class)
-    q = quantities([block], log_sum, "similarity" if per_class == 1 else "equal", backend=backend)
-    if per_class == 1:
-        return getattr(q, log_sum), q.similarity
 
     def positive(block: dict[str, Tensor], classes: Tensor) -> Tensor:
         return _positive(own_prototypes(block["rows"], p, classes, per_class, pairs.unit) * pairs.scale)
 
-    value = of_owners(positive, labels, p, ranks, per_class, rows=pairs.rows)
-    return getattr(q, log_sum), q.equal + (value - q.equal.detach())
+    value = of_owners(positive, labels, p, owners, per_class, rows=pairs.rows)
+    return equal + (value - equal.detach())
 
 
 def _check_options(temperature: float | Tensor, denominator: object, reduction: object) -> None:
