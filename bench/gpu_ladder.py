@@ -1,4 +1,4 @@
-"""Correctness on a GPU in under a minute, kernel family by kernel family: ``python -m bench.gpu_ladder FILE``.
+"""Correctness on a GPU in about a minute, kernel family by kernel family: ``python -m bench.gpu_ladder FILE``.
 
 Each rung runs in a process of its own with a time limit, several at once: a kernel that hangs or crashes costs its own rung alone. The JSON
 file is written anew after each.

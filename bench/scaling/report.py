@@ -130,7 +130,7 @@ def plot(path: Path) -> None:
             step = [seconds(scl, across, n // ranks, ranks, 128)["step"] for n in sizes]
             time.plot(sizes, step, style, color=colour, label=label, lw=1.8)
             room.plot(sizes, [memory(scl, across, n / ranks, ranks, 768) for n in sizes], style, color=colour, label=label, lw=1.8)
-    naive = {1024: 1.85e-3, 2048: 2.08e-3, 4096: 2e-3, 8192: 2.93e-3, 65536: 149e-3}  # bench/results/gpu-h200.md
+    naive = {1024: 1.99e-3, 2048: 2.08e-3, 4096: 2e-3, 8192: 2.96e-3, 65536: 149e-3}  # bench/results/gpu-h200.md
     time.plot(*zip(*naive.items(), strict=True), "o-", color="#c0392b", ms=4, lw=1.2, label="naive, one H200, measured")
     most = fits_naive(scl, 80e9)
     room.plot(sizes, [scl.matrices * HALF * n**2 for n in sizes], color="#c0392b", lw=1.2)
