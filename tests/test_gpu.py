@@ -266,12 +266,13 @@ def test_no_host_sync(name, batch):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_at_most_eight_launches_a_step(name, batch):
+def test_launches_of_a_step(name, batch):
+    """One is PyTorch's, the seed of the backward. Of rows as they are, the cuda backend looks at the lengths and has both families ready."""
     z, labels = batch
-    for loss in (
-        SupConLoss(normalize=True, backend=name),
-        SupConLoss(backend=name),
-        PSCLoss(50, 128, backend=name).to(GPU, BF16),
+    for loss, most in (
+        (SupConLoss(normalize=True, backend=name), 8),
+        (SupConLoss(backend=name), 9),
+        (PSCLoss(50, 128, backend=name).to(GPU, BF16), 8),
     ):
         loss(z, labels).backward()
         z.grad = None
@@ -280,7 +281,7 @@ def test_at_most_eight_launches_a_step(name, batch):
             loss(z, labels).backward()
             torch.cuda.synchronize()
         kernels = [event.key for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-        assert len(kernels) <= 8, kernels
+        assert len(kernels) <= most, kernels
 
 
 def test_a_label_out_of_range_makes_psc_nan(name):
