@@ -56,6 +56,15 @@ class Augmentation:
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.5,)
 
+    def check(self) -> None:
+        for name in ("crop_padding", "rotate", "shift", "color_jitter", "randaugment"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.zoom < 1:
+            raise ValueError(f"zoom must lie in [0, 1), got {self.zoom}")
+        if not 0 <= self.grayscale <= 1:
+            raise ValueError(f"grayscale must lie in [0, 1], got {self.grayscale}")
+
     def train(self, images: Tensor, draws: Draws | None = None) -> Tensor:
         """uint8 -> augmented and normalised float. ``draws`` are of the batch that the images are part of; None: they are all of it."""
         draws = draws or Draws(len(images), images.device)
@@ -173,3 +182,17 @@ def apply_operation(x: Tensor, choice: Tensor, strength: Tensor) -> Tensor:
     low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
     stretched = torch.where(high > low, (x - low) / (high - low).clamp_min(1e-6), x)
     return torch.where(image(choice == OPERATIONS.index("autocontrast")), stretched, x)
+
+
+AUGMENTATIONS = {
+    "digits": Augmentation(rotate=15.0, shift=0.1, zoom=0.1),
+    "cifar": Augmentation(crop_padding=4, flip=True, grayscale=0.2),
+    "cifar-plain": Augmentation(crop_padding=4, flip=True),
+    "autoaugment": Augmentation(crop_padding=4, flip=True),
+    "sim": Augmentation(crop_padding=4, flip=True, grayscale=0.2, color_jitter=0.5),
+    "files": Augmentation(flip=True, grayscale=0.2),
+}
+
+
+def mixup(images, alpha):
+    raise NotImplementedError

@@ -40,6 +40,10 @@ class Split:
         return Split(images, self.labels[indices])
 
     @property
+    def images_are_pictures(self) -> bool:
+        return not isinstance(self.images, Tensor) or self.images.dim() == 4
+
+    @property
     def channels(self) -> int:
         return self.images.shape[1] if isinstance(self.images, Tensor) else 3
 
@@ -50,6 +54,8 @@ class Data:
     validation: Split | None
     test: Split
     classes: list[str]
+    notes: tuple = ()
+    split_hash: str = ""
 
     @property
     def counts(self) -> Tensor:
@@ -58,30 +64,92 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where the images come from, and which tail is cut from them."""
-
-    data: DataName = "digits"
+class Images:
+    data: str = "digits"
     root: Path | None = None
     train_list: Path | None = None
     val_list: Path | None = None
     test_list: Path | None = None
-    imbalance: float | None = None  # images of the largest class over those of the smallest; None: take all
-    largest_class: int | None = None  # images of class 0; None: as many as the imbalance allows
-    validation: float = 0.0  # fraction of each class's training images held out
-    seed: int = 0
+    imbalance: float | None = None
+    largest_class: int | None = None
+    validation: float = 0.0
+    image_size: int = 224
+    workers: int = 8
+    data_seed: int = 0
+    many: int = 100
+    few: int = 20
 
 
-def load(source: Source) -> Data:
+@dataclass(frozen=True)
+class DataSet:
+    imbalance: float | None
+    mean: tuple
+    std: tuple
+    many: int
+    few: int
+    augment: str
+    psc_temperature: float
+    recipe: dict
+
+
+CIFAR_R = {
+    "network": "resnet32",
+    "hidden": 64,
+    "embedding": 128,
+    "epochs": 200,
+    "batch": 512,
+    "lr": 0.5,
+    "warmup": 0.0,
+    "milestones": (0.6, 0.8),
+    "nesterov": False,
+    "weight_decay": 1e-4,
+}
+FILES_R = CIFAR_R | {
+    "network": "resnet50",
+    "hidden": 2048,
+    "epochs": 90,
+    "batch": 128,
+    "lr": 0.1,
+    "milestones": (),
+    "weight_decay": 5e-4,
+    "nesterov": True,
+}
+DIGITS_R = CIFAR_R | {
+    "network": "resnet8",
+    "hidden": 128,
+    "embedding": 64,
+    "epochs": 53,
+    "batch": 64,
+    "lr": 0.1,
+    "warmup": 0.05,
+    "milestones": (),
+    "nesterov": True,
+    "weight_decay": 5e-4,
+}
+RGB = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+INET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+DATASETS = {
+    "digits": DataSet(20, (0.3,), (0.38,), 40, 15, "digits", 0.5, DIGITS_R),
+    "mnist": DataSet(100, (0.1307,), (0.3081,), 100, 20, "digits", 0.5, DIGITS_R),
+    "fashion-mnist-lt": DataSet(100, (0.2860,), (0.3530,), 100, 20, "cifar", 0.1, CIFAR_R),
+    "cifar10-lt": DataSet(100, *RGB, 100, 20, "cifar", 1.0, CIFAR_R),
+    "cifar10-jpeg": DataSet(100, *RGB, 100, 20, "cifar", 1.0, CIFAR_R),
+    "cifar100-lt": DataSet(100, *RGB, 100, 20, "cifar", 0.1, CIFAR_R),
+    "folder": DataSet(None, *INET, 100, 20, "files", 0.1, FILES_R),
+    "list": DataSet(None, *INET, 100, 20, "files", 0.1, FILES_R),
+}
+
+
+def load(source: Images) -> Data:
     data = LOADERS[source.data](source)
     _check(data)
     train = data.train
     if source.imbalance is not None:
         counts = long_tail_counts(data.counts.tolist(), source.imbalance, source.largest_class)
-        train = train[long_tail(train.labels.numpy(), counts, source.seed)]
+        train = train[long_tail(train.labels.numpy(), counts, source.data_seed)]
     validation = data.validation
     if validation is None:
-        train, validation = hold_out(train, source.validation, source.seed)
+        train, validation = hold_out(train, source.validation, source.data_seed)
     return Data(decoded(train), validation and decoded(validation), decoded(data.test), data.classes)
 
 
@@ -149,14 +217,14 @@ def shots(counts: Tensor, many: int, few: int) -> dict[str, Tensor]:
 # ---- the data sets
 
 
-def _digits(source: Source) -> Data:
+def _digits(source: Images) -> Data:
     """scikit-learn's bundled digits: 100 images of each class to train with, the 797 others are the test set."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
     images = torch.from_numpy(bunch.images).mul(15).to(torch.uint8)[:, None]  # 0 ... 16 -> 0 ... 240
     everything = Split(images, torch.from_numpy(bunch.target).long())
-    pool = long_tail(bunch.target, [100] * 10, source.seed)
+    pool = long_tail(bunch.target, [100] * 10, source.data_seed)
     rest = np.setdiff1d(np.arange(len(everything)), pool)
     return Data(everything[pool], None, everything[rest], [str(d) for d in range(10)])
 
@@ -195,7 +263,7 @@ def _existing(path: Path, what: str) -> Path:
 
 
 def _cifar(archive: str, trains: list[str], test: str, meta: str, fine: str) -> Callable:
-    def read(source: Source) -> Data:
+    def read(source: Images) -> Data:
         with tarfile.open(fetch(CIFAR, archive, source.root)) as tar:  # pickles, from an archive whose checksum was verified
             files = {Path(m.name).name: m for m in tar.getmembers() if m.isfile()}
 
@@ -210,7 +278,7 @@ def _cifar(archive: str, trains: list[str], test: str, meta: str, fine: str) -> 
     return read
 
 
-def _fashion_mnist(source: Source) -> Data:
+def _fashion_mnist(source: Images) -> Data:
     def part(prefix: str) -> Split:
         images, labels = (
             gzip.decompress(fetch(FASHION, f"{prefix}-{kind}-ubyte.gz", source.root).read_bytes())
@@ -233,7 +301,7 @@ def _npz(root: Path | None, name: str) -> np.lib.npyio.NpzFile:
         raise ValueError(f"{path} must be an .npz file: {error}") from error
 
 
-def _cifar10_jpeg(source: Source) -> Data:
+def _cifar10_jpeg(source: Images) -> Data:
     """CIFAR-10 as JPEG files end to end (lossy copies): image i is jpeg[offsets[i] : offsets[i + 1]]."""
 
     def part(name: str) -> tuple[Split, list[str]]:
@@ -246,7 +314,7 @@ def _cifar10_jpeg(source: Source) -> Data:
     return Data(train, None, test, classes)
 
 
-def _mnist(source: Source) -> Data:
+def _mnist(source: Images) -> Data:
     with _npz(source.root, "mnist-63k.npz") as file:
         train, test = (
             Split(torch.from_numpy(file[f"{part}_images"])[:, None], torch.from_numpy(file[f"{part}_labels"].astype(np.int64)))
@@ -255,7 +323,7 @@ def _mnist(source: Source) -> Data:
     return Data(train, None, test, [str(d) for d in range(10)])
 
 
-def _folder(source: Source) -> Data:
+def _folder(source: Images) -> Data:
     """root/train/CLASS/image and root/test (or val) likewise; or root/CLASS/image, of which each class gives a fifth to the test set."""
     if source.root is None:
         raise ValueError("root must be a folder of images for data 'folder', got None")
@@ -275,7 +343,7 @@ def _folder(source: Source) -> Data:
     train = part(train_root)
     if held:
         return Data(train, None, part(held), classes)
-    train, test = hold_out(train, 0.2, source.seed)
+    train, test = hold_out(train, 0.2, source.data_seed)
     return Data(train, None, test, classes)
 
 
@@ -295,7 +363,7 @@ def read_list(path: Path, root: Path) -> Split:
     return Split(paths, torch.tensor(labels, dtype=torch.int64))
 
 
-def _lists(source: Source) -> Data:
+def _lists(source: Images) -> Data:
     for name in ("root", "train_list", "test_list"):
         if getattr(source, name) is None:
             raise ValueError(f"{name} must be given for data 'list', got None")

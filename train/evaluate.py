@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def predict(network, batches: Batches, augmentation, autocast, size: int = 1024) -> tuple[Tensor, Tensor, Tensor]:
+def predict(network, batches: Batches, augmentation, autocast, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Embeddings (the head's, unit length), logits and labels of every image, in order, on the CPU. Processes share the images out."""
     network.eval()
     embeddings, logits = [], []

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
+import checkpoint
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -43,8 +45,18 @@ class CifarResNet(nn.Sequential):
         return super().forward(x).mean((2, 3))
 
 
-def make_backbone(name: str, channels: int, width: int) -> nn.Module:
+class Features(nn.Flatten):
+    """For data that are features already."""
+
+    def __init__(self, wide: int) -> None:
+        super().__init__()
+        self.num_features = wide
+
+
+def make_backbone(name: str, channels: int, width: int, *, pretrained: bool = False) -> nn.Module:
     """A CIFAR ResNet by name, else timm's network of that name; ``num_features`` is the width of what it returns."""
+    if name == "none":
+        return Features(channels)
     if name in CIFAR_RESNETS:
         return CifarResNet(int(name.removeprefix("resnet")), channels, width)
     try:
@@ -53,26 +65,58 @@ def make_backbone(name: str, channels: int, width: int) -> nn.Module:
         raise ValueError(f"network must be one of {', '.join(CIFAR_RESNETS)}, or timm must be installed for {name!r}: {error}") from error
     if not timm.is_model(name):
         raise ValueError(f"network must be one of {', '.join(CIFAR_RESNETS)} or a timm model, got {name!r}")
-    return timm.create_model(name, in_chans=channels, num_classes=0)
+    return timm.create_model(name, in_chans=channels, num_classes=0, pretrained=pretrained)
+
+
+class CosineClassifier(nn.Linear):
+    """scale x the cosines of features and class weights."""
+
+    def __init__(self, features: int, classes: int, scale: float) -> None:
+        super().__init__(features, classes, bias=False)
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * F.linear(F.normalize(x), F.normalize(self.weight))
 
 
 class HybridNetwork(nn.Module):
     """Backbone -> (head: one hidden layer -> embedding) and (linear classifier). At test time the classifier alone speaks."""
 
-    def __init__(self, backbone: nn.Module, classes: int, hidden: int, embedding: int) -> None:
+    def __init__(self, backbone: nn.Module, classes: int, hidden: int, embedding: int, cosine: float = 0.0) -> None:
         super().__init__()
         self.backbone = backbone
         features = backbone.num_features
         self.head = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, embedding))
-        self.classifier = nn.Linear(features, classes)
+        self.classifier = CosineClassifier(features, classes, cosine) if cosine else nn.Linear(features, classes)
 
-    def forward(self, images: Tensor, split: int) -> tuple[Tensor, Tensor]:
-        """Rows before ``split`` go to the head, the others to the classifier; the backbone sees them in one batch."""
+    def forward(self, images: Tensor, head_until: int, classifier_from: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings of the first rows, logits of those from a row on, features of all: the backbone sees them in one batch."""
         features = self.backbone(images)
-        return self.head(features[:split]), self.classifier(features[split:])
+        return self.head(features[:head_until]), self.classifier(features[classifier_from:]), features
 
 
 def freeze_below_classifier(network: HybridNetwork) -> None:
     """The second of two stages: weights and batch statistics of backbone and head stay as they are."""
     network.backbone.requires_grad_(False).eval()
     network.head.requires_grad_(False).eval()
+
+
+def load_weights(network: HybridNetwork, path: Path) -> None:
+    """Begin from the network of a run's last.pt or model.safetensors: its backbone, and of the head and classifier what has this shape."""
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        state = load_file(path)
+    else:
+        state = checkpoint.load(path)
+        state = state.get("network", state)
+    own = network.state_dict()
+    missing = [name for name in own if name.startswith("backbone.") and (name not in state or state[name].shape != own[name].shape)]
+    if missing:
+        raise ValueError(f"weights {path} must hold this backbone, and lacks {len(missing)} of its tensors, first {missing[0]}")
+    network.load_state_dict({name: state[name] if name in state and state[name].shape == own[name].shape else own[name] for name in own})
+
+
+def parameters_of(network: nn.Module) -> dict[str, int]:
+    """Numbers of parameters: of backbone, classifier and head."""
+    return {name: sum(p.numel() for p in part.parameters()) for name, part in network.named_children()}
