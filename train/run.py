@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ from augment import Draws, mixup
 from methods import CLASSIFIER_LOSSES, FEATURE_LOSSES, Branch, Method, Setup, class_weights
 from networks import HybridNetwork, freeze_below_classifier, load_weights, make_backbone
 from sampling import Sampler
-from schedule import branch_weights, learning_rate
+from schedule import branch_weights, learning_rate, switch_epoch
 from settings import DTYPES, Config
 from torch import Tensor, nn
 
@@ -40,7 +39,7 @@ class Stage:
 def stage_at(method: Method, epoch: int, epochs: int, seed: int) -> Stage:
     feature = FEATURE_LOSSES[method.feature_loss]
     alpha, beta = branch_weights(method.schedule, epoch, epochs, switch_at=method.switch_at, seed=seed)
-    switch = math.ceil(method.switch_at * epochs) if method.schedule == "two-stage" else epochs
+    switch = switch_epoch(method.switch_at, epochs) if method.schedule == "two-stage" else epochs
     second, alone = method.schedule == "two-stage" and epoch >= switch, method.feature_loss == "none"
     weights = (0.0, 1.0) if alone else (alpha * method.loss_weights[0], beta * method.loss_weights[1])
     return Stage(

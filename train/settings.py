@@ -19,7 +19,7 @@ from augment import AUGMENTATIONS, Augmentation
 from data import DATASETS, Images
 from methods import CLASSIFIER_LOSSES, FEATURE_LOSSES, METHODS, Method, passes
 from networks import make_backbone
-from schedule import SCHEDULES
+from schedule import SCHEDULES, switch_epoch
 
 from fastsupcon.backends import select as select_backend
 
@@ -231,6 +231,9 @@ def _check_method(config: Config) -> None:
         raise ValueError(f"classifier_images must be 'own' without a feature loss, got {method.classifier_images!r}")
     if method.schedule == "two-stage" and method.classifier_images != "own":
         raise ValueError(f"classifier_images must be 'own' for schedule 'two-stage', got {method.classifier_images!r}")
+    epochs = config.optimiser.epochs
+    if method.schedule == "two-stage" and switch_epoch(method.switch_at, epochs) == epochs:
+        raise ValueError(f"switch_at must leave the second of two stages an epoch of {epochs}, got {method.switch_at}")
     if method.classifier_images == "views" and config.optimiser.classifier_batch not in (None, config.optimiser.batch):
         raise ValueError("classifier_batch has no effect where classifier_images is 'views': expected None")
     if method.tau_normalisation and method.cosine:
