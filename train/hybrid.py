@@ -50,6 +50,8 @@ def train(config: Config, data: datasets.Data, *, resume: bool = False) -> dict[
         torch.set_num_threads(config.machine.threads)
     torch.backends.cudnn.deterministic = True  # so that a resumed run comes to the same bits
     run = Run(config, data)
+    if resume and writes:
+        write_config(config)  # --epochs may have changed
     if resume and processes.told((out / "last.pt").exists()):
         run.load_state_dict(checkpoint.load(out / "last.pt", run.device))
     elif writes:
@@ -116,12 +118,15 @@ def write_config(config: Config) -> None:
     checkpoint.write_json(config.records.out / "config.json", settings.as_json(config))
 
 
-def finish(config: Config, data: datasets.Data) -> dict[str, Any]:
-    """The run in its folder: trained from the start, from where it was stopped, or read where it is finished."""
+def finish(config: Config, data: datasets.Data, *, extend: bool = False) -> dict[str, Any]:
+    """The run in its folder: trained from the start, from where it was stopped, or read where it is finished.
+
+    With ``extend`` the run may be of another number of epochs, and goes on to the config's.
+    """
     out = config.records.out
     if not processes.told((out / "config.json").exists()):
         return train(config, data)
-    if names := settings.differing(settings.read(out), config):
+    if names := [name for name in settings.differing(settings.read(out), config) if not (extend and name == "epochs")]:
         raise ValueError(f"out {out} holds a run of other settings ({', '.join(names)}): name another folder")
     if processes.told((out / "metrics.json").exists() and len((out / "log.jsonl").read_text().splitlines()) == config.optimiser.epochs):
         return json.loads((out / "metrics.json").read_text())  # with fewer epochs they are those of --eval-only on a run that was stopped
@@ -173,6 +178,8 @@ def parse(arguments: list[str]) -> tuple[Config, Command]:
         allowed = {"epochs"} if chosen.resume else set()
         if changed := set(settings.differing(base, config)) - allowed:
             raise ValueError(f"--resume and --eval-only take the run's own settings, got also: {', '.join(sorted(changed))}")
+        if config.optimiser.epochs < base.optimiser.epochs:
+            raise ValueError(f"epochs may extend a run of {base.optimiser.epochs}, got {config.optimiser.epochs}")
         config = settings.change(config, out=Path(stored))
     return config, given.command
 
@@ -210,7 +217,7 @@ def perform(config: Config, asked: Command) -> None:
     for note in data.notes:
         say(note)
     several = records.seeds > 1 or records.against
-    if several and not begun and processes.rank() == 0:
+    if several and not asked.eval_only and processes.rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
         write_config(config)
     groups: dict[str, list[dict]] = {}
@@ -219,7 +226,7 @@ def perform(config: Config, asked: Command) -> None:
             one = config if name == config.method.method else beside(config, name)
             folder = out / name / f"seed-{seed}" if records.against else out / f"seed-{seed}" if records.seeds > 1 else out
             one = settings.change(one, seed=seed, seeds=1, against=(), out=folder)
-            groups.setdefault(name, []).append(evaluate_again(one, data) if asked.eval_only else finish(one, data))
+            groups.setdefault(name, []).append(evaluate_again(one, data) if asked.eval_only else finish(one, data, extend=asked.resume is not None))
     show(groups[config.method.method], data.classes)
     if records.against:
         compared(groups, config.method.method)

@@ -45,7 +45,7 @@ def report(run: Run) -> dict[str, Any]:
         chosen = chosen | {"knn": evaluate.metrics(votes, labels, **measure)}
     result = {
         "chosen_by": "last epoch" if data.validation is None else "validation",
-        "best_epoch": run.best["epoch"],
+        "best_epoch": config.optimiser.epochs - 1 if data.validation is None else run.best["epoch"],
         "best": chosen,
         "last": last,
         "train_images": data.counts.tolist(),
