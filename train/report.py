@@ -36,7 +36,7 @@ def report(run: Run) -> dict[str, Any]:
     embeddings, logits, labels = run.predict("test")
     last = chosen = evaluate.metrics(logits, labels, **measure)
     if data.validation is not None:
-        run.evaluated.load_state_dict(checkpoint.load(out / "best.pt", run.device))
+        run.averaged.load_state_dict(checkpoint.load(out / "best.pt", run.device))
         embeddings, logits, labels = run.predict("test")
         chosen = evaluate.metrics(logits, labels, **measure)
     if config.records.knn:

@@ -264,12 +264,17 @@ class Run:
             self.network.classifier.reset_parameters()
 
     @property
+    def averaged(self) -> HybridNetwork:
+        """The network, or its running average."""
+        return self.network if self.ema is None else self.ema.module
+
+    @property
     def evaluated(self) -> HybridNetwork:
-        network = self.network if self.ema is None else self.ema.module
+        """A copy where the classifier is tau-normalised: what is loaded belongs in ``averaged``."""
         tau = self.config.method.tau_normalisation
         if not tau:
-            return network
-        network = copy.deepcopy(network)
+            return self.averaged
+        network = copy.deepcopy(self.averaged)
         with torch.no_grad():
             network.classifier.weight.copy_(evaluate.tau_normalised(network.classifier.weight, tau))
             network.classifier.bias.zero_()
