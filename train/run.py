@@ -260,8 +260,17 @@ class Run:
         self.epoch, self.step = self.epoch + 1, 0
         self.sums.zero_()
         self.begin_epoch()
-        if self.stage.frozen and not before.frozen and before.classifies:  # cRT: a classifier anew, on features that stay
-            self.network.classifier.reset_parameters()
+        if self.stage.frozen and not before.frozen and before.classifies:
+            self.begin_classifier()
+
+    def begin_classifier(self) -> None:
+        """cRT: a classifier anew, on features that stay; its course so far is neither in its momentum nor in its average."""
+        self.network.classifier.reset_parameters()
+        for p in self.network.classifier.parameters():
+            for value in self.optimizer.state[p].values():
+                value.zero_()
+        if self.ema is not None:
+            self.ema.module.classifier.load_state_dict(self.network.classifier.state_dict())
 
     @property
     def averaged(self) -> HybridNetwork:
