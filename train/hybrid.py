@@ -212,6 +212,10 @@ def perform(config: Config, asked: Command) -> None:
     begun = processes.told((out / "config.json").exists())
     if begun and not (asked.resume or asked.eval_only or processes.restarts("RESTART_COUNT")):
         raise ValueError(f"out {out} holds a run already: go on with --resume {out}, or name another folder")
+    own = config.method.method
+    if len({own, *records.against}) <= len(records.against):
+        raise ValueError(f"against must name other methods than {own}, each once, got {', '.join(records.against)}")
+    runs = {name: beside(config, name) for name in records.against} | {own: config}
     with processes.first_of_machine_first():
         data = datasets.load(config.images)
     for note in data.notes:
@@ -221,15 +225,15 @@ def perform(config: Config, asked: Command) -> None:
         out.mkdir(parents=True, exist_ok=True)
         write_config(config)
     groups: dict[str, list[dict]] = {}
-    for name in (*records.against, config.method.method):
+    for name, one in runs.items():
         for seed in range(records.seed, records.seed + records.seeds):
-            one = config if name == config.method.method else beside(config, name)
             folder = out / name / f"seed-{seed}" if records.against else out / f"seed-{seed}" if records.seeds > 1 else out
             one = settings.change(one, seed=seed, seeds=1, against=(), out=folder)
-            groups.setdefault(name, []).append(evaluate_again(one, data) if asked.eval_only else finish(one, data, extend=asked.resume is not None))
-    show(groups[config.method.method], data.classes)
+            result = evaluate_again(one, data) if asked.eval_only else finish(one, data, extend=asked.resume is not None)
+            groups.setdefault(name, []).append(result)
+    show(groups[own], data.classes)
     if records.against:
-        compared(groups, config.method.method)
+        compared(groups, own)
         if processes.rank() == 0:
             checkpoint.write_text(out / "comparison.md", compare.table(groups, list(records.against)) + "\n")
             compare.draw(out, groups)
@@ -238,10 +242,15 @@ def perform(config: Config, asked: Command) -> None:
 
 def beside(config: Config, method: str) -> Config:
     """Another method's run that is to be compared with this one: the same but for the method, and as many images through the network."""
-    entry = settings.named(settings.METHODS, "against", method)
-    own, theirs = settings.passes(config.method), settings.passes(entry.method)
-    chosen = dataclasses.replace(entry.method, method=method)
-    return dataclasses.replace(settings.change(config, epochs=max(1, round(config.optimiser.epochs * own / theirs))), method=chosen)
+    settings.named(settings.METHODS, "against", method)
+    theirs, optimiser = settings.method_of(config.images.data, method), config.optimiser
+    classifier = (optimiser.classifier_batch or optimiser.batch) / optimiser.batch
+    ratio = settings.passes(config.method, classifier) / settings.passes(theirs, classifier)
+    changed = dataclasses.replace(settings.change(config, epochs=max(1, round(optimiser.epochs * ratio))), method=theirs)
+    try:
+        return settings.checked(changed)
+    except ValueError as error:
+        raise ValueError(f"against {method}: {error}") from error
 
 
 if __name__ == "__main__":

@@ -309,8 +309,15 @@ METHODS: dict[str, Entry] = {
 }
 
 
-def passes(method: Method) -> int:
-    """How often an image of a batch goes through a backbone in one update: in each view, as a key, and for the classifier."""
+def passes(method: Method, classifier: float = 1.0) -> float:
+    """How often an epoch takes each training image through a backbone: in each view, as a key, and for the classifier.
+
+    ``classifier`` is classifier_batch / batch. Of two stages it is the mean over the epochs.
+    """
     feature = FEATURE_LOSSES[method.feature_loss]
-    classifies = method.classifier_loss != "none" and method.classifier_images != "views" and method.schedule != "two-stage"
-    return max(1, feature.views + feature.keys + classifies)
+    if not feature.views:
+        return 1.0
+    views = feature.views + feature.keys
+    if method.schedule == "two-stage":
+        return method.switch_at * views + (1 - method.switch_at) * classifier
+    return views + classifier * (method.classifier_loss != "none" and method.classifier_images != "views")

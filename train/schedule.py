@@ -43,7 +43,7 @@ def branch_weights(schedule: str, epoch: int, epochs: int, *, switch_at: float =
 
 
 def switch_epoch(switch_at: float, epochs: int) -> int:
-    """The first epoch of the classifier in "switch" and "two-stage", by their own comparison: ceil(switch_at * epochs) may round otherwise."""
+    """The first epoch of the classifier in "switch" and "two-stage", by their own comparison: ceil(switch_at * epochs) rounds otherwise."""
     return sum(epoch / epochs < switch_at for epoch in range(epochs))
 
 

@@ -106,16 +106,21 @@ def recipe(data: str, method: str, *, paper: bool = False) -> Config:
     """What is known to work: a data set's settings with a method's, or with ``paper`` the optimiser and pictures of the method's paper."""
     images, entry = named(DATASETS, "data", data), named(METHODS, "method", method)
     settings = dict(images.recipe) | (entry.paper if paper else {})
-    psc = images.psc_temperature if entry.method.feature_loss in ("psc", "mpsc") else entry.method.temperature
     if data == "digits":  # as many images as 160 epochs of a classifier alone, whatever the method takes of each batch
         settings |= {"epochs": round(160 / passes(entry.method))}
     config = Config(
         images=Images(data=data, imbalance=images.imbalance, many=images.many, few=images.few),
-        method=dataclasses.replace(entry.method, method=method, temperature=psc),
+        method=method_of(data, method),
     )
     colours = {"mean": images.mean, "std": images.std}
     augments = {name: dataclasses.replace(AUGMENTATIONS[settings.pop(name, images.augment)], **colours) for name in AUGMENTS}
     return change(dataclasses.replace(config, **augments), **settings)
+
+
+def method_of(data: str, name: str) -> Method:
+    """A row of METHODS, with the temperature that the data set's recipe has for prototypes."""
+    method = dataclasses.replace(named(METHODS, "method", name).method, method=name)
+    return dataclasses.replace(method, temperature=DATASETS[data].psc_temperature) if method.feature_loss in ("psc", "mpsc") else method
 
 
 def named(table: dict[str, Any], argument: str, name: str) -> Any:
