@@ -160,15 +160,26 @@ class Given(Config):
 def parse(arguments: list[str]) -> tuple[Config, Command]:
     """The recipe is chosen first, so that the defaults that are shown and changed are real."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name, default in (("data", "digits"), ("method", "hybrid-sc"), ("config", None), ("resume", None), ("eval-only", None)):
-        first.add_argument(f"--{name}", default=default)
+    for names in (("--data",), ("--method",), ("--config",), ("--resume",), ("--eval-only", "--eval_only")):
+        first.add_argument(*names)
     first.add_argument("--paper", action="store_true")
-    chosen, rest = first.parse_known_args(arguments)
-    stored = chosen.config or chosen.resume or chosen.eval_only
+    chosen, _ = first.parse_known_args(arguments)
+    stored = {name: path for name in ("config", "resume", "eval_only") if (path := getattr(chosen, name))}
+    if len(stored) > 1:
+        raise ValueError(f"one of --config, --resume and --eval-only is expected, got {' and '.join(stored)}")
     if stored:
-        base = settings.read(Path(stored))
+        path = Path(*stored.values())
+        base = settings.read(path)
+        if (
+            chosen.paper
+            or (chosen.data or base.images.data) != base.images.data
+            or (chosen.method or base.method.method) != base.method.method
+        ):
+            raise ValueError(f"--data, --method and --paper choose a recipe, which {path} takes the place of: expected none of them")
+        if chosen.config:
+            base = settings.change(base, out=None)  # or it would be the old run's
     else:
-        base = settings.recipe(chosen.data, chosen.method, paper=chosen.paper)
+        base = settings.recipe(chosen.data or "digits", chosen.method or "hybrid-sc", paper=chosen.paper)
         if not any(not one.startswith("-h") and one != "--help" for one in arguments):
             base = settings.change(base, **DEMONSTRATION)
     parts = {name: getattr(base, name) for name in settings.GROUPS}
@@ -180,7 +191,7 @@ def parse(arguments: list[str]) -> tuple[Config, Command]:
             raise ValueError(f"--resume and --eval-only take the run's own settings, got also: {', '.join(sorted(changed))}")
         if config.optimiser.epochs < base.optimiser.epochs:
             raise ValueError(f"epochs may extend a run of {base.optimiser.epochs}, got {config.optimiser.epochs}")
-        config = settings.change(config, out=Path(stored))
+        config = settings.change(config, out=path)
     return config, given.command
 
 
