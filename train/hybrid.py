@@ -212,9 +212,9 @@ def resolve(config: Config) -> Config:
     return config
 
 
-def source_of(config: Config) -> datasets.Source:
-    names = {f.name for f in dataclasses.fields(datasets.Source)} - {"seed"}
-    return datasets.Source(**{name: getattr(config, name) for name in names}, seed=config.data_seed)
+def source_of(config: Config) -> datasets.Images:
+    names = {f.name for f in dataclasses.fields(datasets.Images)}
+    return datasets.Images(**{name: getattr(config, name) for name in names})
 
 
 class Run:
