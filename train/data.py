@@ -97,7 +97,7 @@ def load(images: Images) -> Data:
     data = known.read(images)
     if data.test is None:
         raise ValueError(f"data {images.data!r} must have a test split")
-    _check(data)
+    complain_of_lacking(data)
     train, kept, validation, notes = data.train, data.kept, data.validation, list(data.notes)
     kept = np.arange(len(train)) if kept is None else kept
     if images.imbalance is not None:
@@ -105,9 +105,7 @@ def load(images: Images) -> Data:
         tail = long_tail(train.labels.numpy(), counts, images.data_seed)
         train, kept = train[tail], kept[tail]
     if validation is not None and images.validation:
-        raise ValueError(
-            f"validation {images.validation} must be 0 where the data has a validation split of its own ({len(validation)} images)"
-        )
+        raise ValueError(f"validation must be 0 where the data has a validation split of its own, got {images.validation}")
     if validation is None:
         train, validation = hold_out(train, images.validation, images.data_seed)
     whole = Data(train, validation, data.test, data.classes, notes, kept)
@@ -146,7 +144,7 @@ def _refuse_idle_options(images: Images, known: DataSet) -> None:
         raise ValueError(f"few must be at most many, got few {images.few} and many {images.many}")
 
 
-def _check(data: Data) -> None:
+def complain_of_lacking(data: Data) -> None:
     classes = len(data.classes)
     if classes < 2:
         raise ValueError(f"the data must hold at least 2 classes, got {classes}{': ' if classes else ''}{', '.join(data.classes)}")
@@ -403,7 +401,7 @@ def _folder(images: Images) -> Data:
         if len(train) == 0:
             raise ValueError(f"root {images.root} must hold images, got none{': ' if found.notes else ''}{'; '.join(found.notes)}")
         whole = Data(train, None, train, found.classes)
-        _check(whole)
+        complain_of_lacking(whole)
         labels = train.labels.numpy()
         held = long_tail(labels, [min(n - 1, max(1, round(n / 5))) for n in whole.counts.tolist()], images.data_seed)
         kept = np.setdiff1d(np.arange(len(labels)), held)

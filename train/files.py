@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,14 +20,17 @@ from torch.utils.data import DataLoader, Dataset
 
 
 class Files(Sequence):
-    """Paths of files under ``root``, with their sizes, in one run of bytes: as Path objects, a million of them would take 0.5 GB in every
-    worker process, since each that reads such an object writes its count of references and so copies its page."""
+    """Paths of files under ``root``, with their sizes and times of change, in one run of bytes.
 
-    def __init__(self, root: Path, names: Sequence[str], sizes: Sequence[int]) -> None:
+    As Path objects a million of them would take 0.5 GB, and that in every worker process: reading an object writes its count of references
+    and so copies its page.
+    """
+
+    def __init__(self, root: Path, names: Sequence[str], sizes: Sequence[int], times: Sequence[int]) -> None:
         encoded = [os.fsencode(name) for name in names]
         self.root, self.blob = root, b"".join(encoded)
         self.ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-        self.sizes = np.asarray(sizes, dtype=np.int64)
+        self.sizes, self.times = (np.asarray(values, dtype=np.int64) for values in (sizes, times))  # bytes; nanoseconds
         self.order = np.arange(len(encoded))
 
     def __len__(self) -> int:
@@ -39,6 +43,9 @@ class Files(Sequence):
 
     def size(self, index: int) -> int:
         return int(self.sizes[self.order[index]])
+
+    def time(self, index: int) -> int:
+        return int(self.times[self.order[index]])
 
     def __getitem__(self, index: int) -> Path:
         return self.root / os.fsdecode(self.name(index))
@@ -73,9 +80,15 @@ class Split:
 
 def decode(source: Path | bytes, name: str) -> Image.Image:
     """Upright, in 8-bit RGB; ValueError with ``name`` where that cannot be."""
+    with naming(name), Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as image:
+        return to_rgb(image)
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """What a decoder raises becomes a ValueError that names the image."""
     try:
-        with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as image:
-            return to_rgb(image)
+        yield
     except MemoryError:
         raise
     except Exception as error:  # a broken file can end in nearly any error of the decoder: SyntaxError, struct.error, KeyError, ...
@@ -183,17 +196,67 @@ class KeyedRows:
             yield [(indices[n], None if self.key is None else (*self.key, row, n)) for n in self.columns]
 
 
+PATIENCE = 300.0  # seconds without an image after which a worker counts as hung
+POLL = 5.0  # seconds between two looks at whether the run was told to stop
+
+
+class Stopped(Exception):
+    """Told to stop while waiting for images."""
+
+
+def patient(loader: DataLoader, what: str, stopped: Callable[[], object]) -> Iterator:
+    """The loader's batches; where none comes, an OSError that says what to change, or ``Stopped`` within ``POLL`` seconds."""
+    batches, waited = iter(loader), 0.0
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader"):
+                raise
+            if "timed out" not in str(error):
+                raise OSError(f"a process that decodes {what} ended ({error}); where memory is short, fewer workers need less") from error
+            if stopped():
+                raise Stopped from error
+            waited += POLL
+            if waited >= PATIENCE:
+                raise OSError(f"no image came in {PATIENCE:.0f} s from {what}: a decoder or the file system hangs") from error
+            continue
+        waited = 0.0
+        yield batch
+
+
+def loader_options(workers: int) -> dict:
+    options = {"num_workers": workers, "worker_init_fn": leave_process_group, "timeout": POLL if workers else 0}
+    return options | {"generator": torch.Generator()}  # or the loader would draw from the generator that augments
+
+
+def refuse_without_room(workers: int, size: int) -> None:
+    """Workers hand batches over in shared memory. Where that is full they die, or torch waits for ever, and so it is asked for before."""
+    shared = Path("/dev/shm")
+    if workers == 0 or not shared.is_dir():
+        return
+    needed, stat = (2 * workers + 1) * size, os.statvfs(shared)  # two batches ahead for each worker, and the one in hand
+    if needed > (free := stat.f_bavail * stat.f_frsize):
+        raise OSError(
+            f"{workers} workers need {needed / 2**20:.0f} MiB of shared memory, two batches each, {shared} has "
+            f"{free / 2**20:.0f} MiB free: take fewer workers, smaller batches or images, or make it larger (docker run --shm-size)"
+        )
+
+
 class Batches:
     """uint8 images and labels on the device: one batch for each row of a plan of indices [batches, size]."""
 
-    def __init__(self, split: Split, device: torch.device, image_size: int, workers: int) -> None:
-        self.device, self.labels = device, split.labels.to(device)
+    def __init__(
+        self, split: Split, device: torch.device, image_size: int, workers: int, stopped: Callable[[], object] = lambda: False
+    ) -> None:
+        """``stopped`` is asked while images are waited for; where it says yes, :class:`Stopped` is raised."""
+        self.device, self.labels, self.stopped = device, split.labels.to(device), stopped
         self.resident = split.images.to(device) if isinstance(split.images, Tensor) else None
         if self.resident is None:
             self.rows = KeyedRows()
-            options = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": device.type == "cuda"}
-            options["worker_init_fn"] = leave_process_group
-            options["generator"] = torch.Generator()  # or the loader would draw from the generator that augments
+            options = loader_options(workers) | {"persistent_workers": workers > 0, "pin_memory": device.type == "cuda"}
             self.loader = DataLoader(ImageFiles(split, image_size), batch_sampler=self.rows, collate_fn=stack, **options)
 
     def __call__(
@@ -207,7 +270,9 @@ class Batches:
                 yield self.resident[indices], self.labels[indices]
             return
         self.rows.plan, self.rows.columns, self.rows.first, self.rows.key = plan, columns.tolist(), first, key
-        for indices, images in zip(rows, self.loader, strict=True):
+        files = self.loader.dataset
+        refuse_without_room(self.loader.num_workers, len(columns) * 3 * files.size**2)
+        for indices, images in zip(rows, patient(self.loader, f"{len(files.paths)} files", self.stopped), strict=True):
             if isinstance(images, ValueError):
                 raise images
             yield images.to(self.device, non_blocking=True), self.labels[indices]

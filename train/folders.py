@@ -69,11 +69,11 @@ def some(names: list[str], most: int = 5) -> str:
 
 @dataclass
 class Folder:
-    """A folder with what lies directly in it, the images of all depths below it, each a path below it with its size."""
+    """A folder with what lies directly in it, the images of all depths below it, each a path below it."""
 
     path: Path
     folders: dict[str, Folder]
-    images: list[tuple[str, int]]
+    images: list[tuple[str, int, int]]  # path, size, time of change
 
     @property
     def flat(self) -> bool:
@@ -87,8 +87,8 @@ class Folder:
     def count(self) -> int:
         return len(self.images) + sum(folder.count for folder in self.folders.values())
 
-    def files(self) -> list[tuple[str, int]]:
-        below = [(f"{name}/{path}", size) for name, folder in self.folders.items() for path, size in folder.files()]
+    def files(self) -> list[tuple[str, int, int]]:
+        below = [(f"{name}/{path}", *stat) for name, folder in self.folders.items() for path, *stat in folder.files()]
         return sorted(self.images + below)
 
 
@@ -105,7 +105,8 @@ def look(path: Path, left: Left, above: frozenset[tuple[int, int]] = frozenset()
             elif entry.is_dir():
                 folder.folders[entry.name] = look(path / entry.name, left, above)
             elif (suffix := os.path.splitext(entry.name)[1].lower()) in IMAGE_SUFFIXES:
-                folder.images.append((entry.name, entry.stat().st_size))  # a link to nothing ends here, with its name
+                stat = entry.stat()  # a link to nothing ends here, with its name
+                folder.images.append((entry.name, stat.st_size, stat.st_mtime_ns))
             else:
                 left.other[suffix] += 1
     return folder
@@ -134,7 +135,7 @@ def read_folder(root: Path) -> Found:
         raise ValueError(f"{train.path} must hold a folder for each class, got {len(train.images)} images and no folder")
     if train.images:
         raise ValueError(
-            f"{train.path} must hold a folder for each class and no image beside them, got {some([name for name, _ in train.images])}"
+            f"{train.path} must hold a folder for each class and no image beside them, got {some([name for name, *_ in train.images])}"
         )
     if splits:
         notes.append("splits: " + ", ".join(f"{split} is {folder.path.name}/" for split, folder in splits.items()))
@@ -148,13 +149,10 @@ def read_folder(root: Path) -> Found:
             raise ValueError(f"{folder.path} must hold a folder for each class and no image beside them, got {folder.images[0][0]}")
         if lacking := [name for name in classes if name not in folder.folders or not folder.folders[name].count]:
             notes.append(f"{split} has no image of {some(lacking)}")
-        names, sizes, labels = [], [], []
-        for label, name in enumerate(classes):
-            for path, size in folder.folders[name].files() if name in folder.folders else ():
-                names.append(f"{name}/{path}")
-                sizes.append(size)
-                labels.append(label)
-        parts[split] = Split(Files(folder.path, names, sizes), torch.tensor(labels, dtype=torch.int64))
+        of_class = [folder.folders[name].files() if name in folder.folders else [] for name in classes]
+        files = [(f"{name}/{path}", *stat) for name, found in zip(classes, of_class, strict=True) for path, *stat in found]
+        labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(found) for found in of_class]))
+        parts[split] = Split(Files(folder.path, *(zip(*files, strict=True) if files else ((), (), ()))), labels)
     return Found(classes, parts, notes + left.notes())
 
 
@@ -220,14 +218,17 @@ def read_list(path: Path, root: Path, classes: int | None = None) -> Split:
         if label >= limit:
             what = "the training classes" if classes is not None else "as each class needs an image and the list holds no more"
             raise ValueError(f"{path}, line {number}: the label must lie in [0, {limit}), {what}, got {label} for {name}")
-    sizes, missing = [], []
+    sizes, times, missing = [], [], []
     for number, name in zip(numbers, names, strict=True):
         try:
-            sizes.append(os.stat(root / name).st_size)
-        except (OSError, ValueError):
+            stat = os.stat(os.path.join(root, name))
+        except (OSError, ValueError):  # ValueError: a name that no file can have
             missing.append((number, name))
+        else:
+            sizes.append(stat.st_size)
+            times.append(stat.st_mtime_ns)
     if missing:
         number, name = missing[0]
         count = f"{len(missing)} of {len(names)} files that do not exist under {root}"
         raise FileNotFoundError(f"{path} names {count}, first on line {number}: {root / name}")
-    return Split(Files(root, names, sizes), torch.tensor(labels, dtype=torch.int64))
+    return Split(Files(root, names, sizes, times), torch.tensor(labels, dtype=torch.int64))
