@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from sampling import Rule
+from schedule import branch_weights, switch_epoch
 from torch import Tensor, nn
 
 from fastsupcon import MemoryQueue, PSCLoss, SupConLoss
@@ -309,15 +310,47 @@ METHODS: dict[str, Entry] = {
 }
 
 
-def passes(method: Method, classifier: float = 1.0) -> float:
-    """How often an epoch takes each training image through a backbone: in each view, as a key, and for the classifier.
+@dataclass(frozen=True)
+class Stage:
+    """What an epoch trains."""
 
-    ``classifier`` is classifier_batch / batch. Of two stages it is the mean over the epochs.
-    """
+    alpha: float  # the schedule's weight of the feature branch
+    weights: tuple[float, float]  # of the feature loss and the classifier's
+    epochs: tuple[int, int]  # first and last + 1 of this stage, which has its own course of lr
+    views: int  # of the feature branch that are anchors; 0: no feature branch
+    keys: int  # and those of the momentum encoder
+    classifies: bool
+    sampler: str  # of the classifier's images
+    own_images: bool  # the classifier has images beside the feature branch's views
+    frozen: bool  # everything below the classifier
+    reweighted: bool  # the classifier's classes
+
+
+def stage_at(method: Method, epoch: int, epochs: int, seed: int = 0) -> Stage:
     feature = FEATURE_LOSSES[method.feature_loss]
-    if not feature.views:
-        return 1.0
-    views = feature.views + feature.keys
-    if method.schedule == "two-stage":
-        return method.switch_at * views + (1 - method.switch_at) * classifier
-    return views + classifier * (method.classifier_loss != "none" and method.classifier_images != "views")
+    alpha, beta = branch_weights(method.schedule, epoch, epochs, switch_at=method.switch_at, seed=seed)
+    switch = switch_epoch(method.switch_at, epochs) if method.schedule == "two-stage" else epochs
+    second, alone = method.schedule == "two-stage" and epoch >= switch, method.feature_loss == "none"
+    weights = (0.0, 1.0) if alone else (alpha * method.loss_weights[0], beta * method.loss_weights[1])
+    classifies = method.classifier_loss != "none" and (method.schedule != "two-stage" or second or alone)
+    return Stage(
+        alpha=0.0 if alone else alpha,
+        weights=weights,
+        epochs=(switch, epochs) if second else (0, switch),
+        views=0 if second else feature.views,
+        keys=0 if second else feature.keys,
+        classifies=classifies,
+        sampler="feature" if alone and method.schedule == "two-stage" and not second else "classifier",
+        own_images=classifies and method.classifier_images != "views",
+        frozen=second,
+        reweighted=epoch >= method.reweight_from * epochs,
+    )
+
+
+def passes(method: Method, classifier: float = 1.0) -> float:
+    """How often an epoch takes an image through the backbone, the mean over training: in each view, as a key, for the classifier.
+
+    ``classifier`` is classifier_batch / batch; where there is no feature branch, the classifier's pass is the epoch.
+    """
+    stages, own = [stage_at(method, epoch, 1000) for epoch in range(1000)], classifier if FEATURE_LOSSES[method.feature_loss].views else 1.0
+    return sum(stage.views + stage.keys + own * stage.own_images for stage in stages) / len(stages)

@@ -13,46 +13,12 @@ import evaluate
 import processes
 import torch
 from augment import Draws, mixup
-from methods import CLASSIFIER_LOSSES, FEATURE_LOSSES, Branch, Method, Setup, class_weights
+from methods import CLASSIFIER_LOSSES, FEATURE_LOSSES, Branch, Setup, class_weights, stage_at
 from networks import HybridNetwork, freeze_below_classifier, load_weights, make_backbone
 from sampling import Sampler
-from schedule import branch_weights, learning_rate, switch_epoch
+from schedule import learning_rate
 from settings import DTYPES, Config
 from torch import Tensor, nn
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What an epoch trains."""
-
-    alpha: float  # the schedule's weight of the feature branch
-    weights: tuple[float, float]  # of the feature loss and the classifier's
-    epochs: tuple[int, int]  # first and last + 1 of this stage, which has its own course of lr
-    views: int  # of the feature branch that are anchors; 0: no feature branch
-    keys: int  # and those of the momentum encoder
-    classifies: bool
-    sampler: str  # of the classifier's images
-    frozen: bool  # everything below the classifier
-    reweighted: bool  # the classifier's classes
-
-
-def stage_at(method: Method, epoch: int, epochs: int, seed: int) -> Stage:
-    feature = FEATURE_LOSSES[method.feature_loss]
-    alpha, beta = branch_weights(method.schedule, epoch, epochs, switch_at=method.switch_at, seed=seed)
-    switch = switch_epoch(method.switch_at, epochs) if method.schedule == "two-stage" else epochs
-    second, alone = method.schedule == "two-stage" and epoch >= switch, method.feature_loss == "none"
-    weights = (0.0, 1.0) if alone else (alpha * method.loss_weights[0], beta * method.loss_weights[1])
-    return Stage(
-        alpha=0.0 if alone else alpha,
-        weights=weights,
-        epochs=(switch, epochs) if second else (0, switch),
-        views=0 if second else feature.views,
-        keys=0 if second else feature.keys,
-        classifies=method.classifier_loss != "none" and (method.schedule != "two-stage" or second or alone),
-        sampler="feature" if alone and method.schedule == "two-stage" and not second else "classifier",
-        frozen=second,
-        reweighted=epoch >= method.reweight_from * epochs,
-    )
 
 
 @dataclass(frozen=True)
@@ -149,11 +115,10 @@ class Run:
         views = stage.views + stage.keys
         feature = self.samplers["feature"].draw(self.steps * self.batch).view(self.steps, -1) if views else None
         parts = [] if feature is None else [feature.repeat(1, views)]
-        own_images = stage.classifies and images_of != "views"
-        if own_images:
+        if stage.own_images:
             shared = images_of == "shared"
             parts.append(feature if shared else self.samplers[stage.sampler].draw(self.steps * self.classifier_batch).view(self.steps, -1))
-        sizes = [self.batch] * views + [self.classifier_batch] * own_images
+        sizes = [self.batch] * views + [self.classifier_batch] * stage.own_images
         starts = list(itertools.accumulate(sizes, initial=0))
         own = [torch.tensor(processes.part(size)) + start for size, start in zip(sizes, starts, strict=False)]
         counts = [len(part) for part in own]
@@ -168,7 +133,7 @@ class Run:
             augmented["all"] = draws(own, 0, starts[-1])
         else:
             augmented |= {"feature": draws(own[:views], 0, of_features)} if views else {}
-            augmented |= {"classifier": draws(own[views:], of_features, starts[-1])} if own_images else {}
+            augmented |= {"classifier": draws(own[views:], of_features, starts[-1])} if stage.own_images else {}
         rows = sum(counts[: stage.views]), sum(counts[stage.views : views]), sum(counts[views:])
         return Plan(torch.cat(parts, 1), torch.cat(own), rows, augmented)
 
