@@ -163,6 +163,7 @@ def differing(a: Config, b: Config) -> list[str]:
 
 def checked(config: Config) -> Config:
     """Everything checked that can be without the data; the device named."""
+    _check_choices(config)
     values = {name: value for group, name, value in settings_of(config) if group not in AUGMENTS}
     positive = ("epochs", "batch", "classifier_batch", "lr", "temperature", "width", "hidden", "embedding", "seeds", "eval_every")
     positive += ("eval_batch", "log_every", "keep_every", "prototypes_per_class", "positives", "image_size", "clip", "threads")
@@ -202,9 +203,27 @@ def checked(config: Config) -> Config:
     return change(config, device=chosen)
 
 
+def _check_choices(config: Config) -> None:
+    """Python may give what the command line would refuse."""
+    for group in GROUPS:
+        for name, hint in typing.get_type_hints(type(getattr(config, group))).items():
+            value = getattr(getattr(config, group), name)
+            several = typing.get_origin(hint) is tuple
+            choice = typing.get_args(hint)[0] if several else hint
+            for one in value if several else (value,):
+                if typing.get_origin(choice) is Literal and one not in typing.get_args(choice):
+                    raise ValueError(f"{name} must be {'some' if several else 'one'} of {', '.join(typing.get_args(choice))}, got {one!r}")
+
+
 LOGGERS = ("tensorboard", "wandb", "mlflow")
 # Settings of a method that act on some losses alone: their value where they rest, and who reads them.
+FEATURES, CLASSIFIERS = (tuple(name for name in table if name != "none") for table in (FEATURE_LOSSES, CLASSIFIER_LOSSES))
 READ_BY = {
+    "temperature": ("feature_loss", FEATURES),
+    "loss_weights": ("feature_loss", FEATURES),
+    "classifier_images": ("classifier_loss", CLASSIFIERS),
+    "class_weights": ("classifier_loss", CLASSIFIERS),
+    "mixup": ("classifier_loss", CLASSIFIERS),
     "prototypes_per_class": ("feature_loss", ("mpsc",)),
     "denominator": ("feature_loss", ("psc", "mpsc")),
     "positives": ("feature_loss", ("kcl",)),
@@ -220,16 +239,25 @@ READ_BY = {
 def _check_method(config: Config) -> None:
     method, rest = config.method, Method()
     named(METHODS, "method", method.method)
-    feature = named(FEATURE_LOSSES, "feature_loss", method.feature_loss)
+    named(FEATURE_LOSSES, "feature_loss", method.feature_loss)
     named(CLASSIFIER_LOSSES, "classifier_loss", method.classifier_loss)
     named(SCHEDULES, "schedule", method.schedule)
     for name, (loss, readers) in READ_BY.items():
         if getattr(method, name) != getattr(rest, name) and getattr(method, loss) not in readers:
             raise ValueError(f"{name} acts on {loss} {' and '.join(readers)} alone, got {loss} {getattr(method, loss)!r}")
-    if method.classifier_loss == "none" and not feature.trains_classifier:
+    parametric = method.feature_loss in ("paco", "gpaco")  # whose logits of the classifier are in their loss
+    if method.classifier_loss == "none" and not parametric:
         raise ValueError(
             f"classifier_loss 'none' needs a feature loss that trains the classifier (paco, gpaco), got {method.feature_loss!r}"
         )
+    if method.classifier_loss == "none" and method.schedule == "two-stage":
+        raise ValueError("schedule 'two-stage' needs a classifier_loss for its second stage, got 'none'")
+    if parametric and method.cosine:
+        raise ValueError(f"feature_loss {method.feature_loss!r} needs a linear classifier: expected cosine 0, got {method.cosine}")
+    if method.feature_loss == "none" and method.schedule not in ("sum", "two-stage"):
+        raise ValueError(f"schedule must be 'sum' or 'two-stage' without a feature loss, got {method.schedule!r}")
+    if method.mixup and method.classifier_images == "views":
+        raise ValueError("mixup mixes the classifier's own images: expected classifier_images 'own' or 'shared', got 'views'")
     if method.classifier_loss == "ldam" and not method.cosine:
         raise ValueError("classifier_loss 'ldam' needs a cosine classifier, whose scale is its unit: expected cosine above 0, got 0")
     if method.feature_loss == "none" and method.classifier_images != "own":
