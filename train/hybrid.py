@@ -94,7 +94,7 @@ def train(config: Config, data: datasets.Data, *, resume: bool = False) -> dict[
             if not all(math.isfinite(row[name] or 0) for name in ("feature_loss", "classifier_loss")):
                 raise FloatingPointError(f"the loss is not finite in epoch {run.epoch}: {row}; {out}/last.pt is the epoch before")
             if (run.epoch + 1) % eval_every == 0 or run.epoch + 1 == epochs:
-                _, logits, labels = run.predict(monitored)
+                logits, labels = run.predict(monitored, "logits")
                 row[f"{monitored}_balanced"] = balanced = evaluate.balanced_accuracy(logits, labels)
                 if monitored == "validation" and balanced > run.best["balanced"]:
                     run.best = {"epoch": run.epoch, "balanced": balanced}

@@ -13,6 +13,7 @@ from methods import METHODS
 from networks import parameters_of
 from run import Run
 from settings import as_json
+from torch import Tensor
 
 
 def save(run: Run) -> None:
@@ -32,17 +33,16 @@ def write_log(run: Run) -> None:
 def report(run: Run) -> dict[str, Any]:
     """Evaluate the last epoch and the best on the test split; write metrics, tables and pictures."""
     config, data, out = run.config, run.data, run.config.records.out
-    measure = {"counts": data.counts, "many": config.images.many, "few": config.images.few}
-    embeddings, logits, labels = run.predict("test")
+    shots = {"many": config.images.many, "few": config.images.few}
+    measure = {"counts": data.counts, **shots}
+    embeddings, logits, labels = run.predict("test", "embeddings", "logits")
     last = chosen = evaluate.metrics(logits, labels, **measure)
     if data.validation is not None:
         run.averaged.load_state_dict(checkpoint.load(out / "best.pt", run.device))
-        embeddings, logits, labels = run.predict("test")
+        embeddings, logits, labels = run.predict("test", "embeddings", "logits")
         chosen = evaluate.metrics(logits, labels, **measure)
     if config.records.knn:
-        gallery, _, theirs = run.predict("train")
-        votes = evaluate.nearest(embeddings, gallery, theirs, len(data.classes))
-        chosen = chosen | {"knn": evaluate.metrics(votes, labels, **measure)}
+        chosen = evaluate.metrics(logits, labels, **measure, neighbours=nearest(run))
     result = {
         "chosen_by": "last epoch" if data.validation is None else "validation",
         "best_epoch": config.optimiser.epochs - 1 if data.validation is None else run.best["epoch"],
@@ -66,11 +66,20 @@ def report(run: Run) -> dict[str, Any]:
     if config.records.export:
         export(run)
     if config.records.pictures:
-        plots.per_class(out / "per_class.png", result["train_images"], {out.name: chosen["per_class"]}, data.classes)
-        plots.confusion(out / "confusion.png", evaluate.confusion(logits, labels), data.classes)
-        plots.embedding(out / "embedding.png", embeddings, labels, data.classes)
+        counts = result["train_images"]
+        plots.per_class(out / "per_class.png", counts, {out.name: chosen["per_class"]}, data.classes, **shots)
+        plots.confusion(out / "confusion.png", evaluate.confusion(logits, labels), data.classes, counts, **shots)
+        plots.embedding(out / "embedding.png", embeddings, labels, data.classes, counts)
         plots.curves(out / "curves.png", run.history)
     return result
+
+
+def nearest(run: Run) -> dict[str, Tensor]:
+    """The class of each test image by its nearest training images, in the backbone's features and in the head's embeddings."""
+    spaces = ("features", "embeddings")
+    *train, train_labels = run.predict("train", *spaces)
+    *test, _ = run.predict("test", *spaces)
+    return {name: evaluate.nearest_neighbours(x, train_labels, y) for name, x, y in zip(spaces, train, test, strict=True)}
 
 
 def export(run: Run) -> None:

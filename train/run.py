@@ -28,7 +28,7 @@ class Plan:
     indices: Tensor  # [steps, columns], of all processes
     own: Tensor  # the columns that this process has
     parts: tuple[int, int, int]  # how many of them are of each kind
-    draws: dict[str, Draws]  # of the augmentation: of the first two, and of the classifier's
+    draws: dict[str, Draws]  # of the augmentation, of all columns or of each branch's, and of the mixing of the classifier's
 
 
 class Run:
@@ -46,7 +46,8 @@ class Run:
             if images < processes.count():
                 raise ValueError(f"{name} must be at least the number of processes, {processes.count()}, got {images}")
         torch.manual_seed(config.records.seed)
-        self.layout = torch.channels_last if machine.channels_last and data.train.images_are_pictures else torch.contiguous_format
+        pictures = not isinstance(data.train.images, Tensor) or data.train.images.ndim == 4
+        self.layout = torch.channels_last if machine.channels_last and pictures else torch.contiguous_format
         sizes = config.network
         backbone = make_backbone(sizes.network, data.train.channels, sizes.width, pretrained=sizes.pretrained)
         network = HybridNetwork(backbone, self.classes, sizes.hidden, sizes.embedding, method.cosine)
@@ -134,6 +135,8 @@ class Run:
         else:
             augmented |= {"feature": draws(own[:views], 0, of_features)} if views else {}
             augmented |= {"classifier": draws(own[views:], of_features, starts[-1])} if stage.own_images else {}
+        if stage.own_images and self.config.method.mixup:
+            augmented["mixup"] = draws(own[views:], of_features, starts[-1])
         rows = sum(counts[: stage.views]), sum(counts[stage.views : views]), sum(counts[views:])
         return Plan(torch.cat(parts, 1), torch.cat(own), rows, augmented)
 
@@ -144,7 +147,7 @@ class Run:
         else:
             split = parts[0] + parts[1]
             pieces = {"feature": (self.config.feature_augment, raw[:split]), "classifier": (self.config.augment, raw[split:])}
-            images = torch.cat([pieces[name][0].train(pieces[name][1], own) for name, own in draws.items()])
+            images = torch.cat([how.train(part, draws[name]) for name, (how, part) in pieces.items() if name in draws])
         return images.contiguous(memory_format=self.layout)
 
     def losses(self, images: Tensor, labels: Tensor, keys: Tensor | None, mixed: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
@@ -186,7 +189,7 @@ class Run:
                     keys = self.momentum.module(images[anchors : anchors + of_keys], of_keys, of_keys)[0]
                 images, labels = (torch.cat([x[:anchors], x[anchors + of_keys :]]) for x in (images, labels))
             if self.config.method.mixup and own:
-                blended, *mixed = mixup(images[anchors:], self.config.method.mixup)
+                blended, *mixed = mixup(images[anchors:], self.config.method.mixup, self.plan.draws["mixup"])
                 images = torch.cat([images[:anchors], blended]).contiguous(memory_format=self.layout)
             loss, measured = self.averaged_losses(images, labels, keys, mixed)
         self.scaler.scale(loss).backward()
@@ -254,10 +257,10 @@ class Run:
             network.classifier.bias.zero_()
         return network
 
-    def predict(self, part: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Embeddings, logits and labels of a split."""
+    def predict(self, part: str, *outputs: str) -> tuple[Tensor, ...]:
+        """Of a split: the named outputs (see :func:`evaluate.predict`), then the labels."""
         given = self.batches[part], self.config.augment, self.autocast, self.config.records.eval_batch
-        predicted = evaluate.predict(self.evaluated, *given)
+        predicted = evaluate.predict(self.evaluated, *given, outputs)
         self.network.train()
         if self.stage.frozen:
             freeze_below_classifier(self.network)

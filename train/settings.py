@@ -16,7 +16,7 @@ import processes
 import torch
 import tyro
 from augment import AUGMENTATIONS, Augmentation
-from data import DATASETS, Images
+from data import DATASETS, Images, defaults
 from methods import CLASSIFIER_LOSSES, FEATURE_LOSSES, METHODS, Method, passes
 from networks import make_backbone
 from schedule import SCHEDULES, switch_epoch
@@ -109,7 +109,7 @@ def recipe(data: str, method: str, *, paper: bool = False) -> Config:
     if data == "digits":  # as many images as 160 epochs of a classifier alone, whatever the method takes of each batch
         settings |= {"epochs": round(160 / passes(entry.method))}
     config = Config(
-        images=Images(data=data, imbalance=images.imbalance, many=images.many, few=images.few),
+        images=defaults(data),
         method=method_of(data, method),
     )
     colours = {"mean": images.mean, "std": images.std}
@@ -181,8 +181,6 @@ def checked(config: Config) -> Config:
     for name in ("ema", "momentum_encoder"):
         if values[name] is not None and not 0 < values[name] < 1:
             raise ValueError(f"{name} must lie in (0, 1), got {values[name]}")
-    for name in AUGMENTS:
-        getattr(config, name).check()
     _check_method(config)
     chosen = config.machine.device
     if chosen == "auto":
