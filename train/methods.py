@@ -90,7 +90,8 @@ class OnEmbeddings(nn.Module):
 
 
 def _supcon(setup: Setup) -> nn.Module:
-    return OnEmbeddings(SupConLoss(setup.method.temperature, normalize=True, **setup.options))
+    options = {"base_temperature": None, "normalize": True, **setup.options}  # as published, where the default is the common 0.07
+    return OnEmbeddings(SupConLoss(setup.method.temperature, **options))
 
 
 def _psc(setup: Setup) -> nn.Module:
