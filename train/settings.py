@@ -286,6 +286,8 @@ def as_json(config: Config) -> dict[str, Any]:
 def from_json(stored: Any, where: Path) -> Config:
     """What :func:`as_json` wrote. A setting that is missing or unknown is of another version of the code, and an error."""
     parts = {}
+    if isinstance(stored, dict) and (unknown := sorted(stored.keys() - set(GROUPS))):
+        raise ValueError(f"{where} must hold the settings of this version, and differs in {', '.join(unknown)}: written by another one?")
     for group, kind in typing.get_type_hints(Config).items():
         given = stored.get(group) if isinstance(stored, dict) else None
         hints = typing.get_type_hints(kind)
