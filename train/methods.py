@@ -46,6 +46,7 @@ class Method:
     cosine: float = 0.0  # the scale of a classifier of unit features and unit weights; 0: a linear one
     class_weights: float = 0.0  # beta of the effective numbers of samples, by which classes are weighted; 0: all alike
     reweight_from: float = 0.0  # fraction of the epochs from which class_weights act
+    weighted_mean: Literal["weights", "images"] = "weights"  # that divide the sum weighted by class_weights
     tau_normalisation: float = 0.0  # evaluated with class weights w / |w|^tau
     mixup: float = 0.0  # of the classifier's images: both parameters of the Beta distribution
 

@@ -169,7 +169,9 @@ class Run:
             total = images_of_all
             if self.class_weights is not None and stage.reweighted:
                 weights = self.class_weights[classes]
-                each, total = each * weights, processes.total(weights.sum())
+                each = each * weights
+                if self.config.method.weighted_mean == "weights":
+                    total = processes.total(weights.sum())
             classifier_loss = each.sum() / total
             right = (logits.argmax(1) == classes).sum() / images_of_all
         loss = self.weights[0] * feature_loss + self.weights[1] * (count * classifier_loss)
@@ -179,7 +181,9 @@ class Run:
         """One step: the images of both branches through the backbone as one batch."""
         optimiser, (first, last) = self.config.optimiser, self.stage.epochs
         done, total = (self.epoch - first) * self.steps + self.step, (last - first) * self.steps
-        self.lr_now = learning_rate(optimiser.lr, done, total, warmup=optimiser.warmup, milestones=optimiser.milestones)
+        self.lr_now = learning_rate(
+            optimiser.lr, done, total, warmup=optimiser.warmup, milestones=optimiser.milestones, factor=optimiser.lr_factor
+        )
         self.lr.fill_(self.lr_now)
         images, keys, mixed = self.augmented(raw), None, None
         anchors, of_keys, own = self.plan.parts

@@ -44,7 +44,8 @@ class Optimiser:
     optimiser: Literal["sgd", "adamw"] = "sgd"
     lr: float = 0.5  # at its peak
     warmup: float = 0.0  # fraction of the steps
-    milestones: tuple[float, ...] = (0.6, 0.8)  # fractions of the steps at which lr drops to a tenth; none: cosine
+    milestones: tuple[float, ...] = (0.6, 0.8)  # fractions of the steps at which lr drops; none: cosine
+    lr_factor: float = 0.1  # by which it drops at each
     momentum: float = 0.9  # of sgd; adamw's first beta
     nesterov: bool = False
     weight_decay: float = 1e-4
@@ -160,7 +161,7 @@ def checked(config: Config) -> Config:
     """Everything checked that can be without the data; the device named."""
     values = {name: value for group, name, value in settings_of(config) if group not in AUGMENTS}
     positive = ("epochs", "batch", "classifier_batch", "lr", "temperature", "width", "hidden", "embedding", "seeds", "eval_every")
-    positive += ("eval_batch", "log_every", "keep_every", "prototypes_per_class", "positives", "image_size", "clip", "threads")
+    positive += ("eval_batch", "log_every", "keep_every", "prototypes_per_class", "positives", "image_size", "clip", "threads", "lr_factor")
     for name in positive:
         if values[name] is not None and not values[name] > 0:
             raise ValueError(f"{name} must be positive, got {values[name]}")
@@ -233,8 +234,9 @@ def _check_method(config: Config) -> None:
         raise ValueError("classifier_batch has no effect where classifier_images is 'views': expected None")
     if method.tau_normalisation and method.cosine:
         raise ValueError("tau_normalisation acts on a linear classifier: expected cosine 0")
-    if method.reweight_from and not method.class_weights:
-        raise ValueError("reweight_from acts on class_weights alone, which are 0")
+    for name in ("reweight_from", "weighted_mean"):
+        if getattr(method, name) != getattr(rest, name) and not method.class_weights:
+            raise ValueError(f"{name} acts on class_weights alone, which are 0")
 
 
 # ---- config.json
