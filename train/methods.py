@@ -35,10 +35,10 @@ class Method:
     temperature: float = 0.1  # of the feature loss
     prototypes_per_class: int = 4  # of mpsc
     denominator: Literal["negatives", "all"] = "negatives"  # of psc and mpsc: "all" puts the own prototypes back
-    positives: int = 6  # of kcl: for each anchor
-    positive_weight: float = 0.05  # of paco and gpaco: of each positive row, beside the prototype's 1
+    positives: int = 6  # of kcl: of each anchor, beside its other view
+    positive_weight: float = 0.05  # alpha of paco and gpaco: of each positive row, beside the prototype's 1
     momentum_encoder: float = 0.999  # of paco: decay of the encoder of its keys
-    queue: int = 1024  # of paco: keys of earlier batches
+    queue: int = 1024  # of paco and gpaco: rows of earlier batches, paco's from its momentum encoder, gpaco's the second views
 
     logit_adjustment: float = 0.0  # this x log(class prior) is added to the logits in training: 0 is CE, 1 balanced softmax
     focal_gamma: float = 1.0  # of focal
@@ -126,42 +126,43 @@ class Parametric(nn.Module):
         super().__init__()
         method = setup.method
         self.register_buffer("counts", setup.counts.clone())
-        self.queue = MemoryQueue(method.queue, setup.embedding) if method.feature_loss == "paco" else None
+        self.views = FEATURE_LOSSES[method.feature_loss].views
+        self.queue = MemoryQueue(method.queue, setup.embedding)
         self.options = {"alpha": method.positive_weight, "temperature": method.temperature, **setup.options}
 
     def forward(self, branch: Branch) -> Tensor:
         prototypes = torch.cat([branch.classifier.weight, branch.classifier.bias[:, None]], 1)
-        features = F.pad(branch.features, (0, 1), value=1.0)
+        z, features = (x.unflatten(0, (self.views, -1)).transpose(0, 1) for x in (branch.z, F.pad(branch.features, (0, 1), value=1.0)))
         given = {"momentum_features": branch.keys, "class_features": features, "class_counts": self.counts, "queue": self.queue}
-        return losses.paco_loss(branch.z, branch.labels, prototypes.to(features.dtype), **given, **self.options)
+        return losses.paco_loss(z, branch.labels[: len(z)], prototypes.to(features.dtype), **given, **self.options)
 
 
 class KPositives(nn.Module):
-    """KCL: each anchor has at most K positives, drawn anew at each step from the others of its class in the batch.
+    """KCL: an anchor's positives are its other view and at most K of the other images' rows of its class, drawn anew at each step.
 
-    The batch is shuffled, each class stands in a circle, and an anchor's positives are the K that follow it: O(N K) memory.
+    The batch is shuffled, each class stands in a circle, and of those that follow an anchor the first K are taken: O(N K) memory.
     """
 
     def __init__(self, setup: Setup) -> None:
         super().__init__()
         if setup.options["group"] is not None:
             raise ValueError("feature_loss 'kcl' names positives by number and serves one process, got several")
-        self.positives, self.options = (
-            setup.method.positives,
-            {"temperature": setup.method.temperature, "backend": setup.options["backend"]},
-        )
+        self.positives, self.images = setup.method.positives, setup.batch
+        self.options = {"temperature": setup.method.temperature, "backend": setup.options["backend"]}
 
     def draw(self, labels: Tensor) -> Tensor:
-        """[N, K] numbers of rows, -1 where a class has fewer others."""
+        """[N, 2 + K] numbers of rows, the other view's first, -1 for none. Rows go view by view: i and i + B are of one image."""
         count, device = len(labels), labels.device
         shuffled = torch.randperm(count, device=device)
         order = shuffled[labels[shuffled].argsort(stable=True)]  # class by class
         ordered, place = labels[order], torch.arange(count, device=device)
         start = torch.searchsorted(ordered, ordered)
         size = torch.searchsorted(ordered, ordered, right=True) - start
-        step = torch.arange(1, self.positives + 1, device=device)
-        following = start[:, None] + (place - start)[:, None].add(step) % size[:, None]
-        chosen = torch.where(step < size[:, None], order[following], -1)
+        step = torch.arange(1, self.positives + 2, device=device)  # one more than K: the other view may be among them
+        following = order[start[:, None] + (place - start)[:, None].add(step) % size[:, None]]
+        free = (step < size[:, None]) & (following % self.images != order[:, None] % self.images)
+        chosen = torch.where(free & (free.cumsum(1) <= self.positives), following, -1)
+        chosen = torch.cat([(order[:, None] + self.images) % count, chosen], 1)
         return torch.empty_like(chosen).index_copy_(0, order, chosen)
 
     def forward(self, branch: Branch) -> Tensor:

@@ -203,7 +203,7 @@ READ_BY = {
     "denominator": ("feature_loss", ("psc", "mpsc")),
     "positives": ("feature_loss", ("kcl",)),
     "momentum_encoder": ("feature_loss", ("paco",)),
-    "queue": ("feature_loss", ("paco",)),
+    "queue": ("feature_loss", ("paco", "gpaco")),
     "positive_weight": ("feature_loss", ("paco", "gpaco")),
     "focal_gamma": ("classifier_loss", ("focal",)),
     "margin": ("classifier_loss", ("ldam",)),
