@@ -257,54 +257,72 @@ def class_weights(beta: float, counts: Tensor) -> Tensor:
 class Entry:
     method: Method
     source: str
-    paper: dict[str, Any] = field(default_factory=dict)  # on CIFAR: settings of the optimiser, names of augmentations
-    reported: dict[str, tuple[float, str]] = field(default_factory=dict)  # test accuracy in %, imbalance 100: whose figure it is
+    paper: dict[str, Any] = field(default_factory=dict)  # settings of the authors' code on CIFAR, where it has them: see docs/methods.md
 
 
 ALONE = {"feature_loss": "none", "schedule": "sum"}
 STRONG = {"augment": "autoaugment", "feature_augment": "sim"}
-LDAM_SETTINGS = {
-    "batch": 128,
-    "lr": 0.1,
-    "weight_decay": 2e-4,
-    "warmup": 0.025,
-    "milestones": (0.8, 0.9),
-    **dict.fromkeys(("augment", "feature_augment"), "cifar-plain"),
+PLAIN = dict.fromkeys(("augment", "feature_augment"), "cifar-plain")
+LDAM_SETTINGS = {"batch": 128, "lr": 0.1, "weight_decay": 2e-4, "warmup": 0.025, "milestones": (0.8, 0.9), "lr_factor": 0.01, **PLAIN}
+LOGIT_SETTINGS = {
+    **{"epochs": 1241, "batch": 128, "lr": 0.1, "nesterov": True, "weight_decay": 2e-4},  # its l2 of 1e-4 |w|^2 is 2e-4 here
+    **{"warmup": 20 / 1241, "milestones": (604 / 1241, 926 / 1241, 1128 / 1241), **PLAIN},
+}
+BCL_SETTINGS = {"batch": 256, "lr": 0.15, "weight_decay": 5e-4, "warmup": 0.025, "milestones": (0.8, 0.9), "hidden": 512, **STRONG}
+PACO_SETTINGS = {
+    **{"epochs": 400, "batch": 128, "lr": 0.05, "weight_decay": 5e-4, "warmup": 0.025, "milestones": (0.8, 0.9)},
+    **{"hidden": 64, "embedding": 32, **dict.fromkeys(("augment", "feature_augment"), "autoaugment")},
+}
+# Of Li et al. 2022 (TSC): 1000 epochs of features, then 200 of a classifier with LDAM's loss.
+KCL_SETTINGS = {
+    **{"epochs": 1200, "switch_at": 5 / 6, "batch": 1024, "lr": 0.5, "warmup": 0.01, "milestones": (), "weight_decay": 1e-4},
+    **{"classifier_loss": "ldam", "cosine": 30.0, "class_weights": 0.9999, "sampler": "instance"},
+    **dict.fromkeys(("augment", "feature_augment"), "sim"),
 }
 
 METHODS: dict[str, Entry] = {
     "ce": Entry(Method(**ALONE, sampler="instance"), "cross-entropy", LDAM_SETTINGS),
     "ce-balanced": Entry(Method(**ALONE), "cross-entropy, class-balanced batches", LDAM_SETTINGS),
     "focal": Entry(Method(**ALONE, sampler="instance", classifier_loss="focal"), "Lin et al. 2017", LDAM_SETTINGS),
-    "cb-focal": Entry(Method(**ALONE, sampler="instance", classifier_loss="focal", class_weights=0.9999), "Cui et al. 2019", LDAM_SETTINGS),
+    "cb-focal": Entry(
+        Method(**ALONE, sampler="instance", classifier_loss="focal", class_weights=0.9999, weighted_mean="images"),
+        "Cui et al. 2019",
+        LDAM_SETTINGS,
+    ),
     "ldam-drw": Entry(
         Method(**ALONE, sampler="instance", classifier_loss="ldam", cosine=30.0, class_weights=0.9999, reweight_from=0.8),
         "Cao et al. 2019",
         LDAM_SETTINGS,
     ),
     "logit-adjustment": Entry(
-        Method(**ALONE, sampler="instance", logit_adjustment=1.0), "Menon et al. 2021; Ren et al. 2020", LDAM_SETTINGS
+        Method(**ALONE, sampler="instance", logit_adjustment=1.0), "Menon et al. 2021; Ren et al. 2020", LOGIT_SETTINGS
     ),
     "crt": Entry(
-        Method(feature_loss="none", schedule="two-stage", switch_at=0.95), "Kang et al. 2020, classifier trained again", LDAM_SETTINGS
+        Method(feature_loss="none", schedule="two-stage", switch_at=0.95),
+        "Kang et al. 2020, classifier trained again",
+        LDAM_SETTINGS | {"epochs": 230, "switch_at": 200 / 230},  # Zhang et al. 2021: theirs has no CIFAR
     ),
     "tau-norm": Entry(Method(**ALONE, sampler="instance", tau_normalisation=1.0), "Kang et al. 2020, tau-normalisation", LDAM_SETTINGS),
-    "two-stage": Entry(Method(schedule="two-stage", switch_at=2 / 3), "Khosla et al. 2020, features, then a classifier"),
+    "two-stage": Entry(Method(schedule="two-stage", switch_at=2 / 3), "Khosla et al. 2020, features, then a classifier", KCL_SETTINGS),
     "hybrid-sc": Entry(Method(), "Wang et al. 2021"),
     "hybrid-psc": Entry(Method(feature_loss="psc"), "Wang et al. 2021"),
     "hybrid-mpsc": Entry(Method(feature_loss="mpsc"), "Wang et al. 2021, several prototypes a class"),
     "bcl": Entry(
         Method(feature_loss="bcl", schedule="sum", loss_weights=(0.6, 2.0), classifier_images="shared", logit_adjustment=1.0),
         "Zhu et al. 2022",
-        {"batch": 256, "lr": 0.15, "weight_decay": 5e-4, "warmup": 0.025, "milestones": (0.8, 0.9), **STRONG},
+        BCL_SETTINGS,
     ),
     "paco": Entry(
-        Method(feature_loss="paco", classifier_loss="none", schedule="sum", temperature=0.05), "Cui et al. 2021", STRONG | {"epochs": 400}
+        Method(feature_loss="paco", classifier_loss="none", schedule="sum", temperature=0.05, positive_weight=0.01),
+        "Cui et al. 2021",
+        PACO_SETTINGS,
     ),
     "gpaco": Entry(
-        Method(feature_loss="gpaco", classifier_loss="none", schedule="sum", temperature=0.07), "Cui et al. 2023", STRONG | {"epochs": 400}
+        Method(feature_loss="gpaco", classifier_loss="none", schedule="sum", temperature=0.07, positive_weight=0.01),
+        "Cui et al. 2023",
+        PACO_SETTINGS | {"embedding": 128},
     ),
-    "kcl": Entry(Method(feature_loss="kcl", schedule="two-stage", switch_at=0.8), "Kang et al. 2021"),
+    "kcl": Entry(Method(feature_loss="kcl", schedule="two-stage", switch_at=0.8, temperature=0.07), "Kang et al. 2021", KCL_SETTINGS),
     "ours": Entry(
         Method(schedule="constant", sampler="instance", logit_adjustment=1.0),
         "contrastive features beside a logit-adjusted classifier of instance-balanced batches, at a constant weight",
