@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from sampling import Rule
-from schedule import branch_weights
+from schedule import branch_weights, switch_epoch
 from torch import Tensor, nn
 
 from fastsupcon import MemoryQueue, PSCLoss, SupConLoss
@@ -91,7 +91,8 @@ class OnEmbeddings(nn.Module):
 
 
 def _supcon(setup: Setup) -> nn.Module:
-    return OnEmbeddings(SupConLoss(setup.method.temperature, normalize=True, **setup.options))
+    options = {"base_temperature": None, "normalize": True, **setup.options}  # as published, where the default is the common 0.07
+    return OnEmbeddings(SupConLoss(setup.method.temperature, **options))
 
 
 def _psc(setup: Setup) -> nn.Module:
@@ -349,7 +350,7 @@ class Stage:
 def stage_at(method: Method, epoch: int, epochs: int, seed: int = 0) -> Stage:
     feature = FEATURE_LOSSES[method.feature_loss]
     alpha, beta = branch_weights(method.schedule, epoch, epochs, switch_at=method.switch_at, seed=seed)
-    switch = math.ceil(method.switch_at * epochs) if method.schedule == "two-stage" else epochs
+    switch = switch_epoch(method.switch_at, epochs) if method.schedule == "two-stage" else epochs
     second, alone = method.schedule == "two-stage" and epoch >= switch, method.feature_loss == "none"
     weights = (0.0, 1.0) if alone else (alpha * method.loss_weights[0], beta * method.loss_weights[1])
     classifies = method.classifier_loss != "none" and (method.schedule != "two-stage" or second or alone)
@@ -367,7 +368,10 @@ def stage_at(method: Method, epoch: int, epochs: int, seed: int = 0) -> Stage:
     )
 
 
-def passes(method: Method) -> float:
-    """How often an image of a batch goes through a backbone in an update, the mean over training: in each view, as a key, for the classifier."""
-    stages = [stage_at(method, epoch, 1000) for epoch in range(1000)]
-    return sum(stage.views + stage.keys + stage.own_images for stage in stages) / len(stages)
+def passes(method: Method, classifier: float = 1.0) -> float:
+    """How often an epoch takes an image through the backbone, the mean over training: in each view, as a key, for the classifier.
+
+    ``classifier`` is classifier_batch / batch; where there is no feature branch, the classifier's pass is the epoch.
+    """
+    stages, own = [stage_at(method, epoch, 1000) for epoch in range(1000)], classifier if FEATURE_LOSSES[method.feature_loss].views else 1.0
+    return sum(stage.views + stage.keys + own * stage.own_images for stage in stages) / len(stages)

@@ -38,14 +38,14 @@ def report(run: Run) -> dict[str, Any]:
     embeddings, logits, labels = run.predict("test", "embeddings", "logits")
     last = chosen = evaluate.metrics(logits, labels, **measure)
     if data.validation is not None:
-        run.evaluated.load_state_dict(checkpoint.load(out / "best.pt", run.device))
+        run.averaged.load_state_dict(checkpoint.load(out / "best.pt", run.device))
         embeddings, logits, labels = run.predict("test", "embeddings", "logits")
         chosen = evaluate.metrics(logits, labels, **measure)
     if config.records.knn:
         chosen = evaluate.metrics(logits, labels, **measure, neighbours=nearest(run))
     result = {
         "chosen_by": "last epoch" if data.validation is None else "validation",
-        "best_epoch": run.best["epoch"],
+        "best_epoch": config.optimiser.epochs - 1 if data.validation is None else run.best["epoch"],
         "best": chosen,
         "last": last,
         "train_images": data.counts.tolist(),

@@ -232,16 +232,30 @@ class Run:
         self.epoch, self.step = self.epoch + 1, 0
         self.sums.zero_()
         self.begin_epoch()
-        if self.stage.frozen and not before.frozen and before.classifies:  # cRT: a classifier anew, on features that stay
-            self.network.classifier.reset_parameters()
+        if self.stage.frozen and not before.frozen and before.classifies:
+            self.begin_classifier()
+
+    def begin_classifier(self) -> None:
+        """cRT: a classifier anew, on features that stay; its course so far is neither in its momentum nor in its average."""
+        self.network.classifier.reset_parameters()
+        for p in self.network.classifier.parameters():
+            for value in self.optimizer.state[p].values():
+                value.zero_()
+        if self.ema is not None:
+            self.ema.module.classifier.load_state_dict(self.network.classifier.state_dict())
+
+    @property
+    def averaged(self) -> HybridNetwork:
+        """The network, or its running average."""
+        return self.network if self.ema is None else self.ema.module
 
     @property
     def evaluated(self) -> HybridNetwork:
-        network = self.network if self.ema is None else self.ema.module
+        """A copy where the classifier is tau-normalised: what is loaded belongs in ``averaged``."""
         tau = self.config.method.tau_normalisation
         if not tau:
-            return network
-        network = copy.deepcopy(network)
+            return self.averaged
+        network = copy.deepcopy(self.averaged)
         with torch.no_grad():
             network.classifier.weight.copy_(evaluate.tau_normalised(network.classifier.weight, tau))
             network.classifier.bias.zero_()

@@ -42,6 +42,11 @@ def branch_weights(schedule: str, epoch: int, epochs: int, *, switch_at: float =
     return SCHEDULES[schedule](epoch / epochs, switch_at)
 
 
+def switch_epoch(switch_at: float, epochs: int) -> int:
+    """The first epoch of the classifier in "switch" and "two-stage", by their own comparison: ceil(switch_at * epochs) rounds otherwise."""
+    return sum(epoch / epochs < switch_at for epoch in range(epochs))
+
+
 def learning_rate(
     peak: float, step: int, steps: int, *, warmup: float = 0.0, milestones: tuple[float, ...] = (), factor: float = 0.1
 ) -> float:

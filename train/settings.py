@@ -19,7 +19,7 @@ from augment import AUGMENTATIONS, Augmentation
 from data import DATASETS, Images, defaults
 from methods import CLASSIFIER_LOSSES, FEATURE_LOSSES, METHODS, Method, passes
 from networks import make_backbone
-from schedule import SCHEDULES
+from schedule import SCHEDULES, switch_epoch
 
 from fastsupcon.backends import select as select_backend
 
@@ -107,16 +107,21 @@ def recipe(data: str, method: str, *, paper: bool = False) -> Config:
     """What is known to work: a data set's settings with a method's, or with ``paper`` the optimiser and pictures of the method's paper."""
     images, entry = named(DATASETS, "data", data), named(METHODS, "method", method)
     settings = dict(images.recipe) | (entry.paper if paper else {})
-    psc = images.psc_temperature if entry.method.feature_loss in ("psc", "mpsc") else entry.method.temperature
     if data == "digits":  # as many images as 160 epochs of a classifier alone, whatever the method takes of each batch
         settings |= {"epochs": round(160 / passes(entry.method))}
     config = Config(
         images=defaults(data),
-        method=dataclasses.replace(entry.method, method=method, temperature=psc),
+        method=method_of(data, method),
     )
     colours = {"mean": images.mean, "std": images.std}
     augments = {name: dataclasses.replace(AUGMENTATIONS[settings.pop(name, images.augment)], **colours) for name in AUGMENTS}
     return change(dataclasses.replace(config, **augments), **settings)
+
+
+def method_of(data: str, name: str) -> Method:
+    """A row of METHODS, with the temperature that the data set's recipe has for prototypes."""
+    method = dataclasses.replace(named(METHODS, "method", name).method, method=name)
+    return dataclasses.replace(method, temperature=DATASETS[data].psc_temperature) if method.feature_loss in ("psc", "mpsc") else method
 
 
 def named(table: dict[str, Any], argument: str, name: str) -> Any:
@@ -159,6 +164,7 @@ def differing(a: Config, b: Config) -> list[str]:
 
 def checked(config: Config) -> Config:
     """Everything checked that can be without the data; the device named."""
+    _check_choices(config)
     values = {name: value for group, name, value in settings_of(config) if group not in AUGMENTS}
     positive = ("epochs", "batch", "classifier_batch", "lr", "temperature", "width", "hidden", "embedding", "seeds", "eval_every")
     positive += ("eval_batch", "log_every", "keep_every", "prototypes_per_class", "positives", "image_size", "clip", "threads", "lr_factor")
@@ -196,9 +202,27 @@ def checked(config: Config) -> Config:
     return change(config, device=chosen)
 
 
+def _check_choices(config: Config) -> None:
+    """Python may give what the command line would refuse."""
+    for group in GROUPS:
+        for name, hint in typing.get_type_hints(type(getattr(config, group))).items():
+            value = getattr(getattr(config, group), name)
+            several = typing.get_origin(hint) is tuple
+            choice = typing.get_args(hint)[0] if several else hint
+            for one in value if several else (value,):
+                if typing.get_origin(choice) is Literal and one not in typing.get_args(choice):
+                    raise ValueError(f"{name} must be {'some' if several else 'one'} of {', '.join(typing.get_args(choice))}, got {one!r}")
+
+
 LOGGERS = ("tensorboard", "wandb", "mlflow")
 # Settings of a method that act on some losses alone: their value where they rest, and who reads them.
+FEATURES, CLASSIFIERS = (tuple(name for name in table if name != "none") for table in (FEATURE_LOSSES, CLASSIFIER_LOSSES))
 READ_BY = {
+    "temperature": ("feature_loss", FEATURES),
+    "loss_weights": ("feature_loss", FEATURES),
+    "classifier_images": ("classifier_loss", CLASSIFIERS),
+    "class_weights": ("classifier_loss", CLASSIFIERS),
+    "mixup": ("classifier_loss", CLASSIFIERS),
     "prototypes_per_class": ("feature_loss", ("mpsc",)),
     "denominator": ("feature_loss", ("psc", "mpsc")),
     "positives": ("feature_loss", ("kcl",)),
@@ -214,22 +238,34 @@ READ_BY = {
 def _check_method(config: Config) -> None:
     method, rest = config.method, Method()
     named(METHODS, "method", method.method)
-    feature = named(FEATURE_LOSSES, "feature_loss", method.feature_loss)
+    named(FEATURE_LOSSES, "feature_loss", method.feature_loss)
     named(CLASSIFIER_LOSSES, "classifier_loss", method.classifier_loss)
     named(SCHEDULES, "schedule", method.schedule)
     for name, (loss, readers) in READ_BY.items():
         if getattr(method, name) != getattr(rest, name) and getattr(method, loss) not in readers:
             raise ValueError(f"{name} acts on {loss} {' and '.join(readers)} alone, got {loss} {getattr(method, loss)!r}")
-    if method.classifier_loss == "none" and not feature.trains_classifier:
+    parametric = method.feature_loss in ("paco", "gpaco")  # whose logits of the classifier are in their loss
+    if method.classifier_loss == "none" and not parametric:
         raise ValueError(
             f"classifier_loss 'none' needs a feature loss that trains the classifier (paco, gpaco), got {method.feature_loss!r}"
         )
+    if method.classifier_loss == "none" and method.schedule == "two-stage":
+        raise ValueError("schedule 'two-stage' needs a classifier_loss for its second stage, got 'none'")
+    if parametric and method.cosine:
+        raise ValueError(f"feature_loss {method.feature_loss!r} needs a linear classifier: expected cosine 0, got {method.cosine}")
+    if method.feature_loss == "none" and method.schedule not in ("sum", "two-stage"):
+        raise ValueError(f"schedule must be 'sum' or 'two-stage' without a feature loss, got {method.schedule!r}")
+    if method.mixup and method.classifier_images == "views":
+        raise ValueError("mixup mixes the classifier's own images: expected classifier_images 'own' or 'shared', got 'views'")
     if method.classifier_loss == "ldam" and not method.cosine:
         raise ValueError("classifier_loss 'ldam' needs a cosine classifier, whose scale is its unit: expected cosine above 0, got 0")
     if method.feature_loss == "none" and method.classifier_images != "own":
         raise ValueError(f"classifier_images must be 'own' without a feature loss, got {method.classifier_images!r}")
     if method.schedule == "two-stage" and method.classifier_images != "own":
         raise ValueError(f"classifier_images must be 'own' for schedule 'two-stage', got {method.classifier_images!r}")
+    epochs = config.optimiser.epochs
+    if method.schedule == "two-stage" and switch_epoch(method.switch_at, epochs) == epochs:
+        raise ValueError(f"switch_at must leave the second of two stages an epoch of {epochs}, got {method.switch_at}")
     if method.classifier_images == "views" and config.optimiser.classifier_batch not in (None, config.optimiser.batch):
         raise ValueError("classifier_batch has no effect where classifier_images is 'views': expected None")
     if method.tau_normalisation and method.cosine:
