@@ -56,7 +56,7 @@ def card(folder: Path, config: Config, result: dict[str, Any], classes: list[str
         "Images are prepared as in the evaluation (`model.preprocess`). "
         "`python train/predict.py FOLDER IMAGES ...` does the same from the command line." + exported(config),
         "## Data",
-        f"{DATASETS[data].what}: {sum(counts):,} training images{split}, from {max(counts):,} down to {min(counts):,} of a class, and "
+        f"`{data}` ({DATASETS[data].what}): {sum(counts):,} training images{split}, from {max(counts):,} down to {min(counts):,} of a class, and "
         f"{tested:,} test images.",
         "## Accuracy",
         f"On the test images, in percent, of {chosen}; one run, seed {config.records.seed}.",
@@ -95,7 +95,7 @@ def header(name: str, data: str, figures: dict[str, float]) -> str:
 
 def exported(config: Config) -> str:
     files = ", ".join(f"`{FORMATS[name].file}`" for name in config.records.export)
-    return f" For other programs there are {files}: images as floats in [0, 1], logits out." if files else ""
+    return f" For other programs there are {files}; programs among them take float images in [0, 1] and give logits." if files else ""
 
 
 def differences(config: Config) -> str:
@@ -119,19 +119,22 @@ def machine(folder: Path) -> str:
     found = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
     packages = ", ".join(f"{name} {version}" for name, version in found["packages"].items() if version)
     code = f"commit {found['git_commit']}{', with changes' if found['git_changes'] else ''}" if found["git_commit"] else "unknown commit"
-    return f"Begun {found['date']} on {found['device']}, Python {found['python']}, {packages}; {code}. Command: `{found['command']}`"
+    return f"Begun {found['date']} on {found['device']}, Python {found['python']}, {packages}; {code}."
 
 
 def limits(config: Config, result: dict[str, Any], classes: list[str]) -> str:
     best, counts = result["best"], result["train_images"]
     worst, rarest = best["worst_class"], min(range(len(counts)), key=counts.__getitem__)
     told = [
-        f"Classes are not equally reliable: of the test images of {classes[worst]} it names {best['worst']:.1f} % rightly. "
+        f"Classes are not equally reliable: of the test images of {classes[worst]} it gets {best['worst']:.1f} % right. "
         f"The rarest class, {classes[rarest]}, had {counts[rarest]} training images.",
         f"It gives every image one of its {len(classes)} classes, also one that shows none of them.",
         "Its probabilities are a softmax that was not calibrated"
-        + (f": they are off by {best['calibration_error']:.1f} % on average on the test images." if "calibration_error" in best else ".")
-        + " They suppose that all classes are about as frequent as in training or in balanced batches, whichever the method aims at.",
+        + (
+            f": on the test images they are off by {error:.1f} % on average."
+            if (error := best.get("calibration_error")) is not None
+            else "."
+        ),
         "The figures are of one seed and of images like the training images; seeds differ, and other cameras, sizes or crops do worse.",
     ]
     if result["chosen_by"] == "last epoch":

@@ -99,7 +99,7 @@ def train(config: Config, data: datasets.Data, *, resume: bool = False) -> dict[
                 if monitored == "validation" and balanced > run.best["balanced"]:
                     run.best = {"epoch": run.epoch, "balanced": balanced}
                     if writes:
-                        checkpoint.save(out / "best.pt", run.evaluated.state_dict())
+                        checkpoint.save(out / "best.pt", run.kept.state_dict())
             run.history.append(row)
             run.end_epoch()
             save(run)

@@ -41,7 +41,7 @@ def report(run: Run) -> dict[str, Any]:
     embeddings, logits, labels = run.predict("test", "embeddings", "logits")
     last = chosen = evaluate.metrics(logits, labels, **measure)
     if data.validation is not None:
-        run.evaluated.load_state_dict(checkpoint.load(out / "best.pt", run.device))
+        run.kept.load_state_dict(checkpoint.load(out / "best.pt", run.device))
         embeddings, logits, labels = run.predict("test", "embeddings", "logits")
         chosen = evaluate.metrics(logits, labels, **measure)
     if config.records.knn:

@@ -232,8 +232,14 @@ class Run:
             self.network.classifier.reset_parameters()
 
     @property
+    def kept(self) -> HybridNetwork:
+        """The weights that are evaluated, of which best.pt is made: the running average where there is one."""
+        return self.network if self.ema is None else self.ema.module
+
+    @property
     def evaluated(self) -> HybridNetwork:
-        network = self.network if self.ema is None else self.ema.module
+        """Those, with the classifier tau-normalised where that was asked for: a copy then."""
+        network = self.kept
         tau = self.config.method.tau_normalisation
         if not tau:
             return network

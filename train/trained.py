@@ -198,16 +198,15 @@ def chosen_weights(folder: Path) -> Path:
 
 
 def read_weights(path: Path, tau: float) -> dict[str, Tensor]:
-    """Of the network as it is evaluated. A checkpoint holds all of a run; best.pt and model.safetensors that network alone."""
+    """Of the network as it is evaluated, which model.safetensors holds. best.pt is before tau-normalisation; other checkpoints hold a run."""
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
         return load_file(path)
     state = checkpoint.load(path)
-    if "network" not in state:
-        return state
-    average = state.get("ema")
-    state = state["network"] if average is None else {k.removeprefix("module."): v for k, v in average.items() if k.startswith("module.")}
+    if "ema" in state:
+        state = {name.removeprefix("module."): value for name, value in state["ema"].items() if name.startswith("module.")}
+    state = state.get("network", state)
     if tau:
         from evaluate import tau_normalised
 
