@@ -198,7 +198,7 @@ def chosen_weights(folder: Path) -> Path:
 
 
 def read_weights(path: Path, tau: float) -> dict[str, Tensor]:
-    """Of the network as it is evaluated, which model.safetensors holds. best.pt is before tau-normalisation; other checkpoints hold a run."""
+    """Of the network as it is evaluated, as model.safetensors has it. best.pt is before tau-normalisation, other checkpoints are a run's."""
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
