@@ -56,7 +56,7 @@ def card(folder: Path, config: Config, result: dict[str, Any], classes: list[str
         "Images are prepared as in the evaluation (`model.preprocess`). "
         "`python train/predict.py FOLDER IMAGES ...` does the same from the command line." + exported(config),
         "## Data",
-        f"`{data}` ({DATASETS[data].what}): {sum(counts):,} training images{split}, from {max(counts):,} down to {min(counts):,} of a class, "
+        f"`{data}` ({DATASETS[data].what}): {sum(counts):,} training images{split}, from {max(counts):,} to {min(counts):,} of a class, "
         f"and {tested:,} test images.",
         "## Accuracy",
         f"On the test images, in percent, of {chosen}; one run, seed {config.records.seed}.",

@@ -198,7 +198,7 @@ def chosen_weights(folder: Path) -> Path:
 
 
 def read_weights(path: Path, tau: float) -> dict[str, Tensor]:
-    """Of the network as it is evaluated, as model.safetensors has it. best.pt is before tau-normalisation, other checkpoints are a run's."""
+    """Of the network as it is evaluated, as model.safetensors has it. best.pt is before tau-normalisation, others are a whole run."""
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
