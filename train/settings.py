@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+import exports
 import processes
 import torch
 import tyro
@@ -76,7 +77,7 @@ class Records:
     knn: bool = False  # also classify by the nearest training images
     pictures: bool = True  # per class, confusion, embedding, curves
     log_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()  # beside log.jsonl
-    export: bool = False  # the chosen weights as model.safetensors
+    export: tuple[Literal["safetensors", "torch", "onnx"], ...] = ()  # the chosen network, for other programs
 
 
 @dataclass(frozen=True)
@@ -191,10 +192,10 @@ def checked(config: Config) -> Config:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {chosen!r} is not usable here: {error}") from error
-    for package, wanted in (("safetensors", config.records.export), *((name, name in config.records.log_to) for name in LOGGERS)):
-        if wanted and find_spec(package) is None:
-            option = "export" if package == "safetensors" else "log_to"
-            raise ValueError(f"{option} needs the package {package} (the [train-extra] extra), which is not installed")
+    exports.check(config.records.export)
+    for package in config.records.log_to:
+        if find_spec(package) is None:
+            raise ValueError(f"log_to needs the package {package} (the [train-extra] extra), which is not installed")
     with torch.device("meta"):  # raises where there is no such network
         make_backbone(config.network.network, 3, config.network.width)
     if config.method.feature_loss != "none":  # raises where this backend cannot serve
@@ -214,7 +215,6 @@ def _check_choices(config: Config) -> None:
                     raise ValueError(f"{name} must be {'some' if several else 'one'} of {', '.join(typing.get_args(choice))}, got {one!r}")
 
 
-LOGGERS = ("tensorboard", "wandb", "mlflow")
 # Settings of a method that act on some losses alone: their value where they rest, and who reads them.
 FEATURES, CLASSIFIERS = (tuple(name for name in table if name != "none") for table in (FEATURE_LOSSES, CLASSIFIER_LOSSES))
 READ_BY = {
