@@ -66,7 +66,7 @@ class Features(nn.Module):
         self.register_buffer("std", torch.ones(wide))
 
     def measure(self, features: Tensor) -> None:
-        std, mean = torch.std_mean(features.double(), dim=0, correction=0)
+        std, mean = torch.std_mean(features.float(), dim=0, correction=0)
         self.mean.copy_(mean)
         self.std.copy_(torch.where(std > 1e-6 * mean.abs(), std, 1.0))  # one that never changes stays 0
 
