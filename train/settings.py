@@ -34,7 +34,8 @@ class Network:
     hidden: int = 64  # of the projection head
     embedding: int = 128  # its output
     pretrained: bool = False  # timm's weights for the backbone, from its hub
-    weights: Path | None = None  # a run's last.pt or a .safetensors file, from which the network begins; what does not fit is an error
+    weights: Path | None = None  # from which the network begins: a run's last.pt or model.safetensors, or a file of timm's for the backbone
+    dropout: float = 0.0  # of features, where network is "none": what makes two views of an image differ
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ def checked(config: Config) -> Config:
     for name in ("weight_decay", "workers", "logit_adjustment", "focal_gamma", "margin", "cosine", "tau_normalisation", "mixup"):
         if not values[name] >= 0:
             raise ValueError(f"{name} must not be negative, got {values[name]}")
-    for name in ("warmup", "switch_at", "momentum", "validation", "class_weights", "reweight_from"):
+    for name in ("warmup", "switch_at", "momentum", "validation", "class_weights", "reweight_from", "dropout"):
         if not 0 <= values[name] < 1:
             raise ValueError(f"{name} must lie in [0, 1), got {values[name]}")
     if not all(0 < milestone < 1 for milestone in config.optimiser.milestones):
@@ -196,8 +197,7 @@ def checked(config: Config) -> Config:
     for package in config.records.log_to:
         if find_spec(package) is None:
             raise ValueError(f"log_to needs the package {package} (the [train-extra] extra), which is not installed")
-    with torch.device("meta"):  # raises where there is no such network
-        make_backbone(config.network.network, 3, config.network.width)
+    _check_network(config)
     if config.method.feature_loss != "none":  # raises where this backend cannot serve
         select_backend(config.machine.backend, device, DTYPES[config.machine.precision], config.network.embedding)
     return change(config, device=chosen)
@@ -213,6 +213,33 @@ def _check_choices(config: Config) -> None:
             for one in value if several else (value,):
                 if typing.get_origin(choice) is Literal and one not in typing.get_args(choice):
                     raise ValueError(f"{name} must be {'some' if several else 'one'} of {', '.join(typing.get_args(choice))}, got {one!r}")
+
+
+def _check_network(config: Config) -> None:
+    """Raises where there is no such network, or no such use of it."""
+    network, given, views = config.network, config.images.data, FEATURE_LOSSES[config.method.feature_loss]
+    with torch.device("meta"):
+        make_backbone(network.network, 3, network.width)
+    if (known := DATASETS[given]).shape == () and network.network != "none":
+        raise ValueError(f"network must be 'none' for data {given!r}, whose features it has already, got {network.network!r}")
+    if network.network == "none" and known.shape != ():
+        raise ValueError(f"network 'none' takes features, and data {given!r} is images")
+    if network.dropout and network.network != "none":
+        raise ValueError(f"dropout acts on features, where network is 'none', got {network.dropout} and network {network.network!r}")
+    if network.network != "none":
+        return
+    if network.weights is not None:
+        raise ValueError(f"weights are of a network, and network is 'none', got {network.weights}")
+    if views.views + views.keys > 1 and not network.dropout:
+        raise ValueError(
+            f"feature_loss {config.method.feature_loss!r} compares views of an image, and those of features are equal: expected dropout "
+            "above 0, which makes them differ, or a loss of one view (psc, mpsc), got dropout 0"
+        )
+    idle = Augmentation(mean=known.mean, std=known.std)
+    for group in AUGMENTS:
+        names = (one.name for one in dataclasses.fields(idle))
+        if changed := [name for name in names if getattr(getattr(config, group), name) != getattr(idle, name)]:
+            raise ValueError(f"{group} acts on images, and data {given!r} is features: expected no {', '.join(changed)}")
 
 
 # Settings of a method that act on some losses alone: their value where they rest, and who reads them.
