@@ -1,431 +1,121 @@
-"""The table of methods: each loss against its formula, what each stage trains, and a few steps of every row."""
+"""The table of methods: recipes that can be run, KCL's positives, GPaCo's queue, figures with their sources; docs/methods.md runs."""
 
-import collections
-import json
-import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-
-pytest.importorskip("tyro", reason="needs the [train] extra")
-pytest.importorskip("rich", reason="needs the [train] extra")
-pytest.importorskip("sklearn", reason="needs the [train] extra")
-pytest.importorskip("matplotlib", reason="needs the [train] extra")
-
-import data as datasets
-import evaluate
-import methods
-import naive
-import settings
-from hybrid import train
-from methods import CLASSIFIER_LOSSES, FEATURE_LOSSES, METHODS, Branch, Method, Setup, stage_at
-from networks import CosineClassifier
-from run import Run
-from test_train_hybrid import assert_moved, run_of, run_tiny, tiny, weights
-
-COUNTS = torch.tensor([400, 100, 25, 4])
-NO_GROUP = {"backend": "reference", "group": None}
-# Two stages of two epochs.
-HALVES = {name: {"switch_at": 0.5} for name in ("two-stage", "crt", "kcl")}
-
-
-def setup_of(method=None, counts=COUNTS, batch=8, **changes) -> Setup:
-    chosen = Method(**changes) if method is None else METHODS[method].method
-    return Setup(chosen, counts, 6, 5, batch, NO_GROUP)
-
-
-def rows(n=16, classes=4, seed=0):
-    """Embeddings, labels (every class among them), features, all of float64."""
-    random = torch.Generator().manual_seed(seed)
-    z, features = (torch.randn(n, wide, generator=random, dtype=torch.float64) for wide in (5, 6))
-    half = torch.cat([torch.arange(classes), torch.randint(classes, (n // 2 - classes,), generator=random)])
-    return z, half.repeat(2), features
-
-
-# ---- every row of the table
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_takes_its_steps(tmp_path, method):
-    changes = {"method": method, **HALVES.get(method, {})}
-    result = run_tiny(tmp_path / "run", **changes)
-    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert result["updates"] == 4 and result["source"] == METHODS[method].source
-    chosen, trained = METHODS[method].method, set()
-    for row in log:
-        stage = stage_at(tiny(tmp_path, **changes).method, row["epoch"], 2)
-        assert (row["feature_loss"] is not None) == (stage.views > 0) and (row["classifier_loss"] is not None) == stage.classifies
-        used = [row[name] for name in ("feature_loss", "classifier_loss") if row[name] is not None]
-        assert used and all(map(math.isfinite, used))
-        trained |= {name for name in ("feature_loss", "classifier_loss") if row[name] is not None}
-    assert trained == {n for n in ("feature_loss", "classifier_loss") if getattr(chosen, n) != "none"}
-    start = run_of(tmp_path / "x", **changes)
-    assert_moved(start, tmp_path / "run")
-    end = weights(tmp_path / "run")
-    moved = {name for name, p in start.feature_loss.named_parameters() if not torch.equal(p, end["feature_loss"][name])}
-    assert moved == {name for name, _ in start.feature_loss.named_parameters()}  # prototypes, BCL's projection
-    head = any(
-        not torch.equal(value, end["network"][name]) for name, value in start.network.state_dict().items() if name.startswith("head")
-    )
-    assert head == (chosen.feature_loss != "none")
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("paper", [False, True])
-def test_every_method_is_configured_on_every_data_set(method, paper):
-    for data in settings.DATASETS:
-        if data in ("digits", "cifar10-lt", "cifar100-lt"):
-            config = settings.configure(data, method, paper=paper, device="cpu", backend="chunked")
-            assert config.method.method == method
-
-
-def test_the_names_of_the_table_are_the_documented_ones():
-    assert {entry.method.feature_loss for entry in METHODS.values()} == set(FEATURE_LOSSES)
-    assert {entry.method.classifier_loss for entry in METHODS.values()} == set(CLASSIFIER_LOSSES)
-
-
-# ---- losses of the classifier
-
-
-def classifier_loss(name, counts=COUNTS, **changes):
-    return CLASSIFIER_LOSSES[name](setup_of(classifier_loss=name, counts=counts, **changes))
-
-
-def logits_and_labels(n=32, classes=4):
-    random = torch.Generator().manual_seed(1)
-    labels = torch.randint(classes, (n,), generator=random)
-    return torch.randn(n, classes, generator=random, dtype=torch.float64).mul(3).requires_grad_(), labels
-
-
-def assert_same_loss(got, expected, logits):
-    """Each image's loss, and its gradient; what the modules hold of the counts is float32."""
-    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
-    gradients = [torch.autograd.grad(x.sum(), logits, retain_graph=True)[0] for x in (got, expected)]
-    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("scale", [0.0, 1.0, 1.5])
-def test_logit_adjustment(scale):
-    """log( sum_j n_j^t e^{l_j} / (n_y^t e^{l_y}) ): with t = 1 the balanced softmax."""
-    logits, labels = logits_and_labels()
-    n = COUNTS.double() ** scale
-    odds = n * logits.exp()
-    expected = (odds.sum(1) / odds.gather(1, labels[:, None])[:, 0]).log()
-    assert_same_loss(classifier_loss("ce", logit_adjustment=scale)(logits, labels), expected, logits)
-
-
-@pytest.mark.parametrize("gamma", [0.0, 1.0, 2.5])
-def test_focal(gamma):
-    logits, labels = logits_and_labels()
-    p = logits.softmax(1).gather(1, labels[:, None])[:, 0]
-    assert_same_loss(classifier_loss("focal", focal_gamma=gamma)(logits, labels), -((1 - p) ** gamma) * p.log(), logits)
-
-
-@pytest.mark.parametrize("gamma", [1.0, 0.5])
-def test_focal_of_a_certain_image_is_zero_with_a_finite_gradient(gamma):
-    logits = torch.tensor([[200.0, 0.0], [0.0, 200.0]], requires_grad=True)
-    loss = classifier_loss("focal", counts=COUNTS[:2], focal_gamma=gamma)(logits, torch.tensor([0, 0]))
-    assert loss.tolist() == [0.0, pytest.approx(200)]
-    assert torch.autograd.grad(loss.sum(), logits)[0].isfinite().all()
-
-
-def test_label_aware_margins():
-    """Cao et al. 2019, eq. 10 and 13: the own cosine less C / n_c^(1/4), the largest margin 0.5; then the scale of 30."""
-    logits, labels = logits_and_labels()
-    margins = 0.5 * (COUNTS.double() / 4) ** -0.25
-    assert margins.max() == 0.5
-    own = logits - 30 * margins[labels, None] * F.one_hot(labels, 4)
-    expected = own.logsumexp(1) - own.gather(1, labels[:, None])[:, 0]
-    assert_same_loss(classifier_loss("ldam", margin=0.5, cosine=30.0)(logits, labels), expected, logits)
-
-
-def test_cosine_classifier():
-    layer = CosineClassifier(6, 4, 30.0).double()
-    _, _, x = rows()
-    expected = 30 * torch.stack([torch.stack([F.cosine_similarity(a, w, dim=0) for w in layer.weight]) for a in x])
-    torch.testing.assert_close(layer(x), expected)
-    assert [name for name, _ in layer.named_parameters()] == ["weight"]
-
-
-@pytest.mark.parametrize("beta", [0.9, 0.999, 0.9999])
-def test_class_weights_are_the_inverse_of_the_effective_number(beta):
-    """Cui et al. 2019, eq. 2: E_n = (1 - beta^n) / (1 - beta) = sum of beta^i, i < n; weights sum to the number of classes."""
-    effective = torch.tensor([sum(beta**i for i in range(int(n))) for n in COUNTS], dtype=torch.float64)
-    weights = methods.class_weights(beta, COUNTS)
-    torch.testing.assert_close(weights.double(), 4 / effective / (1 / effective).sum(), rtol=1e-6, atol=0)
-    assert methods.class_weights(0.0, COUNTS).tolist() == [1.0] * 4
-
-
-@pytest.mark.parametrize("beta", [0.0, 0.99])
-def test_weighted_classes_in_a_step(tmp_path, beta):
-    """sum w_y l / sum w_y over the batch, from the first epoch that reweight_from allows."""
-    changes = {"method": "ce", "class_weights": beta, "reweight_from": 0.5 if beta else 0.0, "rotate": 0.0, "shift": 0.0, "zoom": 0.0}
-    run = run_of(tmp_path, **changes)
-    w = methods.class_weights(beta, run.data.counts).double()
-    for epoch in range(2):
-        start = {name: value.clone() for name, value in run.network.state_dict().items()}
-        raw, labels = next(iter(run.batches["train"](run.plan.indices)))
-        with torch.no_grad():
-            logits = run.network(run.config.augment.evaluate(raw), 0, 0)[1].double()
-        run.network.load_state_dict(start)
-        each = F.cross_entropy(logits, labels, reduction="none")
-        expected = (w[labels] * each).sum() / w[labels].sum() if epoch and beta else each.mean()
-        run.update(raw, labels)
-        assert run.means()["classifier_loss"] == pytest.approx(expected.item(), rel=1e-4)
-        run.end_epoch()
-    if beta:
-        assert (w[labels] * each).sum() / w[labels].sum() != pytest.approx(each.mean().item(), rel=1e-3)
-
-
-# ---- losses of the feature branch
-
-
-def branch(classes=4, keys=None, n=16):
-    z, labels, features = rows(n, classes)
-    torch.manual_seed(5)
-    return Branch(z.requires_grad_(), labels, features.requires_grad_(), keys, torch.nn.Linear(6, classes).double())
-
-
-def assert_same_gradients(got, expected, *leaves):
-    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
-    for x, y in zip(*(torch.autograd.grad(loss, leaves, retain_graph=True) for loss in (got, expected)), strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-10)
-
-
-def test_supcon_is_the_published_loss():
-    given, loss = branch(), FEATURE_LOSSES["sc"].build(setup_of("hybrid-sc"))
-    assert_same_gradients(loss(given), naive.supcon_loss(given.z, given.labels, temperature=0.1, normalize=True), given.z)
-
-
-@pytest.mark.parametrize(("name", "per_class"), [("psc", 1), ("mpsc", 3)])
-@pytest.mark.parametrize("denominator", ["negatives", "all"])
-def test_prototypical(name, per_class, denominator):
-    given = branch()
-    loss = FEATURE_LOSSES[name].build(setup_of(feature_loss=name, prototypes_per_class=per_class, denominator=denominator, temperature=0.5))
-    loss = loss.double()
-    p = loss.loss.prototypes
-    assert p.shape == (4 * per_class, 5)
-    options = {"temperature": 0.5, "denominator": denominator, "prototypes_per_class": per_class}
-    assert_same_gradients(loss(given), naive.psc_loss(given.z, given.labels, p, **options), given.z, p)
-
-
-def test_balanced():
-    """BCL's prototypes are a projection of the classifier's weights, which it trains."""
-    given, loss = branch(), FEATURE_LOSSES["bcl"].build(setup_of("bcl")).double()
-    weight = given.classifier.weight
-    linear, norm, _, last = loss.project
-    hidden = F.linear(weight, linear.weight, linear.bias)
-    hidden = (hidden - hidden.mean(0)) / (hidden.var(0, unbiased=False) + norm.eps).sqrt()
-    prototypes = F.linear(hidden.relu(), last.weight, last.bias)
-    expected = naive.balanced_supcon_loss(given.z, given.labels, prototypes, temperature=0.1)
-    assert_same_gradients(loss(given), expected, given.z, weight, last.weight)
-
-
-@pytest.mark.parametrize("name", ["paco", "gpaco"])
-def test_parametric(name):
-    """Logits of the classifier, its bias among them, beside the similarities; PaCo has keys and those of batches before."""
-    keys = rows(seed=7)[0] if name == "paco" else None
-    given = branch(keys=keys)
-    loss = FEATURE_LOSSES[name].build(setup_of(feature_loss=name, temperature=0.07, positive_weight=0.3, queue=20)).double()
-    classifier, queue = given.classifier, None
-    for _ in range(2):
-        got = loss(given)
-        # The bias by itself: a column of ones beside the features.
-        prototypes = torch.cat([classifier.weight, classifier.bias[:, None]], 1)
-        features = torch.cat([given.features, torch.ones(16, 1, dtype=torch.float64)], 1)
-        expected = naive.paco_loss(
-            given.z, given.labels, prototypes, keys, features,
-            temperature=0.07, alpha=0.3, class_counts=COUNTS.double(), queue=queue,
-        )  # fmt: skip
-        assert_same_gradients(got, expected, given.z, given.features, classifier.weight, classifier.bias)
-        torch.testing.assert_close(features @ prototypes.T, classifier(given.features))
-        queue = (keys, given.labels) if name == "paco" else None
-    assert (loss.queue is None) == (name == "gpaco")
-
-
-def test_k_positives_are_others_of_the_class_each_once():
-    labels = torch.tensor([0] * 12 + [1] * 5 + [2] * 2 + [3])[torch.randperm(20)]
-    loss = FEATURE_LOSSES["kcl"].build(setup_of(feature_loss="kcl", positives=4))
-    counts = labels.bincount()
-    seen = collections.Counter()
-    for _ in range(400):
-        chosen = loss.draw(labels)
-        assert chosen.shape == (20, 4) and chosen.dtype == torch.int64
-        for i, row in enumerate(chosen.tolist()):
-            some = [j for j in row if j >= 0]
-            assert len(set(some)) == len(some) == min(4, int(counts[labels[i]]) - 1)
-            assert i not in some and all(labels[j] == labels[i] for j in some)
-            seen.update((i, j) for j in some)
-    # Every other of the class comes as often: of 11 others 4 are drawn, 400 times; five standard deviations.
-    large = (labels == 0).nonzero()[:, 0].tolist()
-    p = 4 / 11
-    assert all(abs(seen[i, j] - 400 * p) < 5 * math.sqrt(400 * p * (1 - p)) for i in large for j in large if i != j)
-
-
-def test_k_positives_in_the_memory_of_rows_times_positives():
-    """A table of all pairs of 200,000 rows would be 40 GB of bits."""
-    labels = torch.randint(10, (200_000,))
-    chosen = FEATURE_LOSSES["kcl"].build(setup_of(feature_loss="kcl", positives=3)).draw(labels)
-    assert torch.equal(labels[chosen], labels[:, None].expand(-1, 3)) and not (chosen == torch.arange(200_000)[:, None]).any()
-
-
-def test_k_positives_loss():
-    """The mean over the positives drawn; with as many as there are it is the supervised contrastive loss."""
-    given = branch()
-    all_of_them = FEATURE_LOSSES["kcl"].build(setup_of(feature_loss="kcl", positives=15))
-    assert_same_gradients(all_of_them(given), naive.supcon_loss(given.z, given.labels, temperature=0.1, normalize=True), given.z)
-    loss = FEATURE_LOSSES["kcl"].build(setup_of(feature_loss="kcl", positives=2))
-    torch.manual_seed(3)
-    got = loss(given)
-    torch.manual_seed(3)
-    chosen = loss.draw(given.labels)
-    z = F.normalize(given.z)
-    s = (z @ z.T / 0.1).masked_fill(torch.eye(16, dtype=torch.bool), -torch.inf)
-    losses = [s[i].logsumexp(0) - s[i, [j for j in chosen[i].tolist() if j >= 0]].mean() for i in range(16) if chosen[i].max() >= 0]
-    assert len(losses) == 16  # every label twice
-    assert_same_gradients(got, torch.stack(losses).mean(), given.z)
-
-
-def test_k_positives_serve_one_process():
-    setup = setup_of("kcl")._replace(options={"backend": "reference", "group": object()})
-    with pytest.raises(ValueError, match="feature_loss 'kcl' names positives by number and serves one process, got several"):
-        FEATURE_LOSSES["kcl"].build(setup)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"feature_loss": "sc"},
-        {"feature_loss": "psc"},
-        {"feature_loss": "psc", "denominator": "all"},
-        {"feature_loss": "mpsc", "prototypes_per_class": 3},
-        {"feature_loss": "mpsc", "prototypes_per_class": 3, "denominator": "all"},
-        {"feature_loss": "bcl"},
-        {"feature_loss": "kcl"},
-    ],
-    ids=lambda changes: "-".join(map(str, changes.values())),
-)
-def test_chance_is_the_loss_where_all_are_alike(changes):
-    setup = setup_of(**changes)
-    feature = FEATURE_LOSSES[setup.method.feature_loss]
-    loss = feature.build(setup).double()
-    alike = torch.ones(8 * feature.views, 5, dtype=torch.float64)
-    labels = torch.arange(4).repeat(2).repeat(feature.views)
-    with torch.no_grad():
-        if changes["feature_loss"] in ("psc", "mpsc"):
-            loss.loss.prototypes.fill_(1)
-        if changes["feature_loss"] == "bcl":
-            loss.project[-1].weight.zero_()
-            loss.project[-1].bias.fill_(1)
-    given = Branch(alike, labels, torch.ones(len(alike), 6, dtype=torch.float64), None, torch.nn.Linear(6, 4).double())
-    assert loss(given).item() == pytest.approx(feature.chance(setup), rel=1e-12)
-
-
-# ---- stages
-
-
-def test_stages_of_two():
-    """Features by their sampler and without a classifier, then the classifier alone."""
-    first, second = (stage_at(METHODS["two-stage"].method, epoch, 6) for epoch in (3, 4))
-    assert (first.views, first.classifies, first.frozen, first.weights, first.epochs) == (2, False, False, (1.0, 0.0), (0, 4))
-    assert (second.views, second.classifies, second.frozen, second.weights, second.epochs) == (0, True, True, (0.0, 1.0), (4, 6))
-    first, second = (stage_at(METHODS["crt"].method, epoch, 20) for epoch in (18, 19))
-    assert (first.views, first.classifies, first.frozen, first.sampler) == (0, True, False, "feature")
-    assert (second.views, second.classifies, second.frozen, second.sampler) == (0, True, True, "classifier")
-    assert first.weights == second.weights == (0.0, 1.0)
-    for epochs in (50, 100):  # 0.14 * 50 is above 7
-        stages = [stage_at(Method(schedule="two-stage", switch_at=0.14), epoch, epochs) for epoch in range(epochs)]
-        assert all(stage.classifies == stage.frozen == (stage.weights == (0.0, 1.0)) for stage in stages)
-        assert stages[-1].epochs == (epochs * 14 // 100, epochs)
-
-
-def test_stages_of_the_others():
-    bcl = stage_at(METHODS["bcl"].method, 1, 4)
-    assert (bcl.views, bcl.classifies, bcl.own_images, bcl.weights) == (2, True, True, (0.6, 2.0))
-    paco, gpaco = (stage_at(METHODS[name].method, 0, 4) for name in ("paco", "gpaco"))
-    assert (paco.views, paco.keys, paco.classifies, paco.own_images) == (1, 1, False, False)
-    assert (gpaco.views, gpaco.keys, gpaco.classifies, gpaco.own_images) == (2, 0, False, False)
-    views = stage_at(Method(classifier_images="views"), 0, 4)
-    assert views.classifies and not views.own_images
-    drw = [stage_at(METHODS["ldam-drw"].method, epoch, 200).reweighted for epoch in range(200)]
-    assert drw == [False] * 160 + [True] * 40
-
-
-def test_crt_begins_its_classifier_anew_on_features_that_stay(tmp_path):
-    run = run_of(tmp_path, method="crt", switch_at=0.5, ema=0.5, warmup=0.0, feature_sampler="instance", sampler="class-balanced")
-
-    def epoch():
-        for raw, labels in run.batches["train"](run.plan.indices):
-            run.update(raw, labels)
-
-    assert run.plan.indices.unique().numel() == run.plan.indices.numel()  # instance-balanced: a pass
-    epoch()
-    trained = {name: value.clone() for name, value in run.network.state_dict().items()}
-    run.end_epoch()
-    begun = {name: value.clone() for name, value in run.network.state_dict().items()}
-    for name, value in trained.items():
-        assert torch.equal(begun[name], value) != name.startswith("classifier")
-    bound = 1 / math.sqrt(run.network.backbone.num_features)
-    assert begun["classifier.weight"].abs().max() <= bound  # nn.Linear's own
-    for p in run.network.classifier.parameters():
-        assert not run.optimizer.state[p]["momentum_buffer"].any()
-    assert torch.equal(run.ema.module.classifier.weight, run.network.classifier.weight)
-    assert run.plan.indices.unique().numel() < run.plan.indices.numel()  # class-balanced: images of small classes repeat
-    epoch()
-    run.predict("test", "logits")
-    for name, value in run.network.state_dict().items():
-        assert torch.equal(value, begun[name]) != name.startswith("classifier"), name
-    assert run.lr_now == pytest.approx(run.config.optimiser.lr / 2)  # a course of lr of its own: half of its two steps are over
-
-
-def test_a_momentum_encoder_follows(tmp_path):
-    """Encoder of the keys: a running average of weights that no gradient reaches; its keys come from other views of the same images."""
-    run = run_of(tmp_path, method="paco", momentum_encoder=0.9, queue=30)
-    assert run.plan.parts == (28, 28, 0) and torch.equal(run.plan.indices[:, :28], run.plan.indices[:, 28:])
-    averages = []
-    for raw, labels in run.batches["train"](run.plan.indices):
-        run.update(raw, labels)
-        averages.append([p.clone() for p in run.momentum.module.parameters()])
-    for first, second, now in zip(*averages, run.network.parameters(), strict=True):
-        torch.testing.assert_close(second, 0.9 * first + 0.1 * now, rtol=1e-5, atol=1e-6)
-        assert not second.requires_grad or second.grad is None
-    assert run.feature_loss.queue.filled == 30
-
-
-def test_tau_normalisation_is_in_evaluation_alone(tmp_path):
-    runs = []
-    for method in ("tau-norm", "ce"):
-        runs.append(run_of(tmp_path, method=method))  # from the same seed
-        for raw, labels in runs[-1].batches["train"](runs[-1].plan.indices):
-            runs[-1].update(raw, labels)
-    run, plain = runs
-    for name, value in plain.network.state_dict().items():
-        assert torch.equal(run.network.state_dict()[name], value)
-    features, logits, _ = run.predict("test", "features", "logits")
-    weight = run.network.classifier.weight.detach()
-    torch.testing.assert_close(logits, features @ (weight / weight.norm(dim=1, keepdim=True)).T, rtol=1e-4, atol=1e-5)
-    features, logits, _ = plain.predict("test", "features", "logits")
-    torch.testing.assert_close(logits, plain.network.classifier(features).detach(), rtol=1e-4, atol=1e-5)
-
-
-def test_the_best_epoch_of_a_tau_normalised_run_is_what_is_reported(tmp_path, monkeypatch):
-    """The first of two epochs is made the best; its weights are those that are evaluated, as another run's that ends with it."""
-    accuracies = iter([90.0, 10.0])
-    monkeypatch.setattr(evaluate, "balanced_accuracy", lambda *_: next(accuracies))
-    config = tiny(tmp_path / "run", method="tau-norm", validation=0.2, lr=0.5)
-    data = datasets.load(config.images)
-    result = train(config, data)
-    assert result["best_epoch"] == 0 and result["best"] != result["last"]
-    run = Run(config, data)
-    run.network.load_state_dict(weights_of_best(tmp_path / "run"))
-    logits, labels = run.predict("test", "logits")
-    expected = evaluate.metrics(logits, labels, data.counts, config.images.many, config.images.few)
-    assert result["best"]["per_class"] == expected["per_class"]
-    assert result["best"]["calibration_error"] == pytest.approx(expected["calibration_error"])
-
-
-def weights_of_best(out):
-    import checkpoint
-
-    return checkpoint.load(out / "best.pt")
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "train"))
+methods = pytest.importorskip("methods")
+import reported  # noqa: E402
+import settings  # noqa: E402
+
+PAGE = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+
+
+def setup(method: str, batch: int = 12, **changes):
+    chosen = settings.configure("digits", method, device="cpu", **changes).method
+    options = {"backend": "auto", "group": None}
+    return methods.Setup(chosen, torch.tensor([40.0, 20.0, 5.0]), 6, 4, batch, options)
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+@pytest.mark.parametrize("data", ["digits", "cifar10-lt", "cifar100-lt"])
+def test_the_settings_of_every_paper_are_a_recipe(data, method):
+    config = settings.configure(data, method, paper=True, device="cpu")
+    assert config.method.method == method
+
+
+def test_ldams_schedule():
+    optimiser = settings.configure("cifar10-lt", "ldam-drw", paper=True, device="cpu").optimiser
+    assert (optimiser.epochs, optimiser.batch, optimiser.lr, optimiser.weight_decay) == (200, 128, 0.1, 2e-4)
+    assert (optimiser.warmup * 200, [m * 200 for m in optimiser.milestones], optimiser.lr_factor) == (5, [160, 180], 0.01)
+
+
+def test_weighted_mean_needs_weights():
+    with pytest.raises(ValueError, match="weighted_mean acts on class_weights alone"):
+        settings.configure("digits", "ce", weighted_mean="images", device="cpu")
+
+
+def test_kcl_draws_the_other_view_and_k_of_the_other_images():
+    torch.manual_seed(0)
+    labels = torch.tensor([0] * 8 + [1] * 3 + [2])  # of 12 images
+    loss = methods.FEATURE_LOSSES["kcl"].build(setup("kcl"))
+    rows = torch.arange(24)
+    times = torch.zeros(24, 24)
+    for _ in range(2000):
+        drawn = loss.draw(labels.repeat(2))
+        assert torch.equal(drawn[:, 0], (rows + 12) % 24)
+        times.view(-1).index_add_(0, (rows[:, None] * 24 + drawn).view(-1)[drawn.view(-1) >= 0], torch.ones(int((drawn >= 0).sum())))
+    same = labels.repeat(2)[:, None] == labels.repeat(2)
+    other = same & (rows[:, None] % 12 != rows % 12)
+    assert (times[~same] == 0).all() and (times.diagonal() == 0).all()
+    expected = torch.where(other, 2000 * 6 / other.sum(1, keepdim=True).clamp_min(6), 0.0)  # 6 of 14, all 4, none
+    torch.testing.assert_close(times[other], expected[other], rtol=0.12, atol=0)
+
+
+def test_kcl_is_the_mean_over_what_is_drawn():
+    torch.manual_seed(0)
+    z, labels = torch.randn(24, 4, dtype=torch.float64), (torch.arange(12) % 3).repeat(2)
+    loss = methods.FEATURE_LOSSES["kcl"].build(setup("kcl", positives=2))
+    torch.manual_seed(1)
+    drawn = loss.draw(labels)
+    torch.manual_seed(1)
+    value = loss(methods.Branch(z, labels, z, None, None))
+    unit = torch.nn.functional.normalize(z)
+    logits = (unit @ unit.T / 0.07).fill_diagonal_(-torch.inf)
+    each = [logits[i].logsumexp(0) - logits[i, [j for j in drawn[i].tolist() if j >= 0]].mean() for i in range(24)]
+    torch.testing.assert_close(value, torch.stack(each).mean())
+
+
+def test_gpaco_keeps_its_second_views():
+    torch.manual_seed(0)
+    made = setup("gpaco", queue=40)
+    loss = methods.FEATURE_LOSSES["gpaco"].build(made)
+    assert (loss.options["alpha"], loss.options["temperature"]) == (0.01, 0.07)
+    z, features, labels = torch.randn(24, 4), torch.randn(24, 6), (torch.arange(12) % 3).repeat(2)
+    classifier = torch.nn.Linear(6, 3)
+    first = loss(methods.Branch(z, labels, features, None, classifier))
+    assert int(loss.queue.filled) == 12
+    torch.testing.assert_close(loss.queue.rows[:12], z[12:])
+
+    unit = torch.nn.functional.normalize(z)
+    logits = (unit @ unit.T / 0.07).fill_diagonal_(-torch.inf)
+    own = classifier(features) + (made.counts / made.counts.sum()).log()
+    positive = (labels[:, None] == labels).fill_diagonal_(False)
+    pulled = own.gather(1, labels[:, None])[:, 0] + 0.01 * logits.where(positive, 0).sum(1)
+    expected = torch.cat([own, logits], 1).logsumexp(1) - pulled / (1 + 0.01 * positive.sum(1))
+    torch.testing.assert_close(first, expected.mean())
+
+
+def test_every_figure_is_of_a_method_and_in_range():
+    assert {figure.method for figure in reported.FIGURES} <= set(methods.METHODS)
+    assert len(set(reported.FIGURES)) == len(reported.FIGURES)
+    assert all(30 < figure.accuracy < 95 and figure.of and figure.seen for figure in reported.FIGURES)
+    figures = reported.reported("hybrid-sc", "cifar10-lt", 100.0)
+    assert [figure.accuracy for figure in figures] == [81.4]
+    assert not reported.reported("hybrid-sc", "cifar10-jpeg", 100.0)
+    assert {figure.accuracy for figure in reported.reported("ce", "cifar10-lt", 100.0)} == {70.36, 71.36}
+    assert [figure.accuracy for figure in reported.reported("crt", "imagenet-lt", None)] == [49.6]
+
+
+def test_the_page_has_every_method():
+    rows = re.findall(r"^\| `([\w-]+)` \|", PAGE, re.MULTILINE)
+    assert rows == list(methods.METHODS)
+
+
+def test_the_page_runs(tmp_path):
+    blocks = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 3
+    script = tmp_path / "page.py"
+    script.write_text("\n".join(blocks), encoding="utf-8")
+    path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    environment = os.environ | {"PYTHONPATH": path, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    run = subprocess.run([sys.executable, str(script)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert float(re.search(r"balanced accuracy ([\d.]+)", run.stdout)[1]) > 60  # chance is 16.7

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import json
 import os
 import pickle
 import tarfile
@@ -56,11 +57,11 @@ class DataSet:
     read: Callable[[Images], Data]  # whole: load cuts the tail
     mean: tuple[float, ...]  # of each channel, of pixels in [0, 1]
     std: tuple[float, ...]
-    shape: tuple[int, int, int] | None  # channels, height, width; None: files, which image_size brings to size
+    shape: tuple[int, ...] | None  # channels, height, width; None: files, which image_size brings to size; (): features
     imbalance: float | None = 100.0
     many: int = 100
     few: int = 20
-    root: Literal["required", "optional", "unused"] = "required"  # optional: without it, downloaded
+    root: Literal["required", "optional", "unused", "file"] = "required"  # optional: without it, downloaded; file: not a folder
     splits: dict[float, str] = field(default_factory=dict)  # the field's: split_hash by imbalance
     augment: str = "cifar"  # a name of AUGMENTATIONS
     psc_temperature: float = 0.1  # of the prototypical losses
@@ -136,11 +137,16 @@ def _refuse_idle_options(images: Images, known: DataSet) -> None:
         raise ValueError(f"largest_class has a meaning with imbalance only, got {images.largest_class} and imbalance None")
     if known.root == "unused" and images.root is not None:
         raise ValueError(f"root has no meaning for data {images.data!r}, which comes with scikit-learn, got {images.root}")
-    if known.root == "required" and images.root is None:
+    if known.root in ("required", "file") and images.root is None:
         raise ValueError(f"root must be given for data {images.data!r}, got None")
-    if images.root is not None and not images.root.is_dir():
+    if known.root == "file":
+        if not images.root.is_file():
+            raise FileNotFoundError(f"root {images.root} must be a file, got {'a folder' if images.root.exists() else 'nothing there'}")
+    elif images.root is not None and not images.root.is_dir():
         raise FileNotFoundError(f"root {images.root} must be a folder, got {'a file' if images.root.exists() else 'nothing there'}")
-    if known.shape is not None and images.image_size not in (Images.image_size, known.shape[-1]):
+    if known.shape == () and images.image_size != Images.image_size:
+        raise ValueError(f"image_size has no meaning for data {images.data!r}, which has no images, got {images.image_size}")
+    if known.shape and images.image_size not in (Images.image_size, known.shape[-1]):
         side = known.shape[-1]
         raise ValueError(f"image_size has no meaning for data {images.data!r}, whose images have side {side}, got {images.image_size}")
     if images.few > images.many:
@@ -424,6 +430,27 @@ def _lists(images: Images) -> Data:
     return Data(train, validation, test, [str(c) for c in range(classes)])
 
 
+def _features(images: Images) -> Data:
+    """What features.py wrote: float16 or float32 [N, F] of each split, and which images of the whole training set they are of."""
+    try:
+        with np.load(images.root) as file:
+            found = {name: file[name] for name in file.files}
+    except Exception as error:  # of a file cut short, zipfile's, zlib's or numpy's
+        raise ValueError(f"{images.root} must be a whole file of features.py: {error}") from error
+    if lacking := {"about", "classes", "kept", "train", "train_labels", "test", "test_labels"} - found.keys():
+        raise ValueError(f"{images.root} must be a file of features.py, and lacks {', '.join(sorted(lacking))}")
+    splits = {}
+    for name in ("train", "validation", "test"):
+        if name in found:
+            features, labels = torch.from_numpy(found[name]), torch.from_numpy(found[f"{name}_labels"])
+            if features.ndim != 2 or not features.is_floating_point() or labels.shape != features.shape[:1]:
+                raise ValueError(f"{images.root} must hold floats [N, F] and labels [N] of {name}, got {features.shape}, {labels.shape}")
+            splits[name] = Split(features, labels)
+    about = json.loads(str(found["about"]))
+    note = f"features of {about['network']} (weights {about['weights']}), of data {about['data']}, split {about['split']}"
+    return Data(splits["train"], splits.get("validation"), splits["test"], found["classes"].tolist(), [note], found["kept"])
+
+
 # ---- the table
 
 # split_hash of the tails that LDAM's code keeps, by imbalance. They follow from the order of the labels alone: that of CIFAR's archives,
@@ -454,6 +481,9 @@ SMALL = {
     },
 }  # fmt: skip
 
+# Heads on features that stay: chosen on those of a ResNet-32.
+HEADS = PAPER | {"network": "none", "hidden": 512, "epochs": 50, "lr": 0.1, "warmup": 0.05, "milestones": (), "weight_decay": 5e-4}
+
 DATASETS: dict[str, DataSet] = {
     "digits": DataSet(
         "scikit-learn's 8 x 8 digits, 1,000 to train with; no download",
@@ -479,6 +509,10 @@ DATASETS: dict[str, DataSet] = {
     ),
     "folder": DataSet("image files, a folder for each class under root, with or without splits", _folder, **IMAGENET, **FILES),
     "list": DataSet("image files under root that train_list and test_list name with their labels", _lists, **IMAGENET, **FILES),
+    "features": DataSet(
+        "features of a frozen network, from the file root that features.py wrote",
+        _features, mean=(0.0,), std=(1.0,), shape=(), imbalance=None, root="file", augment="none", recipe=HEADS,
+    ),
 }  # fmt: skip
 
 if TYPE_CHECKING:

@@ -33,6 +33,7 @@ import evaluate
 import processes
 import settings
 import torch
+import trained
 import tyro
 from report import Loggers, report, save, write_log
 from run import Run
@@ -58,6 +59,7 @@ def train(config: Config, data: datasets.Data, *, resume: bool = False) -> dict[
         out.mkdir(parents=True, exist_ok=True)
         checkpoint.write_json(out / "environment.json", checkpoint.environment(run.device) | {"processes": processes.count()})
         write_config(config)
+        trained.write_description(out, data, config.images.image_size)
     loggers = Loggers(run)
     monitored = "test" if data.validation is None else "validation"
     eval_every = records.eval_every or max(1, epochs // 10)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import checkpoint
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -45,27 +49,72 @@ class CifarResNet(nn.Sequential):
         return super().forward(x).mean((2, 3))
 
 
-class Features(nn.Flatten):
-    """For data that are features already."""
+class Features(nn.Module):
+    """For data that are features already: each of them brought to mean 0 and variance 1 over the training images.
 
-    def __init__(self, wide: int) -> None:
+    Both are fixed, and part of the network: who loads it gives it features as they come. With dropout, which acts in training alone, two
+    views of an image differ.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, wide: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.num_features = wide
+        self.num_features, self.dropout = wide, dropout
+        self.register_buffer("mean", torch.zeros(wide))
+        self.register_buffer("std", torch.ones(wide))
+
+    def measure(self, features: Tensor) -> None:
+        std, mean = torch.std_mean(features.float(), dim=0, correction=0)
+        self.mean.copy_(mean)
+        self.std.copy_(torch.where(std > 1e-6 * mean.abs(), std, 1.0))  # one that never changes stays 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout((x - self.mean) / self.std, self.dropout, self.training)
 
 
-def make_backbone(name: str, channels: int, width: int, *, pretrained: bool = False) -> nn.Module:
-    """A CIFAR ResNet by name, else timm's network of that name; ``num_features`` is the width of what it returns."""
+def make_backbone(
+    name: str, channels: int, width: int, *, pretrained: bool = False, image_size: int | None = None, dropout: float = 0.0
+) -> nn.Module:
+    """A CIFAR ResNet by name, else timm's network of that name; ``num_features`` is the width of what it returns.
+
+    ``image_size`` is needed by networks made for one size, vision transformers among them, whose position embeddings timm then resamples;
+    None is the size of their weights.
+    """
     if name == "none":
-        return Features(channels)
+        return Features(channels, dropout)
     if name in CIFAR_RESNETS:
+        if pretrained:
+            raise ValueError(f"pretrained needs a timm network, got {name!r}, for which there are none: give a run's by weights")
         return CifarResNet(int(name.removeprefix("resnet")), channels, width)
+    timm, known = import_timm(name), timm_settings(name)
+    size = {"img_size": image_size} if image_size is not None and known.fixed_input_size else {}
+    if pretrained and not known.has_weights:
+        raise ValueError(f"pretrained needs a network of which timm has weights, got {name!r}")
+    return timm.create_model(name, in_chans=channels, num_classes=0, pretrained=pretrained, **size)
+
+
+def import_timm(name: str) -> ModuleType:
     try:
         import timm
-    except ImportError as error:
-        raise ValueError(f"network must be one of {', '.join(CIFAR_RESNETS)}, or timm must be installed for {name!r}: {error}") from error
+    except Exception as error:  # of a torchvision that does not fit this torch, timm's import raises RuntimeError and others
+        raise ValueError(f"network must be one of {', '.join(CIFAR_RESNETS)}, or timm must be usable for {name!r}: {error}") from error
     if not timm.is_model(name):
         raise ValueError(f"network must be one of {', '.join(CIFAR_RESNETS)} or a timm model, got {name!r}")
-    return timm.create_model(name, in_chans=channels, num_classes=0, pretrained=pretrained)
+    return timm
+
+
+def timm_settings(name: str) -> Any:
+    """What timm knows of a network's weights: input_size, mean, std, interpolation, crop_pct, fixed_input_size, ..."""
+    found = import_timm(name).get_pretrained_cfg(name, allow_unregistered=True)
+    if found is None:
+        raise ValueError(f"network {name!r} must have settings of its weights in timm, and has none")
+    return found
+
+
+def is_timm(name: str) -> bool:
+    return name != "none" and name not in CIFAR_RESNETS
 
 
 class CosineClassifier(nn.Linear):
@@ -101,20 +150,43 @@ def freeze_below_classifier(network: HybridNetwork) -> None:
     network.head.requires_grad_(False).eval()
 
 
-def load_weights(network: HybridNetwork, path: Path) -> None:
-    """Begin from the network of a run's last.pt or model.safetensors: its backbone, and of the head and classifier what has this shape."""
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        state = load_file(path)
-    else:
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a run's last.pt or model.safetensors, or of a file of weights as timm or others saved it."""
+    if path.suffix != ".safetensors":
         state = checkpoint.load(path)
-        state = state.get("network", state)
-    own = network.state_dict()
-    missing = [name for name in own if name.startswith("backbone.") and (name not in state or state[name].shape != own[name].shape)]
-    if missing:
-        raise ValueError(f"weights {path} must hold this backbone, and lacks {len(missing)} of its tensors, first {missing[0]}")
-    network.load_state_dict({name: state[name] if name in state and state[name].shape == own[name].shape else own[name] for name in own})
+        return next((state[name] for name in ("network", "state_dict", "model") if isinstance(state.get(name), dict)), state)
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"weights {path} does not exist") from None
+    except Exception as error:  # safetensors has an error of its own
+        raise ValueError(f"weights {path} is not a readable safetensors file: {error}") from error
+
+
+def of_backbone(backbone: nn.Module, state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """All of the backbone's tensors: of a run's network, or of weights that timm can read, from whichever code they come.
+
+    What the file holds beside them, as a classifier, is left. timm itself, asked for a network without a classifier, would take a file that
+    holds none of its tensors and leave the network at random.
+    """
+    prefix, own = "backbone.", backbone.state_dict()
+    if any(name.startswith(prefix) for name in state):
+        state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    elif translate := getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None):  # timm's, of this kind of network
+        state = translate(state, backbone)
+    if missing := [name for name in own if name not in state or state[name].shape != own[name].shape]:
+        raise ValueError(f"weights {path} must hold this network, and lacks {len(missing)} of its {len(own)} tensors, first {missing[0]}")
+    return {name: state[name] for name in own}
+
+
+def load_weights(network: HybridNetwork, path: Path) -> None:
+    """Begin from a file's backbone and, where it is a run's, what of its head and classifier has this shape."""
+    given, own = read_weights(path), network.state_dict()
+    backbone = of_backbone(network.backbone, given, path)
+    kept = {name: value for name, value in given.items() if name in own and value.shape == own[name].shape}
+    network.load_state_dict(own | kept | {f"backbone.{name}": value for name, value in backbone.items()})
 
 
 def parameters_of(network: nn.Module) -> dict[str, int]:

@@ -31,6 +31,16 @@ class Plan:
     draws: dict[str, Draws]  # of the augmentation, of all columns or of each branch's, and of the mixing of the classifier's
 
 
+class AsTheyAre:
+    """In place of an augmentation, for data that are features."""
+
+    def train(self, features: Tensor, _draws: Draws) -> Tensor:
+        return features.float()
+
+    def evaluate(self, features: Tensor) -> Tensor:
+        return features.float()
+
+
 class Run:
     """Processes share the steps, and all hold the same."""
 
@@ -49,7 +59,13 @@ class Run:
         pictures = not isinstance(data.train.images, Tensor) or data.train.images.ndim == 4
         self.layout = torch.channels_last if machine.channels_last and pictures else torch.contiguous_format
         sizes = config.network
-        backbone = make_backbone(sizes.network, data.train.channels, sizes.width, pretrained=sizes.pretrained)
+        side = data.train.images.shape[-1] if isinstance(data.train.images, Tensor) else config.images.image_size
+        options = {"pretrained": sizes.pretrained, "image_size": side, "dropout": sizes.dropout}
+        backbone = make_backbone(sizes.network, data.train.channels, sizes.width, **options)
+        if not pictures:
+            backbone.measure(data.train.images)
+        how = {"feature": config.feature_augment, "classifier": config.augment}
+        self.augments = how if pictures else dict.fromkeys(how, AsTheyAre())
         network = HybridNetwork(backbone, self.classes, sizes.hidden, sizes.embedding, method.cosine)
         if sizes.weights is not None:
             load_weights(network, sizes.weights)
@@ -143,11 +159,11 @@ class Run:
     def augmented(self, raw: Tensor) -> Tensor:
         draws, parts = self.plan.draws, self.plan.parts
         if "all" in draws:
-            images = self.config.augment.train(raw, draws["all"])
+            images = self.augments["classifier"].train(raw, draws["all"])
         else:
             split = parts[0] + parts[1]
-            pieces = {"feature": (self.config.feature_augment, raw[:split]), "classifier": (self.config.augment, raw[split:])}
-            images = torch.cat([how.train(part, draws[name]) for name, (how, part) in pieces.items() if name in draws])
+            pieces = {"feature": raw[:split], "classifier": raw[split:]}
+            images = torch.cat([self.augments[name].train(part, draws[name]) for name, part in pieces.items() if name in draws])
         return images.contiguous(memory_format=self.layout)
 
     def losses(self, images: Tensor, labels: Tensor, keys: Tensor | None, mixed: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
@@ -169,7 +185,9 @@ class Run:
             total = images_of_all
             if self.class_weights is not None and stage.reweighted:
                 weights = self.class_weights[classes]
-                each, total = each * weights, processes.total(weights.sum())
+                each = each * weights
+                if self.config.method.weighted_mean == "weights":
+                    total = processes.total(weights.sum())
             classifier_loss = each.sum() / total
             right = (logits.argmax(1) == classes).sum() / images_of_all
         loss = self.weights[0] * feature_loss + self.weights[1] * (count * classifier_loss)
@@ -179,7 +197,9 @@ class Run:
         """One step: the images of both branches through the backbone as one batch."""
         optimiser, (first, last) = self.config.optimiser, self.stage.epochs
         done, total = (self.epoch - first) * self.steps + self.step, (last - first) * self.steps
-        self.lr_now = learning_rate(optimiser.lr, done, total, warmup=optimiser.warmup, milestones=optimiser.milestones)
+        self.lr_now = learning_rate(
+            optimiser.lr, done, total, warmup=optimiser.warmup, milestones=optimiser.milestones, factor=optimiser.lr_factor
+        )
         self.lr.fill_(self.lr_now)
         images, keys, mixed = self.augmented(raw), None, None
         anchors, of_keys, own = self.plan.parts
@@ -259,7 +279,7 @@ class Run:
 
     def predict(self, part: str, *outputs: str) -> tuple[Tensor, ...]:
         """Of a split: the named outputs (see :func:`evaluate.predict`), then the labels."""
-        given = self.batches[part], self.config.augment, self.autocast, self.config.records.eval_batch
+        given = self.batches[part], self.augments["classifier"], self.autocast, self.config.records.eval_batch
         predicted = evaluate.predict(self.evaluated, *given, outputs)
         self.network.train()
         if self.stage.frozen:
@@ -283,7 +303,8 @@ class Run:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, module in self._modules().items():
             module.load_state_dict(state[name])
-        self.lr = self.optimizer.param_groups[0]["lr"] = self.lr.fill_(0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
         for name, sampler in self.samplers.items():
             sampler.load_state_dict({key: value.cpu() for key, value in state["samplers"][name].items()})
         for name in ("epoch", "step", "lr_now", "history", "best"):
@@ -302,7 +323,9 @@ def make_optimizer(config: Config, parameters: list[nn.Parameter], lr: Tensor) -
     chosen = config.optimiser
     if chosen.optimiser == "adamw":
         betas = (chosen.momentum, 0.999)
-        return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=chosen.weight_decay, fused=True)
+        # Biases and the gains of norms are left alone, as wherever transformers are trained: to pull these to 0 is to shut a layer.
+        groups = [{"params": [p for p in parameters if p.ndim > 1]}, {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=chosen.weight_decay, fused=True)
     options = {"momentum": chosen.momentum, "nesterov": chosen.nesterov, "weight_decay": chosen.weight_decay}
     optimizer = torch.optim.SGD(parameters, lr=lr, fused=True, **options)
     for p in parameters:  # or a first step that fp16 skips would leave torch's fused SGD with buffers it never filled

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+import exports
 import processes
 import torch
 import tyro
@@ -33,7 +34,8 @@ class Network:
     hidden: int = 64  # of the projection head
     embedding: int = 128  # its output
     pretrained: bool = False  # timm's weights for the backbone, from its hub
-    weights: Path | None = None  # a run's last.pt or a .safetensors file, from which the network begins; what does not fit is an error
+    weights: Path | None = None  # from which the network begins: a run's last.pt or model.safetensors, or a file of timm's for the backbone
+    dropout: float = 0.0  # of features, where network is "none": what makes two views of an image differ
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class Optimiser:
     optimiser: Literal["sgd", "adamw"] = "sgd"
     lr: float = 0.5  # at its peak
     warmup: float = 0.0  # fraction of the steps
-    milestones: tuple[float, ...] = (0.6, 0.8)  # fractions of the steps at which lr drops to a tenth; none: cosine
+    milestones: tuple[float, ...] = (0.6, 0.8)  # fractions of the steps at which lr drops; none: cosine
+    lr_factor: float = 0.1  # by which it drops at each
     momentum: float = 0.9  # of sgd; adamw's first beta
     nesterov: bool = False
     weight_decay: float = 1e-4
@@ -75,7 +78,7 @@ class Records:
     knn: bool = False  # also classify by the nearest training images
     pictures: bool = True  # per class, confusion, embedding, curves
     log_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()  # beside log.jsonl
-    export: bool = False  # the chosen weights as model.safetensors
+    export: tuple[Literal["safetensors", "torch", "onnx"], ...] = ()  # the chosen network, for other programs
 
 
 @dataclass(frozen=True)
@@ -166,14 +169,14 @@ def checked(config: Config) -> Config:
     _check_choices(config)
     values = {name: value for group, name, value in settings_of(config) if group not in AUGMENTS}
     positive = ("epochs", "batch", "classifier_batch", "lr", "temperature", "width", "hidden", "embedding", "seeds", "eval_every")
-    positive += ("eval_batch", "log_every", "keep_every", "prototypes_per_class", "positives", "image_size", "clip", "threads")
+    positive += ("eval_batch", "log_every", "keep_every", "prototypes_per_class", "positives", "image_size", "clip", "threads", "lr_factor")
     for name in positive:
         if values[name] is not None and not values[name] > 0:
             raise ValueError(f"{name} must be positive, got {values[name]}")
     for name in ("weight_decay", "workers", "logit_adjustment", "focal_gamma", "margin", "cosine", "tau_normalisation", "mixup"):
         if not values[name] >= 0:
             raise ValueError(f"{name} must not be negative, got {values[name]}")
-    for name in ("warmup", "switch_at", "momentum", "validation", "class_weights", "reweight_from"):
+    for name in ("warmup", "switch_at", "momentum", "validation", "class_weights", "reweight_from", "dropout"):
         if not 0 <= values[name] < 1:
             raise ValueError(f"{name} must lie in [0, 1), got {values[name]}")
     if not all(0 < milestone < 1 for milestone in config.optimiser.milestones):
@@ -190,12 +193,11 @@ def checked(config: Config) -> Config:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {chosen!r} is not usable here: {error}") from error
-    for package, wanted in (("safetensors", config.records.export), *((name, name in config.records.log_to) for name in LOGGERS)):
-        if wanted and find_spec(package) is None:
-            option = "export" if package == "safetensors" else "log_to"
-            raise ValueError(f"{option} needs the package {package} (the [train-extra] extra), which is not installed")
-    with torch.device("meta"):  # raises where there is no such network
-        make_backbone(config.network.network, 3, config.network.width)
+    exports.check(config.records.export)
+    for package in config.records.log_to:
+        if find_spec(package) is None:
+            raise ValueError(f"log_to needs the package {package} (the [train-extra] extra), which is not installed")
+    _check_network(config)
     if config.method.feature_loss != "none":  # raises where this backend cannot serve
         select_backend(config.machine.backend, device, DTYPES[config.machine.precision], config.network.embedding)
     return change(config, device=chosen)
@@ -213,7 +215,33 @@ def _check_choices(config: Config) -> None:
                     raise ValueError(f"{name} must be {'some' if several else 'one'} of {', '.join(typing.get_args(choice))}, got {one!r}")
 
 
-LOGGERS = ("tensorboard", "wandb", "mlflow")
+def _check_network(config: Config) -> None:
+    """Raises where there is no such network, or no such use of it."""
+    network, given, views = config.network, config.images.data, FEATURE_LOSSES[config.method.feature_loss]
+    with torch.device("meta"):
+        make_backbone(network.network, 3, network.width)
+    if (known := DATASETS[given]).shape == () and network.network != "none":
+        raise ValueError(f"network must be 'none' for data {given!r}, whose features it has already, got {network.network!r}")
+    if network.network == "none" and known.shape != ():
+        raise ValueError(f"network 'none' takes features, and data {given!r} is images")
+    if network.dropout and network.network != "none":
+        raise ValueError(f"dropout acts on features, where network is 'none', got {network.dropout} and network {network.network!r}")
+    if network.network != "none":
+        return
+    if network.weights is not None:
+        raise ValueError(f"weights are of a network, and network is 'none', got {network.weights}")
+    if views.views + views.keys > 1 and not network.dropout:
+        raise ValueError(
+            f"feature_loss {config.method.feature_loss!r} compares views of an image, and those of features are equal: expected dropout "
+            "above 0, which makes them differ, or a loss of one view (psc, mpsc), got dropout 0"
+        )
+    idle = Augmentation(mean=known.mean, std=known.std)
+    for group in AUGMENTS:
+        names = (one.name for one in dataclasses.fields(idle))
+        if changed := [name for name in names if getattr(getattr(config, group), name) != getattr(idle, name)]:
+            raise ValueError(f"{group} acts on images, and data {given!r} is features: expected no {', '.join(changed)}")
+
+
 # Settings of a method that act on some losses alone: their value where they rest, and who reads them.
 FEATURES, CLASSIFIERS = (tuple(name for name in table if name != "none") for table in (FEATURE_LOSSES, CLASSIFIER_LOSSES))
 READ_BY = {
@@ -226,7 +254,7 @@ READ_BY = {
     "denominator": ("feature_loss", ("psc", "mpsc")),
     "positives": ("feature_loss", ("kcl",)),
     "momentum_encoder": ("feature_loss", ("paco",)),
-    "queue": ("feature_loss", ("paco",)),
+    "queue": ("feature_loss", ("paco", "gpaco")),
     "positive_weight": ("feature_loss", ("paco", "gpaco")),
     "focal_gamma": ("classifier_loss", ("focal",)),
     "margin": ("classifier_loss", ("ldam",)),
@@ -269,8 +297,9 @@ def _check_method(config: Config) -> None:
         raise ValueError("classifier_batch has no effect where classifier_images is 'views': expected None")
     if method.tau_normalisation and method.cosine:
         raise ValueError("tau_normalisation acts on a linear classifier: expected cosine 0")
-    if method.reweight_from and not method.class_weights:
-        raise ValueError("reweight_from acts on class_weights alone, which are 0")
+    for name in ("reweight_from", "weighted_mean"):
+        if getattr(method, name) != getattr(rest, name) and not method.class_weights:
+            raise ValueError(f"{name} acts on class_weights alone, which are 0")
 
 
 # ---- config.json
