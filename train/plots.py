@@ -255,7 +255,7 @@ def _heat(axes: Axes, shares: np.ndarray, digits: bool) -> Any:
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     for (i, j), share in np.ndenumerate(shares):
-        if digits and round(100 * share) >= 1:
+        if digits and share > 0.005:  # rounds to 1 % or more
             dark = share > 0.55 * cells.norm.vmax
             axes.text(j, i, f"{100 * share:.0f}", ha="center", va="center", fontsize=7.5, color="white" if dark else INK)
     return cells
