@@ -48,12 +48,14 @@ def read_runs(folder: Path) -> list[Run]:
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     for path, run in zip(paths, runs, strict=True):
         if not isinstance(run["config"].get("images"), dict):
-            raise ValueError(f"{path} must hold settings in groups (images, method, run), got those of an earlier version: train it again")
+            raise ValueError(
+                f"{path} must hold settings in groups (images, method, records), got those of an earlier version: train it again"
+            )
     return runs
 
 
 def seed(run: Run) -> int:
-    return run["config"]["run"]["seed"]
+    return run["config"]["records"]["seed"]
 
 
 def spread(values: Sequence[float | None], form: str = "{:.1f}") -> str:

@@ -361,10 +361,12 @@ def _plane(points: np.ndarray) -> tuple[np.ndarray, str]:
     if len(points) < 50 or spread < 1e-6:  # t-SNE divides by the distances
         return plane, "PCA"
     from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
 
     # At scikit-learn's own learning rate, about 50 for so few points, points without clusters may shrink into one.
     options = {"init": (plane / spread * 1e-4).astype(np.float32), "learning_rate": 200, "random_state": 0, "max_iter": 500}
-    found = TSNE(2, perplexity=min(30, len(points) / 4), **options).fit_transform(points)
+    with threadpool_limits(1):  # on a machine that is busy with other runs more threads wait for each other, many times as long
+        found = TSNE(2, perplexity=min(30, len(points) / 4), **options).fit_transform(points)
     return (found, "t-SNE") if np.isfinite(found).all() and found.std() > 1e-2 else (plane, "PCA")
 
 
