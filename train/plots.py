@@ -207,7 +207,8 @@ def per_class(
         main.set(title=title, ylim=(-0.03 * top, top), xlabel="class, by training images" if not named else None)
         main.grid(axis="x", visible=False)
         if named:
-            main.set_xticks(ranks, names, rotation=40 if slanted else 0, ha="right" if slanted else "center", rotation_mode="anchor")
+            turned = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if total <= 16 else {"rotation": 90, "fontsize": 7}
+            main.set_xticks(ranks, names, **(turned if slanted else {}))
         else:
             round_ones = [int(tick) for tick in MaxNLocator(6, integer=True).tick_values(1, total) if total / 12 < tick - 1 < total]
             main.set_xticks([0, *(tick - 1 for tick in round_ones)], [f"{tick:,}" for tick in (1, *round_ones)])
