@@ -16,7 +16,6 @@ import data as datasets
 import evaluate
 import methods
 import naive
-import settings
 from hybrid import train
 from methods import CLASSIFIER_LOSSES, FEATURE_LOSSES, METHODS, Branch, Method, Setup, stage_at
 from networks import CosineClassifier
