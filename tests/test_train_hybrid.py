@@ -380,7 +380,7 @@ def test_command_line_from_seeds_to_pictures(tmp_path, monkeypatch, capsys):
     hybrid.main(["--eval-only", str(run)])
     assert json.loads((run / "metrics.json").read_text())["best"] == before["best"]
     compare.main(compare.Compare([out, run], tmp_path / "compared", ["two", "one"]))
-    assert "| two | 2 | " in (tmp_path / "compared" / "comparison.md").read_text()
+    assert "| two | 4 | " in (tmp_path / "compared" / "comparison.md").read_text()
     assert (tmp_path / "compared" / "comparison.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit, match=r"error: .*holds a run already"):
         hybrid.main(["--out", str(out)])
