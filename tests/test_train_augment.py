@@ -122,6 +122,12 @@ def test_wrong_options_are_named(options, message):
         Augmentation(**options)
 
 
+def test_equal_constants_of_two_types_are_two():
+    cpu = torch.device("cpu")
+    whole, real = augment.constant((1, 0), cpu, torch.int64), augment.constant((1.0, 0.0), cpu)
+    assert whole.dtype == torch.int64 and real.dtype == torch.float32 and whole is augment.constant((1, 0), cpu, torch.int64)
+
+
 # ---- where a pixel comes from
 
 

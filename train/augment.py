@@ -4,7 +4,7 @@ Where processes share a batch, each draws the parameters of all its images and k
 would draw, at the price of a few random numbers for each image of the others.
 
 Each operation has a strength at which it does nothing, so "this image, not that one" is a strength per image and never a branch: no step
-waits for the device, and every tensor has the same shape at every step.
+waits for a GPU, and every tensor there has the same shape at every step.
 
 The operations of AutoAugment and RandAugment give Pillow's levels, uint8 [N, C, H, W]; all else is float [N, C, H, W] in [0, 1].
 """
@@ -119,10 +119,10 @@ class Augmentation:
 
 
 @functools.cache
-def constant(values: tuple[Any, ...], device: torch.device) -> Tensor:
+def constant(values: tuple[Any, ...], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     """Brought to the device once: to copy it at every step would be to wait for the device, which a CUDA graph does not allow."""
     with torch.inference_mode(False):
-        return torch.tensor(values, device=device)
+        return torch.tensor(values, device=device, dtype=dtype)
 
 
 def per_image(values: Tensor) -> Tensor:
@@ -335,12 +335,16 @@ POLICIES: Mapping[str, Policy] = {
 }
 
 
+def numbers(names: tuple[str, ...], device: torch.device) -> Tensor:
+    return constant(tuple(map(OPERATIONS.index, names)), device, torch.int64)
+
+
 def autoaugment(levels: Tensor, policy: Policy, draws: Draws) -> Tensor:
     """AutoAugment (Cubuk et al. 2019): one sub-policy drawn per image; each of its two operations happens with its probability."""
     drawn = draws.integers(len(policy))
     for slot in zip(*policy, strict=True):
         names, probabilities, magnitudes = zip(*slot, strict=True)
-        operations = constant(tuple(map(OPERATIONS.index, names)), levels.device)[drawn]
+        operations = numbers(names, levels.device)[drawn]
         happens = draws.uniform() < constant(probabilities, levels.device)[drawn]
         magnitude = draws.signs() * constant(magnitudes, levels.device)[drawn]
         levels = apply_operation(levels, torch.where(happens, operations, 0), magnitude, names)
@@ -379,7 +383,7 @@ def apply_operation(levels: Tensor, choice: Tensor, magnitude: Tensor, names: Co
         if set(operations).isdisjoint(names):
             continue
         if levels.device.type == "cpu":  # 2.7 times as fast. A GPU would have to be waited for, to know how many images drew this kind
-            rows = torch.isin(choice, constant(tuple(map(OPERATIONS.index, operations)), levels.device)).nonzero()[:, 0]
+            rows = torch.isin(choice, numbers(operations, levels.device)).nonzero()[:, 0]
             levels = levels.index_copy(0, rows, apply(levels[rows], Drawn(choice[rows], magnitude[rows])))
         else:
             levels = apply(levels, Drawn(choice, magnitude))
@@ -491,8 +495,9 @@ AUGMENTATIONS: Mapping[str, Augmentation] = {
     "none": Augmentation(),
     "digits": Augmentation(rotate=15, shift=0.1, zoom=0.1),
     "cifar": Augmentation(crop_padding=4, flip=True, grayscale=0.2),  # Wang et al. 2021, both branches
-    "cifar-plain": Augmentation(crop_padding=4, flip=True),  # LDAM-DRW's, GLMC's
-    "autoaugment": Augmentation(crop_padding=4, flip=True, autoaugment="cifar10", cutout=16),  # PaCo's, BCL's: the classifier's images
+    "cifar-plain": Augmentation(crop_padding=4, flip=True),  # LDAM-DRW's code, GLMC's
+    "autoaugment": Augmentation(crop_padding=4, flip=True, autoaugment="cifar10", cutout=16),  # PaCo's code, one of the two views
+    # PaCo's other view; its code also blurs: with probability 0.5, GPaCo's with 0.2.
     "sim": Augmentation(crop_scale=(0.2, 1.0), flip=True, color_jitter=0.5, color_jitter_probability=0.8, grayscale=0.2),
     "files": Augmentation(flip=True),  # the decoder has made the crops
 }
