@@ -127,6 +127,7 @@ def script(folder: Path, _asked: None = None) -> None:
         hybrid.console.quiet = processes.rank() > 0
         for name, changes in (EPOCHS | ONE_STEP).items():
             run_tiny(folder / "two" / name, **changes)
+        run_tiny(folder / "two" / "mixup", method="ce", mixup=0.4, class_weights=0.9, epochs=2, batch=27)
         try:
             run_tiny(folder / "two" / "kcl", method="kcl", switch_at=0.5, epochs=2, batch=27)
         except ValueError as error:
@@ -227,6 +228,13 @@ def test_the_queue_holds_the_rows_of_all(folder, name):
 
     for mine, other in zip(in_order(one), in_order(two), strict=True):
         torch.testing.assert_close(other, mine, rtol=1e-4, atol=1e-5)
+
+
+def test_mixup(folder):
+    """Partners are of the same process, so that one process alone has other ones: what can be said is that it learns from chance, 2.3, on."""
+    rows = log(folder / "two" / "mixup")
+    assert len(rows) == 2 and all(1 < row["classifier_loss"] < 4 for row in rows)
+    assert (folder / "two" / "mixup" / "metrics.json").exists()
 
 
 def test_a_method_that_serves_one_process_says_so(folder):

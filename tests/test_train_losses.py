@@ -405,3 +405,42 @@ def weights_of_best(out):
     import checkpoint
 
     return checkpoint.load(out / "best.pt")
+
+
+# ---- mixup
+
+
+@pytest.mark.parametrize("changes", [{"method": "ce"}, {"method": "hybrid-sc", "schedule": "sum", "classifier_images": "shared"}])
+@pytest.mark.parametrize("loss", [{}, {"class_weights": 0.99}, {"logit_adjustment": 1.0}], ids=lambda loss: "-".join(loss))
+def test_mixup_in_a_step(tmp_path, monkeypatch, changes, loss):
+    """The classifier's images are mixed and no view is; the loss is share l(y) + (1 - share) l(y of the partner)."""
+    import augment
+    import run as runs
+
+    run = run_of(tmp_path, **changes, **loss, mixup=0.7, rotate=0.0, shift=0.0, zoom=0.0)
+    given = []
+
+    def mixup(images, alpha, draws):
+        given.append((images, alpha, augment.mixup(images, alpha, draws)))
+        return given[-1][2]
+
+    monkeypatch.setattr(runs, "mixup", mixup)
+    start = {name: value.clone() for name, value in run.network.state_dict().items()}
+    raw, labels = next(iter(run.batches["train"](run.plan.indices)))
+    run.update(raw, labels)
+    images, alpha, (mixed, partner, share) = given[0]
+    anchors = run.plan.parts[0]
+    plain = run.config.augment.evaluate(raw)
+    assert alpha == 0.7 and 0 < share < 1 and torch.equal(images, plain[anchors:])
+    assert partner.sort().values.tolist() == list(range(28)) and partner.tolist() != list(range(28))
+    torch.testing.assert_close(mixed, share * images + (1 - share) * images[partner])
+    other = run_of(tmp_path, **changes, **loss)
+    other.network.load_state_dict(start)
+    with torch.no_grad():
+        logits = other.network(torch.cat([plain[:anchors], mixed]), anchors, anchors)[1].double()
+    if "logit_adjustment" in loss:
+        logits = logits + (run.data.counts / run.data.counts.sum()).log()
+    y = labels[anchors:]
+    w = methods.class_weights(loss.get("class_weights", 0.0), run.data.counts).double()
+    first, second = (F.cross_entropy(logits, labels, weight=w) for labels in (y, y[partner]))  # sum w_y l / sum w_y
+    assert run.means()["classifier_loss"] == pytest.approx((share * first + (1 - share) * second).item(), rel=1e-4)

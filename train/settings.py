@@ -204,7 +204,7 @@ def checked(config: Config) -> Config:
 
 
 def _check_choices(config: Config) -> None:
-    """Python may give what the command line would refuse. A data set may be a row that was added to the table, which the recipe looks up."""
+    """Python may give what the command line would refuse. A data set may be one that was added to the table, where the recipe looks."""
     for group in GROUPS:
         for name, hint in typing.get_type_hints(type(getattr(config, group))).items():
             value = getattr(getattr(config, group), name)
