@@ -363,13 +363,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
 def test_command_line_from_seeds_to_pictures(tmp_path, monkeypatch, capsys):
     pytest.importorskip("safetensors", reason="needs the [train-extra] extra")
     out = tmp_path / "two"
-    hybrid.main(
-        [
-            *command("--pictures", "--method", "hybrid-psc", "--epochs", "1", "--seeds", "2", "--seed", "5", "--export", "--out", str(out))[
-                2:
-            ]
-        ]
-    )
+    given = ["--pictures", "--method", "hybrid-psc", "--epochs", "1", "--seeds", "2", "--seed", "5", "--export", "safetensors"]
+    hybrid.main(command(*given, "--out", str(out))[2:])
     assert "mean" in capsys.readouterr().out
     run = out / "seed-6"
     for name in ("config.json", "environment.json", "metrics.json", "log.jsonl", "last.pt", "per_class.csv", "model.safetensors"):
