@@ -39,6 +39,7 @@ def main(arguments: list[str]) -> int:
             return 0
         device = given.device if given.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         model = load(given.run, weights=given.weights, device=device)
+        model.check_takes_images()
         return show(model, paths, given.top, given.csv)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
