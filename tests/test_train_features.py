@@ -105,7 +105,7 @@ def heads(root: Path, out: Path, method: str = "hybrid-psc", **changes):
 
 
 def test_cached_features_are_the_networks_of_each_image_as_its_weights_want_it(photos, vit, tmp_path):
-    """Against the definition: resize the short side to 32 / 0.9, cut the middle, normalise by timm's mean and std."""
+    """Against the definition: the short side to floor(32 / 0.9) = 35, the middle cut out, normalised by timm's mean and std."""
     found = cached(tmp_path / "f.npz", *of_photos(photos, vit, tmp_path))
     network = random_weights(vit, tmp_path / "again.pt")
     assert found["classes"].tolist() == ["class 0", "class 1", "class 2"]
@@ -116,7 +116,7 @@ def test_cached_features_are_the_networks_of_each_image_as_its_weights_want_it(p
         assert [int(path.parent.name[-1]) for path in paths] == labels.tolist()
         for path, row in zip(paths, found[split], strict=True):
             small = Image.open(path).convert("RGB").resize((43, 35), Image.Resampling.BICUBIC)
-            pixels = torch.from_numpy(np.asarray(small)[1:33, 5:37].copy()).permute(2, 0, 1).float() / 255
+            pixels = torch.from_numpy(np.asarray(small)[2:34, 6:38].copy()).permute(2, 0, 1).float() / 255
             mean, std = (torch.tensor(values).view(3, 1, 1) for values in ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4)))
             with torch.inference_mode():
                 torch.testing.assert_close(torch.from_numpy(row), network(((pixels - mean) / std)[None])[0], rtol=1e-5, atol=1e-5)

@@ -155,15 +155,19 @@ class Given(Config):
 def parse(arguments: list[str]) -> tuple[Config, Command]:
     """The recipe is chosen first, so that the defaults that are shown and changed are real."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name, default in (("data", "digits"), ("method", "hybrid-sc"), ("config", None), ("resume", None), ("eval-only", None)):
-        first.add_argument(f"--{name}", default=default)
-    first.add_argument("--paper", action="store_true")
+    first.add_argument("--data", default="digits")
+    first.add_argument("--method", default="hybrid-sc")
+    for name in ("config", "resume", "eval-only", "network", "weights"):
+        first.add_argument(f"--{name}")
+    for name in ("paper", "pretrained"):
+        first.add_argument(f"--{name}", action="store_true")
     chosen, rest = first.parse_known_args(arguments)
     stored = chosen.config or chosen.resume or chosen.eval_only
     if stored:
         base = settings.read(Path(stored))
     else:
-        base = settings.recipe(chosen.data, chosen.method, paper=chosen.paper)
+        network = settings.trained_network(chosen.network, chosen.pretrained, chosen.weights)
+        base = settings.recipe(chosen.data, chosen.method, paper=chosen.paper, network=network)
         if not any(not one.startswith("-h") and one != "--help" for one in arguments):
             base = settings.change(base, **DEMONSTRATION)
     parts = {name: getattr(base, name) for name in settings.GROUPS}

@@ -18,7 +18,7 @@ import tyro
 from augment import AUGMENTATIONS, Augmentation
 from data import DATASETS, Images, defaults
 from methods import CLASSIFIER_LOSSES, FEATURE_LOSSES, METHODS, Method, passes
-from networks import make_backbone
+from networks import is_timm, make_backbone, timm_settings
 from schedule import SCHEDULES
 
 from fastsupcon.backends import select as select_backend
@@ -103,8 +103,11 @@ FREE = {
 # ---- recipes
 
 
-def recipe(data: str, method: str, *, paper: bool = False) -> Config:
-    """What is known to work: a data set's settings with a method's, or with ``paper`` the optimiser and pictures of the method's paper."""
+def recipe(data: str, method: str, *, paper: bool = False, network: str | None = None) -> Config:
+    """What is known to work: a data set's settings with a method's, or with ``paper`` the optimiser and pictures of the method's paper.
+
+    ``network`` is a timm network that begins from trained weights: images have the size, mean and std that these are used to.
+    """
     images, entry = named(DATASETS, "data", data), named(METHODS, "method", method)
     settings = dict(images.recipe) | (entry.paper if paper else {})
     psc = images.psc_temperature if entry.method.feature_loss in ("psc", "mpsc") else entry.method.temperature
@@ -115,6 +118,11 @@ def recipe(data: str, method: str, *, paper: bool = False) -> Config:
         method=dataclasses.replace(entry.method, method=method, temperature=psc),
     )
     colours = {"mean": images.mean, "std": images.std}
+    if network is not None:
+        wanted = timm_settings(network)
+        colours = {"mean": tuple(wanted.mean), "std": tuple(wanted.std)}
+        if images.shape is None:
+            settings |= {"image_size": wanted.input_size[-1]}
     augments = {name: dataclasses.replace(AUGMENTATIONS[settings.pop(name, images.augment)], **colours) for name in AUGMENTS}
     return change(dataclasses.replace(config, **augments), **settings)
 
@@ -145,7 +153,12 @@ def change(config: Config, **settings: Any) -> Config:
 
 def configure(data: str = "digits", method: str = "hybrid-sc", *, paper: bool = False, **settings: Any) -> Config:
     """A recipe, changed and checked: what the command line does, for Python."""
-    return checked(change(recipe(data, method, paper=paper), **settings))
+    return checked(change(recipe(data, method, paper=paper, network=trained_network(**settings)), **settings))
+
+
+def trained_network(network: str | None = None, pretrained: bool = False, weights: Path | None = None, **_: Any) -> str | None:
+    """Of these settings, the timm network that begins from trained weights."""
+    return network if network is not None and is_timm(network) and (pretrained or weights is not None) else None
 
 
 def differing(a: Config, b: Config) -> list[str]:
@@ -208,8 +221,8 @@ def _check_network(config: Config) -> None:
         raise ValueError(f"dropout acts on features, where network is 'none', got {network.dropout} and network {network.network!r}")
     if network.network != "none":
         return
-    if network.weights is not None:
-        raise ValueError(f"weights are of a network, and network is 'none', got {network.weights}")
+    if network.weights is not None or network.pretrained:
+        raise ValueError(f"weights are of a network, and network is 'none', got weights {network.weights}, pretrained {network.pretrained}")
     if views.views + views.keys > 1 and not network.dropout:
         raise ValueError(
             f"feature_loss {config.method.feature_loss!r} compares views of an image, and those of features are equal: expected dropout "
