@@ -94,6 +94,8 @@ def test_learning_rate():
     assert warm[:10] == pytest.approx([0.4 * (i + 1) / 11 for i in range(10)]) and warm[10] == 0.4
     stepped = [learning_rate(0.5, step, 200, milestones=(0.6, 0.8)) for step in (0, 119, 120, 159, 160, 199)]
     assert stepped == pytest.approx([0.5, 0.5, 0.05, 0.05, 0.005, 0.005])
+    ldam = [learning_rate(0.1, step, 200, warmup=0.025, milestones=(0.8, 0.9), factor=0.01) for step in (5, 159, 160, 179, 180, 199)]
+    assert ldam == pytest.approx([0.1, 0.1, 1e-3, 1e-3, 1e-5, 1e-5])
 
 
 def images(n=64, channels=3, side=8):

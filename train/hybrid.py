@@ -33,6 +33,7 @@ import evaluate
 import processes
 import settings
 import torch
+import trained
 import tyro
 from report import Loggers, report, save, write_log
 from run import Run
@@ -50,12 +51,15 @@ def train(config: Config, data: datasets.Data, *, resume: bool = False) -> dict[
         torch.set_num_threads(config.machine.threads)
     torch.backends.cudnn.deterministic = True  # so that a resumed run comes to the same bits
     run = Run(config, data)
+    if resume and writes:
+        write_config(config)  # --epochs may have changed
     if resume and processes.told((out / "last.pt").exists()):
         run.load_state_dict(checkpoint.load(out / "last.pt", run.device))
     elif writes:
         out.mkdir(parents=True, exist_ok=True)
         checkpoint.write_json(out / "environment.json", checkpoint.environment(run.device) | {"processes": processes.count()})
         write_config(config)
+        trained.write_description(out, data, config.images.image_size)
     loggers = Loggers(run)
     monitored = "test" if data.validation is None else "validation"
     eval_every = records.eval_every or max(1, epochs // 10)
@@ -97,7 +101,7 @@ def train(config: Config, data: datasets.Data, *, resume: bool = False) -> dict[
                 if monitored == "validation" and balanced > run.best["balanced"]:
                     run.best = {"epoch": run.epoch, "balanced": balanced}
                     if writes:
-                        checkpoint.save(out / "best.pt", run.evaluated.state_dict())
+                        checkpoint.save(out / "best.pt", run.averaged.state_dict())
             run.history.append(row)
             run.end_epoch()
             save(run)
@@ -116,12 +120,15 @@ def write_config(config: Config) -> None:
     checkpoint.write_json(config.records.out / "config.json", settings.as_json(config))
 
 
-def finish(config: Config, data: datasets.Data) -> dict[str, Any]:
-    """The run in its folder: trained from the start, from where it was stopped, or read where it is finished."""
+def finish(config: Config, data: datasets.Data, *, extend: bool = False) -> dict[str, Any]:
+    """The run in its folder: trained from the start, from where it was stopped, or read where it is finished.
+
+    With ``extend`` the run may be of another number of epochs, and goes on to the config's.
+    """
     out = config.records.out
     if not processes.told((out / "config.json").exists()):
         return train(config, data)
-    if names := settings.differing(settings.read(out), config):
+    if names := [name for name in settings.differing(settings.read(out), config) if not (extend and name == "epochs")]:
         raise ValueError(f"out {out} holds a run of other settings ({', '.join(names)}): name another folder")
     if processes.told((out / "metrics.json").exists() and len((out / "log.jsonl").read_text().splitlines()) == config.optimiser.epochs):
         return json.loads((out / "metrics.json").read_text())  # with fewer epochs they are those of --eval-only on a run that was stopped
@@ -155,19 +162,28 @@ class Given(Config):
 def parse(arguments: list[str]) -> tuple[Config, Command]:
     """The recipe is chosen first, so that the defaults that are shown and changed are real."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--data", default="digits")
-    first.add_argument("--method", default="hybrid-sc")
-    for name in ("config", "resume", "eval-only", "network", "weights"):
-        first.add_argument(f"--{name}")
+    for names in (("--data",), ("--method",), ("--config",), ("--resume",), ("--eval-only", "--eval_only"), ("--network",), ("--weights",)):
+        first.add_argument(*names)
     for name in ("paper", "pretrained"):
         first.add_argument(f"--{name}", action="store_true")
-    chosen, rest = first.parse_known_args(arguments)
-    stored = chosen.config or chosen.resume or chosen.eval_only
+    chosen, _ = first.parse_known_args(arguments)
+    stored = {name: path for name in ("config", "resume", "eval_only") if (path := getattr(chosen, name))}
+    if len(stored) > 1:
+        raise ValueError(f"one of --config, --resume and --eval-only is expected, got {' and '.join(stored)}")
     if stored:
-        base = settings.read(Path(stored))
+        path = Path(*stored.values())
+        base = settings.read(path)
+        if (
+            chosen.paper
+            or (chosen.data or base.images.data) != base.images.data
+            or (chosen.method or base.method.method) != base.method.method
+        ):
+            raise ValueError(f"--data, --method and --paper choose a recipe, which {path} takes the place of: expected none of them")
+        if chosen.config:
+            base = settings.change(base, out=None)  # or it would be the old run's
     else:
         network = settings.trained_network(chosen.network, chosen.pretrained, chosen.weights)
-        base = settings.recipe(chosen.data, chosen.method, paper=chosen.paper, network=network)
+        base = settings.recipe(chosen.data or "digits", chosen.method or "hybrid-sc", paper=chosen.paper, network=network)
         if not any(not one.startswith("-h") and one != "--help" for one in arguments):
             base = settings.change(base, **DEMONSTRATION)
     parts = {name: getattr(base, name) for name in settings.GROUPS}
@@ -177,7 +193,9 @@ def parse(arguments: list[str]) -> tuple[Config, Command]:
         allowed = {"epochs"} if chosen.resume else set()
         if changed := set(settings.differing(base, config)) - allowed:
             raise ValueError(f"--resume and --eval-only take the run's own settings, got also: {', '.join(sorted(changed))}")
-        config = settings.change(config, out=Path(stored))
+        if config.optimiser.epochs < base.optimiser.epochs:
+            raise ValueError(f"epochs may extend a run of {base.optimiser.epochs}, got {config.optimiser.epochs}")
+        config = settings.change(config, out=path)
     return config, given.command
 
 
@@ -209,24 +227,28 @@ def perform(config: Config, asked: Command) -> None:
     begun = processes.told((out / "config.json").exists())
     if begun and not (asked.resume or asked.eval_only or processes.restarts("RESTART_COUNT")):
         raise ValueError(f"out {out} holds a run already: go on with --resume {out}, or name another folder")
+    own = config.method.method
+    if len({own, *records.against}) <= len(records.against):
+        raise ValueError(f"against must name other methods than {own}, each once, got {', '.join(records.against)}")
+    runs = {name: beside(config, name) for name in records.against} | {own: config}
     with processes.first_of_machine_first():
         data = datasets.load(config.images)
     for note in data.notes:
         say(note)
     several = records.seeds > 1 or records.against
-    if several and not begun and processes.rank() == 0:
+    if several and not asked.eval_only and processes.rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
         write_config(config)
     groups: dict[str, list[dict]] = {}
-    for name in (*records.against, config.method.method):
+    for name, one in runs.items():
         for seed in range(records.seed, records.seed + records.seeds):
-            one = config if name == config.method.method else beside(config, name)
             folder = out / name / f"seed-{seed}" if records.against else out / f"seed-{seed}" if records.seeds > 1 else out
             one = settings.change(one, seed=seed, seeds=1, against=(), out=folder)
-            groups.setdefault(name, []).append(evaluate_again(one, data) if asked.eval_only else finish(one, data))
-    show(groups[config.method.method], data.classes)
+            result = evaluate_again(one, data) if asked.eval_only else finish(one, data, extend=asked.resume is not None)
+            groups.setdefault(name, []).append(result)
+    show(groups[own], data.classes)
     if records.against:
-        compared(groups, config.method.method)
+        compared(groups, own)
         if processes.rank() == 0:
             checkpoint.write_text(out / "comparison.md", compare.table(groups, list(records.against)) + "\n")
             compare.draw(out, groups)
@@ -235,10 +257,15 @@ def perform(config: Config, asked: Command) -> None:
 
 def beside(config: Config, method: str) -> Config:
     """Another method's run that is to be compared with this one: the same but for the method, and as many images through the network."""
-    entry = settings.named(settings.METHODS, "against", method)
-    own, theirs = settings.passes(config.method), settings.passes(entry.method)
-    chosen = dataclasses.replace(entry.method, method=method)
-    return dataclasses.replace(settings.change(config, epochs=max(1, round(config.optimiser.epochs * own / theirs))), method=chosen)
+    settings.named(settings.METHODS, "against", method)
+    theirs, optimiser = settings.method_of(config.images.data, method), config.optimiser
+    classifier = (optimiser.classifier_batch or optimiser.batch) / optimiser.batch
+    ratio = settings.passes(config.method, classifier) / settings.passes(theirs, classifier)
+    changed = dataclasses.replace(settings.change(config, epochs=max(1, round(optimiser.epochs * ratio))), method=theirs)
+    try:
+        return settings.checked(changed)
+    except ValueError as error:
+        raise ValueError(f"against {method}: {error}") from error
 
 
 if __name__ == "__main__":

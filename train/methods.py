@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from sampling import Rule
-from schedule import branch_weights
+from schedule import branch_weights, switch_epoch
 from torch import Tensor, nn
 
 from fastsupcon import MemoryQueue, PSCLoss, SupConLoss
@@ -35,10 +35,10 @@ class Method:
     temperature: float = 0.1  # of the feature loss
     prototypes_per_class: int = 4  # of mpsc
     denominator: Literal["negatives", "all"] = "negatives"  # of psc and mpsc: "all" puts the own prototypes back
-    positives: int = 6  # of kcl: for each anchor
-    positive_weight: float = 0.05  # of paco and gpaco: of each positive row, beside the prototype's 1
+    positives: int = 6  # of kcl: of each anchor, beside its other view
+    positive_weight: float = 0.05  # alpha of paco and gpaco: of each positive row, beside the prototype's 1
     momentum_encoder: float = 0.999  # of paco: decay of the encoder of its keys
-    queue: int = 1024  # of paco: keys of earlier batches
+    queue: int = 1024  # of paco and gpaco: rows of earlier batches, paco's from its momentum encoder, gpaco's the second views
 
     logit_adjustment: float = 0.0  # this x log(class prior) is added to the logits in training: 0 is CE, 1 balanced softmax
     focal_gamma: float = 1.0  # of focal
@@ -46,6 +46,7 @@ class Method:
     cosine: float = 0.0  # the scale of a classifier of unit features and unit weights; 0: a linear one
     class_weights: float = 0.0  # beta of the effective numbers of samples, by which classes are weighted; 0: all alike
     reweight_from: float = 0.0  # fraction of the epochs from which class_weights act
+    weighted_mean: Literal["weights", "images"] = "weights"  # that divide the sum weighted by class_weights
     tau_normalisation: float = 0.0  # evaluated with class weights w / |w|^tau
     mixup: float = 0.0  # of the classifier's images: both parameters of the Beta distribution
 
@@ -90,7 +91,8 @@ class OnEmbeddings(nn.Module):
 
 
 def _supcon(setup: Setup) -> nn.Module:
-    return OnEmbeddings(SupConLoss(setup.method.temperature, normalize=True, **setup.options))
+    options = {"base_temperature": None, "normalize": True, **setup.options}  # as published, where the default is the common 0.07
+    return OnEmbeddings(SupConLoss(setup.method.temperature, **options))
 
 
 def _psc(setup: Setup) -> nn.Module:
@@ -125,42 +127,43 @@ class Parametric(nn.Module):
         super().__init__()
         method = setup.method
         self.register_buffer("counts", setup.counts.clone())
-        self.queue = MemoryQueue(method.queue, setup.embedding) if method.feature_loss == "paco" else None
+        self.views = FEATURE_LOSSES[method.feature_loss].views
+        self.queue = MemoryQueue(method.queue, setup.embedding)
         self.options = {"alpha": method.positive_weight, "temperature": method.temperature, **setup.options}
 
     def forward(self, branch: Branch) -> Tensor:
         prototypes = torch.cat([branch.classifier.weight, branch.classifier.bias[:, None]], 1)
-        features = F.pad(branch.features, (0, 1), value=1.0)
+        z, features = (x.unflatten(0, (self.views, -1)).transpose(0, 1) for x in (branch.z, F.pad(branch.features, (0, 1), value=1.0)))
         given = {"momentum_features": branch.keys, "class_features": features, "class_counts": self.counts, "queue": self.queue}
-        return losses.paco_loss(branch.z, branch.labels, prototypes.to(features.dtype), **given, **self.options)
+        return losses.paco_loss(z, branch.labels[: len(z)], prototypes.to(features.dtype), **given, **self.options)
 
 
 class KPositives(nn.Module):
-    """KCL: each anchor has at most K positives, drawn anew at each step from the others of its class in the batch.
+    """KCL: an anchor's positives are its other view and at most K of the other images' rows of its class, drawn anew at each step.
 
-    The batch is shuffled, each class stands in a circle, and an anchor's positives are the K that follow it: O(N K) memory.
+    The batch is shuffled, each class stands in a circle, and of those that follow an anchor the first K are taken: O(N K) memory.
     """
 
     def __init__(self, setup: Setup) -> None:
         super().__init__()
         if setup.options["group"] is not None:
             raise ValueError("feature_loss 'kcl' names positives by number and serves one process, got several")
-        self.positives, self.options = (
-            setup.method.positives,
-            {"temperature": setup.method.temperature, "backend": setup.options["backend"]},
-        )
+        self.positives, self.images = setup.method.positives, setup.batch
+        self.options = {"temperature": setup.method.temperature, "backend": setup.options["backend"]}
 
     def draw(self, labels: Tensor) -> Tensor:
-        """[N, K] numbers of rows, -1 where a class has fewer others."""
+        """[N, 2 + K] numbers of rows, the other view's first, -1 for none. Rows go view by view: i and i + B are of one image."""
         count, device = len(labels), labels.device
         shuffled = torch.randperm(count, device=device)
         order = shuffled[labels[shuffled].argsort(stable=True)]  # class by class
         ordered, place = labels[order], torch.arange(count, device=device)
         start = torch.searchsorted(ordered, ordered)
         size = torch.searchsorted(ordered, ordered, right=True) - start
-        step = torch.arange(1, self.positives + 1, device=device)
-        following = start[:, None] + (place - start)[:, None].add(step) % size[:, None]
-        chosen = torch.where(step < size[:, None], order[following], -1)
+        step = torch.arange(1, self.positives + 2, device=device)  # one more than K: the other view may be among them
+        following = order[start[:, None] + (place - start)[:, None].add(step) % size[:, None]]
+        free = (step < size[:, None]) & (following % self.images != order[:, None] % self.images)
+        chosen = torch.where(free & (free.cumsum(1) <= self.positives), following, -1)
+        chosen = torch.cat([(order[:, None] + self.images) % count, chosen], 1)
         return torch.empty_like(chosen).index_copy_(0, order, chosen)
 
     def forward(self, branch: Branch) -> Tensor:
@@ -255,54 +258,72 @@ def class_weights(beta: float, counts: Tensor) -> Tensor:
 class Entry:
     method: Method
     source: str
-    paper: dict[str, Any] = field(default_factory=dict)  # on CIFAR: settings of the optimiser, names of augmentations
-    reported: dict[str, tuple[float, str]] = field(default_factory=dict)  # test accuracy in %, imbalance 100: whose figure it is
+    paper: dict[str, Any] = field(default_factory=dict)  # settings of the authors' code on CIFAR, where it has them: see docs/methods.md
 
 
 ALONE = {"feature_loss": "none", "schedule": "sum"}
 STRONG = {"augment": "autoaugment", "feature_augment": "sim"}
-LDAM_SETTINGS = {
-    "batch": 128,
-    "lr": 0.1,
-    "weight_decay": 2e-4,
-    "warmup": 0.025,
-    "milestones": (0.8, 0.9),
-    **dict.fromkeys(("augment", "feature_augment"), "cifar-plain"),
+PLAIN = dict.fromkeys(("augment", "feature_augment"), "cifar-plain")
+LDAM_SETTINGS = {"batch": 128, "lr": 0.1, "weight_decay": 2e-4, "warmup": 0.025, "milestones": (0.8, 0.9), "lr_factor": 0.01, **PLAIN}
+LOGIT_SETTINGS = {
+    **{"epochs": 1241, "batch": 128, "lr": 0.1, "nesterov": True, "weight_decay": 2e-4},  # its l2 of 1e-4 |w|^2 is 2e-4 here
+    **{"warmup": 20 / 1241, "milestones": (604 / 1241, 926 / 1241, 1128 / 1241), **PLAIN},
+}
+BCL_SETTINGS = {"batch": 256, "lr": 0.15, "weight_decay": 5e-4, "warmup": 0.025, "milestones": (0.8, 0.9), "hidden": 512, **STRONG}
+PACO_SETTINGS = {
+    **{"epochs": 400, "batch": 128, "lr": 0.05, "weight_decay": 5e-4, "warmup": 0.025, "milestones": (0.8, 0.9)},
+    **{"hidden": 64, "embedding": 32, **dict.fromkeys(("augment", "feature_augment"), "autoaugment")},
+}
+# Of Li et al. 2022 (TSC): 1000 epochs of features, then 200 of a classifier with LDAM's loss.
+KCL_SETTINGS = {
+    **{"epochs": 1200, "switch_at": 5 / 6, "batch": 1024, "lr": 0.5, "warmup": 0.01, "milestones": (), "weight_decay": 1e-4},
+    **{"classifier_loss": "ldam", "cosine": 30.0, "class_weights": 0.9999, "sampler": "instance"},
+    **dict.fromkeys(("augment", "feature_augment"), "sim"),
 }
 
 METHODS: dict[str, Entry] = {
     "ce": Entry(Method(**ALONE, sampler="instance"), "cross-entropy", LDAM_SETTINGS),
     "ce-balanced": Entry(Method(**ALONE), "cross-entropy, class-balanced batches", LDAM_SETTINGS),
     "focal": Entry(Method(**ALONE, sampler="instance", classifier_loss="focal"), "Lin et al. 2017", LDAM_SETTINGS),
-    "cb-focal": Entry(Method(**ALONE, sampler="instance", classifier_loss="focal", class_weights=0.9999), "Cui et al. 2019", LDAM_SETTINGS),
+    "cb-focal": Entry(
+        Method(**ALONE, sampler="instance", classifier_loss="focal", class_weights=0.9999, weighted_mean="images"),
+        "Cui et al. 2019",
+        LDAM_SETTINGS,
+    ),
     "ldam-drw": Entry(
         Method(**ALONE, sampler="instance", classifier_loss="ldam", cosine=30.0, class_weights=0.9999, reweight_from=0.8),
         "Cao et al. 2019",
         LDAM_SETTINGS,
     ),
     "logit-adjustment": Entry(
-        Method(**ALONE, sampler="instance", logit_adjustment=1.0), "Menon et al. 2021; Ren et al. 2020", LDAM_SETTINGS
+        Method(**ALONE, sampler="instance", logit_adjustment=1.0), "Menon et al. 2021; Ren et al. 2020", LOGIT_SETTINGS
     ),
     "crt": Entry(
-        Method(feature_loss="none", schedule="two-stage", switch_at=0.95), "Kang et al. 2020, classifier trained again", LDAM_SETTINGS
+        Method(feature_loss="none", schedule="two-stage", switch_at=0.95),
+        "Kang et al. 2020, classifier trained again",
+        LDAM_SETTINGS | {"epochs": 230, "switch_at": 200 / 230},  # Zhang et al. 2021: theirs has no CIFAR
     ),
     "tau-norm": Entry(Method(**ALONE, sampler="instance", tau_normalisation=1.0), "Kang et al. 2020, tau-normalisation", LDAM_SETTINGS),
-    "two-stage": Entry(Method(schedule="two-stage", switch_at=2 / 3), "Khosla et al. 2020, features, then a classifier"),
+    "two-stage": Entry(Method(schedule="two-stage", switch_at=2 / 3), "Khosla et al. 2020, features, then a classifier", KCL_SETTINGS),
     "hybrid-sc": Entry(Method(), "Wang et al. 2021"),
     "hybrid-psc": Entry(Method(feature_loss="psc"), "Wang et al. 2021"),
     "hybrid-mpsc": Entry(Method(feature_loss="mpsc"), "Wang et al. 2021, several prototypes a class"),
     "bcl": Entry(
         Method(feature_loss="bcl", schedule="sum", loss_weights=(0.6, 2.0), classifier_images="shared", logit_adjustment=1.0),
         "Zhu et al. 2022",
-        {"batch": 256, "lr": 0.15, "weight_decay": 5e-4, "warmup": 0.025, "milestones": (0.8, 0.9), **STRONG},
+        BCL_SETTINGS,
     ),
     "paco": Entry(
-        Method(feature_loss="paco", classifier_loss="none", schedule="sum", temperature=0.05), "Cui et al. 2021", STRONG | {"epochs": 400}
+        Method(feature_loss="paco", classifier_loss="none", schedule="sum", temperature=0.05, positive_weight=0.01),
+        "Cui et al. 2021",
+        PACO_SETTINGS,
     ),
     "gpaco": Entry(
-        Method(feature_loss="gpaco", classifier_loss="none", schedule="sum", temperature=0.07), "Cui et al. 2023", STRONG | {"epochs": 400}
+        Method(feature_loss="gpaco", classifier_loss="none", schedule="sum", temperature=0.07, positive_weight=0.01),
+        "Cui et al. 2023",
+        PACO_SETTINGS | {"embedding": 128},
     ),
-    "kcl": Entry(Method(feature_loss="kcl", schedule="two-stage", switch_at=0.8), "Kang et al. 2021"),
+    "kcl": Entry(Method(feature_loss="kcl", schedule="two-stage", switch_at=0.8, temperature=0.07), "Kang et al. 2021", KCL_SETTINGS),
     "ours": Entry(
         Method(schedule="constant", sampler="instance", logit_adjustment=1.0),
         "contrastive features beside a logit-adjusted classifier of instance-balanced batches, at a constant weight",
@@ -329,7 +350,7 @@ class Stage:
 def stage_at(method: Method, epoch: int, epochs: int, seed: int = 0) -> Stage:
     feature = FEATURE_LOSSES[method.feature_loss]
     alpha, beta = branch_weights(method.schedule, epoch, epochs, switch_at=method.switch_at, seed=seed)
-    switch = math.ceil(method.switch_at * epochs) if method.schedule == "two-stage" else epochs
+    switch = switch_epoch(method.switch_at, epochs) if method.schedule == "two-stage" else epochs
     second, alone = method.schedule == "two-stage" and epoch >= switch, method.feature_loss == "none"
     weights = (0.0, 1.0) if alone else (alpha * method.loss_weights[0], beta * method.loss_weights[1])
     classifies = method.classifier_loss != "none" and (method.schedule != "two-stage" or second or alone)
@@ -347,7 +368,10 @@ def stage_at(method: Method, epoch: int, epochs: int, seed: int = 0) -> Stage:
     )
 
 
-def passes(method: Method) -> float:
-    """How often an image of a batch goes through a backbone in an update, the mean over training: in each view, as a key, for the classifier."""
-    stages = [stage_at(method, epoch, 1000) for epoch in range(1000)]
-    return sum(stage.views + stage.keys + stage.own_images for stage in stages) / len(stages)
+def passes(method: Method, classifier: float = 1.0) -> float:
+    """How often an epoch takes an image through the backbone, the mean over training: in each view, as a key, for the classifier.
+
+    ``classifier`` is classifier_batch / batch; where there is no feature branch, the classifier's pass is the epoch.
+    """
+    stages, own = [stage_at(method, epoch, 1000) for epoch in range(1000)], classifier if FEATURE_LOSSES[method.feature_loss].views else 1.0
+    return sum(stage.views + stage.keys + own * stage.own_images for stage in stages) / len(stages)

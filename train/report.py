@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import card
 import checkpoint
 import evaluate
+import exports
 import plots
 import processes
+import trained
 from methods import METHODS
 from networks import parameters_of
 from run import Run
@@ -38,14 +41,14 @@ def report(run: Run) -> dict[str, Any]:
     embeddings, logits, labels = run.predict("test", "embeddings", "logits")
     last = chosen = evaluate.metrics(logits, labels, **measure)
     if data.validation is not None:
-        run.evaluated.load_state_dict(checkpoint.load(out / "best.pt", run.device))
+        run.averaged.load_state_dict(checkpoint.load(out / "best.pt", run.device))
         embeddings, logits, labels = run.predict("test", "embeddings", "logits")
         chosen = evaluate.metrics(logits, labels, **measure)
     if config.records.knn:
         chosen = evaluate.metrics(logits, labels, **measure, neighbours=nearest(run))
     result = {
         "chosen_by": "last epoch" if data.validation is None else "validation",
-        "best_epoch": run.best["epoch"],
+        "best_epoch": config.optimiser.epochs - 1 if data.validation is None else run.best["epoch"],
         "best": chosen,
         "last": last,
         "train_images": data.counts.tolist(),
@@ -64,13 +67,14 @@ def report(run: Run) -> dict[str, Any]:
     checkpoint.write_json(out / "metrics.json", result)
     evaluate.write_per_class(out / "per_class.csv", data.classes, data.counts, labels, chosen["per_class"])
     if config.records.export:
-        export(run)
+        exports.export(trained.load(out), config.records.export)
     if config.records.pictures:
         counts = result["train_images"]
         plots.per_class(out / "per_class.png", counts, {out.name: chosen["per_class"]}, data.classes, **shots)
         plots.confusion(out / "confusion.png", evaluate.confusion(logits, labels), data.classes, counts, **shots)
         plots.embedding(out / "embedding.png", embeddings, labels, data.classes, counts)
         plots.curves(out / "curves.png", run.history)
+    checkpoint.write_text(out / "README.md", card.card(out, config, result, data.classes, tested=len(labels)))
     return result
 
 
@@ -80,13 +84,6 @@ def nearest(run: Run) -> dict[str, Tensor]:
     *train, train_labels = run.predict("train", *spaces)
     *test, _ = run.predict("test", *spaces)
     return {name: evaluate.nearest_neighbours(x, train_labels, y) for name, x, y in zip(spaces, train, test, strict=True)}
-
-
-def export(run: Run) -> None:
-    from safetensors.torch import save
-
-    weights = {name: value.contiguous() for name, value in run.evaluated.state_dict().items()}
-    checkpoint.write_whole(run.config.records.out / "model.safetensors", lambda file: file.write(save(weights)))
 
 
 class Loggers:

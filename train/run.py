@@ -185,7 +185,9 @@ class Run:
             total = images_of_all
             if self.class_weights is not None and stage.reweighted:
                 weights = self.class_weights[classes]
-                each, total = each * weights, processes.total(weights.sum())
+                each = each * weights
+                if self.config.method.weighted_mean == "weights":
+                    total = processes.total(weights.sum())
             classifier_loss = each.sum() / total
             right = (logits.argmax(1) == classes).sum() / images_of_all
         loss = self.weights[0] * feature_loss + self.weights[1] * (count * classifier_loss)
@@ -195,7 +197,9 @@ class Run:
         """One step: the images of both branches through the backbone as one batch."""
         optimiser, (first, last) = self.config.optimiser, self.stage.epochs
         done, total = (self.epoch - first) * self.steps + self.step, (last - first) * self.steps
-        self.lr_now = learning_rate(optimiser.lr, done, total, warmup=optimiser.warmup, milestones=optimiser.milestones)
+        self.lr_now = learning_rate(
+            optimiser.lr, done, total, warmup=optimiser.warmup, milestones=optimiser.milestones, factor=optimiser.lr_factor
+        )
         self.lr.fill_(self.lr_now)
         images, keys, mixed = self.augmented(raw), None, None
         anchors, of_keys, own = self.plan.parts
@@ -244,16 +248,30 @@ class Run:
         self.epoch, self.step = self.epoch + 1, 0
         self.sums.zero_()
         self.begin_epoch()
-        if self.stage.frozen and not before.frozen and before.classifies:  # cRT: a classifier anew, on features that stay
-            self.network.classifier.reset_parameters()
+        if self.stage.frozen and not before.frozen and before.classifies:
+            self.begin_classifier()
+
+    def begin_classifier(self) -> None:
+        """cRT: a classifier anew, on features that stay; its course so far is neither in its momentum nor in its average."""
+        self.network.classifier.reset_parameters()
+        for p in self.network.classifier.parameters():
+            for value in self.optimizer.state[p].values():
+                value.zero_()
+        if self.ema is not None:
+            self.ema.module.classifier.load_state_dict(self.network.classifier.state_dict())
+
+    @property
+    def averaged(self) -> HybridNetwork:
+        """The network, or its running average."""
+        return self.network if self.ema is None else self.ema.module
 
     @property
     def evaluated(self) -> HybridNetwork:
-        network = self.network if self.ema is None else self.ema.module
+        """A copy where the classifier is tau-normalised: what is loaded belongs in ``averaged``."""
         tau = self.config.method.tau_normalisation
         if not tau:
-            return network
-        network = copy.deepcopy(network)
+            return self.averaged
+        network = copy.deepcopy(self.averaged)
         with torch.no_grad():
             network.classifier.weight.copy_(evaluate.tau_normalised(network.classifier.weight, tau))
             network.classifier.bias.zero_()

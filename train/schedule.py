@@ -42,11 +42,18 @@ def branch_weights(schedule: str, epoch: int, epochs: int, *, switch_at: float =
     return SCHEDULES[schedule](epoch / epochs, switch_at)
 
 
-def learning_rate(peak: float, step: int, steps: int, *, warmup: float = 0.0, milestones: tuple[float, ...] = ()) -> float:
-    """Linear warm-up over the fraction ``warmup`` of the steps, then the half cosine to zero, or x 0.1 at each milestone fraction."""
+def switch_epoch(switch_at: float, epochs: int) -> int:
+    """The first epoch of the classifier in "switch" and "two-stage", by their own comparison: ceil(switch_at * epochs) rounds otherwise."""
+    return sum(epoch / epochs < switch_at for epoch in range(epochs))
+
+
+def learning_rate(
+    peak: float, step: int, steps: int, *, warmup: float = 0.0, milestones: tuple[float, ...] = (), factor: float = 0.1
+) -> float:
+    """Linear warm-up over the fraction ``warmup`` of the steps, then the half cosine to zero, or x ``factor`` at each milestone."""
     t = step / steps
     if t < warmup:
         return peak * (step + 1) / (warmup * steps + 1)
     if milestones:
-        return peak * 0.1 ** sum(t >= m for m in milestones)
+        return peak * factor ** sum(t >= m for m in milestones)
     return peak * 0.5 * (1 + math.cos(math.pi * (t - warmup) / (1 - warmup)))

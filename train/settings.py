@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+import exports
 import processes
 import torch
 import tyro
@@ -19,7 +20,7 @@ from augment import AUGMENTATIONS, Augmentation
 from data import DATASETS, Images, defaults
 from methods import CLASSIFIER_LOSSES, FEATURE_LOSSES, METHODS, Method, passes
 from networks import is_timm, make_backbone, timm_settings
-from schedule import SCHEDULES
+from schedule import SCHEDULES, switch_epoch
 
 from fastsupcon.backends import select as select_backend
 
@@ -45,7 +46,8 @@ class Optimiser:
     optimiser: Literal["sgd", "adamw"] = "sgd"
     lr: float = 0.5  # at its peak
     warmup: float = 0.0  # fraction of the steps
-    milestones: tuple[float, ...] = (0.6, 0.8)  # fractions of the steps at which lr drops to a tenth; none: cosine
+    milestones: tuple[float, ...] = (0.6, 0.8)  # fractions of the steps at which lr drops; none: cosine
+    lr_factor: float = 0.1  # by which it drops at each
     momentum: float = 0.9  # of sgd; adamw's first beta
     nesterov: bool = False
     weight_decay: float = 1e-4
@@ -76,7 +78,7 @@ class Records:
     knn: bool = False  # also classify by the nearest training images
     pictures: bool = True  # per class, confusion, embedding, curves
     log_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()  # beside log.jsonl
-    export: bool = False  # the chosen weights as model.safetensors
+    export: tuple[Literal["safetensors", "torch", "onnx"], ...] = ()  # the chosen network, for other programs
 
 
 @dataclass(frozen=True)
@@ -110,12 +112,11 @@ def recipe(data: str, method: str, *, paper: bool = False, network: str | None =
     """
     images, entry = named(DATASETS, "data", data), named(METHODS, "method", method)
     settings = dict(images.recipe) | (entry.paper if paper else {})
-    psc = images.psc_temperature if entry.method.feature_loss in ("psc", "mpsc") else entry.method.temperature
     if data == "digits":  # as many images as 160 epochs of a classifier alone, whatever the method takes of each batch
         settings |= {"epochs": round(160 / passes(entry.method))}
     config = Config(
         images=defaults(data),
-        method=dataclasses.replace(entry.method, method=method, temperature=psc),
+        method=method_of(data, method),
     )
     colours = {"mean": images.mean, "std": images.std}
     if network is not None:
@@ -125,6 +126,12 @@ def recipe(data: str, method: str, *, paper: bool = False, network: str | None =
             settings |= {"image_size": wanted.input_size[-1]}
     augments = {name: dataclasses.replace(AUGMENTATIONS[settings.pop(name, images.augment)], **colours) for name in AUGMENTS}
     return change(dataclasses.replace(config, **augments), **settings)
+
+
+def method_of(data: str, name: str) -> Method:
+    """A row of METHODS, with the temperature that the data set's recipe has for prototypes."""
+    method = dataclasses.replace(named(METHODS, "method", name).method, method=name)
+    return dataclasses.replace(method, temperature=DATASETS[data].psc_temperature) if method.feature_loss in ("psc", "mpsc") else method
 
 
 def named(table: dict[str, Any], argument: str, name: str) -> Any:
@@ -172,9 +179,10 @@ def differing(a: Config, b: Config) -> list[str]:
 
 def checked(config: Config) -> Config:
     """Everything checked that can be without the data; the device named."""
+    _check_choices(config)
     values = {name: value for group, name, value in settings_of(config) if group not in AUGMENTS}
     positive = ("epochs", "batch", "classifier_batch", "lr", "temperature", "width", "hidden", "embedding", "seeds", "eval_every")
-    positive += ("eval_batch", "log_every", "keep_every", "prototypes_per_class", "positives", "image_size", "clip", "threads")
+    positive += ("eval_batch", "log_every", "keep_every", "prototypes_per_class", "positives", "image_size", "clip", "threads", "lr_factor")
     for name in positive:
         if values[name] is not None and not values[name] > 0:
             raise ValueError(f"{name} must be positive, got {values[name]}")
@@ -198,14 +206,26 @@ def checked(config: Config) -> Config:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {chosen!r} is not usable here: {error}") from error
-    for package, wanted in (("safetensors", config.records.export), *((name, name in config.records.log_to) for name in LOGGERS)):
-        if wanted and find_spec(package) is None:
-            option = "export" if package == "safetensors" else "log_to"
-            raise ValueError(f"{option} needs the package {package} (the [train-extra] extra), which is not installed")
+    exports.check(config.records.export)
+    for package in config.records.log_to:
+        if find_spec(package) is None:
+            raise ValueError(f"log_to needs the package {package} (the [train-extra] extra), which is not installed")
     _check_network(config)
     if config.method.feature_loss != "none":  # raises where this backend cannot serve
         select_backend(config.machine.backend, device, DTYPES[config.machine.precision], config.network.embedding)
     return change(config, device=chosen)
+
+
+def _check_choices(config: Config) -> None:
+    """Python may give what the command line would refuse."""
+    for group in GROUPS:
+        for name, hint in typing.get_type_hints(type(getattr(config, group))).items():
+            value = getattr(getattr(config, group), name)
+            several = typing.get_origin(hint) is tuple
+            choice = typing.get_args(hint)[0] if several else hint
+            for one in value if several else (value,):
+                if typing.get_origin(choice) is Literal and one not in typing.get_args(choice):
+                    raise ValueError(f"{name} must be {'some' if several else 'one'} of {', '.join(typing.get_args(choice))}, got {one!r}")
 
 
 def _check_network(config: Config) -> None:
@@ -235,14 +255,19 @@ def _check_network(config: Config) -> None:
             raise ValueError(f"{group} acts on images, and data {given!r} is features: expected no {', '.join(changed)}")
 
 
-LOGGERS = ("tensorboard", "wandb", "mlflow")
 # Settings of a method that act on some losses alone: their value where they rest, and who reads them.
+FEATURES, CLASSIFIERS = (tuple(name for name in table if name != "none") for table in (FEATURE_LOSSES, CLASSIFIER_LOSSES))
 READ_BY = {
+    "temperature": ("feature_loss", FEATURES),
+    "loss_weights": ("feature_loss", FEATURES),
+    "classifier_images": ("classifier_loss", CLASSIFIERS),
+    "class_weights": ("classifier_loss", CLASSIFIERS),
+    "mixup": ("classifier_loss", CLASSIFIERS),
     "prototypes_per_class": ("feature_loss", ("mpsc",)),
     "denominator": ("feature_loss", ("psc", "mpsc")),
     "positives": ("feature_loss", ("kcl",)),
     "momentum_encoder": ("feature_loss", ("paco",)),
-    "queue": ("feature_loss", ("paco",)),
+    "queue": ("feature_loss", ("paco", "gpaco")),
     "positive_weight": ("feature_loss", ("paco", "gpaco")),
     "focal_gamma": ("classifier_loss", ("focal",)),
     "margin": ("classifier_loss", ("ldam",)),
@@ -253,28 +278,41 @@ READ_BY = {
 def _check_method(config: Config) -> None:
     method, rest = config.method, Method()
     named(METHODS, "method", method.method)
-    feature = named(FEATURE_LOSSES, "feature_loss", method.feature_loss)
+    named(FEATURE_LOSSES, "feature_loss", method.feature_loss)
     named(CLASSIFIER_LOSSES, "classifier_loss", method.classifier_loss)
     named(SCHEDULES, "schedule", method.schedule)
     for name, (loss, readers) in READ_BY.items():
         if getattr(method, name) != getattr(rest, name) and getattr(method, loss) not in readers:
             raise ValueError(f"{name} acts on {loss} {' and '.join(readers)} alone, got {loss} {getattr(method, loss)!r}")
-    if method.classifier_loss == "none" and not feature.trains_classifier:
+    parametric = method.feature_loss in ("paco", "gpaco")  # whose logits of the classifier are in their loss
+    if method.classifier_loss == "none" and not parametric:
         raise ValueError(
             f"classifier_loss 'none' needs a feature loss that trains the classifier (paco, gpaco), got {method.feature_loss!r}"
         )
+    if method.classifier_loss == "none" and method.schedule == "two-stage":
+        raise ValueError("schedule 'two-stage' needs a classifier_loss for its second stage, got 'none'")
+    if parametric and method.cosine:
+        raise ValueError(f"feature_loss {method.feature_loss!r} needs a linear classifier: expected cosine 0, got {method.cosine}")
+    if method.feature_loss == "none" and method.schedule not in ("sum", "two-stage"):
+        raise ValueError(f"schedule must be 'sum' or 'two-stage' without a feature loss, got {method.schedule!r}")
+    if method.mixup and method.classifier_images == "views":
+        raise ValueError("mixup mixes the classifier's own images: expected classifier_images 'own' or 'shared', got 'views'")
     if method.classifier_loss == "ldam" and not method.cosine:
         raise ValueError("classifier_loss 'ldam' needs a cosine classifier, whose scale is its unit: expected cosine above 0, got 0")
     if method.feature_loss == "none" and method.classifier_images != "own":
         raise ValueError(f"classifier_images must be 'own' without a feature loss, got {method.classifier_images!r}")
     if method.schedule == "two-stage" and method.classifier_images != "own":
         raise ValueError(f"classifier_images must be 'own' for schedule 'two-stage', got {method.classifier_images!r}")
+    epochs = config.optimiser.epochs
+    if method.schedule == "two-stage" and switch_epoch(method.switch_at, epochs) == epochs:
+        raise ValueError(f"switch_at must leave the second of two stages an epoch of {epochs}, got {method.switch_at}")
     if method.classifier_images == "views" and config.optimiser.classifier_batch not in (None, config.optimiser.batch):
         raise ValueError("classifier_batch has no effect where classifier_images is 'views': expected None")
     if method.tau_normalisation and method.cosine:
         raise ValueError("tau_normalisation acts on a linear classifier: expected cosine 0")
-    if method.reweight_from and not method.class_weights:
-        raise ValueError("reweight_from acts on class_weights alone, which are 0")
+    for name in ("reweight_from", "weighted_mean"):
+        if getattr(method, name) != getattr(rest, name) and not method.class_weights:
+            raise ValueError(f"{name} acts on class_weights alone, which are 0")
 
 
 # ---- config.json

@@ -98,9 +98,7 @@ CIFAR10_TABLES = [Table("250,000 images", rows(*COMPARED, "bcl", images=250_000,
 # The paper's network and batch; with a warm-up, without which cross-entropy at this lr stays at chance for hundreds of updates.
 PAPER = {"data": "cifar10-jpeg", "warmup": 0.05}
 BUDGETS = (125_000, 250_000, 500_000, 1_000_000, 2_500_000)
-BUDGET_TABLES = [
-    Table(f"{images:,} images", rows(*COMPARED, "bcl", images=images, **PAPER), BASELINES[::2]) for images in BUDGETS
-]
+BUDGET_TABLES = [Table(f"{images:,} images", rows(*COMPARED, "bcl", images=images, **PAPER), BASELINES[::2]) for images in BUDGETS]
 
 
 @dataclass(frozen=True)
@@ -213,7 +211,9 @@ def fill(given: Given) -> dict[str, Any]:
         for seed, (name, row) in itertools.product(seeds, chosen.items()):
             first = settings.recipe(row.get("data", "digits"), row.get("method", "hybrid-sc")).images
             train_images = len(load(dataclasses.replace(first, root=given.root)).train) if "images" in row else None
-            planned.append((table, name, configure(given, table, row, seed, out / slug(table.title) / slug(name) / f"seed-{seed}", train_images)))
+            planned.append(
+                (table, name, configure(given, table, row, seed, out / slug(table.title) / slug(name) / f"seed-{seed}", train_images))
+            )
     out.mkdir(parents=True, exist_ok=True)
     results: dict[str, dict[str, list[dict]]] = {table.title: {} for table in tables}
     with terminal.progress_bar() as progress:
