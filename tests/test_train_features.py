@@ -1,6 +1,5 @@
 """Features cached once: they are the network's, in order, and heads on them are heads on the network."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -14,8 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-for package in ("tyro", "rich", "sklearn", "matplotlib", "PIL"):
-    pytest.importorskip(package, reason="needs the [train] extra")
+pytest.importorskip("tyro", reason="needs the [train] extra")
+pytest.importorskip("rich", reason="needs the [train] extra")
+pytest.importorskip("sklearn", reason="needs the [train] extra")
+pytest.importorskip("matplotlib", reason="needs the [train] extra")
 
 import checkpoint
 import data as datasets
@@ -213,7 +214,7 @@ def test_parts_of_another_extraction_are_refused(photos, vit, tmp_path):
     with pytest.raises(SystemExit, match="another extraction, whose network"):
         cached(chosen.out, *given)
     (folder / "about.json").write_text("{")
-    with pytest.raises(SystemExit, match="about.json is not readable JSON"):
+    with pytest.raises(SystemExit, match=r"about\.json is not readable JSON"):
         cached(chosen.out, *given)
 
 
@@ -341,8 +342,9 @@ def test_heads_on_cached_features_are_heads_on_the_network(photos, vit, tmp_path
         ("logit-adjustment", {"cosine": 30.0}),
         ("ldam-drw", {}),
         ("hybrid-sc", {"dropout": 0.2}),
-        ("bcl", {"dropout": 0.2, "optimiser": "adamw", "lr": 1e-2}),
-        ("crt", {}),
+        ("bcl", {"dropout": 0.2}),
+        ("ours", {"dropout": 0.2, "optimiser": "adamw", "lr": 1e-2, "epochs": 30}),
+        ("crt", {"switch_at": 0.5}),
     ],
 )
 def test_methods_learn_clusters_far_apart(tmp_path, method, changes):
@@ -353,17 +355,18 @@ def test_methods_learn_clusters_far_apart(tmp_path, method, changes):
 def test_a_run_on_features_goes_on_to_the_same_bits(tmp_path):
     config = heads(written(tmp_path / "f.npz"), tmp_path / "whole", "hybrid-sc", dropout=0.3)
     data = datasets.load(config.images)
-    whole = Run(config, data)
-    half = Run(config, data)
-    for run, epochs in ((whole, 2), (half, 1)):
-        for _ in range(epochs):
+
+    def trained(run: Run, until: int) -> Run:
+        while run.epoch < until:
             for raw, labels in run.batches["train"](run.plan.indices, 0, (0, run.epoch), run.plan.own):
                 run.update(raw, labels)
             run.end_epoch()
-    resumed = Run(config, data)
-    resumed.load_state_dict(half.state_dict())
-    for raw, labels in resumed.batches["train"](resumed.plan.indices, 0, (0, 1), resumed.plan.own):
-        resumed.update(raw, labels)
+        return run
+
+    half = trained(Run(config, data), 1).state_dict()
+    whole, resumed = trained(Run(config, data), 2), Run(config, data)
+    resumed.load_state_dict(half)
+    trained(resumed, 2)
     expected = whole.network.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in resumed.network.state_dict().items())
 
@@ -480,9 +483,6 @@ def test_adamw_leaves_biases_and_norms_undecayed(tmp_path):
     assert values == [[pytest.approx(0.95)], [1.0], [1.0], [1.0]]
 
 
-def test_dataclass_defaults_are_one_place():
-    """The recipe of features is on DATASETS alone, and no field of it is unknown."""
-    config = settings.recipe("features", "hybrid-psc")
-    flat = {name: value for _, name, value in settings.settings_of(config)}
+def test_the_recipe_is_the_data_sets():
+    flat = {name: value for _, name, value in settings.settings_of(settings.recipe("features", "hybrid-psc"))}
     assert all(flat[name] == value for name, value in datasets.DATASETS["features"].recipe.items())
-    assert dataclasses.replace(config).network.network == "none"
