@@ -4,7 +4,7 @@ Where processes share a batch, each draws the parameters of all its images and k
 would draw, at the price of a few random numbers for each image of the others.
 
 Each operation has a strength at which it does nothing, so "this image, not that one" is a strength per image and never a branch: no step
-waits for the device, and every tensor has the same shape at every step.
+waits for a GPU, and every tensor there has the same shape at every step.
 
 The operations of AutoAugment and RandAugment give Pillow's levels, uint8 [N, C, H, W]; all else is float [N, C, H, W] in [0, 1].
 """
@@ -62,7 +62,7 @@ class Augmentation:
     shift: float = 0.0  # of the image's side, either way
     zoom: float = 0.0  # scale in 1 -+ zoom
     autoaugment: Literal["none", "cifar10", "imagenet"] = "none"  # the policy found on these images
-    randaugment: int = 0  # operations per image, of strength 9 of 30
+    randaugment: int = 0  # operations per image, of magnitude 9 of 30
     color_jitter: float = 0.0  # s: brightness, contrast and saturation in 1 -+ 0.8 s, hue -+ 0.2 s of a turn (SimCLR)
     color_jitter_probability: float = 1.0
     grayscale: float = 0.0  # probability; colour images only, as are jitter's saturation and hue
@@ -119,10 +119,10 @@ class Augmentation:
 
 
 @functools.cache
-def constant(values: tuple[Any, ...], device: torch.device) -> Tensor:
+def constant(values: tuple[Any, ...], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     """Brought to the device once: to copy it at every step would be to wait for the device, which a CUDA graph does not allow."""
     with torch.inference_mode(False):
-        return torch.tensor(values, device=device)
+        return torch.tensor(values, device=device, dtype=dtype)
 
 
 def per_image(values: Tensor) -> Tensor:
@@ -262,8 +262,8 @@ def mixup(images: Tensor, alpha: float, draws: Draws) -> tuple[Tensor, Tensor, T
     if len(images) != (draws.images if draws.own is None else len(draws.own)):
         raise ValueError(f"draws must be for as many images as images has, {len(images)}, got {draws}")
     partner = draws.uniform().argsort()
-    a = torch.full((), float(alpha), device=images.device)
-    share = torch.distributions.Beta(a, a, validate_args=False).sample()
+    pair = torch._standard_gamma(torch.full((2,), float(alpha), device=images.device))  # torch's Beta cannot be compiled
+    share = pair[0] / pair.sum()
     return share * images + (1 - share) * images[partner], partner, share
 
 
@@ -275,7 +275,7 @@ OPERATIONS = (
 )
 FILL = 128  # what comes into the image from outside
 
-# Cubuk et al. 2019, tables 7 and 9: sub-policies of two operations, each with its probability and its magnitude in tenths: 0 ... 9.
+# Cubuk et al. 2019, tables 7 and 9: sub-policies of two operations, each with its probability and its magnitude, 0 ... 9.
 Policy = tuple[tuple[tuple[str, float, int], tuple[str, float, int]], ...]
 POLICIES: Mapping[str, Policy] = {
     "cifar10": (
@@ -335,54 +335,58 @@ POLICIES: Mapping[str, Policy] = {
 }
 
 
+def numbers(names: tuple[str, ...], device: torch.device) -> Tensor:
+    return constant(tuple(map(OPERATIONS.index, names)), device, torch.int64)
+
+
 def autoaugment(levels: Tensor, policy: Policy, draws: Draws) -> Tensor:
     """AutoAugment (Cubuk et al. 2019): one sub-policy drawn per image; each of its two operations happens with its probability."""
     drawn = draws.integers(len(policy))
     for slot in zip(*policy, strict=True):
         names, probabilities, magnitudes = zip(*slot, strict=True)
-        operations = constant(tuple(map(OPERATIONS.index, names)), levels.device)[drawn]
+        operations = numbers(names, levels.device)[drawn]
         happens = draws.uniform() < constant(probabilities, levels.device)[drawn]
-        strength = draws.signs() * constant(magnitudes, levels.device)[drawn] / 9
-        levels = apply_operation(levels, torch.where(happens, operations, 0), strength, names)
+        magnitude = draws.signs() * constant(magnitudes, levels.device)[drawn]
+        levels = apply_operation(levels, torch.where(happens, operations, 0), magnitude, names)
     return levels
 
 
-def randaugment(levels: Tensor, operations: int, draws: Draws, strength: float = 0.3) -> Tensor:
+def randaugment(levels: Tensor, operations: int, draws: Draws, magnitude: float = 2.7) -> Tensor:
     """RandAugment (Cubuk et al. 2020): ``operations`` times one drawn per image, of all but invert, which it does not have."""
     names = OPERATIONS[:-1]
     for _ in range(operations):
-        levels = apply_operation(levels, draws.integers(len(names)), draws.signs() * strength, names)
+        levels = apply_operation(levels, draws.integers(len(names)), draws.signs() * magnitude, names)
     return levels
 
 
 class Drawn(NamedTuple):
-    """Which operation each image drew, and its signed strength in [-1, 1]: both [N]."""
+    """Which operation each image drew, and its signed magnitude in [-9, 9]: both [N]."""
 
     choice: Tensor
-    strength: Tensor
+    magnitude: Tensor
 
     def chosen(self, name: str) -> Tensor:
         return self.choice == OPERATIONS.index(name)
 
     def of(self, name: str) -> Tensor:
-        """The strength of an operation: 0 where another was drawn."""
-        return torch.where(self.chosen(name), self.strength, 0.0)
+        """The magnitude of an operation: 0 where another was drawn."""
+        return torch.where(self.chosen(name), self.magnitude, 0.0)
 
 
-def apply_operation(levels: Tensor, choice: Tensor, strength: Tensor, names: Collection[str] = OPERATIONS) -> Tensor:
-    """OPERATIONS[choice] with a signed strength in [-1, 1], both [N]: Pillow's levels, uint8 [N, C, H, W].
+def apply_operation(levels: Tensor, choice: Tensor, magnitude: Tensor, names: Collection[str] = OPERATIONS) -> Tensor:
+    """OPERATIONS[choice] with a signed magnitude in [-9, 9], both [N]: Pillow's levels, uint8 [N, C, H, W].
 
-    At strength 1: shear by 0.3, translate by 150/331 of the side, rotate by 30 degrees, a factor of 1.9 (-1: 0.1) for brightness, color,
+    At magnitude 9: shear by 0.3, translate by 150/331 of the side, rotate by 30 degrees, a factor of 1.9 (-9: 0.1) for brightness, color,
     contrast and sharpness, posterize to 4 bits, solarize all. ``names``: all that may have been drawn; what only others need is left out.
     """
     for operations, apply in KINDS.items():
         if set(operations).isdisjoint(names):
             continue
-        if levels.device.type == "cpu":  # 2.7 times as fast. A GPU would have to be waited for, to know how many images drew this kind
-            rows = torch.isin(choice, constant(tuple(map(OPERATIONS.index, operations)), levels.device)).nonzero()[:, 0]
-            levels = levels.index_copy(0, rows, apply(levels[rows], Drawn(choice[rows], strength[rows])))
+        if levels.device.type == "cpu":  # 4 times as fast. A GPU would have to be waited for, to know how many images drew a kind
+            rows = torch.isin(choice, numbers(operations, levels.device)).nonzero()[:, 0]
+            levels = levels.index_copy(0, rows, apply(levels[rows], Drawn(choice[rows], magnitude[rows])))
         else:
-            levels = apply(levels, Drawn(choice, strength))
+            levels = apply(levels, Drawn(choice, magnitude))
     return levels
 
 
@@ -395,8 +399,8 @@ def shear(levels: Tensor, drawn: Drawn) -> Tensor:
     """About the upper left corner, interpolated along the shear by Pillow's cubic convolution, as PaCo's code has it; FILL comes in."""
     (h, w), (row, column) = levels.shape[2:], pixel_middles(levels)
     along_x, along_y = drawn.chosen("shear_x").float().view(-1, 1, 1), drawn.chosen("shear_y").float().view(-1, 1, 1)
-    x = column + 0.3 * drawn.of("shear_x").view(-1, 1, 1) * row
-    y = row + 0.3 * drawn.of("shear_y").view(-1, 1, 1) * column
+    x = column + drawn.of("shear_x").view(-1, 1, 1) / 30 * row
+    y = row + drawn.of("shear_y").view(-1, 1, 1) / 30 * column
     left, top = (x - 0.5 * along_x).floor(), (y - 0.5 * along_y).floor()
     d = along_x * (x - 0.5 - left) + along_y * (y - 0.5 - top)
     d2, d3 = d * d, d * d * d
@@ -411,8 +415,8 @@ def shear(levels: Tensor, drawn: Drawn) -> Tensor:
 def translate_and_rotate(levels: Tensor, drawn: Drawn) -> Tensor:
     """Rotate about the middle; the nearest pixel is taken, and FILL comes in."""
     (h, w), (row, column) = levels.shape[2:], pixel_middles(levels)
-    angle = drawn.of("rotate").view(-1, 1, 1) * math.radians(30)
-    right, down = (150 / 331 * s * drawn.of(f"translate_{axis}").view(-1, 1, 1) for s, axis in ((w, "x"), (h, "y")))
+    angle = drawn.of("rotate").view(-1, 1, 1) * math.radians(30 / 9)
+    right, down = (150 / 331 / 9 * s * drawn.of(f"translate_{axis}").view(-1, 1, 1) for s, axis in ((w, "x"), (h, "y")))
     x = angle.cos() * (column - w / 2) + angle.sin() * (row - h / 2) + (w / 2 + right)
     y = angle.cos() * (row - h / 2) - angle.sin() * (column - w / 2) + (h / 2 + down)
     inside = (x >= 0) & (x < w) & (y >= 0) & (y < h)
@@ -437,10 +441,10 @@ def replace_levels(levels: Tensor, drawn: Drawn) -> Tensor:
     # From black for brightness, from the mean grey for contrast; then down to a multiple of a power of two, then 255 - level at and above a
     # threshold: of each 256 levels at rest there stays what it was.
     grey = image((grey_levels(levels.float()).mean((1, 2, 3)) + 0.5).floor() * drawn.chosen("contrast"))
-    table = blend(level, grey, image(1 + 0.9 * (drawn.of("brightness") + drawn.of("contrast")))).clamp(0, 255).int()
-    bits = image((4 * drawn.of("posterize").abs()).round()).int()
+    table = blend(level, grey, image((10 + drawn.of("brightness") + drawn.of("contrast")) / 10)).clamp(0, 255).int()
+    bits = image((4 / 9 * drawn.of("posterize").abs()).round()).int()
     table = table >> bits << bits
-    threshold = torch.where(drawn.chosen("invert"), 0.0, 256 * (1 - drawn.of("solarize").abs()))
+    threshold = torch.where(drawn.chosen("invert"), 0.0, 256 / 9 * (9 - drawn.of("solarize").abs()))
     table = torch.where(table >= image(threshold), 255 - table, table).expand(n, c, 256)
 
     present = counts > 0
@@ -456,7 +460,7 @@ def replace_levels(levels: Tensor, drawn: Drawn) -> Tensor:
 
 def stretch_colors(levels: Tensor, drawn: Drawn) -> Tensor:
     """Away from grey for color, from the smoothed image for sharpness."""
-    x, factor = levels.float(), 1 + 0.9 * (drawn.of("color") + drawn.of("sharpness"))
+    x, factor = levels.float(), (10 + drawn.of("color") + drawn.of("sharpness")) / 10
     other = torch.where(per_image(drawn.chosen("sharpness")), smooth(x), grey_levels(x))
     return blend(x, other, per_image(factor)).clamp(0, 255).to(torch.uint8)
 
@@ -491,8 +495,9 @@ AUGMENTATIONS: Mapping[str, Augmentation] = {
     "none": Augmentation(),
     "digits": Augmentation(rotate=15, shift=0.1, zoom=0.1),
     "cifar": Augmentation(crop_padding=4, flip=True, grayscale=0.2),  # Wang et al. 2021, both branches
-    "cifar-plain": Augmentation(crop_padding=4, flip=True),  # LDAM-DRW's, GLMC's
-    "autoaugment": Augmentation(crop_padding=4, flip=True, autoaugment="cifar10", cutout=16),  # PaCo's, BCL's: the classifier's images
+    "cifar-plain": Augmentation(crop_padding=4, flip=True),  # LDAM-DRW's code, GLMC's
+    "autoaugment": Augmentation(crop_padding=4, flip=True, autoaugment="cifar10", cutout=16),  # PaCo's code, one of the two views
+    # PaCo's other view; its code also blurs: with probability 0.5, GPaCo's with 0.2.
     "sim": Augmentation(crop_scale=(0.2, 1.0), flip=True, color_jitter=0.5, color_jitter_probability=0.8, grayscale=0.2),
     "files": Augmentation(flip=True),  # the decoder has made the crops
 }

@@ -207,7 +207,8 @@ def per_class(
         main.set(title=title, ylim=(-0.03 * top, top), xlabel="class, by training images" if not named else None)
         main.grid(axis="x", visible=False)
         if named:
-            main.set_xticks(ranks, names, rotation=40 if slanted else 0, ha="right" if slanted else "center", rotation_mode="anchor")
+            turned = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if total <= 16 else {"rotation": 90, "fontsize": 7}
+            main.set_xticks(ranks, names, **(turned if slanted else {}))
         else:
             round_ones = [int(tick) for tick in MaxNLocator(6, integer=True).tick_values(1, total) if total / 12 < tick - 1 < total]
             main.set_xticks([0, *(tick - 1 for tick in round_ones)], [f"{tick:,}" for tick in (1, *round_ones)])
@@ -255,7 +256,7 @@ def _heat(axes: Axes, shares: np.ndarray, digits: bool) -> Any:
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     for (i, j), share in np.ndenumerate(shares):
-        if digits and round(100 * share) >= 1:
+        if digits and share > 0.005:  # rounds to 1 % or more
             dark = share > 0.55 * cells.norm.vmax
             axes.text(j, i, f"{100 * share:.0f}", ha="center", va="center", fontsize=7.5, color="white" if dark else INK)
     return cells
@@ -361,10 +362,12 @@ def _plane(points: np.ndarray) -> tuple[np.ndarray, str]:
     if len(points) < 50 or spread < 1e-6:  # t-SNE divides by the distances
         return plane, "PCA"
     from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
 
     # At scikit-learn's own learning rate, about 50 for so few points, points without clusters may shrink into one.
     options = {"init": (plane / spread * 1e-4).astype(np.float32), "learning_rate": 200, "random_state": 0, "max_iter": 500}
-    found = TSNE(2, perplexity=min(30, len(points) / 4), **options).fit_transform(points)
+    with threadpool_limits(1):  # on a machine that is busy with other runs more threads wait for each other, many times as long
+        found = TSNE(2, perplexity=min(30, len(points) / 4), **options).fit_transform(points)
     return (found, "t-SNE") if np.isfinite(found).all() and found.std() > 1e-2 else (plane, "PCA")
 
 
