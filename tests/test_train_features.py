@@ -98,7 +98,7 @@ def of_photos(photos: Path, vit: str, tmp_path: Path, *more: str) -> list[str]:
 
 
 def heads(root: Path, out: Path, method: str = "hybrid-psc", **changes):
-    small = {"hidden": 16, "embedding": 8, "epochs": 3, "batch": 8, "pictures": False, "device": "cpu", "backend": "chunked"}
+    small = {"width": 16, "hidden": 16, "embedding": 8, "epochs": 3, "batch": 8, "pictures": False, "device": "cpu", "backend": "chunked"}
     return settings.configure("features", method, root=root, out=out, **small | changes)
 
 
@@ -226,7 +226,7 @@ def test_parts_of_another_extraction_are_refused(photos, vit, tmp_path):
         (["--validation", "0.5"], "validation is held out by hybrid.py"),
         (["--image-size", "64"], "image_size is the network's own here, got 64"),
         (["--data", "features"], "data must be images"),
-        (["--network", "none"], "network must have features to give"),
+        (["--network", "none"], "network must be one for images"),
         (["--network", "resnet32"], "weights must be given for network 'resnet32'"),
         (["--network", "resnet32", "--weights", "nothing.pt"], "nothing.pt does not exist"),
     ],
@@ -325,9 +325,9 @@ def test_heads_on_cached_features_are_heads_on_the_network(photos, vit, tmp_path
     mean, std = found["train"].mean(0), found["train"].std(0)
     with torch.inference_mode():
         live = backbone(torch.stack([prepare(Image.open(path).convert("RGB")) for path in paths]))
-        standard = (live - torch.from_numpy(mean)) / torch.from_numpy(std)
-        embeddings = nn.functional.normalize(trained.head(standard))
-        logits = trained.classifier(standard)
+        hidden = trained.backbone.layer((live - torch.from_numpy(mean)) / torch.from_numpy(std))
+        embeddings = nn.functional.normalize(trained.head(hidden))
+        logits = trained.classifier(hidden)
     for got, expected in zip(run.predict("test", "embeddings", "logits"), (embeddings, logits, data.test.labels), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
@@ -335,7 +335,7 @@ def test_heads_on_cached_features_are_heads_on_the_network(photos, vit, tmp_path
 @pytest.mark.parametrize(
     ("method", "changes"),
     [
-        ("ce", {}),
+        ("ce", {"network": "none"}),
         ("logit-adjustment", {}),
         ("hybrid-psc", {}),
         ("hybrid-mpsc", {"prototypes_per_class": 2}),
@@ -376,9 +376,10 @@ def test_a_run_on_features_goes_on_to_the_same_bits(tmp_path):
     [
         ("hybrid-sc", {}, "feature_loss 'sc' compares views .* expected dropout above 0"),
         ("paco", {}, "feature_loss 'paco' compares views"),
-        ("ce", {"network": "resnet8"}, "network must be 'none' for data 'features'"),
+        ("ce", {"network": "resnet8"}, "network must be none or mlp for data 'features'"),
+        ("hybrid-psc", {"network": "none"}, "feature_loss 'psc' would have no influence on the classifier where network is 'none'"),
         ("ce", {"flip": True}, "augment acts on images, .* expected no flip"),
-        ("ce", {"weights": Path("w.pt")}, "weights are of a network"),
+        ("ce", {"weights": Path("w.pt")}, "weights are of a network for images"),
         ("ce", {"dropout": 1.0}, r"dropout must lie in \[0, 1\)"),
     ],
 )
@@ -390,7 +391,7 @@ def test_what_features_do_not_allow_is_refused_by_name(tmp_path, method, changes
 def test_features_are_not_for_images(tmp_path):
     with pytest.raises(ValueError, match="network 'none' takes features, and data 'digits' is images"):
         settings.configure("digits", "ce", network="none")
-    with pytest.raises(ValueError, match="dropout acts on features"):
+    with pytest.raises(ValueError, match="dropout acts on data that are features"):
         settings.configure("digits", "ce", dropout=0.1)
 
 

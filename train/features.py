@@ -29,7 +29,7 @@ import torch
 import tyro
 from data import DATASETS, Data, Images, Split
 from files import Stopped, decode, loader_options, patient, refuse_without_room, stack, to_rgb
-from networks import import_timm, is_timm, make_backbone, of_backbone, read_weights
+from networks import ON_FEATURES, import_timm, is_timm, make_backbone, of_backbone, read_weights
 from PIL import Image
 from terminal import progress_bar, say
 from torch import Tensor, nn
@@ -59,8 +59,8 @@ Prepare = Callable[[Image.Image], Tensor]
 
 def frozen(chosen: Extraction, channels: int) -> nn.Module:
     """The network with its weights. Without any it would be refused: random features are worth nothing."""
-    if chosen.network == "none":
-        raise ValueError("network must have features to give, got 'none'")
+    if chosen.network in ON_FEATURES:
+        raise ValueError(f"network must be one for images, got {chosen.network!r}")
     if chosen.weights is None and not is_timm(chosen.network):
         raise ValueError(f"weights must be given for network {chosen.network!r}, for which there is no hub, got None")
     network = make_backbone(chosen.network, channels, chosen.width, pretrained=chosen.weights is None)
