@@ -97,7 +97,21 @@ GROUPS = tuple(f.name for f in dataclasses.fields(Config))
 AUGMENTS = ("augment", "feature_augment")
 # The run is the same whatever these are.
 FREE = {
-    *("root", "workers", "device", "threads", "eval_batch", "log_every", "keep_every", "knn", "pictures", "log_to", "export", "out"),
+    *(
+        "root",
+        "workers",
+        "check",
+        "device",
+        "threads",
+        "eval_batch",
+        "log_every",
+        "keep_every",
+        "knn",
+        "pictures",
+        "log_to",
+        "export",
+        "out",
+    ),
     *("seeds", "against"),
 }
 
