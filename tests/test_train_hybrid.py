@@ -363,13 +363,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
 def test_command_line_from_seeds_to_pictures(tmp_path, monkeypatch, capsys):
     pytest.importorskip("safetensors", reason="needs the [train-extra] extra")
     out = tmp_path / "two"
-    hybrid.main(
-        [
-            *command("--pictures", "--method", "hybrid-psc", "--epochs", "1", "--seeds", "2", "--seed", "5", "--export", "--out", str(out))[
-                2:
-            ]
-        ]
-    )
+    flags = ["--pictures", "--method", "hybrid-psc", "--epochs", "1", "--seeds", "2", "--seed", "5", "--export", "safetensors"]
+    hybrid.main(command(*flags, "--out", str(out))[2:])
     assert "mean" in capsys.readouterr().out
     run = out / "seed-6"
     for name in ("config.json", "environment.json", "metrics.json", "log.jsonl", "last.pt", "per_class.csv", "model.safetensors"):
@@ -385,7 +380,7 @@ def test_command_line_from_seeds_to_pictures(tmp_path, monkeypatch, capsys):
     hybrid.main(["--eval-only", str(run)])
     assert json.loads((run / "metrics.json").read_text())["best"] == before["best"]
     compare.main(compare.Compare([out, run], tmp_path / "compared", ["two", "one"]))
-    assert "| two | 2 | " in (tmp_path / "compared" / "comparison.md").read_text()
+    assert "| two | 4 | " in (tmp_path / "compared" / "comparison.md").read_text()
     assert (tmp_path / "compared" / "comparison.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit, match=r"error: .*holds a run already"):
         hybrid.main(["--out", str(out)])

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("numpy", reason="needs the [train] extra")
 
 from sampling import Sampler
-from schedule import feature_weight, learning_rate
+from schedule import branch_weights, learning_rate, switch_epoch
 
 COUNTS = torch.tensor([400, 100, 25, 4])
 LABELS = torch.arange(4).repeat_interleave(COUNTS)
@@ -75,14 +75,34 @@ def test_labels_in_any_order():
         ("two-stage", [1, 1, 0, 0]),
     ],
 )
-def test_feature_weight(schedule, values):
-    assert [feature_weight(schedule, t, 4) for t in range(4)] == pytest.approx(values)
+def test_branch_weights(schedule, values):
+    weights = [branch_weights(schedule, t, 4) for t in range(4)]
+    assert [alpha for alpha, _ in weights] == pytest.approx(values)
+    assert [beta for _, beta in weights] == pytest.approx([1 - alpha for alpha in values])
 
 
-def test_feature_weight_beta_is_a_function_of_seed_and_epoch():
-    draws = torch.tensor([feature_weight("beta", t, 2000, seed=7) for t in range(2000)])
-    assert draws.tolist() == [pytest.approx(feature_weight("beta", t, 5, seed=7)) for t in range(2000)]
-    assert abs(draws.mean() - 0.5) < 0.04 and abs(draws.var() - 0.25 / 1.4) < 0.01  # Beta(a, a): variance 1 / (4 (2 a + 1))
+def test_sum_weighs_both_by_one():
+    assert [branch_weights("sum", t, 4) for t in range(4)] == [(1.0, 1.0)] * 4
+
+
+def test_branch_weights_beta_are_a_function_of_seed_and_epoch():
+    draws = torch.tensor([branch_weights("beta", t, 2000, seed=7) for t in range(2000)], dtype=torch.float64)
+    assert draws.tolist() == [pytest.approx(branch_weights("beta", t, 5, seed=7)) for t in range(2000)]
+    torch.testing.assert_close(draws.sum(1), torch.ones(2000, dtype=torch.float64))
+    alpha = draws[:, 0]
+    assert abs(alpha.mean() - 0.5) < 0.04 and abs(alpha.var() - 0.25 / 1.4) < 0.01  # Beta(a, a): variance 1 / (4 (2 a + 1))
+    assert branch_weights("beta", 0, 5, seed=8) != branch_weights("beta", 0, 5, seed=7)
+
+
+@pytest.mark.parametrize("schedule", ["switch", "two-stage"])
+def test_the_switch_is_the_first_epoch_of_the_classifier(schedule):
+    """0.07 * 100 is above 7 in floating point, and 7 / 100 is 0.07: one comparison decides."""
+    for hundredths in range(100):
+        for epochs in (1, 7, 50, 100):
+            first = switch_epoch(hundredths / 100, epochs)
+            alphas = [branch_weights(schedule, t, epochs, switch_at=hundredths / 100)[0] for t in range(epochs)]
+            assert alphas == [1.0] * first + [0.0] * (epochs - first)
+            assert first == -(-hundredths * epochs // 100)
 
 
 def test_learning_rate():

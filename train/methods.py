@@ -220,7 +220,8 @@ class Focal(nn.Module):
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         loss = F.cross_entropy(logits, labels, reduction="none")
-        return (-torch.expm1(-loss)).pow(self.gamma) * loss
+        wrong = (-torch.expm1(-loss)).clamp_min(torch.finfo(loss.dtype).tiny)  # of 0 a power below 1 has no gradient
+        return wrong.pow(self.gamma) * loss
 
 
 class LabelAwareMargin(nn.Module):

@@ -177,17 +177,19 @@ class Run:
             feature_loss = self.feature_loss(Branch(z, labels[:anchors], features[:anchors], keys, self.network.classifier))
         if stage.classifies:
             logits, classes = logits.float(), labels[first:]
-            images_of_all = self.classifier_batch if own else stage.views * self.batch
-            each = self.classifier_loss(logits, classes)
-            if mixed is not None:
+            total = images_of_all = self.classifier_batch if own else stage.views * self.batch
+            reweighted = self.class_weights is not None and stage.reweighted
+
+            def loss_of(classes: Tensor) -> Tensor:
+                each = self.classifier_loss(logits, classes)
+                return each * self.class_weights[classes] if reweighted else each
+
+            each = loss_of(classes)
+            if mixed is not None:  # the partners are the same images in another order, and so are their weights
                 partner, share = mixed
-                each = share * each + (1 - share) * self.classifier_loss(logits, classes[partner])
-            total = images_of_all
-            if self.class_weights is not None and stage.reweighted:
-                weights = self.class_weights[classes]
-                each = each * weights
-                if self.config.method.weighted_mean == "weights":
-                    total = processes.total(weights.sum())
+                each = share * each + (1 - share) * loss_of(classes[partner])
+            if reweighted and self.config.method.weighted_mean == "weights":
+                total = processes.total(self.class_weights[classes].sum())
             classifier_loss = each.sum() / total
             right = (logits.argmax(1) == classes).sum() / images_of_all
         loss = self.weights[0] * feature_loss + self.weights[1] * (count * classifier_loss)

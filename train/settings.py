@@ -217,10 +217,12 @@ def checked(config: Config) -> Config:
 
 
 def _check_choices(config: Config) -> None:
-    """Python may give what the command line would refuse."""
+    """Python may give what the command line would refuse. A data set may be one that was added to the table, where the recipe looks."""
     for group in GROUPS:
         for name, hint in typing.get_type_hints(type(getattr(config, group))).items():
             value = getattr(getattr(config, group), name)
+            if name == "data":
+                continue
             several = typing.get_origin(hint) is tuple
             choice = typing.get_args(hint)[0] if several else hint
             for one in value if several else (value,):
@@ -264,13 +266,12 @@ def _check_network(config: Config) -> None:
 
 
 # Settings of a method that act on some losses alone: their value where they rest, and who reads them.
-FEATURES, CLASSIFIERS = (tuple(name for name in table if name != "none") for table in (FEATURE_LOSSES, CLASSIFIER_LOSSES))
-READ_BY = {
-    "temperature": ("feature_loss", FEATURES),
-    "loss_weights": ("feature_loss", FEATURES),
-    "classifier_images": ("classifier_loss", CLASSIFIERS),
-    "class_weights": ("classifier_loss", CLASSIFIERS),
-    "mixup": ("classifier_loss", CLASSIFIERS),
+READ_BY: dict[str, tuple[str, tuple[str, ...]]] = {
+    "temperature": ("feature_loss", ()),  # (): any but "none"
+    "loss_weights": ("feature_loss", ()),
+    "classifier_images": ("classifier_loss", ()),
+    "class_weights": ("classifier_loss", ()),
+    "mixup": ("classifier_loss", ()),
     "prototypes_per_class": ("feature_loss", ("mpsc",)),
     "denominator": ("feature_loss", ("psc", "mpsc")),
     "positives": ("feature_loss", ("kcl",)),
@@ -290,8 +291,11 @@ def _check_method(config: Config) -> None:
     named(CLASSIFIER_LOSSES, "classifier_loss", method.classifier_loss)
     named(SCHEDULES, "schedule", method.schedule)
     for name, (loss, readers) in READ_BY.items():
-        if getattr(method, name) != getattr(rest, name) and getattr(method, loss) not in readers:
-            raise ValueError(f"{name} acts on {loss} {' and '.join(readers)} alone, got {loss} {getattr(method, loss)!r}")
+        chosen = getattr(method, loss)
+        if getattr(method, name) != getattr(rest, name) and (chosen not in readers if readers else chosen == "none"):
+            raise ValueError(
+                f"{name} acts on {f'{loss} ' + ' and '.join(readers) if readers else f'a {loss}'} alone, got {loss} {chosen!r}"
+            )
     parametric = method.feature_loss in ("paco", "gpaco")  # whose logits of the classifier are in their loss
     if method.classifier_loss == "none" and not parametric:
         raise ValueError(
@@ -336,6 +340,8 @@ def as_json(config: Config) -> dict[str, Any]:
 def from_json(stored: Any, where: Path) -> Config:
     """What :func:`as_json` wrote. A setting that is missing or unknown is of another version of the code, and an error."""
     parts = {}
+    if isinstance(stored, dict) and (unknown := sorted(stored.keys() - set(GROUPS))):
+        raise ValueError(f"{where} must hold the settings of this version, and differs in {', '.join(unknown)}: written by another one?")
     for group, kind in typing.get_type_hints(Config).items():
         given = stored.get(group) if isinstance(stored, dict) else None
         hints = typing.get_type_hints(kind)
