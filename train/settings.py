@@ -260,8 +260,8 @@ def _check_network(config: Config) -> None:
         return
     if network.network == "none" and views.views and not views.trains_classifier:
         raise ValueError(
-            f"feature_loss {config.method.feature_loss!r} would have no influence on the classifier where network is 'none': expected 'mlp', "
-            "whose hidden layer both train"
+            f"feature_loss {config.method.feature_loss!r} would have no influence on the classifier where network is 'none': expected "
+            "'mlp', whose hidden layer both train"
         )
     if network.weights is not None or network.pretrained:
         raise ValueError(
