@@ -341,8 +341,8 @@ def test_heads_on_cached_features_are_heads_on_the_network(photos, vit, tmp_path
         ("logit-adjustment", {"cosine": 30.0}),
         ("ldam-drw", {}),
         ("hybrid-sc", {"dropout": 0.2}),
-        ("bcl", {"dropout": 0.2, "optimiser": "adamw", "lr": 1e-2}),
-        ("crt", {}),
+        ("bcl", {"dropout": 0.2, "optimiser": "adamw", "lr": 1e-2, "epochs": 24}),
+        ("crt", {"switch_at": 0.75}),
     ],
 )
 def test_methods_learn_clusters_far_apart(tmp_path, method, changes):
@@ -353,13 +353,14 @@ def test_methods_learn_clusters_far_apart(tmp_path, method, changes):
 def test_a_run_on_features_goes_on_to_the_same_bits(tmp_path):
     config = heads(written(tmp_path / "f.npz"), tmp_path / "whole", "hybrid-sc", dropout=0.3)
     data = datasets.load(config.images)
-    whole = Run(config, data)
-    half = Run(config, data)
-    for run, epochs in ((whole, 2), (half, 1)):
+    runs = []
+    for epochs in (2, 1):
+        runs.append(run := Run(config, data))  # from the same seed
         for _ in range(epochs):
             for raw, labels in run.batches["train"](run.plan.indices, 0, (0, run.epoch), run.plan.own):
                 run.update(raw, labels)
             run.end_epoch()
+    whole, half = runs
     resumed = Run(config, data)
     resumed.load_state_dict(half.state_dict())
     for raw, labels in resumed.batches["train"](resumed.plan.indices, 0, (0, 1), resumed.plan.own):
