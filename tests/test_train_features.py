@@ -1,6 +1,5 @@
 """Features cached once: they are the network's, in order, and heads on them are heads on the network."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -14,8 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-for package in ("tyro", "rich", "sklearn", "matplotlib", "PIL"):
-    pytest.importorskip(package, reason="needs the [train] extra")
+pytest.importorskip("tyro", reason="needs the [train] extra")
+pytest.importorskip("rich", reason="needs the [train] extra")
+pytest.importorskip("sklearn", reason="needs the [train] extra")
+pytest.importorskip("matplotlib", reason="needs the [train] extra")
 
 import checkpoint
 import data as datasets
@@ -97,7 +98,7 @@ def of_photos(photos: Path, vit: str, tmp_path: Path, *more: str) -> list[str]:
 
 
 def heads(root: Path, out: Path, method: str = "hybrid-psc", **changes):
-    small = {"hidden": 16, "embedding": 8, "epochs": 3, "batch": 8, "pictures": False, "device": "cpu", "backend": "chunked"}
+    small = {"width": 16, "hidden": 16, "embedding": 8, "epochs": 3, "batch": 8, "pictures": False, "device": "cpu", "backend": "chunked"}
     return settings.configure("features", method, root=root, out=out, **small | changes)
 
 
@@ -105,7 +106,7 @@ def heads(root: Path, out: Path, method: str = "hybrid-psc", **changes):
 
 
 def test_cached_features_are_the_networks_of_each_image_as_its_weights_want_it(photos, vit, tmp_path):
-    """Against the definition: resize the short side to 32 / 0.9, cut the middle, normalise by timm's mean and std."""
+    """Against the definition: the short side to floor(32 / 0.9) = 35, the middle cut out, normalised by timm's mean and std."""
     found = cached(tmp_path / "f.npz", *of_photos(photos, vit, tmp_path))
     network = random_weights(vit, tmp_path / "again.pt")
     assert found["classes"].tolist() == ["class 0", "class 1", "class 2"]
@@ -116,7 +117,7 @@ def test_cached_features_are_the_networks_of_each_image_as_its_weights_want_it(p
         assert [int(path.parent.name[-1]) for path in paths] == labels.tolist()
         for path, row in zip(paths, found[split], strict=True):
             small = Image.open(path).convert("RGB").resize((43, 35), Image.Resampling.BICUBIC)
-            pixels = torch.from_numpy(np.asarray(small)[1:33, 5:37].copy()).permute(2, 0, 1).float() / 255
+            pixels = torch.from_numpy(np.asarray(small)[2:34, 6:38].copy()).permute(2, 0, 1).float() / 255
             mean, std = (torch.tensor(values).view(3, 1, 1) for values in ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4)))
             with torch.inference_mode():
                 torch.testing.assert_close(torch.from_numpy(row), network(((pixels - mean) / std)[None])[0], rtol=1e-5, atol=1e-5)
@@ -213,7 +214,7 @@ def test_parts_of_another_extraction_are_refused(photos, vit, tmp_path):
     with pytest.raises(SystemExit, match="another extraction, whose network"):
         cached(chosen.out, *given)
     (folder / "about.json").write_text("{")
-    with pytest.raises(SystemExit, match="about.json is not readable JSON"):
+    with pytest.raises(SystemExit, match=r"about\.json is not readable JSON"):
         cached(chosen.out, *given)
 
 
@@ -225,7 +226,7 @@ def test_parts_of_another_extraction_are_refused(photos, vit, tmp_path):
         (["--validation", "0.5"], "validation is held out by hybrid.py"),
         (["--image-size", "64"], "image_size is the network's own here, got 64"),
         (["--data", "features"], "data must be images"),
-        (["--network", "none"], "network must have features to give"),
+        (["--network", "none"], "network must be one for images"),
         (["--network", "resnet32"], "weights must be given for network 'resnet32'"),
         (["--network", "resnet32", "--weights", "nothing.pt"], "nothing.pt does not exist"),
     ],
@@ -324,9 +325,9 @@ def test_heads_on_cached_features_are_heads_on_the_network(photos, vit, tmp_path
     mean, std = found["train"].mean(0), found["train"].std(0)
     with torch.inference_mode():
         live = backbone(torch.stack([prepare(Image.open(path).convert("RGB")) for path in paths]))
-        standard = (live - torch.from_numpy(mean)) / torch.from_numpy(std)
-        embeddings = nn.functional.normalize(trained.head(standard))
-        logits = trained.classifier(standard)
+        hidden = trained.backbone.layer((live - torch.from_numpy(mean)) / torch.from_numpy(std))
+        embeddings = nn.functional.normalize(trained.head(hidden))
+        logits = trained.classifier(hidden)
     for got, expected in zip(run.predict("test", "embeddings", "logits"), (embeddings, logits, data.test.labels), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
@@ -334,15 +335,16 @@ def test_heads_on_cached_features_are_heads_on_the_network(photos, vit, tmp_path
 @pytest.mark.parametrize(
     ("method", "changes"),
     [
-        ("ce", {}),
+        ("ce", {"network": "none"}),
         ("logit-adjustment", {}),
         ("hybrid-psc", {}),
         ("hybrid-mpsc", {"prototypes_per_class": 2}),
         ("logit-adjustment", {"cosine": 30.0}),
         ("ldam-drw", {}),
         ("hybrid-sc", {"dropout": 0.2}),
-        ("bcl", {"dropout": 0.2, "optimiser": "adamw", "lr": 1e-2, "epochs": 24}),
-        ("crt", {"switch_at": 0.75}),
+        ("bcl", {"dropout": 0.2}),
+        ("ours", {"dropout": 0.2, "optimiser": "adamw", "lr": 1e-2, "epochs": 30}),
+        ("crt", {"switch_at": 0.5}),
     ],
 )
 def test_methods_learn_clusters_far_apart(tmp_path, method, changes):
@@ -353,18 +355,18 @@ def test_methods_learn_clusters_far_apart(tmp_path, method, changes):
 def test_a_run_on_features_goes_on_to_the_same_bits(tmp_path):
     config = heads(written(tmp_path / "f.npz"), tmp_path / "whole", "hybrid-sc", dropout=0.3)
     data = datasets.load(config.images)
-    runs = []
-    for epochs in (2, 1):
-        runs.append(run := Run(config, data))  # from the same seed
-        for _ in range(epochs):
+
+    def trained(run: Run, until: int) -> Run:
+        while run.epoch < until:
             for raw, labels in run.batches["train"](run.plan.indices, 0, (0, run.epoch), run.plan.own):
                 run.update(raw, labels)
             run.end_epoch()
-    whole, half = runs
-    resumed = Run(config, data)
-    resumed.load_state_dict(half.state_dict())
-    for raw, labels in resumed.batches["train"](resumed.plan.indices, 0, (0, 1), resumed.plan.own):
-        resumed.update(raw, labels)
+        return run
+
+    half = trained(Run(config, data), 1).state_dict()
+    whole, resumed = trained(Run(config, data), 2), Run(config, data)
+    resumed.load_state_dict(half)
+    trained(resumed, 2)
     expected = whole.network.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in resumed.network.state_dict().items())
 
@@ -374,9 +376,10 @@ def test_a_run_on_features_goes_on_to_the_same_bits(tmp_path):
     [
         ("hybrid-sc", {}, "feature_loss 'sc' compares views .* expected dropout above 0"),
         ("paco", {}, "feature_loss 'paco' compares views"),
-        ("ce", {"network": "resnet8"}, "network must be 'none' for data 'features'"),
+        ("ce", {"network": "resnet8"}, "network must be none or mlp for data 'features'"),
+        ("hybrid-psc", {"network": "none"}, "feature_loss 'psc' would have no influence on the classifier where network is 'none'"),
         ("ce", {"flip": True}, "augment acts on images, .* expected no flip"),
-        ("ce", {"weights": Path("w.pt")}, "weights are of a network"),
+        ("ce", {"weights": Path("w.pt")}, "weights are of a network for images"),
         ("ce", {"dropout": 1.0}, r"dropout must lie in \[0, 1\)"),
     ],
 )
@@ -388,7 +391,7 @@ def test_what_features_do_not_allow_is_refused_by_name(tmp_path, method, changes
 def test_features_are_not_for_images(tmp_path):
     with pytest.raises(ValueError, match="network 'none' takes features, and data 'digits' is images"):
         settings.configure("digits", "ce", network="none")
-    with pytest.raises(ValueError, match="dropout acts on features"):
+    with pytest.raises(ValueError, match="dropout acts on data that are features"):
         settings.configure("digits", "ce", dropout=0.1)
 
 
@@ -481,9 +484,6 @@ def test_adamw_leaves_biases_and_norms_undecayed(tmp_path):
     assert values == [[pytest.approx(0.95)], [1.0], [1.0], [1.0]]
 
 
-def test_dataclass_defaults_are_one_place():
-    """The recipe of features is on DATASETS alone, and no field of it is unknown."""
-    config = settings.recipe("features", "hybrid-psc")
-    flat = {name: value for _, name, value in settings.settings_of(config)}
+def test_the_recipe_is_the_data_sets():
+    flat = {name: value for _, name, value in settings.settings_of(settings.recipe("features", "hybrid-psc"))}
     assert all(flat[name] == value for name, value in datasets.DATASETS["features"].recipe.items())
-    assert dataclasses.replace(config).network.network == "none"

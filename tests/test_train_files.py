@@ -80,8 +80,8 @@ def test_what_is_transparent_is_white(tmp_path):
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tiff", "webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation(tmp_path, orientation, suffix):
-    upright = np.zeros((16, 32, 3), np.uint8)
-    upright[:8, :8] = 255  # white at the upper left
+    upright = np.zeros((32, 64, 3), np.uint8)
+    upright[:16, :24] = 255  # white at the upper left
     turned = {  # what the camera stored
         1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1], 5: upright.swapaxes(0, 1),
         6: np.rot90(upright, 1), 7: upright[::-1, ::-1].swapaxes(0, 1), 8: np.rot90(upright, -1),
@@ -90,6 +90,24 @@ def test_orientation(tmp_path, orientation, suffix):
     exif[0x0112] = orientation
     found = read(tmp_path / f"x.{suffix}", Image.fromarray(np.ascontiguousarray(turned)), exif=exif)
     assert found.shape == upright.shape and abs(found - upright).mean() < 5
+    batched = files.ImageFiles(Split([tmp_path / f"x.{suffix}"], torch.zeros(1)), 8)[0, None].permute(1, 2, 0).numpy().astype(int)
+    assert batched[:3, 0].min() > 230 and max(batched[5:].max(), batched[:, 3:].max()) < 25
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("key", [None, (1, 2)])
+def test_a_large_jpeg_decoded_at_a_fraction_shows_the_same(tmp_path, key, orientation):
+    gradient = np.stack([np.linspace(0, 255, 1200 * 1600).reshape(1200, 1600)] * 3, 2).astype(np.uint8)
+    gradient[..., 1] = np.linspace(0, 255, 1600)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(gradient).save(tmp_path / "x.jpg", quality=95, exif=exif)
+    found = files.ImageFiles(Split([tmp_path / "x.jpg"], torch.zeros(1)), 64)[0, key].permute(1, 2, 0).numpy().astype(int)
+    upright = decode(tmp_path / "x.jpg", "x")
+    random = np.random.default_rng(key)
+    box = files.middle(*upright.size) if key is None else files.random_resized_crop(*upright.size, random)
+    assert box[2] - box[0] > 256 and box[3] - box[1] > 256  # so that it was decoded at a fraction
+    assert abs(found - np.asarray(upright.resize((64, 64), Image.Resampling.BILINEAR, box=box)).astype(int)).max() <= 2
 
 
 # ---- the check before training

@@ -29,10 +29,17 @@ FIGURES = {
 }
 
 
+PREPARED = (
+    "Images are prepared as in the evaluation (`model.preprocess`). "
+    "`python train/predict.py FOLDER IMAGES ...` does the same from the command line."
+)
+
+
 def card(folder: Path, config: Config, result: dict[str, Any], classes: list[str], *, tested: int) -> str:
     """Markdown, of a run's metrics. ``tested``: how many test images they are of."""
     best, counts, data, method = result["best"], result["train_images"], config.images.data, config.method.method
-    name = f"{config.network.network}, {method}, {data}"
+    name, of_features = f"{config.network.network}, {method}, {data}", config.network.network == "none"
+    given = "features" if of_features else '["image.png"]'
     figures = {label: best[key] for key, label in FIGURES.items() if best.get(key) is not None}
     shots = {
         "many-shot classes": f"more than {config.images.many} training images",
@@ -52,9 +59,8 @@ def card(folder: Path, config: Config, result: dict[str, Any], classes: list[str
         "## How to load it",
         "```python\nfrom trained import load  # train/trained.py of fastsupcon\n"
         f'model = load("{folder.name}")  # this folder\n'
-        'probabilities = model(["image.png"])  # [1, classes], in the order of model.classes\n```',
-        "Images are prepared as in the evaluation (`model.preprocess`). "
-        "`python train/predict.py FOLDER IMAGES ...` does the same from the command line." + exported(config),
+        f"probabilities = model({given})  # [N, classes], in the order of model.classes\n```",
+        ("It takes features [N, F] as train/features.py computes them." if of_features else PREPARED) + exported(config),
         "## Data",
         f"`{data}` ({DATASETS[data].what}): {sum(counts):,} training images{split}, from {max(counts):,} to {min(counts):,} of a class, "
         f"and {tested:,} test images.",
@@ -95,7 +101,11 @@ def header(name: str, data: str, figures: dict[str, float]) -> str:
 
 def exported(config: Config) -> str:
     files = ", ".join(f"`{FORMATS[name].file}`" for name in config.records.export)
-    return f" For other programs there are {files}; programs among them take float images in [0, 1] and give logits." if files else ""
+    return (
+        f" For other programs there are {files}; programs among them are `model.network`: images as floats in [0, 1] to logits."
+        if files
+        else ""
+    )
 
 
 def differences(config: Config) -> str:

@@ -482,7 +482,9 @@ SMALL = {
 }  # fmt: skip
 
 # Heads on features that stay: chosen on those of a ResNet-32.
-HEADS = PAPER | {"network": "none", "hidden": 512, "epochs": 50, "lr": 0.1, "warmup": 0.05, "milestones": (), "weight_decay": 5e-4}
+HEADS = PAPER | {
+    "network": "mlp", "width": 512, "hidden": 512, "epochs": 25, "lr": 0.1, "warmup": 0.05, "milestones": (), "weight_decay": 5e-4,
+}  # fmt: skip
 
 DATASETS: dict[str, DataSet] = {
     "digits": DataSet(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -66,12 +66,15 @@ FORMATS = {
 
 
 def check(formats: Iterable[str]) -> None:
-    """ValueError for a format that is unknown or whose packages are not installed."""
+    """ValueError for a format that is unknown or whose packages cannot be used."""
     for name in formats:
         if name not in FORMATS:
             raise ValueError(f"export must be some of {', '.join(FORMATS)}, got {name!r}")
-        if missing := [package for package in FORMATS[name].packages if find_spec(package) is None]:
-            raise ValueError(f"export {name!r} needs {' and '.join(missing)} (the [train-extra] extra), which is not installed")
+        for package in FORMATS[name].packages:
+            try:
+                import_module(package)  # not looked for alone: onnx without protobuf is found, and fails here
+            except ImportError as error:
+                raise ValueError(f"export {name!r} needs {package} (the [train-extra] extra): {error}") from error
 
 
 def export(model: Trained, formats: Iterable[str]) -> list[Path]:

@@ -18,7 +18,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ import torch
 import tyro
 from data import DATASETS, Data, Images, Split
 from files import Stopped, decode, loader_options, patient, refuse_without_room, stack, to_rgb
-from networks import import_timm, is_timm, make_backbone, of_backbone, read_weights
+from networks import ON_FEATURES, import_timm, is_timm, make_backbone, of_backbone, read_weights
 from PIL import Image
 from terminal import progress_bar, say
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Extraction:
     network: str  # a timm name, with the tag of its weights (vit_base_patch16_clip_224.openai), or a CIFAR ResNet
     out: Path  # F.npz
-    images: tyro.conf.OmitArgPrefixes[Images] = Images()
+    images: tyro.conf.OmitArgPrefixes[Images] = field(default_factory=Images)
     weights: Path | None = None  # a file: timm's, or a run's last.pt or model.safetensors; None: timm's, from its hub
     width: int = 16  # channels of a CIFAR ResNet's first stage
     batch: int = 64
@@ -59,8 +59,8 @@ Prepare = Callable[[Image.Image], Tensor]
 
 def frozen(chosen: Extraction, channels: int) -> nn.Module:
     """The network with its weights. Without any it would be refused: random features are worth nothing."""
-    if chosen.network == "none":
-        raise ValueError("network must have features to give, got 'none'")
+    if chosen.network in ON_FEATURES:
+        raise ValueError(f"network must be one for images, got {chosen.network!r}")
     if chosen.weights is None and not is_timm(chosen.network):
         raise ValueError(f"weights must be given for network {chosen.network!r}, for which there is no hub, got None")
     network = make_backbone(chosen.network, channels, chosen.width, pretrained=chosen.weights is None)
@@ -164,8 +164,7 @@ def extract(chosen: Extraction, data: Data, network: nn.Module) -> None:
     network = network.to(device)
     splits = {"train": data.train, "validation": data.validation, "test": data.test}
     splits = {name: split for name, split in splits.items() if split is not None}
-    if isinstance(data.train.images, Tensor) is False:
-        refuse_without_room(chosen.images.workers, 4 * chosen.batch * int(np.prod(shape)))
+    refuse_without_room(chosen.images.workers, 4 * chosen.batch * int(np.prod(shape)))
     with checkpoint.StopSignal() as stop, progress_bar() as progress:
         missing = {name: missing_parts(folder, name, len(split)) for name, split in splits.items()}
         total, left = sum(map(len, splits.values())), sum(len(part) for parts in missing.values() for part in parts)

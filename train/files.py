@@ -6,6 +6,7 @@ Images are either one uint8 tensor [N, C, H, W], which then lives on the device,
 from __future__ import annotations
 
 import io
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -22,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 class Files(Sequence):
     """Paths of files under ``root``, with their sizes and times of change, in one run of bytes.
 
-    As Path objects a million of them would take 0.5 GB, and that in every worker process: reading an object writes its count of references
+    As Path objects a million of them would take 0.3 GB, and that in every worker process: reading an object writes its count of references
     and so copies its page.
     """
 
@@ -95,6 +97,7 @@ def naming(name: str) -> Iterator[None]:
         raise ValueError(f"{name} is not a readable image: {error}") from error
 
 
+ORIENTATION = 0x0112  # EXIF's tag
 UPRIGHT = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
 
 
@@ -105,7 +108,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     are refused, for nothing says what their white is.
     """
     image.load()
-    if method := UPRIGHT.get(image.getexif().get(0x0112)):
+    if method := UPRIGHT.get(image.getexif().get(ORIENTATION)):
         image = image.transpose(Image.Transpose[method])
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):  # those open 16 bits as "I" in old Pillows
         bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]  # TIFF's bits per sample: 12 are common
@@ -121,7 +124,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         if image.getextrema()[3][0] < 255:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def decoded(split: Split) -> Split:
@@ -133,6 +136,8 @@ def decoded(split: Split) -> Split:
 
 
 # ---- batches
+
+GAP = 2.0  # pixels for one of the result to which an image may be reduced in a quick way before it is resized as it should
 
 
 class ImageFiles(Dataset):
@@ -147,12 +152,22 @@ class ImageFiles(Dataset):
 
     def __getitem__(self, item: tuple[int, tuple[int, ...] | None]) -> Tensor | ValueError:
         index, key = item
+        path = self.paths[index]
         try:
-            image = decode(self.paths[index], str(self.paths[index]))
+            with naming(str(path)), Image.open(path) as image:
+                if not isinstance(image, JpegImageFile):
+                    image.load()  # others may tell their orientation after the pixels, or turn them themselves
+                size = width, height = image.size[::-1] if image.getexif().get(ORIENTATION, 1) > 4 else image.size
+                box = middle(*size) if key is None else random_resized_crop(*size, np.random.default_rng(key))
+                fewer = min(box[2] - box[0], box[3] - box[1]) / (GAP * self.size)  # pixels decoded for one that is needed
+                if fewer >= 2:
+                    image.draft("RGB", tuple(math.ceil(side / fewer) for side in image.size))  # a JPEG is decoded at 1/2, 1/4 or 1/8
+                rgb = to_rgb(image)
         except ValueError as error:  # raised by Batches: out of a worker it would come with the worker's traceback as its message
             return error
-        box = middle(*image.size) if key is None else random_resized_crop(*image.size, np.random.default_rng(key))
-        small = image.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box, reducing_gap=2.0)
+        x, y = rgb.width / width, rgb.height / height
+        box = (box[0] * x, box[1] * y, min(box[2] * x, rgb.width), min(box[3] * y, rgb.height))
+        small = rgb.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box, reducing_gap=GAP)
         return torch.from_numpy(np.asarray(small).copy()).permute(2, 0, 1)
 
 

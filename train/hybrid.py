@@ -162,9 +162,10 @@ class Given(Config):
 def parse(arguments: list[str]) -> tuple[Config, Command]:
     """The recipe is chosen first, so that the defaults that are shown and changed are real."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for names in (("--data",), ("--method",), ("--config",), ("--resume",), ("--eval-only", "--eval_only")):
+    for names in (("--data",), ("--method",), ("--config",), ("--resume",), ("--eval-only", "--eval_only"), ("--network",), ("--weights",)):
         first.add_argument(*names)
-    first.add_argument("--paper", action="store_true")
+    for name in ("paper", "pretrained"):
+        first.add_argument(f"--{name}", action="store_true")
     chosen, _ = first.parse_known_args(arguments)
     stored = {name: path for name in ("config", "resume", "eval_only") if (path := getattr(chosen, name))}
     if len(stored) > 1:
@@ -181,7 +182,8 @@ def parse(arguments: list[str]) -> tuple[Config, Command]:
         if chosen.config:
             base = settings.change(base, out=None)  # or it would be the old run's
     else:
-        base = settings.recipe(chosen.data or "digits", chosen.method or "hybrid-sc", paper=chosen.paper)
+        network = settings.trained_network(chosen.network, chosen.pretrained, chosen.weights)
+        base = settings.recipe(chosen.data or "digits", chosen.method or "hybrid-sc", paper=chosen.paper, network=network)
         if not any(not one.startswith("-h") and one != "--help" for one in arguments):
             base = settings.change(base, **DEMONSTRATION)
     parts = {name: getattr(base, name) for name in settings.GROUPS}

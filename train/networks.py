@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 CIFAR_RESNETS = ("resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
+ON_FEATURES = ("none", "mlp")  # networks for data that are features already
 
 
 class BasicBlock(nn.Module):
@@ -50,18 +51,19 @@ class CifarResNet(nn.Sequential):
 
 
 class Features(nn.Module):
-    """For data that are features already: each of them brought to mean 0 and variance 1 over the training images.
+    """For data that are features already: each brought to mean 0 and variance 1 over the training images, then a hidden layer or none.
 
-    Both are fixed, and part of the network: who loads it gives it features as they come. With dropout, which acts in training alone, two
-    views of an image differ.
+    Without that layer the classifier is a linear probe, on which a loss of the projection head has no influence. Mean and variance are
+    fixed, and part of the network: who loads it gives it features as they come. With dropout, in training alone, two views of an image differ.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, wide: int, dropout: float = 0.0) -> None:
+    def __init__(self, wide: int, dropout: float = 0.0, hidden: int | None = None) -> None:
         super().__init__()
-        self.num_features, self.dropout = wide, dropout
+        self.num_features, self.dropout = hidden or wide, dropout
+        self.layer = nn.Sequential(nn.Linear(wide, hidden), nn.ReLU()) if hidden else nn.Identity()
         self.register_buffer("mean", torch.zeros(wide))
         self.register_buffer("std", torch.ones(wide))
 
@@ -71,7 +73,7 @@ class Features(nn.Module):
         self.std.copy_(torch.where(std > 1e-6 * mean.abs(), std, 1.0))  # one that never changes stays 0
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.dropout((x - self.mean) / self.std, self.dropout, self.training)
+        return self.layer(F.dropout((x - self.mean) / self.std, self.dropout, self.training))
 
 
 def make_backbone(
@@ -82,8 +84,8 @@ def make_backbone(
     ``image_size`` is needed by networks made for one size, vision transformers among them, whose position embeddings timm then resamples;
     None is the size of their weights.
     """
-    if name == "none":
-        return Features(channels, dropout)
+    if name in ON_FEATURES:
+        return Features(channels, dropout, width if name == "mlp" else None)
     if name in CIFAR_RESNETS:
         if pretrained:
             raise ValueError(f"pretrained needs a timm network, got {name!r}, for which there are none: give a run's by weights")
@@ -114,7 +116,7 @@ def timm_settings(name: str) -> Any:
 
 
 def is_timm(name: str) -> bool:
-    return name != "none" and name not in CIFAR_RESNETS
+    return name not in ON_FEATURES and name not in CIFAR_RESNETS
 
 
 class CosineClassifier(nn.Linear):

@@ -32,10 +32,14 @@ def main(arguments: list[str]) -> int:
     given = parse(arguments)
     try:
         paths = [path for one in given.images for path in files_of(one)]
+        if given.export:
+            for path in exports.export(load(given.run), given.export):  # on the CPU: a program computes where it was exported
+                print(f"written: {path}", file=sys.stderr)
+        if not paths:
+            return 0
         device = given.device if given.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         model = load(given.run, weights=given.weights, device=device)
-        for path in exports.export(model, given.export):
-            print(f"written: {path}", file=sys.stderr)
+        model.check_takes_images()
         return show(model, paths, given.top, given.csv)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -54,6 +58,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     given = parser.parse_args(arguments)
     if not given.images and not given.export:
         parser.error("images or --export must be given")
+    if given.export and given.weights is not None:
+        parser.error("--export writes the weights that the run reports, and takes no --weights")
     if given.csv is not None and not given.images:
         parser.error("--csv is a table of images, which must be given")
     if given.top < 1:

@@ -19,7 +19,7 @@ import tyro
 from augment import AUGMENTATIONS, Augmentation
 from data import DATASETS, Images, defaults
 from methods import CLASSIFIER_LOSSES, FEATURE_LOSSES, METHODS, Method, passes
-from networks import make_backbone
+from networks import ON_FEATURES, is_timm, make_backbone, timm_settings
 from schedule import SCHEDULES, switch_epoch
 
 from fastsupcon.backends import select as select_backend
@@ -29,13 +29,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Network:
-    network: str = "resnet32"  # a CIFAR ResNet (resnet8 ... resnet110), a timm name, or "none" for data that are features already
-    width: int = 16  # channels of a CIFAR ResNet's first stage
+    network: str = "resnet32"  # a CIFAR ResNet (resnet8 ... resnet110), a timm name, or "mlp" or "none" for data that are features already
+    width: int = 16  # channels of a CIFAR ResNet's first stage; of mlp's hidden layer
     hidden: int = 64  # of the projection head
     embedding: int = 128  # its output
     pretrained: bool = False  # timm's weights for the backbone, from its hub
     weights: Path | None = None  # from which the network begins: a run's last.pt or model.safetensors, or a file of timm's for the backbone
-    dropout: float = 0.0  # of features, where network is "none": what makes two views of an image differ
+    dropout: float = 0.0  # of features, where the data are features: what makes two views of an image differ
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,11 @@ FREE = {
 # ---- recipes
 
 
-def recipe(data: str, method: str, *, paper: bool = False) -> Config:
-    """What is known to work: a data set's settings with a method's, or with ``paper`` the optimiser and pictures of the method's paper."""
+def recipe(data: str, method: str, *, paper: bool = False, network: str | None = None) -> Config:
+    """What is known to work: a data set's settings with a method's, or with ``paper`` the optimiser and pictures of the method's paper.
+
+    ``network`` is a timm network that begins from trained weights: images have the size, mean and std that these are used to.
+    """
     images, entry = named(DATASETS, "data", data), named(METHODS, "method", method)
     settings = dict(images.recipe) | (entry.paper if paper else {})
     if data == "digits":  # as many images as 160 epochs of a classifier alone, whatever the method takes of each batch
@@ -116,6 +119,11 @@ def recipe(data: str, method: str, *, paper: bool = False) -> Config:
         method=method_of(data, method),
     )
     colours = {"mean": images.mean, "std": images.std}
+    if network is not None:
+        wanted = timm_settings(network)
+        colours = {"mean": tuple(wanted.mean), "std": tuple(wanted.std)}
+        if images.shape is None:
+            settings |= {"image_size": wanted.input_size[-1]}
     augments = {name: dataclasses.replace(AUGMENTATIONS[settings.pop(name, images.augment)], **colours) for name in AUGMENTS}
     return change(dataclasses.replace(config, **augments), **settings)
 
@@ -152,7 +160,12 @@ def change(config: Config, **settings: Any) -> Config:
 
 def configure(data: str = "digits", method: str = "hybrid-sc", *, paper: bool = False, **settings: Any) -> Config:
     """A recipe, changed and checked: what the command line does, for Python."""
-    return checked(change(recipe(data, method, paper=paper), **settings))
+    return checked(change(recipe(data, method, paper=paper, network=trained_network(**settings)), **settings))
+
+
+def trained_network(network: str | None = None, pretrained: bool = False, weights: Path | None = None, **_: Any) -> str | None:
+    """Of these settings, the timm network that begins from trained weights."""
+    return network if network is not None and is_timm(network) and (pretrained or weights is not None) else None
 
 
 def differing(a: Config, b: Config) -> list[str]:
@@ -222,16 +235,24 @@ def _check_network(config: Config) -> None:
     network, given, views = config.network, config.images.data, FEATURE_LOSSES[config.method.feature_loss]
     with torch.device("meta"):
         make_backbone(network.network, 3, network.width)
-    if (known := DATASETS[given]).shape == () and network.network != "none":
-        raise ValueError(f"network must be 'none' for data {given!r}, whose features it has already, got {network.network!r}")
-    if network.network == "none" and known.shape != ():
-        raise ValueError(f"network 'none' takes features, and data {given!r} is images")
-    if network.dropout and network.network != "none":
-        raise ValueError(f"dropout acts on features, where network is 'none', got {network.dropout} and network {network.network!r}")
-    if network.network != "none":
+    known, on_features = DATASETS[given], network.network in ON_FEATURES
+    if known.shape == () and not on_features:
+        raise ValueError(f"network must be {' or '.join(ON_FEATURES)} for data {given!r}, which are features, got {network.network!r}")
+    if on_features and known.shape != ():
+        raise ValueError(f"network {network.network!r} takes features, and data {given!r} is images")
+    if network.dropout and not on_features:
+        raise ValueError(f"dropout acts on data that are features, got {network.dropout} and data {given!r}")
+    if not on_features:
         return
-    if network.weights is not None:
-        raise ValueError(f"weights are of a network, and network is 'none', got {network.weights}")
+    if network.network == "none" and views.views and not views.trains_classifier:
+        raise ValueError(
+            f"feature_loss {config.method.feature_loss!r} would have no influence on the classifier where network is 'none': expected 'mlp', "
+            "whose hidden layer both train"
+        )
+    if network.weights is not None or network.pretrained:
+        raise ValueError(
+            f"weights are of a network for images, and data are features, got weights {network.weights}, pretrained {network.pretrained}"
+        )
     if views.views + views.keys > 1 and not network.dropout:
         raise ValueError(
             f"feature_loss {config.method.feature_loss!r} compares views of an image, and those of features are equal: expected dropout "

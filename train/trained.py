@@ -53,13 +53,16 @@ def write_description(folder: Path, data: Data, image_size: int) -> None:
 
 
 class Classifier(nn.Module):
-    """Images [N, C, H, W], floats in [0, 1] or uint8, to logits [N, classes]. The colours' mean and std are inside."""
+    """Images [N, C, H, W], floats in [0, 1] or uint8, to logits [N, classes]. The colours' mean and std are inside.
 
-    def __init__(self, network: HybridNetwork, mean: list[float], std: list[float]) -> None:
+    Of a run on features, these [N, F] as features.py wrote them.
+    """
+
+    def __init__(self, network: HybridNetwork, mean: list[float], std: list[float], shape: tuple[int, ...]) -> None:
         super().__init__()
         self.backbone, self.classifier = network.backbone, network.classifier
         for name, values in (("mean", mean), ("std", std)):
-            self.register_buffer(name, torch.tensor(values).view(-1, 1, 1))
+            self.register_buffer(name, torch.tensor(values).view(-1, *(1 for _ in shape[1:])))
 
     def features(self, images: Tensor) -> Tensor:
         x = images.float() / 255 if images.dtype == torch.uint8 else images
@@ -72,6 +75,8 @@ class Classifier(nn.Module):
 class Trained:
     """``network`` takes images to logits; ``classes`` are their names; ``shape`` is (channels, height, width) of what it takes.
 
+    Of a run on features ``shape`` is (F,), and features [N, F] are what is meant by images here.
+
     Images are a tensor [N, *shape], floats in [0, 1] or uint8; or files and PIL images, one or several, which ``preprocess`` prepares.
     Everything is computed in fp32, without gradients; call ``network`` itself for gradients.
     """
@@ -79,9 +84,9 @@ class Trained:
     def __init__(self, folder: Path, weights: Path, description: dict[str, Any], network: HybridNetwork, device: torch.device) -> None:
         self.folder, self.weights, self.description, self.device = folder, weights, description, device
         self.classes: list[str] = description["classes"]
-        self.shape: tuple[int, int, int] = tuple(description["shape"])
+        self.shape: tuple[int, ...] = tuple(description["shape"])
         self.hybrid = network.to(device).eval()
-        self.network = Classifier(network, description["mean"], description["std"]).to(device).eval()
+        self.network = Classifier(network, description["mean"], description["std"], self.shape).to(device).eval()
 
     def __call__(self, images: Any) -> Tensor:
         """Probabilities [N, classes]."""
@@ -104,6 +109,7 @@ class Trained:
         the network's proportions; brought to size by Pillow's antialiased bilinear filter, which leaves an image of that size as it is;
         grey for a network of one channel.
         """
+        self.check_takes_images()
         if isinstance(image, Image.Image):
             with naming("the image given"):
                 picture = to_rgb(image)
@@ -118,6 +124,10 @@ class Trained:
         pixels = torch.from_numpy(np.array(picture.convert("L" if channels == 1 else "RGB")))
         return (pixels[None] if channels == 1 else pixels.permute(2, 0, 1)).contiguous().float() / 255
 
+    def check_takes_images(self) -> None:
+        if len(self.shape) != 3:
+            raise ValueError(f"the run in {self.folder} takes features of images, tensors [N, {self.shape[0]}], and no images")
+
     @torch.no_grad()
     def _of_all(self, images: Any, compute: Any) -> Tensor:
         parts = [compute(batch.to(self.device)) for batch in self._batches(images)]
@@ -127,11 +137,12 @@ class Trained:
 
     def _batches(self, images: Any) -> Iterator[Tensor]:
         if isinstance(images, Tensor):
-            if images.dim() != 4 or images.shape[1:] != self.shape:
+            if images.dim() == 0 or images.shape[1:] != self.shape:
                 raise ValueError(f"images must be [N, {', '.join(map(str, self.shape))}], got {list(images.shape)}")
             if images.dtype != torch.uint8 and not images.is_floating_point():
                 raise ValueError(f"images must be floats in [0, 1] or uint8, got {images.dtype}")
-            if images.is_floating_point() and images.numel() and not (images.min() >= 0 and images.max() <= 1):
+            in_range = len(self.shape) == 3 and images.is_floating_point() and images.numel()
+            if in_range and not (images.min() >= 0 and images.max() <= 1):
                 raise ValueError(f"images of floats must lie in [0, 1], got {images.min():g} to {images.max():g}")
             yield from (part if part.dtype == torch.uint8 else part.float() for part in images.split(BATCH) if len(part))
             return
@@ -164,9 +175,10 @@ def load(folder: str | Path, *, weights: str | None = None, device: str | torch.
         raise ValueError(f"config.json and model.json in {folder} must hold what this version reads, and lack {error}") from error
     description["embeds"] = feature_loss != "none"
     shape = description["shape"]
-    if len(shape) != 3 or shape[0] not in (1, 3):
-        raise ValueError(f"the run in {folder} must be one of grey or colour images, got inputs of shape {shape}")
-    network = HybridNetwork(make_backbone(name, shape[0], width), len(description["classes"]), hidden, embedding, cosine)
+    if len(shape) != 1 and (len(shape) != 3 or shape[0] not in (1, 3)):
+        raise ValueError(f"the run in {folder} must be one of grey or colour images or of features, got inputs of shape {shape}")
+    backbone = make_backbone(name, shape[0], width, image_size=shape[-1] if len(shape) == 3 else None)
+    network = HybridNetwork(backbone, len(description["classes"]), hidden, embedding, cosine)
     state = read_weights(path, tau)
     try:
         network.load_state_dict(state)
