@@ -231,7 +231,7 @@ def test_the_queue_holds_the_rows_of_all(folder, name):
 
 
 def test_mixup(folder):
-    """Partners are of the same process, so that one process alone has other ones: losses are of the size of chance, 2.3."""
+    """Partners are of one's own process, so one process alone has other ones: losses are of the size of chance, 2.3."""
     rows = log(folder / "two" / "mixup")
     assert len(rows) == 2 and all(1 < row["classifier_loss"] < 4 for row in rows)
     assert (folder / "two" / "mixup" / "metrics.json").exists()

@@ -54,7 +54,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict:
 
 
 class StopSignal:
-    """Within it, Ctrl-C and the signals by which clusters announce an end ask to stop after the step at hand; a second one stops at once."""
+    """Within it, Ctrl-C and the signals of clusters that announce an end ask to stop after the step at hand; a second one stops at once."""
 
     ASKED_BY = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
 

@@ -475,7 +475,8 @@ PAPER = {
 }  # fmt: skip
 FILES = {
     "augment": "files", "recipe": PAPER | {
-        "network": "resnet50", "hidden": 2048, "epochs": 90, "batch": 128, "lr": 0.1, "milestones": (), "nesterov": True, "weight_decay": 5e-4,
+        "network": "resnet50", "hidden": 2048, "epochs": 90, "batch": 128, "lr": 0.1, "milestones": (), "nesterov": True,
+        "weight_decay": 5e-4,
     },
 }  # fmt: skip
 SMALL = {
@@ -497,7 +498,8 @@ DATASETS: dict[str, DataSet] = {
     ),
     "mnist": DataSet("MNIST from root/mnist-63k.npz", _mnist, mean=(0.1307,), std=(0.3081,), shape=(1, 28, 28), **SMALL),
     "fashion-mnist-lt": DataSet(
-        "Fashion-MNIST, downloaded or from root", _fashion_mnist, mean=(0.2860,), std=(0.3530,), shape=(1, 28, 28), root="optional", recipe=PAPER,
+        "Fashion-MNIST, downloaded or from root",
+        _fashion_mnist, mean=(0.2860,), std=(0.3530,), shape=(1, 28, 28), root="optional", recipe=PAPER,
     ),
     "cifar10-lt": DataSet(
         "CIFAR-10, downloaded or from root/cifar-10-python.tar.gz",

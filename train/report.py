@@ -14,7 +14,6 @@ import plots
 import processes
 import trained
 from data import Data, describe_difference
-import trained
 from methods import METHODS
 from networks import parameters_of
 from run import Run

@@ -31,7 +31,7 @@ SCHEDULES: dict[str, Callable[[float, float], tuple[float, float]]] = {
 
 
 def branch_weights(schedule: str, epoch: int, epochs: int, *, switch_at: float = 0.5, seed: int = 0) -> tuple[float, float]:
-    """(alpha, 1 - alpha) of  alpha L_feature + (1 - alpha) L_classifier  in epoch T = 0 ... T_max - 1. The paper's alpha is 1 - (T / T_max)^2.
+    """(alpha, 1 - alpha) of  alpha L_feature + (1 - alpha) L_classifier  in epoch T < T_max. The paper's alpha is 1 - (T / T_max)^2.
 
     "switch" turns from features to classifier at the fraction ``switch_at`` of the epochs; "two-stage" does too, and the network below
     the classifier is frozen from there on. "beta" draws from Beta(0.2, 0.2) for each epoch, the same draw for the same seed and epoch.

@@ -83,14 +83,14 @@ class Records:
 
 @dataclass(frozen=True)
 class Config:
-    images: tyro.conf.OmitArgPrefixes[Images] = Images()
-    method: tyro.conf.OmitArgPrefixes[Method] = Method()
-    network: tyro.conf.OmitArgPrefixes[Network] = Network()
-    optimiser: tyro.conf.OmitArgPrefixes[Optimiser] = Optimiser()
+    images: tyro.conf.OmitArgPrefixes[Images] = field(default_factory=Images)
+    method: tyro.conf.OmitArgPrefixes[Method] = field(default_factory=Method)
+    network: tyro.conf.OmitArgPrefixes[Network] = field(default_factory=Network)
+    optimiser: tyro.conf.OmitArgPrefixes[Optimiser] = field(default_factory=Optimiser)
     augment: Augmentation = field(default_factory=Augmentation)  # of the classifier's images
     feature_augment: Augmentation = field(default_factory=Augmentation)  # of the feature branch's views
-    machine: tyro.conf.OmitArgPrefixes[Machine] = Machine()
-    records: tyro.conf.OmitArgPrefixes[Records] = Records()
+    machine: tyro.conf.OmitArgPrefixes[Machine] = field(default_factory=Machine)
+    records: tyro.conf.OmitArgPrefixes[Records] = field(default_factory=Records)
 
 
 GROUPS = tuple(f.name for f in dataclasses.fields(Config))

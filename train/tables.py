@@ -1,10 +1,10 @@
 """Tables of runs: methods, budgets, ablations, sweeps. Each is one folder with results.md, results.json and pictures.
 
-    python train/table.py methods                        # digits: every method, at equal images and at equal updates
-    python train/table.py ablation                       # digits: samplers, losses of each branch, schedules
-    python train/table.py budget --root D --jobs 6       # CIFAR-10-LT (JPEG copies): accuracy over images and over updates
-    python train/table.py cifar10 --root D               # its shortened form for a CPU
-    python train/table.py sweep --set lr 0.05 0.1 0.2 --set batch 32 64 --method hybrid-psc
+    python train/tables.py methods                        # digits: every method, at equal images and at equal updates
+    python train/tables.py ablation                       # digits: samplers, losses of each branch, schedules
+    python train/tables.py budget --root D --jobs 6       # CIFAR-10-LT (JPEG copies): accuracy over images and over updates
+    python train/tables.py cifar10 --root D               # its shortened form for a CPU
+    python train/tables.py sweep --set lr 0.05 0.1 0.2 --set batch 32 64 --method hybrid-psc
 
 A table that was interrupted goes on where it stopped, each run from its last epoch. On digits every seed has its own split into training
 pool and test set. ``--jobs`` trains so many runs at the same time, on one GPU or on the CPU's cores.
@@ -12,33 +12,26 @@ pool and test set. ``--jobs`` trains so many runs at the same time, on one GPU o
 
 from __future__ import annotations
 
-import concurrent.futures
-import dataclasses
-import functools
 import itertools
-import multiprocessing
-import os
 import re
-import signal
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import checkpoint
 import compare
-import data as datasets
-import hybrid
 import plots
 import processes
+import reported
 import settings
+import side_by_side
 import terminal
-import torch
 import tyro
 from methods import METHODS, passes
 from settings import Config
 
 Settings = dict[str, Any]
+Results = dict[str, dict[str, list[dict[str, Any]]]]  # by title and row, a run for each seed
 
 
 @dataclass(frozen=True)
@@ -48,7 +41,7 @@ class Table:
     title: str
     rows: dict[str, Settings]
     against: tuple[str, ...] = ()
-    common: Settings | None = None
+    common: Settings = field(default_factory=dict)
 
 
 #: What every table of methods holds, beside its own: the paper's claim is tested against these.
@@ -60,10 +53,10 @@ def rows(*methods: str, **common: Any) -> dict[str, Settings]:
     return {method: {"method": method, **common} for method in methods}
 
 
-# On digits 160 epochs of 5 steps of 64 images are 51,200 images; a method that takes more of each batch has fewer epochs, or as many updates.
+# On digits 160 epochs of 5 steps of 64 images are 51,200 images; a method that takes more of each batch has fewer epochs or more images.
 METHOD_TABLES = [
     Table("Equal images", rows(*METHODS, images=51_200), BASELINES[::2]),
-    Table("Equal updates", rows(*METHODS, epochs=80), BASELINES[::2]),
+    Table("Equal updates", rows(*COMPARED, epochs=80), BASELINES[::2]),
 ]
 
 BALANCED_SOFTMAX = {"sampler": "instance", "logit_adjustment": 1.0}
@@ -150,15 +143,16 @@ def tables_of(given: Given) -> list[Table]:
     return [Table(f"{given.method} on {given.data}", named, common={"data": given.data, "method": given.method})]
 
 
-def configure(given: Given, table: Table, row: Settings, seed: int, out: Path, train_images: int | None = None) -> Config:
+def configure(given: Given, table: Table, row: Settings, seed: int, out: Path) -> Config:
     """The run of a row and a seed. ``images`` in a row is how many are to go through the network, and gives the epochs."""
-    chosen = {"data": "digits", "method": "hybrid-sc", **(table.common or {}), **row}
+    chosen = {"data": "digits", "method": "hybrid-sc", **table.common, **row}
     data, method, images = chosen.pop("data"), chosen.pop("method"), chosen.pop("images", None)
-    base = settings.change(settings.recipe(data, method), **chosen)
+    base = settings.change(settings.recipe(data, method), **chosen, root=given.root)
     if images is not None:
-        of_epoch = max(1, train_images // base.optimiser.batch) * base.optimiser.batch
+        batch = base.optimiser.batch
+        of_epoch = max(1, len(side_by_side.load(base.images).train) // batch) * batch
         base = settings.change(base, epochs=round(images / (of_epoch * passes(base.method))))
-    machine = {"device": given.device, "precision": given.precision, "compile": given.compile, "threads": given.threads, "root": given.root}
+    machine = {"device": given.device, "precision": given.precision, "compile": given.compile, "threads": given.threads}
     records = {"pictures": False, "seed": seed, "data_seed": seed if data == "digits" else 0, "out": out}
     return settings.checked(settings.change(base, epochs=max(1, round(given.shorten * base.optimiser.epochs)), **machine, **records))
 
@@ -167,61 +161,33 @@ def slug(name: str) -> str:
     return re.sub(r"\W+", "-", name).strip("-").lower()
 
 
-load = functools.lru_cache(2)(datasets.load)
-
-
-def train_one(config: Config) -> dict[str, Any]:
-    terminal.console.quiet = multiprocessing.parent_process() is not None
-    return hybrid.finish(config, load(config.images))
-
-
-def trained(configs: list[Config], jobs: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Number and metrics of each run as it ends. A stop signal reaches the processes, each of which leaves a checkpoint."""
-    if jobs == 1:
-        yield from ((number, train_one(config)) for number, config in enumerate(configs))
-        return
-    pool = concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
-
-    def stop(number: int, _frame: object) -> None:
-        for process in list(pool._processes.values()):
-            os.kill(process.pid, number)
-        pool.shutdown(cancel_futures=True)
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        futures = {pool.submit(train_one, config): number for number, config in enumerate(configs)}
-        for future in concurrent.futures.as_completed(futures):
-            yield futures[future], future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-        signal.signal(signal.SIGTERM, before)
-
-
-def fill(given: Given) -> dict[str, Any]:
-    if processes.launched():
-        raise ValueError("table.py must be started once, by python: under torchrun each process would write the same tables")
-    out, tables = given.out or Path("runs") / given.table, tables_of(given)
-    seeds = range(given.seed, given.seed + given.seeds)
-    planned: list[tuple[Table, str, Config]] = []
+def planned(given: Given, tables: list[Table], out: Path) -> list[tuple[str, str, Config]]:
+    """Title, row and settings of each run."""
+    runs = []
     for table in tables:
         if unknown := set(given.only) - set(table.rows):
             raise ValueError(f"only must be among {', '.join(table.rows)}, got {', '.join(sorted(unknown))}")
-        chosen = {name: row for name, row in table.rows.items() if not given.only or name in given.only}
-        for seed, (name, row) in itertools.product(seeds, chosen.items()):
-            first = settings.recipe(row.get("data", "digits"), row.get("method", "hybrid-sc")).images
-            train_images = len(load(dataclasses.replace(first, root=given.root)).train) if "images" in row else None
-            planned.append(
-                (table, name, configure(given, table, row, seed, out / slug(table.title) / slug(name) / f"seed-{seed}", train_images))
-            )
+        for seed in range(given.seed, given.seed + given.seeds):
+            for name, row in table.rows.items():
+                if not given.only or name in given.only:
+                    folder = out / slug(table.title) / slug(name) / f"seed-{seed}"
+                    runs.append((table.title, name, configure(given, table, row, seed, folder)))
+    return runs
+
+
+def fill(given: Given) -> Results:
+    if processes.launched():
+        raise ValueError("tables.py must be started once, by python: under torchrun each process would write the same tables")
+    out, tables = given.out or Path("runs") / given.table, tables_of(given)
+    runs = planned(given, tables, out)
     out.mkdir(parents=True, exist_ok=True)
-    results: dict[str, dict[str, list[dict]]] = {table.title: {} for table in tables}
+    results: Results = {table.title: {} for table in tables}
     with terminal.progress_bar() as progress:
-        bar = progress.add_task(str(out), total=len(planned), text="")
-        for number, metrics in trained([config for _, _, config in planned], given.jobs):
-            table, name, config = planned[number]
-            results[table.title].setdefault(name, []).append(metrics)
-            said = f"{table.title}: {name}, seed {config.records.seed}: {metrics['best']['balanced']:.1f}"
+        bar = progress.add_task(str(out), total=len(runs), text="")
+        for number, metrics in side_by_side.trained([config for _, _, config in runs], given.jobs):
+            title, name, config = runs[number]
+            results[title].setdefault(name, []).append(metrics)
+            said = f"{title}: {name}, seed {config.records.seed}: {metrics['best']['balanced']:.1f}"
             progress.update(bar, advance=1, text=said)
             if not terminal.console.is_terminal:
                 terminal.say(said)
@@ -229,40 +195,41 @@ def fill(given: Given) -> dict[str, Any]:
     return results
 
 
-def write(out: Path, given: Given, tables: list[Table], results: dict[str, dict[str, list[dict]]]) -> None:
-    """After every run, so that an interrupted table is there as far as it came."""
-    text = []
+def write(out: Path, given: Given, tables: list[Table], results: Results) -> None:
+    """After every run: a table that was interrupted is there as far as it came."""
+    text, kept = [], {}
     for table in tables:
-        groups = {name: sorted(runs, key=seed_of) for name in table.rows if (runs := results[table.title].get(name))}
+        groups = {name: sorted(runs, key=compare.seed) for name in table.rows if (runs := results[table.title].get(name))}
+        kept[table.title] = {name: [figures_of(run) for run in runs] for name, runs in groups.items()}
         if groups:
             against = [name for name in table.against if name in groups]
-            text.append(f"### {table.title}\n\n{compare.table(groups, against)}\n")
+            text.append(f"### {table.title}\n\n{compare.table(groups, against, reported_of(groups))}\n")
             compare.draw(out / slug(table.title), groups)
-    environment = checkpoint.environment(torch.device("cuda" if torch.cuda.is_available() and given.device != "cpu" else "cpu"))
-    origin = f"`{environment['command']}`, seeds {given.seed} … {given.seed + given.seeds - 1}, {environment['device']}, {given.threads} thread(s), "
-    origin += f"torch {environment['packages']['torch']}, commit {environment['git_commit']}, {environment['date']}"
-    figures = {title: {name: [figures_of(run) for run in runs] for name, runs in rows.items()} for title, rows in results.items()}
-    checkpoint.write_json(out / "results.json", {"environment": environment, "tables": figures})
-    checkpoint.write_text(out / "results.md", "\n".join(text) + f"\n{origin}\n")
+    environment = checkpoint.environment(
+        processes.device(given.device if given.device != "auto" else settings.checked(Config()).machine.device)
+    )
+    versions = f"torch {environment['packages']['torch']}, commit {environment['git_commit']}, {environment['date']}"
+    text.append(f"`{environment['command']}`, {environment['device']}, {given.threads} thread(s) a run, {given.jobs} at a time, {versions}")
+    checkpoint.write_json(out / "results.json", {"environment": environment, "tables": kept})
+    checkpoint.write_text(out / "results.md", "\n".join(text) + "\n")
     if given.table == "budget":
-        series: dict[str, list[dict]] = {}
-        for rows in results.values():
-            for name, runs in rows.items():
-                series.setdefault(name, []).extend(runs)
-        plots.over_budget(out / "budget.png", {name: [points(run) for run in runs] for name, runs in series.items()})
+        runs = [run for groups in results.values() for one in groups.values() for run in one]
+        plots.over_budget(out / "budget.png", compare.budgets(runs))
 
 
-def points(run: dict[str, Any]) -> tuple[int, int, float]:
-    return run["images"], run["updates"], run["best"]["balanced"]
-
-
-def seed_of(run: dict[str, Any]) -> int:
-    return run["config"]["records"]["seed"]
+def reported_of(groups: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
+    """What others report of a row's method on this data, where they do: the first figure of the list."""
+    found = {}
+    for name, runs in groups.items():
+        config = runs[0]["config"]
+        if figures := reported.reported(config["method"]["method"], config["images"]["data"], config["images"]["imbalance"]):
+            found[name] = f"{figures[0].accuracy:g} ({figures[0].of})"
+    return found
 
 
 def figures_of(run: dict[str, Any]) -> dict[str, Any]:
     kept = ("updates", "images", "seconds", "split", "train_images")
-    return {"seed": seed_of(run), **{name: run[name] for name in kept}, "config": run["config"], **run["best"]}
+    return {"seed": compare.seed(run), **{name: run[name] for name in kept}, "config": run["config"], **run["best"]}
 
 
 if __name__ == "__main__":
