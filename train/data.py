@@ -45,6 +45,8 @@ class Images:
     data_seed: int = 0  # which images the long tail keeps and validation holds out; 0 is the field's convention
     image_size: int = 224  # side of images that are decoded from files
     workers: int = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)  # that decode files
+    check: bool = True  # open every image file once before training
+    skip_bad_images: bool = False  # leave out those that cannot be read, and say which
     many: int = 100  # many-shot: more training images than this
     few: int = 20  # few-shot: fewer than this
 
@@ -149,6 +151,8 @@ def _refuse_idle_options(images: Images, known: DataSet) -> None:
     if known.shape and images.image_size not in (Images.image_size, known.shape[-1]):
         side = known.shape[-1]
         raise ValueError(f"image_size has no meaning for data {images.data!r}, whose images have side {side}, got {images.image_size}")
+    if images.skip_bad_images and not images.check:
+        raise ValueError("skip_bad_images leaves out what check finds, got check False")
     if images.few > images.many:
         raise ValueError(f"few must be at most many, got few {images.few} and many {images.many}")
 

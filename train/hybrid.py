@@ -17,7 +17,6 @@ The defaults that --help shows are those of the --data and the --method beside i
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
@@ -33,9 +32,10 @@ import evaluate
 import processes
 import settings
 import torch
-import trained
-import tyro
-from report import Loggers, report, save, write_log
+from check import check_images
+from command_line import Command, parse
+from files import Stopped
+from report import Loggers, begin_folder, refuse_other_data, report, save, write_config, write_log
 from run import Run
 from settings import Config
 from terminal import compared, console, hint, progress_bar, say, show, status
@@ -50,21 +50,17 @@ def train(config: Config, data: datasets.Data, *, resume: bool = False) -> dict[
     if config.machine.threads:
         torch.set_num_threads(config.machine.threads)
     torch.backends.cudnn.deterministic = True  # so that a resumed run comes to the same bits
-    run = Run(config, data)
-    if resume and writes:
-        write_config(config)  # --epochs may have changed
-    if resume and processes.told((out / "last.pt").exists()):
-        run.load_state_dict(checkpoint.load(out / "last.pt", run.device))
-    elif writes:
-        out.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(out / "environment.json", checkpoint.environment(run.device) | {"processes": processes.count()})
-        write_config(config)
-        trained.write_description(out, data, config.images.image_size)
-    loggers = Loggers(run)
     monitored = "test" if data.validation is None else "validation"
     eval_every = records.eval_every or max(1, epochs // 10)
 
     with checkpoint.StopSignal() as stop, progress_bar() as progress:
+        # One process may leave while it waits for images; several do so at a step, together.
+        run = Run(config, data, stopped=lambda: stop.received is not None and processes.count() == 1)
+        if resume and processes.told((out / "last.pt").exists()):
+            run.load_state_dict(checkpoint.load(out / "last.pt", run.device))
+        if writes:
+            begin_folder(run, anew=not resume)
+        loggers = Loggers(run)
         name, done = "/".join(out.parts[-2:]), run.epoch * run.steps + run.step
         task = progress.add_task(name, total=epochs * run.steps, completed=done, text="")
 
@@ -82,12 +78,15 @@ def train(config: Config, data: datasets.Data, *, resume: bool = False) -> dict[
         while run.epoch < epochs:
             began, first = time.perf_counter(), run.step
             indices = run.plan.indices
-            for raw, labels in run.batches["train"](indices, first, (records.seed, run.epoch), run.plan.own):
-                run.update(raw, labels)
-                progress.advance(task)
+            try:
+                for raw, labels in run.batches["train"](indices, first, (records.seed, run.epoch), run.plan.own):
+                    run.update(raw, labels)
+                    progress.advance(task)
+                    leave_if_stopped(unsaved=True)
+                    if run.step % records.log_every == 0:
+                        progress.update(task, text=status(run.means()))
+            except Stopped:
                 leave_if_stopped(unsaved=True)
-                if run.step % records.log_every == 0:
-                    progress.update(task, text=status(run.means()))
 
             row = {"epoch": run.epoch, **run.means(), "processes": processes.count()}
             row["seconds"] = time.perf_counter() - began
@@ -112,12 +111,8 @@ def train(config: Config, data: datasets.Data, *, resume: bool = False) -> dict[
                 say(text)
             loggers.send(row)
             leave_if_stopped(unsaved=False)  # during the evaluation
-    loggers.close()
+        loggers.close()
     return report(run)
-
-
-def write_config(config: Config) -> None:
-    checkpoint.write_json(config.records.out / "config.json", settings.as_json(config))
 
 
 def finish(config: Config, data: datasets.Data, *, extend: bool = False) -> dict[str, Any]:
@@ -128,6 +123,7 @@ def finish(config: Config, data: datasets.Data, *, extend: bool = False) -> dict
     out = config.records.out
     if not processes.told((out / "config.json").exists()):
         return train(config, data)
+    refuse_other_data(out, data)
     if names := [name for name in settings.differing(settings.read(out), config) if not (extend and name == "epochs")]:
         raise ValueError(f"out {out} holds a run of other settings ({', '.join(names)}): name another folder")
     if processes.told((out / "metrics.json").exists() and len((out / "log.jsonl").read_text().splitlines()) == config.optimiser.epochs):
@@ -136,76 +132,18 @@ def finish(config: Config, data: datasets.Data, *, extend: bool = False) -> dict
 
 
 def evaluate_again(config: Config, data: datasets.Data) -> dict[str, Any]:
+    refuse_other_data(config.records.out, data)
     run = Run(config, data)
     run.load_state_dict(checkpoint.load(config.records.out / "last.pt", run.device))
     return report(run)
 
 
-# ---- the command line
-
-
-@dataclasses.dataclass(frozen=True)
-class Command:
-    """What to do, beside the settings of a run."""
-
-    config: Path | None = None  # the settings that a config.json holds, instead of a recipe's
-    paper: bool = False  # the optimiser and the augmentation of the method's paper, instead of the data set's recipe
-    resume: Path | None = None  # go on with the run in this folder, whose settings hold; --epochs may extend it
-    eval_only: Path | None = None  # evaluate the run in this folder again
-
-
-@dataclasses.dataclass(frozen=True)
-class Given(Config):
-    command: tyro.conf.OmitArgPrefixes[Command] = Command()
-
-
-def parse(arguments: list[str]) -> tuple[Config, Command]:
-    """The recipe is chosen first, so that the defaults that are shown and changed are real."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for names in (("--data",), ("--method",), ("--config",), ("--resume",), ("--eval-only", "--eval_only"), ("--network",), ("--weights",)):
-        first.add_argument(*names)
-    for name in ("paper", "pretrained"):
-        first.add_argument(f"--{name}", action="store_true")
-    chosen, _ = first.parse_known_args(arguments)
-    stored = {name: path for name in ("config", "resume", "eval_only") if (path := getattr(chosen, name))}
-    if len(stored) > 1:
-        raise ValueError(f"one of --config, --resume and --eval-only is expected, got {' and '.join(stored)}")
-    if stored:
-        path = Path(*stored.values())
-        base = settings.read(path)
-        if (
-            chosen.paper
-            or (chosen.data or base.images.data) != base.images.data
-            or (chosen.method or base.method.method) != base.method.method
-        ):
-            raise ValueError(f"--data, --method and --paper choose a recipe, which {path} takes the place of: expected none of them")
-        if chosen.config:
-            base = settings.change(base, out=None)  # or it would be the old run's
-    else:
-        network = settings.trained_network(chosen.network, chosen.pretrained, chosen.weights)
-        base = settings.recipe(chosen.data or "digits", chosen.method or "hybrid-sc", paper=chosen.paper, network=network)
-        if not any(not one.startswith("-h") and one != "--help" for one in arguments):
-            base = settings.change(base, **DEMONSTRATION)
-    parts = {name: getattr(base, name) for name in settings.GROUPS}
-    given = tyro.cli(Given, default=Given(**parts), args=arguments, description=__doc__)
-    config = Config(**{name: getattr(given, name) for name in settings.GROUPS})
-    if chosen.resume or chosen.eval_only:
-        allowed = {"epochs"} if chosen.resume else set()
-        if changed := set(settings.differing(base, config)) - allowed:
-            raise ValueError(f"--resume and --eval-only take the run's own settings, got also: {', '.join(sorted(changed))}")
-        if config.optimiser.epochs < base.optimiser.epochs:
-            raise ValueError(f"epochs may extend a run of {base.optimiser.epochs}, got {config.optimiser.epochs}")
-        config = settings.change(config, out=path)
-    return config, given.command
-
-
-#: What the command without any argument adds.
-DEMONSTRATION: dict[str, Any] = {"seeds": 3, "against": ("ce", "ce-balanced", "logit-adjustment")}
+# ---- from the command line to runs
 
 
 def main(arguments: list[str]) -> None:
     try:
-        command(*parse(arguments))
+        command(*parse(arguments, __doc__))
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error{f' on rank {processes.rank()}' if processes.count() > 1 else ''}: {error}")
 
@@ -232,12 +170,9 @@ def perform(config: Config, asked: Command) -> None:
         raise ValueError(f"against must name other methods than {own}, each once, got {', '.join(records.against)}")
     runs = {name: beside(config, name) for name in records.against} | {own: config}
     with processes.first_of_machine_first():
-        data = datasets.load(config.images)
-    for note in data.notes:
-        say(note)
+        data = checked_data(config.images)
     several = records.seeds > 1 or records.against
     if several and not asked.eval_only and processes.rank() == 0:
-        out.mkdir(parents=True, exist_ok=True)
         write_config(config)
     groups: dict[str, list[dict]] = {}
     for name, one in runs.items():
@@ -253,6 +188,26 @@ def perform(config: Config, asked: Command) -> None:
             checkpoint.write_text(out / "comparison.md", compare.table(groups, list(records.against)) + "\n")
             compare.draw(out, groups)
     say(f"written to {out}")
+
+
+def checked_data(images: datasets.Images) -> datasets.Data:
+    """The data, every image of which was opened once, unless that is not wanted."""
+    data = datasets.load(images)
+    if images.check:
+        with checkpoint.StopSignal() as stop, progress_bar() as progress:
+            task = progress.add_task("opening every image", total=None, visible=False, text="")
+
+            def show_progress(done: int, total: int) -> None:
+                progress.update(task, completed=done, total=total, visible=True)
+
+            options = {"progress": show_progress, "stopped": lambda: stop.received is not None}
+            try:
+                data = check_images(data, images.workers, skip_bad=images.skip_bad_images, **options)
+            except Stopped:
+                sys.exit(128 + stop.received)
+    for note in data.notes:
+        say(note)
+    return data
 
 
 def beside(config: Config, method: str) -> Config:

@@ -54,7 +54,8 @@ class Features(nn.Module):
     """For data that are features already: each brought to mean 0 and variance 1 over the training images, then a hidden layer or none.
 
     Without that layer the classifier is a linear probe, on which a loss of the projection head has no influence. Mean and variance are
-    fixed, and part of the network: who loads it gives it features as they come. With dropout, in training alone, two views of an image differ.
+    fixed and part of the network: who loads it gives it features as they come. With dropout, in training alone, two views of an image
+    differ.
     """
 
     mean: Tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import card
@@ -12,11 +13,35 @@ import exports
 import plots
 import processes
 import trained
+from data import Data, describe_difference
+import trained
 from methods import METHODS
 from networks import parameters_of
 from run import Run
-from settings import as_json
+from settings import Config, as_json
 from torch import Tensor
+
+
+def write_config(config: Config) -> None:
+    config.records.out.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_json(config.records.out / "config.json", as_json(config))
+
+
+def begin_folder(run: Run, *, anew: bool) -> None:
+    """Settings, which --resume may extend; and once what they ran on, and what a reader of the network needs."""
+    out = run.config.records.out
+    write_config(run.config)
+    if anew:
+        checkpoint.write_json(out / "data.json", run.data.fingerprint)
+        checkpoint.write_json(out / "environment.json", checkpoint.environment(run.device) | {"processes": processes.count()})
+        trained.write_description(out, run.data, run.config.images.image_size)
+
+
+def refuse_other_data(out: Path, data: Data) -> None:
+    """A run goes on with the data that it began with."""
+    path = out / "data.json"
+    if told := describe_difference(json.loads(path.read_text()), data.fingerprint) if path.exists() else []:
+        raise ValueError(f"the data are not those of the run in {out}: {'; '.join(told)}")
 
 
 def save(run: Run) -> None:

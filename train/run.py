@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +45,7 @@ class AsTheyAre:
 class Run:
     """Processes share the steps, and all hold the same."""
 
-    def __init__(self, config: Config, data: datasets.Data) -> None:
+    def __init__(self, config: Config, data: datasets.Data, stopped: Callable[[], object] = lambda: False) -> None:
         machine, optimiser, method = config.machine, config.optimiser, config.method
         self.config, self.data, self.device = config, data, processes.device(machine.device)
         self.classes = len(data.classes)
@@ -90,7 +91,7 @@ class Run:
 
         parts = {"train": data.train, "validation": data.validation, "test": data.test}
         self.batches = {
-            name: datasets.Batches(split, self.device, config.images.image_size, config.images.workers)
+            name: datasets.Batches(split, self.device, config.images.image_size, config.images.workers, stopped)
             for name, split in parts.items()
             if split
         }

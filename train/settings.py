@@ -97,7 +97,21 @@ GROUPS = tuple(f.name for f in dataclasses.fields(Config))
 AUGMENTS = ("augment", "feature_augment")
 # The run is the same whatever these are.
 FREE = {
-    *("root", "workers", "device", "threads", "eval_batch", "log_every", "keep_every", "knn", "pictures", "log_to", "export", "out"),
+    *(
+        "root",
+        "workers",
+        "check",
+        "device",
+        "threads",
+        "eval_batch",
+        "log_every",
+        "keep_every",
+        "knn",
+        "pictures",
+        "log_to",
+        "export",
+        "out",
+    ),
     *("seeds", "against"),
 }
 
@@ -246,8 +260,8 @@ def _check_network(config: Config) -> None:
         return
     if network.network == "none" and views.views and not views.trains_classifier:
         raise ValueError(
-            f"feature_loss {config.method.feature_loss!r} would have no influence on the classifier where network is 'none': expected 'mlp', "
-            "whose hidden layer both train"
+            f"feature_loss {config.method.feature_loss!r} would have no influence on the classifier where network is 'none': expected "
+            "'mlp', whose hidden layer both train"
         )
     if network.weights is not None or network.pretrained:
         raise ValueError(
