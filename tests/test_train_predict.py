@@ -192,7 +192,7 @@ def test_a_run_on_features(tmp_path, capsys):
         }
     about = json.dumps({"network": "x", "weights": "y", "data": "z", "split": "s"})
     np.savez(tmp_path / "f.npz", about=about, classes=np.array(["a", "b", "c"]), kept=np.arange(22), **arrays)
-    sizes = {"network": "none", "batch": 11, "largest_class": None, "imbalance": None, "export": ("torch", "safetensors")}
+    sizes = {"network": "mlp", "batch": 11, "largest_class": None, "imbalance": None, "export": ("torch", "safetensors")}
     config = configure("features", "hybrid-psc", **TINY | sizes, root=tmp_path / "f.npz", out=tmp_path / "run")
     run = Finished(tmp_path / "run", config)
     model, (logits, _) = trained.load(run.folder), run.evaluation("logits")

@@ -9,6 +9,7 @@ from typing import Any
 import settings
 from data import DATASETS
 from exports import FORMATS
+from networks import ON_FEATURES
 from settings import AUGMENTS, Config
 
 # What hubs call the data sets that are public.
@@ -38,7 +39,7 @@ PREPARED = (
 def card(folder: Path, config: Config, result: dict[str, Any], classes: list[str], *, tested: int) -> str:
     """Markdown, of a run's metrics. ``tested``: how many test images they are of."""
     best, counts, data, method = result["best"], result["train_images"], config.images.data, config.method.method
-    name, of_features = f"{config.network.network}, {method}, {data}", config.network.network == "none"
+    name, of_features = f"{config.network.network}, {method}, {data}", config.network.network in ON_FEATURES
     given = "features" if of_features else '["image.png"]'
     figures = {label: best[key] for key, label in FIGURES.items() if best.get(key) is not None}
     shots = {
