@@ -310,7 +310,14 @@ METHODS: dict[str, Entry] = {
     "hybrid-psc": Entry(Method(feature_loss="psc"), "Wang et al. 2021"),
     "hybrid-mpsc": Entry(Method(feature_loss="mpsc"), "Wang et al. 2021, several prototypes a class"),
     "bcl": Entry(
-        Method(feature_loss="bcl", schedule="sum", loss_weights=(0.6, 2.0), classifier_images="shared", logit_adjustment=1.0),
+        Method(
+            feature_loss="bcl",
+            schedule="sum",
+            loss_weights=(0.6, 2.0),
+            sampler="instance",
+            classifier_images="shared",
+            logit_adjustment=1.0,
+        ),
         "Zhu et al. 2022",
         BCL_SETTINGS,
     ),
@@ -326,8 +333,8 @@ METHODS: dict[str, Entry] = {
     ),
     "kcl": Entry(Method(feature_loss="kcl", schedule="two-stage", switch_at=0.8, temperature=0.07), "Kang et al. 2021", KCL_SETTINGS),
     "ours": Entry(
-        Method(schedule="constant", sampler="instance", logit_adjustment=1.0),
-        "contrastive features beside a logit-adjusted classifier of instance-balanced batches, at a constant weight",
+        Method(schedule="constant", sampler="instance", classifier_images="views", logit_adjustment=1.0),
+        "of this repository: SupCon and a logit-adjusted classifier on the same two views, at equal weights",
     ),
 }
 

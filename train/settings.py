@@ -332,6 +332,11 @@ def _check_method(config: Config) -> None:
     epochs = config.optimiser.epochs
     if method.schedule == "two-stage" and switch_epoch(method.switch_at, epochs) == epochs:
         raise ValueError(f"switch_at must leave the second of two stages an epoch of {epochs}, got {method.switch_at}")
+    if method.classifier_images != "own" and method.sampler != method.feature_sampler:
+        raise ValueError(
+            f"sampler has no effect where classifier_images is {method.classifier_images!r}: expected feature_sampler's "
+            f"{method.feature_sampler!r}, got {method.sampler!r}"
+        )
     if method.classifier_images == "views" and config.optimiser.classifier_batch not in (None, config.optimiser.batch):
         raise ValueError("classifier_batch has no effect where classifier_images is 'views': expected None")
     if method.tau_normalisation and method.cosine:
