@@ -371,5 +371,5 @@ if __name__ == "__main__":
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in (TINY | STOPPED).items() if name != "pictures"]
         hybrid.main([*flags, "--no-pictures", "--out", str(where / "two" / "restarted")])
     else:
-        hybrid.parse, hybrid.command = (lambda _: (where, None)), script  # within main, for the words that an error ends with
+        hybrid.parse, hybrid.command = (lambda *_: (where, None)), script  # within main, for the words that an error ends with
         hybrid.main([])

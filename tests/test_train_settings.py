@@ -16,7 +16,7 @@ pytest.importorskip("matplotlib", reason="needs the [train] extra")
 
 import settings
 import terminal
-from hybrid import DEMONSTRATION, parse
+from command_line import DEMONSTRATION, parse
 from methods import METHODS
 from settings import AUGMENTS, FREE, Config, configure, settings_of
 from test_train_hybrid import tiny
