@@ -109,7 +109,7 @@ def test_every_data_set_is_one_entry():
     for name, known in datasets.DATASETS.items():
         images = datasets.defaults(name)
         assert (images.imbalance, images.many, images.few) == (known.imbalance, known.many, known.few)
-        assert len(known.mean) == len(known.std) == (3 if known.shape is None else known.shape[0])
+        assert len(known.mean) == len(known.std) == (3 if known.shape is None else known.shape[0] if known.shape else 1)
     assert datasets.defaults("digits", validation=0.1) == Images(imbalance=20, many=40, few=15, validation=0.1)
     with pytest.raises(ValueError, match=r"data must be one of digits, .*, got 'cifar'"):
         load(Images(data="cifar"))

@@ -46,7 +46,7 @@ EPOCHS = {method: {"method": method, "epochs": 2, "batch": 27} for method in ("h
 }
 METHODS = ("hybrid-sc", "hybrid-psc", "ce", "bcl", "paco", "gpaco", "ldam-drw", "cb-focal")
 ONE_STEP = {f"step-{method}": {"method": method, "epochs": 1, "batch": 57} for method in METHODS} | {
-    "step-views": {"classifier_images": "views", "class_weights": 0.99, "schedule": "sum", "epochs": 1, "batch": 57},
+    "step-views": {"classifier_images": "views", "sampler": "instance", "class_weights": 0.99, "schedule": "sum", "epochs": 1, "batch": 57},
 }
 for name in ("step-gpaco", "step-views"):  # of seed 0 a pixel stands at a ReLU's 0, where rounding decides whether it has a gradient
     ONE_STEP[name]["seed"] = 1

@@ -176,8 +176,8 @@ def test_resnet32_is_the_cifar_variant():
     weights = sum(p.numel() for p in [*backbone.parameters(), *network.classifier.parameters()])
     assert weights == 464_154  # the 0.46 M of the literature
     assert sum(isinstance(m, torch.nn.Conv2d) for m in backbone.modules()) == 31
-    z, logits = network(torch.randn(5, 3, 32, 32), split=3)
-    assert z.shape == (3, 128) and logits.shape == (2, 10) and backbone.num_features == 64
+    z, logits, features = network(torch.randn(5, 3, 32, 32), head_until=3, classifier_from=1)
+    assert z.shape == (3, 128) and logits.shape == (4, 10) and features.shape == (5, 64) and backbone.num_features == 64
 
 
 def test_unknown_network_is_named():
@@ -190,7 +190,7 @@ def test_frozen_below_the_classifier():
     freeze_below_classifier(network)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, weight_decay=0.1)
-    network(torch.randn(4, 1, 8, 8), 0)[1].sum().backward()
+    network(torch.randn(4, 1, 8, 8), 0, 0)[1].sum().backward()
     optimizer.step()
     changed = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {"classifier.weight", "classifier.bias"}

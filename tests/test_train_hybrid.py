@@ -99,8 +99,8 @@ def assert_moved(start: Run, out) -> None:
         {"randaugment": 1, "color_jitter": 0.5, "grayscale": 0.5, "crop_padding": 1, "flip": True},
         {"channels_last": False, "backend": "reference", "validation": 0.2, "batch": 20},
         {"optimiser": "adamw", "lr": 1e-3},
-        {"classifier_images": "shared"},
-        {"classifier_images": "views", "class_weights": 0.99, "reweight_from": 0.5},
+        {"classifier_images": "shared", "sampler": "instance"},
+        {"classifier_images": "views", "sampler": "instance", "class_weights": 0.99, "reweight_from": 0.5},
     ],
     ids=lambda changes: "-".join(f"{k}-{v}" for k, v in changes.items()),
 )
@@ -133,11 +133,11 @@ def test_two_views_share_images_and_the_classifier_has_its_own(tmp_path):
 
 
 def test_the_classifier_may_have_the_feature_branchs_images_or_its_very_views(tmp_path):
-    shared, views = (run_of(tmp_path, classifier_images=whose) for whose in ("shared", "views"))
+    shared, views = (run_of(tmp_path, classifier_images=whose, sampler="instance") for whose in ("shared", "views"))
     assert shared.plan.parts == (56, 0, 28) and torch.equal(shared.plan.indices[:, 56:], shared.plan.indices[:, :28])
     assert views.plan.parts == (56, 0, 0) and views.plan.indices.shape == (2, 56)
     # The mean over both views, of the formula.
-    run = run_of(tmp_path, classifier_images="views", **STILL)
+    run = run_of(tmp_path, classifier_images="views", sampler="instance", **STILL)
     raw, labels = next(iter(run.batches["train"](run.plan.indices)))
     logits = run.network(run.config.augment.evaluate(raw), 56, 0)[1].detach().double()
     run.update(raw, labels)

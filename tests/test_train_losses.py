@@ -410,7 +410,9 @@ def weights_of_best(out):
 # ---- mixup
 
 
-@pytest.mark.parametrize("changes", [{"method": "ce"}, {"method": "hybrid-sc", "schedule": "sum", "classifier_images": "shared"}])
+@pytest.mark.parametrize(
+    "changes", [{"method": "ce"}, {"method": "hybrid-sc", "schedule": "sum", "classifier_images": "shared", "sampler": "instance"}]
+)
 @pytest.mark.parametrize("loss", [{}, {"class_weights": 0.99}, {"logit_adjustment": 1.0}], ids=lambda loss: "-".join(loss))
 def test_mixup_in_a_step(tmp_path, monkeypatch, changes, loss):
     """The classifier's images are mixed and no view is; the loss is share l(y) + (1 - share) l(y of the partner)."""

@@ -124,9 +124,16 @@ def test_paper_is_the_optimiser_and_the_augmentation_of_the_methods_paper():
         ({"method": "paco", "schedule": "two-stage"}, "schedule 'two-stage' needs a classifier_loss for its second stage, got 'none'"),
         ({"method": "paco", "cosine": 16.0}, "feature_loss 'paco' needs a linear classifier: expected cosine 0, got 16"),
         ({"classifier_loss": "ldam"}, "classifier_loss 'ldam' needs a cosine classifier"),
+        (
+            {"classifier_images": "shared"},
+            "sampler has no effect where classifier_images is .shared.: expected .*.instance., got .class-balanced.",
+        ),
         ({"method": "ce", "classifier_images": "shared"}, "classifier_images must be 'own' without a feature loss, got 'shared'"),
         ({"schedule": "two-stage", "classifier_images": "views"}, "classifier_images must be 'own' for schedule 'two-stage', got 'views'"),
-        ({"classifier_images": "views", "classifier_batch": 8}, "classifier_batch has no effect where classifier_images is 'views'"),
+        (
+            {"classifier_images": "views", "sampler": "instance", "classifier_batch": 8},
+            "classifier_batch has no effect where classifier_images is 'views'",
+        ),
         ({"method": "tau-norm", "cosine": 16.0}, "tau_normalisation acts on a linear classifier"),
         ({"reweight_from": 0.5}, "reweight_from acts on class_weights alone"),
         ({"method": "crt", "epochs": 10}, "switch_at must leave the second of two stages an epoch of 10, got 0.95"),
@@ -151,7 +158,7 @@ def test_batches_that_share_images_are_of_one_size(tmp_path):
     import data as datasets
     from run import Run
 
-    config = tiny(tmp_path, classifier_images="shared", classifier_batch=10)
+    config = tiny(tmp_path, classifier_images="shared", sampler="instance", classifier_batch=10)
     with pytest.raises(ValueError, match="classifier_batch must be batch where both branches share images, 28, got 10"):
         Run(config, datasets.load(config.images))
 

@@ -12,6 +12,7 @@ import evaluate
 import exports
 import plots
 import processes
+import terminal
 import trained
 from data import Data, describe_difference
 from methods import METHODS
@@ -34,6 +35,9 @@ def begin_folder(run: Run, *, anew: bool) -> None:
         checkpoint.write_json(out / "data.json", run.data.fingerprint)
         checkpoint.write_json(out / "environment.json", checkpoint.environment(run.device) | {"processes": processes.count()})
         trained.write_description(out, run.data, run.config.images.image_size)
+        sizes = parameters_of(run.network)
+        told = f"{run.config.network.network} of {sizes['backbone'] + sizes['classifier']:,} parameters, classifier included"
+        terminal.say(f"{told}; {len(run.data.train):,} training images, split {run.data.split_hash}")
 
 
 def refuse_other_data(out: Path, data: Data) -> None:
