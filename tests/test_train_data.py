@@ -2,6 +2,8 @@
 
 import gzip
 import io
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,8 @@ pytest.importorskip("pooch", reason="needs the [train] extra")
 pytest.importorskip("sklearn", reason="needs the [train] extra")
 
 import data as datasets
-from data import Source, Split, load, long_tail, long_tail_counts, read_list, shots
+from data import Images, Split, load, long_tail, long_tail_counts, read_list, shots
+from files import random_resized_crop
 from PIL import Image
 
 # The counts of the field's CIFAR sets, from paper tables, not from the formula.
@@ -59,8 +62,89 @@ def test_long_tail_follows_the_convention_of_one_shuffle_per_class():
     assert long_tail(labels, [4, 2], 0).tolist() == [*first[:4], *second[:2]]
 
 
+def ldam_split(labels, factor):
+    """What LDAM's code keeps of CIFAR, in its order: NumPy's global generator seeded once, then each class shuffled in turn."""
+    classes = labels.max() + 1
+    np.random.seed(0)
+    kept = []
+    for c in range(classes):
+        members = np.where(labels == c)[0]
+        np.random.shuffle(members)
+        kept.append(members[: int(int(len(labels) / classes) * factor ** (c / (classes - 1.0)))])
+    return np.concatenate(kept)
+
+
+@pytest.mark.parametrize("imbalance", [100, 50, 10, 200, 256])
+@pytest.mark.parametrize("classes", [10, 100])
+def test_long_tail_is_the_fields_bit_for_bit(classes, imbalance):
+    labels = np.random.default_rng(1).permutation(np.repeat(np.arange(classes), 50_000 // classes))
+    counts = long_tail_counts([50_000 // classes] * classes, imbalance)
+    assert np.array_equal(long_tail(labels, counts, 0), ldam_split(labels, 1 / imbalance))
+
+
+@pytest.mark.parametrize("imbalance", [100, 50, 10])
+def test_known_splits(imbalance):
+    """Of labels sorted by class, as the JPEG copies have them; and the hash of a data set that shuffles would be another."""
+    labels = torch.arange(10).repeat_interleave(5000)
+    split = Split(torch.zeros(50_000, 1, 1, 1, dtype=torch.uint8), labels)
+    kept = long_tail(labels.numpy(), CIFAR10[imbalance], 0)
+    data = datasets.Data(split[kept], None, split, [str(c) for c in range(10)], kept=kept)
+    assert data.split_hash == datasets.SPLITS["cifar10-jpeg"][imbalance] != datasets.SPLITS["cifar10-lt"][imbalance]
+
+
+def test_the_fields_split_is_said(tmp_path, monkeypatch):
+    npz(tmp_path)
+    images = Images(data="cifar10-jpeg", root=tmp_path, imbalance=4)
+    found = load(images)
+    assert found.kept.tolist() == [*np.random.RandomState(0).permutation(8)[:8], *found.kept[8:]] and found.notes == []
+    monkeypatch.setitem(datasets.DATASETS["cifar10-jpeg"].splits, 4, found.split_hash)
+    assert load(images).notes == [f"the long tail is the field's (LDAM's), split {found.split_hash}"]
+    other = load(replace(images, data_seed=1))
+    assert other.split_hash != found.split_hash and other.notes == []
+    held = load(replace(images, validation=0.5))  # cut from the tail, which is the same
+    assert held.split_hash == found.split_hash and held.fingerprint != found.fingerprint
+
+
+def test_every_data_set_is_one_entry():
+    for name, known in datasets.DATASETS.items():
+        images = datasets.defaults(name)
+        assert (images.imbalance, images.many, images.few) == (known.imbalance, known.many, known.few)
+        assert len(known.mean) == len(known.std) == (3 if known.shape is None else known.shape[0] if known.shape else 1)
+    assert datasets.defaults("digits", validation=0.1) == Images(imbalance=20, many=40, few=15, validation=0.1)
+    with pytest.raises(ValueError, match=r"data must be one of digits, .*, got 'cifar'"):
+        load(Images(data="cifar"))
+
+
+def test_a_data_set_of_ones_own_is_one_entry(monkeypatch):
+    def read(images):
+        split = Split(torch.zeros(8, 3, 4, 4, dtype=torch.uint8), torch.arange(8) % 2)
+        return datasets.Data(split, None, split, ["a", "b"])
+
+    own = datasets.DataSet("mine", read, mean=(0.5,) * 3, std=(0.5,) * 3, shape=(3, 4, 4), imbalance=4.0, root="unused")
+    monkeypatch.setitem(datasets.DATASETS, "mine", own)
+    assert load(datasets.defaults("mine")).counts.tolist() == [4, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train_list": "a.txt"}, "train_list has a meaning for data 'list' only, got a.txt for data 'digits'"),
+        ({"root": "."}, "root has no meaning for data 'digits'"),
+        ({"largest_class": 9}, "largest_class has a meaning with imbalance only, got 9"),
+        ({"image_size": 32}, "image_size has no meaning for data 'digits', whose images have side 8, got 32"),
+        ({"few": 101}, "few must be at most many, got few 101 and many 100"),
+        ({"data": "list", "root": ".", "val_list": "a", "validation": 0.1}, "validation must be 0 beside val_list"),
+        ({"data": "folder"}, "root must be given for data 'folder', got None"),
+    ],
+)
+def test_an_option_that_cannot_act_is_refused(options, message):
+    paths = {name: Path(value) if name in ("root", "train_list", "val_list") else value for name, value in options.items()}
+    with pytest.raises(ValueError, match=message):
+        load(Images(**paths))
+
+
 def test_digits():
-    data = load(Source(imbalance=20))
+    data = load(Images(imbalance=20))
     assert data.counts.tolist() == [100, 71, 51, 36, 26, 18, 13, 9, 6, 5]
     assert len(data.train) == 335 and len(data.test) == 797 and data.train.images.dtype == torch.uint8
 
@@ -68,12 +152,12 @@ def test_digits():
         return {(int(label), image.numpy().tobytes()) for image, label in zip(split.images, split.labels, strict=True)}
 
     assert not keys(data.train) & keys(data.test)
-    other = load(Source(imbalance=20, seed=1))
+    other = load(Images(imbalance=20, data_seed=1))
     assert keys(other.train) != keys(data.train) and other.counts.tolist() == data.counts.tolist()
 
 
 def test_validation_is_held_out_of_train_class_by_class():
-    whole, data = load(Source(imbalance=20)), load(Source(imbalance=20, validation=0.2))
+    whole, data = load(Images(imbalance=20)), load(Images(imbalance=20, validation=0.2))
     held = data.validation.labels.bincount()
     assert (data.counts + held).tolist() == whole.counts.tolist()
     assert held.tolist() == [20, 14, 10, 7, 5, 4, 3, 2, 1, 1]
@@ -90,7 +174,7 @@ def test_list_file_with_spaces_in_paths(tmp_path):
     picture(tmp_path / "b.png", (0, 255, 0))
     listed = tmp_path / "train list.txt"
     listed.write_text("a folder/first image.png 0\n\nb.png 12\n")
-    split = read_list(listed, tmp_path)
+    split = read_list(listed, tmp_path, classes=13)
     assert split.labels.tolist() == [0, 12]
     assert split.images[0] == tmp_path / "a folder" / "first image.png"
 
@@ -115,14 +199,15 @@ def lists(tmp_path, train, test):
     picture(tmp_path / "b.png", (0, 0, 0))
     for name, labels in (("train", train), ("test", test)):
         (tmp_path / name).write_text("".join(f"b.png {label}\n" for label in labels))
-    return Source(data="list", root=tmp_path, train_list=tmp_path / "train", test_list=tmp_path / "test")
+    return Images(data="list", root=tmp_path, train_list=tmp_path / "train", test_list=tmp_path / "test")
 
 
 @pytest.mark.parametrize(
     ("train", "test", "message"),
     [
-        ([0, 1], [0, 2], r"labels of the test split must lie in \[0, 2\).*got 2 for .*b\.png"),
-        ([0, 2], [0], "every class must have training images, got none for 1 of 3 classes: 1$"),
+        ([0, 1], [0, 2], r"test, line 2: the label must lie in \[0, 2\), the training classes, got 2 for b\.png"),
+        ([0, 2], [0], r"train, line 2: the label must lie in \[0, 2\), as each class needs an image"),
+        ([0, 2, 2], [0], "every class must have training images, got none for 1 of 3 classes: 1$"),
         ([0, 0], [0], "at least 2 classes, got 1"),
         ([0, 1], [], "the test split must not be empty"),
     ],
@@ -134,9 +219,9 @@ def test_bad_labels(tmp_path, train, test, message):
 
 def test_lists_need_their_files(tmp_path):
     with pytest.raises(ValueError, match="root must be given for data 'list'"):
-        load(Source(data="list"))
+        load(Images(data="list"))
     with pytest.raises(FileNotFoundError, match="missing"):
-        load(Source(data="list", root=tmp_path, train_list=tmp_path / "missing", test_list=tmp_path / "missing"))
+        load(Images(data="list", root=tmp_path, train_list=tmp_path / "missing", test_list=tmp_path / "missing"))
 
 
 @pytest.mark.parametrize("held", ["test", None])
@@ -146,7 +231,7 @@ def test_image_folder(tmp_path, held):
             picture(tmp_path / ("train" if held else "") / c / f"{i}.png", color)
         if held:
             picture(tmp_path / held / c / "t.png", color)
-    data = load(Source(data="folder", root=tmp_path, imbalance=4))
+    data = load(Images(data="folder", root=tmp_path, imbalance=4))
     assert data.classes == ["cat", "dog"]
     assert data.counts.tolist() == ([10, 2] if held else [8, 2])
     assert len(data.test) == (2 if held else 4)
@@ -173,7 +258,7 @@ def test_crops_of_files_depend_on_the_key_alone(tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(crops(workers, first), whole[first:], strict=True))
     assert not torch.equal(crops(0, 0, key=(3, 2))[0], whole[0])
     for seed in range(200):
-        left, top, right, bottom = datasets.random_resized_crop(64, 48, np.random.default_rng(seed))
+        left, top, right, bottom = random_resized_crop(64, 48, np.random.default_rng(seed))
         assert 0 <= left < right <= 64 and 0 <= top < bottom <= 48
         assert 0.08 <= (right - left) * (bottom - top) / (64 * 48) <= 1
 
@@ -194,7 +279,7 @@ def test_empty_class_folder_is_named(tmp_path):
         picture(tmp_path / "cat" / f"{i}.png", (0, 0, 0))
     (tmp_path / "no dog").mkdir()
     with pytest.raises(ValueError, match=r"got none for 1 of 2 classes: no dog$"):
-        load(Source(data="folder", root=tmp_path))
+        load(Images(data="folder", root=tmp_path))
 
 
 def test_every_image_once_for_evaluation():
@@ -219,16 +304,16 @@ def npz(tmp_path, corrupt=False):
 
 def test_jpeg_npz(tmp_path):
     npz(tmp_path)
-    data = load(Source(data="cifar10-jpeg", root=tmp_path, imbalance=4))
+    data = load(Images(data="cifar10-jpeg", root=tmp_path, imbalance=4))
     assert data.counts.tolist() == [8, 2] and data.classes == ["a", "b"] and data.train.images.shape == (10, 3, 32, 32)
     assert data.test.images[2:].float().mean() > data.test.images[:2].float().mean() + 100
     npz(tmp_path, corrupt=True)
     with pytest.raises(ValueError, match="image 0 is not a readable image"):
-        load(Source(data="cifar10-jpeg", root=tmp_path))
+        load(Images(data="cifar10-jpeg", root=tmp_path))
     with pytest.raises(FileNotFoundError, match=r"mnist-63k\.npz does not exist"):
-        load(Source(data="mnist", root=tmp_path))
-    with pytest.raises(ValueError, match="root must be the folder"):
-        load(Source(data="mnist"))
+        load(Images(data="mnist", root=tmp_path))
+    with pytest.raises(ValueError, match="root must be given for data 'mnist'"):
+        load(Images(data="mnist"))
 
 
 def test_fashion_mnist_from_root_checks_the_checksum(tmp_path, monkeypatch):
@@ -241,11 +326,11 @@ def test_fashion_mnist_from_root_checks_the_checksum(tmp_path, monkeypatch):
             blob = gzip.compress(bytes(header) + body.tobytes())
             (tmp_path / f"{prefix}-{kind}-ubyte.gz").write_bytes(blob)
             monkeypatch.setitem(datasets.MD5, f"{prefix}-{kind}-ubyte.gz", hashlib.md5(blob).hexdigest())
-    data = load(Source(data="fashion-mnist-lt", root=tmp_path, imbalance=2))
+    data = load(Images(data="fashion-mnist-lt", root=tmp_path, imbalance=2))
     assert data.counts.tolist() == [2] + [1] * 9 and data.test.images.shape == (10, 1, 28, 28)
     (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(b"cut short")
     with pytest.raises(ValueError, match=r"t10k-labels-idx1-ubyte\.gz must have md5 .* got"):
-        load(Source(data="fashion-mnist-lt", root=tmp_path))
+        load(Images(data="fashion-mnist-lt", root=tmp_path))
 
 
 def write_cifar(folder, monkeypatch, name):
@@ -273,7 +358,7 @@ def write_cifar(folder, monkeypatch, name):
 @pytest.mark.parametrize(("archive", "images", "classes"), [("cifar-10", 50, 10), ("cifar-100", 100, 100)])
 def test_cifar_archive(tmp_path, monkeypatch, archive, images, classes):
     _, pixels = write_cifar(tmp_path, monkeypatch, archive)
-    data = load(Source(data=f"{archive.replace('-', '')}-lt", root=tmp_path))
+    data = load(Images(data=f"{archive.replace('-', '')}-lt", root=tmp_path))
     assert len(data.train) == images and len(data.classes) == classes
     assert torch.equal(data.test.images[3].flatten(), pixels[3])
 
@@ -296,7 +381,7 @@ def test_download(tmp_path, monkeypatch, capfd):
     served.mkdir()
     path, pixels = write_cifar(served, monkeypatch, "cifar-100")
     monkeypatch.setattr(pooch, "os_cache", lambda _: cache)
-    source = Source(data="cifar100-lt")
+    source = Images(data="cifar100-lt")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=served)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setattr(datasets, "CIFAR", f"http://127.0.0.1:{server.server_port}/")
@@ -311,3 +396,53 @@ def test_download(tmp_path, monkeypatch, capfd):
     with pytest.raises(OSError, match=r"could not be downloaded .*127\.0\.0\.1.* --root"):
         load(source)
     assert list(cache.iterdir()) == []  # nothing half downloaded is left
+
+
+def image_folder(root, classes=("cat", "dog"), images=4):
+    for c, name in enumerate(classes):
+        for i in range(images):
+            picture(root / name / f"{i}.png", (40 * c, 10 * i, 0), size=(20 + c, 12 + i))
+    return root
+
+
+def differences(root, change):
+    """What is said to differ when ``change`` was done to a copy of the folder."""
+    import shutil
+
+    other = shutil.copytree(root, root.parent / "other")
+    change(other)
+    was, now = (load(Images(data="folder", root=path)).fingerprint for path in (root, other))
+    assert json.loads(json.dumps(was)) == was
+    return datasets.describe_difference(was, now)
+
+
+def exchange(root):
+    for old, new in (("cat", "x"), ("dog", "cat"), ("x", "dog")):
+        (root / old).rename(root / new)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda root: None, []),
+        (lambda root: picture(root / "cat" / "new.png", (0, 0, 0)), ["train: 7 images, were 6, cat has 4 images, had 3"]),
+        (lambda root: (root / "dog" / "3.png").unlink(), ["train: 5 images, were 6, dog has 2 images, had 3"]),
+        (lambda root: picture(root / "dog" / "2.png", (1, 2, 3), size=(90, 90)), ["other images (or sizes, paths, order) of dog"]),
+        (exchange, ["other images (or sizes, paths, order) of cat, dog"]),
+        (lambda root: (root / "cat").rename(root / "ant"), ["classes that were not there: ant", "classes that are gone: cat"]),
+        (lambda root: image_folder(root, ["zebra"]), ["classes that were not there: zebra", "train: 9 images, were 6"]),
+    ],
+)
+def test_other_data_is_told_apart(tmp_path, change, told):
+    found = differences(image_folder(tmp_path / "data"), change)
+    assert bool(found) == bool(told)
+    for part in told:
+        assert any(part in line for line in found), found
+
+
+def test_other_settings_are_other_data():
+    whole, tail, seeded = (load(images).fingerprint for images in (Images(), Images(imbalance=20), Images(data_seed=1)))
+    assert datasets.describe_difference(whole, load(Images()).fingerprint) == []
+    assert datasets.describe_difference(whole, tail)[0].startswith("train: 335 images, were 1000, 1 has 71 images, had 100, 2 has 51")
+    assert len(datasets.describe_difference(whole, seeded)) == 2  # train and test
+    assert datasets.describe_difference(whole, load(Images(validation=0.1)).fingerprint)[1] == "validation: none before, 100 now"

@@ -1,6 +1,5 @@
 """The training script: every loss and option takes its steps, and a run that was stopped comes to the same bits."""
 
-import dataclasses
 import functools
 import io
 import json
@@ -21,14 +20,18 @@ pytest.importorskip("rich", reason="needs the [train] extra")
 pytest.importorskip("sklearn", reason="needs the [train] extra")
 pytest.importorskip("matplotlib", reason="needs the [train] extra")
 
-import ablate
 import checkpoint
 import compare
 import data as datasets
 import evaluate
 import hybrid
-from hybrid import Config, Run, chance_level, read_config, resolve, source_of, train
+import settings
+import terminal
+from hybrid import train
+from methods import METHODS
 from rich.console import Console
+from run import Run
+from settings import Config
 
 ROOT = Path(__file__).parents[1]
 # 58 images of digits, a network of a few thousand weights, two steps an epoch.
@@ -36,15 +39,25 @@ TINY = {
     "largest_class": 12, "imbalance": 4, "width": 4, "hidden": 16, "embedding": 8, "epochs": 2, "batch": 28, "pictures": False,
     "device": "cpu", "threads": 1, "eval_every": 1, "backend": "chunked",
 }  # fmt: skip
+STILL = {"rotate": 0.0, "shift": 0.0, "zoom": 0.0}
 
 
-def tiny(out, **settings) -> Config:
-    return resolve(Config(**TINY | settings, out=Path(out)))
+def tiny(out, data="digits", method="hybrid-sc", **changes) -> Config:
+    return settings.configure(data, method, **TINY | changes, out=Path(out))
 
 
-def run_tiny(out, **settings):
-    config = tiny(out, **settings)
-    return train(config, datasets.load(source_of(config)))
+def run_tiny(out, **changes):
+    config = tiny(out, **changes)
+    return train(config, datasets.load(config.images))
+
+
+def run_of(out, **changes) -> Run:
+    config = tiny(out, **changes)
+    return Run(config, datasets.load(config.images))
+
+
+def go_on(out, epochs=None) -> None:
+    hybrid.main(["--resume", str(out), *(["--epochs", str(epochs)] if epochs else [])])
 
 
 def weights(out) -> dict:
@@ -63,16 +76,20 @@ def same(a, b) -> bool:
     return a == b
 
 
+def assert_moved(start: Run, out) -> None:
+    """From its beginning to its checkpoint, backbone and classifier have learned."""
+    end = weights(out)["network"]
+    moved = [k for k, v in start.network.state_dict().items() if not torch.equal(v, end[k])]
+    assert any(k.startswith("classifier") for k in moved) and any(k.startswith("backbone") for k in moved)
+
+
 @pytest.mark.parametrize(
-    "settings",
+    "changes",
     [
-        {"loss": "sc"},
-        {"loss": "psc"},
-        {"loss": "psc", "denominator": "all"},
-        {"loss": "mpsc", "prototypes_per_class": 3},
-        {"loss": "ce"},
-        {"loss": "ce", "sampler": "square-root", "logit_adjustment": 1.0},
-        {"loss": "sc", "feature_sampler": "reverse", "sampler": "instance", "classifier_batch": 10},
+        {"method": "hybrid-psc", "denominator": "all"},
+        {"method": "hybrid-mpsc", "prototypes_per_class": 3},
+        {"method": "ce", "sampler": "square-root", "logit_adjustment": 1.0},
+        {"feature_sampler": "reverse", "sampler": "instance", "classifier_batch": 10},
         {"schedule": "two-stage"},
         {"schedule": "beta"},
         {"schedule": "switch", "switch_at": 0.25},
@@ -81,22 +98,24 @@ def same(a, b) -> bool:
         {"ema": 0.9, "clip": 0.5, "milestones": (0.5,), "warmup": 0.1},
         {"randaugment": 1, "color_jitter": 0.5, "grayscale": 0.5, "crop_padding": 1, "flip": True},
         {"channels_last": False, "backend": "reference", "validation": 0.2, "batch": 20},
+        {"optimiser": "adamw", "lr": 1e-3},
+        {"classifier_images": "shared", "sampler": "instance"},
+        {"classifier_images": "views", "sampler": "instance", "class_weights": 0.99, "reweight_from": 0.5},
     ],
-    ids=lambda settings: "-".join(f"{k}-{v}" for k, v in settings.items()),
+    ids=lambda changes: "-".join(f"{k}-{v}" for k, v in changes.items()),
 )
-def test_smoke(tmp_path, settings):
-    result = run_tiny(tmp_path / "run", **settings)
+def test_smoke(tmp_path, changes):
+    result = run_tiny(tmp_path / "run", **changes)
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in log] == [0, 1] and result["updates"] == 4
     for row in log:
         used = [row[name] for name in ("feature_loss", "classifier_loss") if row[name] is not None]
         assert used and all(map(math.isfinite, used))
     assert 0 <= result["best"]["balanced"] <= 100
-    start = Run(tiny(tmp_path / "x", **settings), datasets.load(source_of(tiny(tmp_path / "x", **settings))))
-    moved = [k for k, v in start.network.state_dict().items() if not torch.equal(v, weights(tmp_path / "run")["network"][k])]
-    assert any(k.startswith("classifier") for k in moved) and any(k.startswith("backbone") for k in moved)
-    if settings.get("loss") in ("psc", "mpsc"):
-        assert not torch.equal(start.feature_loss.prototypes, weights(tmp_path / "run")["feature_loss"]["prototypes"])
+    start = run_of(tmp_path / "x", **changes)
+    assert_moved(start, tmp_path / "run")
+    if changes.get("method") in ("hybrid-psc", "hybrid-mpsc"):
+        assert not torch.equal(start.feature_loss.loss.prototypes, weights(tmp_path / "run")["feature_loss"]["loss.prototypes"])
 
 
 def test_compiled_network_takes_a_step(tmp_path, monkeypatch):
@@ -106,40 +125,46 @@ def test_compiled_network_takes_a_step(tmp_path, monkeypatch):
 
 
 def test_two_views_share_images_and_the_classifier_has_its_own(tmp_path):
-    config = tiny(tmp_path, loss="sc")
-    run = Run(config, datasets.load(source_of(config)))
-    views, rest = run.plan[:, :56], run.plan[:, 56:]
+    plan = run_of(tmp_path).plan
+    views, rest = plan.indices[:, :56], plan.indices[:, 56:]
     assert torch.equal(views[:, :28], views[:, 28:]) and rest.shape == (2, 28)
     assert views[:, :28].unique().numel() == 56  # a pass without repetition
+    assert plan.parts == (56, 0, 28)
+
+
+def test_the_classifier_may_have_the_feature_branchs_images_or_its_very_views(tmp_path):
+    shared, views = (run_of(tmp_path, classifier_images=whose, sampler="instance") for whose in ("shared", "views"))
+    assert shared.plan.parts == (56, 0, 28) and torch.equal(shared.plan.indices[:, 56:], shared.plan.indices[:, :28])
+    assert views.plan.parts == (56, 0, 0) and views.plan.indices.shape == (2, 56)
+    # The mean over both views, of the formula.
+    run = run_of(tmp_path, classifier_images="views", sampler="instance", **STILL)
+    raw, labels = next(iter(run.batches["train"](run.plan.indices)))
+    logits = run.network(run.config.augment.evaluate(raw), 56, 0)[1].detach().double()
+    run.update(raw, labels)
+    means = run.means()
+    assert means["classifier_loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-4)
+    assert means["train_accuracy"] == pytest.approx(100 * (logits.argmax(1) == labels).double().mean().item())
 
 
 def test_the_first_steps_losses_are_the_formulas(tmp_path):
     """alpha = 1 in the first epoch; feature and classifier loss as in the paper, from the textbook expressions."""
-    config = tiny(tmp_path, loss="sc", rotate=0.0, shift=0.0, zoom=0.0, logit_adjustment=1.0)
-    run = Run(config, datasets.load(source_of(config)))
-    raw, labels = next(iter(run.batches["train"](run.plan)))
+    run = run_of(tmp_path, **STILL, logit_adjustment=1.0)
+    raw, labels = next(iter(run.batches["train"](run.plan.indices)))
     with torch.no_grad():
-        z, logits = run.network(run.augmentation.evaluate(raw), 56)
+        z, logits, features = run.network(run.config.augment.evaluate(raw), 56, 56)
+    assert features.shape == (84, 16)
     z, y = torch.nn.functional.normalize(z.double()), labels[:56]
     s = (z @ z.T / 0.1).fill_diagonal_(-torch.inf)
     positive = (y[:, None] == y) & ~torch.eye(56, dtype=torch.bool)
     expected = (s.logsumexp(1) - s.where(positive, 0).sum(1) / positive.sum(1)).mean()
     adjusted = logits.double() + (run.data.counts / run.data.counts.sum()).log()
     classifier = torch.nn.functional.cross_entropy(adjusted, labels[56:])
-    run = Run(config, run.data)
+    run = Run(run.config, run.data)
     run.update(raw, labels)
     means = run.means()
     assert means["feature_loss"] == pytest.approx(expected.item(), rel=1e-4)
     assert means["classifier_loss"] == pytest.approx(classifier.item(), rel=1e-4)
     assert means["chance"] == pytest.approx(math.log(55))
-
-
-def test_chance_level():
-    base = Config(batch=64)
-    assert chance_level(base, 10) == math.log(127)
-    assert chance_level(dataclasses.replace(base, loss="psc"), 10) == math.log(9)
-    assert chance_level(dataclasses.replace(base, loss="psc", denominator="all"), 10) == math.log(10)
-    assert chance_level(dataclasses.replace(base, loss="mpsc", prototypes_per_class=3), 10) == math.log(27)
 
 
 def test_same_seed_same_bits_other_seed_other_bits(tmp_path):
@@ -162,28 +187,39 @@ class StopAfter:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("settings", [{"loss": "sc", "ema": 0.9}, {"loss": "psc", "precision": "fp16"}, {"schedule": "two-stage"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"ema": 0.9}, {"method": "hybrid-psc", "precision": "fp16"}, {"schedule": "two-stage"}, {"method": "bcl"}),
+        *({"method": "paco", "queue": 20}, {"method": "gpaco"}, {"method": "kcl", "switch_at": 0.6}),
+        *({"method": "crt", "switch_at": 0.5, "ema": 0.9}, {"method": "ldam-drw", "reweight_from": 0.5}, {"method": "tau-norm"}),
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)
 @pytest.mark.parametrize("step", [2, 3])
-def test_stopped_and_resumed_comes_to_the_same_bits(tmp_path, monkeypatch, settings, step):
-    settings |= {"epochs": 3, "validation": 0.2, "batch": 14}
-    run_tiny(tmp_path / "whole", **settings)
+def test_stopped_and_resumed_comes_to_the_same_bits(tmp_path, monkeypatch, changes, step):
+    changes |= {"epochs": 3, "validation": 0.2, "batch": 14}
+    run_tiny(tmp_path / "whole", **changes)
     stop, update = StopAfter(step), Run.update
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
         patch.setattr(Run, "update", lambda self, raw, labels: stop(raw, labels, lambda *batch: update(self, *batch)))
-        run_tiny(tmp_path / "cut", **settings)
+        run_tiny(tmp_path / "cut", **changes)
     assert stopped.value.code == 128 + signal.SIGTERM
-    assert weights(tmp_path / "cut")["step"] == step
+    state, run = weights(tmp_path / "cut"), run_of(tmp_path / "x", **changes)
+    assert state["epoch"] * run.steps + state["step"] == step
+    if changes.get("method") == "paco":
+        assert state["feature_loss"]["queue.filled"] == 20 and state["momentum"]["n_averaged"] == step
+        assert not torch.equal(state["momentum"]["module.head.0.weight"], state["network"]["head.0.weight"])
     torch.rand(7)  # the state of the generators must come from the checkpoint
-    config = read_config(tmp_path / "cut", Config())
-    train(config, datasets.load(source_of(config)), resume=True)
+    go_on(tmp_path / "cut")
     assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
     whole, cut = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "cut"))
     assert cut["best"] == whole["best"] and cut["last"] == whole["last"] and cut["best_epoch"] == whole["best_epoch"]
 
 
 def command(*arguments) -> list[str]:
-    settings = TINY | {"batch": 14, "eval_every": 60}
-    flags = [word for name, value in settings.items() if name != "pictures" for word in (f"--{name.replace('_', '-')}", str(value))]
+    given = TINY | {"batch": 14, "eval_every": 60}
+    flags = [word for name, value in given.items() if name != "pictures" for word in (f"--{name.replace('_', '-')}", str(value))]
     return [sys.executable, str(ROOT / "train" / "hybrid.py"), "--no-pictures", *flags, *arguments]
 
 
@@ -215,52 +251,40 @@ def test_killed_and_resumed_comes_to_the_same_bits(tmp_path):
         capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert resumed.returncode == 0, resumed.stderr
-    config = dataclasses.replace(read_config(out, Config()), out=tmp_path / "whole")
-    train(config, datasets.load(source_of(config)))
+    config = settings.change(settings.read(out), out=tmp_path / "whole")
+    train(config, datasets.load(config.images))
     assert same(weights(out), weights(tmp_path / "whole"))
 
 
 def test_resume_takes_the_runs_own_settings(tmp_path):
     run_tiny(tmp_path / "run")
-    with pytest.raises(ValueError, match="take the run's own settings, got also: epochs"):
-        read_config(tmp_path / "run", Config(epochs=9))
-    with pytest.raises(FileNotFoundError, match=r"config\.json does not exist"):
-        read_config(tmp_path / "nothing", Config())
+    for folder, message in (("run", "take the run's own settings, got also: lr"), ("nothing", "nothing does not exist")):
+        with pytest.raises(SystemExit, match=message):
+            hybrid.main(["--resume", str(tmp_path / folder), "--lr", "9"])
+    with pytest.raises(SystemExit, match="take the run's own settings, got also: epochs"):
+        hybrid.main(["--eval-only", str(tmp_path / "run"), "--epochs", "9"])
+    with pytest.raises(SystemExit, match="epochs may extend a run of 2, got 1"):
+        go_on(tmp_path / "run", epochs=1)
     with pytest.raises(ValueError, match="holds a run already"):
         run_tiny(tmp_path / "run")
-    assert read_config(tmp_path / "run", Config()) == tiny(tmp_path / "run")
+    assert settings.read(tmp_path / "run") == tiny(tmp_path / "run")
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"epochs": 0}, "epochs must be positive, got 0"),
-        ({"batch": -1}, "batch must be positive, got -1"),
-        ({"temperature": 0.0}, "temperature must be positive"),
-        ({"ema": 1.5}, "ema must lie in"),
-        ({"clip": 0.0}, "clip must be positive, got 0"),
-        ({"threads": 0}, "threads must be positive"),
-        ({"classifier_batch": 0}, "classifier_batch must be positive, got 0"),
-        ({"eval_every": 0}, "eval_every must be positive, got 0"),
-        ({"crop_padding": -1}, "crop_padding must not be negative, got -1"),
-        ({"randaugment": -1}, "randaugment must not be negative"),
-        ({"momentum": 2.0}, r"momentum must lie in \[0, 1\), got 2"),
-        ({"grayscale": 1.5}, r"grayscale must lie in \[0, 1\]"),
-        ({"milestones": (0.5, 80.0)}, r"milestones must lie in \(0, 1\), got \(0\.5, 80\.0\)"),
-        ({"validation": 1.0}, "validation must lie in"),
-        ({"loss": "ce", "schedule": "two-stage"}, "needs a feature loss"),
-        ({"backend": "nonsense"}, "nonsense"),
-        ({"backend": "cuda"}, "cuda"),
-        ({"device": "nonsense"}, "device 'nonsense' is not usable"),
-        ({"network": "nonsense"}, "network must be one of resnet8.*nonsense"),
-        ({"export": True}, r"export needs the package safetensors \(the \[train-extra\] extra\)"),
-        ({"tensorboard": True}, "tensorboard needs the package tensorboard"),
-    ],
-)
-def test_bad_settings(tmp_path, monkeypatch, settings, message):
-    monkeypatch.setattr(hybrid, "find_spec", lambda package: None)
-    with pytest.raises(ValueError, match=message):
-        tiny(tmp_path, **settings)
+@pytest.mark.parametrize("several", [False, True])
+def test_resume_extends(tmp_path, several):
+    """The finished epochs stay as they were; the folder then tells of the new number."""
+    out = tmp_path / "run"
+    tops = [out, *([out / "ce" / "seed-0", out / "hybrid-sc" / "seed-0"] if several else [])]
+    config = tiny(out, **({"against": ("ce",), "epochs": 1} if several else {}))
+    hybrid.perform(config, hybrid.Command())
+    before = [json.loads(line) for line in (tops[-1] / "log.jsonl").read_text().splitlines()]
+    epochs = len(before) + 2
+    go_on(out, epochs)
+    assert [settings.read(top).optimiser.epochs for top in tops] == ([3, 9, 3] if several else [4])
+    after = [json.loads(line) for line in (tops[-1] / "log.jsonl").read_text().splitlines()]
+    assert after[: len(before)] == before and [row["epoch"] for row in after] == list(range(epochs))
+    metrics = json.loads((tops[-1] / "metrics.json").read_text())
+    assert metrics["updates"] == 2 * epochs and metrics["best_epoch"] == epochs - 1 and metrics["config"]["optimiser"]["epochs"] == epochs
 
 
 def test_stopped_in_an_evaluation(tmp_path, monkeypatch):
@@ -271,7 +295,7 @@ def test_stopped_in_an_evaluation(tmp_path, monkeypatch):
         patch.setattr(evaluate, "predict", lambda *given: os.kill(os.getpid(), signal.SIGTERM) or predict(*given))
         run_tiny(tmp_path / "cut", eval_every=2)
     assert stopped.value.code == 128 + signal.SIGTERM and not (tmp_path / "cut" / "metrics.json").exists()
-    hybrid.main(Config(resume=tmp_path / "cut"))
+    go_on(tmp_path / "cut")
     assert same(weights(tmp_path / "cut")["network"], weights(tmp_path / "whole")["network"])
     assert (tmp_path / "cut" / "metrics.json").exists()
 
@@ -281,35 +305,35 @@ def test_a_stopped_run_evaluated_is_not_taken_for_finished(tmp_path, monkeypatch
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(Run, "update", lambda self, raw, labels: stop(raw, labels, lambda *batch: update(self, *batch)))
         run_tiny(out)
-    hybrid.main(Config(eval_only=out))
+    hybrid.main(["--eval-only", str(out)])
     assert json.loads((out / "metrics.json").read_text())["updates"] == 2
     assert weights(out)["step"] == 1  # evaluated, not trained on
-    hybrid.main(Config(resume=out))
+    go_on(out)
     assert json.loads((out / "metrics.json").read_text())["updates"] == 4
     log = (out / "log.jsonl").read_text()
     (out / "log.jsonl").write_text(log.splitlines()[0] + "\n")  # as if killed between the last checkpoint and its row
-    hybrid.main(Config(resume=out))
+    go_on(out)
     assert len((out / "log.jsonl").read_text().splitlines()) == 2
 
 
 def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(tmp_path):
     config = tiny(tmp_path / "run", epochs=1)
-    data = datasets.load(source_of(config))
+    data = datasets.load(config.images)
     result = hybrid.finish(config, data)
     written = (tmp_path / "run" / "last.pt").stat().st_mtime_ns
-    assert hybrid.finish(dataclasses.replace(config, threads=2, pictures=True), data)["best"] == result["best"]
+    assert hybrid.finish(settings.change(config, threads=2, pictures=True), data)["best"] == result["best"]
     assert (tmp_path / "run" / "last.pt").stat().st_mtime_ns == written  # read, not trained again
     with pytest.raises(ValueError, match=r"holds a run of other settings \(epochs, lr\)"):
-        hybrid.finish(dataclasses.replace(config, epochs=3, lr=0.2), data)
+        hybrid.finish(settings.change(config, epochs=3, lr=0.2), data)
 
 
 def test_progress_fits_80_columns(monkeypatch):
     screen = Console(width=80, file=io.StringIO(), force_terminal=True)
-    monkeypatch.setattr(hybrid, "console", screen)
+    monkeypatch.setattr(terminal, "console", screen)
     row = {"images_per_second": 12345.6, "alpha": 0.5, "feature_loss": 1.5, "chance": 4.844, "classifier_loss": 2.5}
-    with hybrid.progress_bar() as progress:
+    with terminal.progress_bar() as progress:
         task = progress.add_task("runs/cifar10-jpeg-mpsc-20260101-120000", total=4800, completed=17, text="")
-        progress.update(task, text=hybrid.status(row))
+        progress.update(task, text=terminal.status(row))
         lines = ["".join(part.text for part in line).rstrip() for line in screen.render_lines(progress.get_renderable())]
     assert lines[0].startswith("runs/cifar10-jpeg-mpsc-20260101-120000 ") and re.search(r"17/4800 0:00:00 -:--:--$", lines[0])
     assert lines[1] == "12346 images/s  α 0.50  feature 1.500  (chance 4.844)  classifier 2.500"
@@ -317,7 +341,7 @@ def test_progress_fits_80_columns(monkeypatch):
 
 def test_tensorboard_has_every_epoch(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="needs the [train-extra] extra")
-    run_tiny(tmp_path / "run", tensorboard=True)
+    run_tiny(tmp_path / "run", log_to=("tensorboard",))
     events = accumulator.EventAccumulator(str(tmp_path / "run")).Reload()
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [(e.step, e.value) for e in events.Scalars("feature_loss")] == [(r["epoch"], pytest.approx(r["feature_loss"])) for r in log]
@@ -339,8 +363,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
 def test_command_line_from_seeds_to_pictures(tmp_path, monkeypatch, capsys):
     pytest.importorskip("safetensors", reason="needs the [train-extra] extra")
     out = tmp_path / "two"
-    settings = TINY | {"pictures": True, "epochs": 1}
-    hybrid.main(Config(**settings, loss="psc", seeds=2, seed=5, out=out, export=True))
+    flags = ["--pictures", "--method", "hybrid-psc", "--epochs", "1", "--seeds", "2", "--seed", "5", "--export", "safetensors"]
+    hybrid.main(command(*flags, "--out", str(out))[2:])
     assert "mean" in capsys.readouterr().out
     run = out / "seed-6"
     for name in ("config.json", "environment.json", "metrics.json", "log.jsonl", "last.pt", "per_class.csv", "model.safetensors"):
@@ -353,19 +377,19 @@ def test_command_line_from_seeds_to_pictures(tmp_path, monkeypatch, capsys):
     assert same(exported, weights(run)["network"])
     before = json.loads((run / "metrics.json").read_text())
     (run / "metrics.json").unlink()
-    hybrid.main(Config(eval_only=run))
+    hybrid.main(["--eval-only", str(run)])
     assert json.loads((run / "metrics.json").read_text())["best"] == before["best"]
     compare.main(compare.Compare([out, run], tmp_path / "compared", ["two", "one"]))
-    assert "| two | 2 | " in (tmp_path / "compared" / "comparison.md").read_text()
+    assert "| two | 4 | " in (tmp_path / "compared" / "comparison.md").read_text()
     assert (tmp_path / "compared" / "comparison.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit, match=r"error: .*holds a run already"):
-        hybrid.main(Config(out=out))
+        hybrid.main(["--out", str(out)])
 
 
 def test_what_cannot_be_compared(tmp_path):
     for name, data in (("a", "digits"), ("b", "mnist")):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "metrics.json").write_text(json.dumps({"config": {"data": data}}))
+        (tmp_path / name / "metrics.json").write_text(json.dumps({"config": {"images": {"data": data}}}))
     for runs, message in (([], "at least one"), (["a", "b"], "one data set, got digits, mnist"), (["c"], "is the run finished")):
         with pytest.raises(SystemExit, match=message):
             compare.main(compare.Compare([tmp_path / name for name in runs], tmp_path / "out"))
@@ -374,35 +398,44 @@ def test_what_cannot_be_compared(tmp_path):
 
 def test_paired_differences_go_by_seed():
     def runs(values):
-        return [{"config": {"seed": s}, "best": {"balanced": v}} for s, v in values.items()]
+        return [{"config": {"records": {"seed": s}}, "best": {"balanced": v}} for s, v in values.items()]
 
     assert compare.paired(runs({1: 90.0, 2: 94.0}), runs({2: 92.0, 1: 91.0})) == [-1.0, 2.0]
     assert compare.paired(runs({1: 90.0}), runs({2: 92.0})) == []
     assert compare.spread([1.0, 3.0]) == "2.0 ± 1.4" and compare.spread([1.0, None]) == "–"
 
 
-@pytest.mark.parametrize("grid", ablate.GRIDS)
-def test_every_row_of_a_grid_resolves(grid):
-    options = ablate.Ablate(grid, root=Path("somewhere"))
-    for rows, against in ablate.GRIDS[grid].values():
-        assert set(against) <= set(rows)
-        for settings in rows.values():
-            assert ablate.configure(options, settings, 100, Path("out")).epochs > 1
+@pytest.mark.parametrize("method", METHODS)
+def test_beside_another_method_as_many_images_go_through_the_network(tmp_path, method):
+    """The recipe's own numbers of epochs and those of --against; the data set's temperature for prototypes in both."""
 
-
-def test_equal_images_and_equal_updates_are_equal():
-    def cost(settings):
-        config = ablate.configure(ablate.Ablate("methods"), settings, 100, Path("out"))
-        run = Run(config, datasets.load(source_of(config)))
-        images = 0
-        for run.epoch in range(config.epochs):
+    def images(config):
+        run = Run(config, data)
+        total = 0
+        for run.epoch in range(config.optimiser.epochs):
             run.begin_epoch()
-            images += run.plan.numel()
-        return images, run.steps * config.epochs
+            total += run.plan.indices.numel()
+        return total
 
-    images = [cost(settings)[0] for settings in ablate.METHODS["equal images"][0].values()]
-    assert max(images) - min(images) < 0.01 * max(images)
-    assert {cost(settings)[1] for settings in ablate.METHODS["equal updates"][0].values()} == {400}
+    machine = {name: TINY[name] for name in ("device", "threads", "backend", "width")}
+    config = settings.configure(method="hybrid-sc", **machine)
+    data = datasets.load(config.images)
+    expected = images(config)
+    beside, alone = hybrid.beside(config, method), settings.configure(method=method, **machine)
+    assert images(beside) == pytest.approx(expected, rel=0.02) and images(alone) == pytest.approx(expected, rel=0.02)
+    assert settings.change(beside, epochs=1000) == settings.change(alone, epochs=1000)
+
+
+def test_what_cannot_be_trained_beside_is_told_before_anything_is_trained(tmp_path):
+    for against, message in (
+        (("ce", "nonsense"), "against must be one of ce, .*nonsense"),
+        (("ce", "ce"), "against must name other methods than hybrid-sc, each once, got ce, ce"),
+        (("hybrid-sc",), "each once, got hybrid-sc"),
+        (("ce", "kcl"), "against kcl: switch_at must leave the second of two stages an epoch"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            hybrid.perform(tiny(tmp_path / "run", against=against, epochs=1), hybrid.Command())
+    assert not (tmp_path / "run").exists()
 
 
 def test_hybrid_beats_guessing_by_far(tmp_path):
@@ -410,8 +443,8 @@ def test_hybrid_beats_guessing_by_far(tmp_path):
     accuracies = []
     for seed in range(3):
         machine = {name: TINY[name] for name in ("pictures", "device", "threads", "backend")}
-        config = resolve(Config(loss="psc", epochs=20, seed=seed, out=tmp_path / str(seed), **machine))
-        accuracies.append(train(config, datasets.load(source_of(config)))["best"]["balanced"])
+        config = settings.configure(method="hybrid-psc", epochs=20, seed=seed, out=tmp_path / str(seed), **machine)
+        accuracies.append(train(config, datasets.load(config.images))["best"]["balanced"])
     assert sum(accuracies) / 3 > 60  # chance 10
 
 
@@ -442,14 +475,13 @@ def test_a_signal_to_the_whole_process_group_leaves_a_checkpoint(tmp_path):
 def test_image_files_train_and_resume(tmp_path, monkeypatch):
     """Decoded in a worker, cropped by key: a run stopped inside an epoch comes to the same bits here too."""
     make_image_folder(tmp_path / "images")
-    settings = {"data": "folder", "root": tmp_path / "images", "largest_class": None, "imbalance": 2, "network": "resnet8", "batch": 8}
-    settings |= {"image_size": 16, "workers": 1, "lr": 0.05, "color_jitter": 0.2}
-    whole = run_tiny(tmp_path / "whole", **settings)
+    changes = {"data": "folder", "root": tmp_path / "images", "largest_class": None, "imbalance": 2, "network": "resnet8", "batch": 8}
+    changes |= {"image_size": 16, "workers": 1, "lr": 0.05, "color_jitter": 0.2}
+    whole = run_tiny(tmp_path / "whole", **changes)
     assert whole["train_images"] == [16, 8] and whole["updates"] == 6
     stop, update = StopAfter(2), Run.update
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(Run, "update", lambda self, raw, labels: stop(raw, labels, lambda *batch: update(self, *batch)))
-        run_tiny(tmp_path / "cut", **settings)
-    config = read_config(tmp_path / "cut", Config())
-    train(config, datasets.load(source_of(config)), resume=True)
+        run_tiny(tmp_path / "cut", **changes)
+    go_on(tmp_path / "cut")
     assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))

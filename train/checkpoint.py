@@ -54,11 +54,13 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict:
 
 
 class StopSignal:
-    """Within it, Ctrl-C and SIGTERM ask to stop after the step at hand; a second Ctrl-C interrupts at once."""
+    """Within it, Ctrl-C and the signals of clusters that announce an end ask to stop after the step at hand; a second one stops at once."""
+
+    ASKED_BY = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
 
     def __enter__(self) -> StopSignal:
         self.received: int | None = None
-        self.previous = {s: signal.signal(s, self._receive) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.previous = {s: signal.signal(s, self._receive) for s in self.ASKED_BY}
         return self
 
     def _receive(self, number: int, _frame: object) -> None:

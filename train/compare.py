@@ -1,6 +1,7 @@
 """Several runs in one table and one picture.
 
     python train/compare.py runs/A runs/B runs/C --out runs/comparison
+    python train/compare.py runs/* --over-budget        # a picture of accuracy over images and updates, a line for each method
 
 A run is a folder with metrics.json, or one with seed-*/metrics.json of several seeds. Differences are paired: by seed, to the first run.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,19 +18,47 @@ from typing import Any
 import checkpoint
 import plots
 import tyro
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-FIGURES = {"balanced": "balanced", "many": "many", "medium": "medium", "few": "few", "worst": "worst class", "calibration_error": "ECE"}
+# What is shown of a run's metrics, where one of the runs has it.
+FIGURES = {
+    "balanced": "balanced",
+    "many": "many",
+    "medium": "medium",
+    "few": "few",
+    "worst": "worst class",
+    "top5": "top-5",
+    "calibration_error": "ECE",
+    "knn_features": "kNN, features",
+    "knn_embeddings": "kNN, embeddings",
+}
+Run = dict[str, Any]  # what metrics.json holds
+Rows = list[list[str]]  # the first is the header
+BESIDE = 3  # columns of the terminal that a table's column takes beside its text
 
 
-def read_runs(folder: Path) -> list[dict[str, Any]]:
+def read_runs(folder: Path) -> list[Run]:
     """The metrics of a run, one for each seed."""
     paths = [folder / "metrics.json"] if (folder / "metrics.json").is_file() else sorted(folder.glob("seed-*/metrics.json"))
     if not paths:
         raise FileNotFoundError(f"{folder} must hold metrics.json or seed-*/metrics.json: is the run finished?")
-    return [json.loads(path.read_text()) for path in paths]
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    for path, run in zip(paths, runs, strict=True):
+        if not isinstance(run["config"].get("images"), dict):
+            raise ValueError(
+                f"{path} must hold settings in groups (images, method, records), got those of an earlier version: train it again"
+            )
+    return runs
 
 
-def spread(values: list[float | None], form: str = "{:.1f}") -> str:
+def seed(run: Run) -> int:
+    return run["config"]["records"]["seed"]
+
+
+def spread(values: Sequence[float | None], form: str = "{:.1f}") -> str:
     """mean ± standard deviation over seeds (n - 1)."""
     if not values or None in values:
         return "–"
@@ -36,38 +66,109 @@ def spread(values: list[float | None], form: str = "{:.1f}") -> str:
     return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
-def paired(runs: list[dict], reference: list[dict], figure: str = "balanced") -> list[float]:
-    """Differences seed by seed; none unless both ran the same seeds."""
-    ours, theirs = ({run["config"]["seed"]: run["best"][figure] for run in group} for group in (runs, reference))
-    return [ours[seed] - theirs[seed] for seed in ours] if ours.keys() == theirs.keys() else []
+def paired(runs: Sequence[Run], reference: Sequence[Run], figure: str = "balanced") -> list[float]:
+    """Differences seed by seed; none unless both ran the same seeds and have the figure."""
+    ours, theirs = ({seed(run): run["best"].get(figure) for run in group} for group in (runs, reference))
+    for group in (runs, reference):
+        if len(seeds := sorted(map(seed, group))) != len(set(seeds)):
+            raise ValueError(f"runs must be of one seed each, got seeds {', '.join(map(str, seeds))}")
+    if ours.keys() != theirs.keys() or None in ours.values() or None in theirs.values():
+        return []
+    return [ours[one] - theirs[one] for one in ours]
 
 
-def table(groups: dict[str, list[dict]], against: list[str]) -> str:
-    """Markdown: a row for each group of runs, test accuracies in percent, differences of balanced accuracy to the groups ``against``."""
-    header = ["", "updates", "images", *FIGURES.values(), *(f"− {name}" for name in against), "s a run"]
-    rows = [header, ["---"] + ["---:"] * (len(header) - 1)]
+def won(differences: Sequence[float]) -> str:
+    """Mean ± standard deviation, and at how many seeds the difference is positive: +1.2 ± 0.4 (6/6)."""
+    return f"{spread(differences, '{:+.1f}')} ({sum(d > 0 for d in differences)}/{len(differences)})" if differences else "–"
+
+
+def rows(groups: Mapping[str, Sequence[Run]], against: Sequence[str], reported: Mapping[str, str] | None = None) -> Rows:
+    """A header, then a row for each group of runs: test accuracies in percent, differences of balanced accuracy to the groups ``against``.
+
+    ``reported`` is what others found, by group, as it is to be shown.
+    """
+    for option, names in (("against", against), ("reported", reported or {})):
+        if missing := [name for name in names if name not in groups]:
+            raise ValueError(f"{option} must name groups among {', '.join(groups)}, got {', '.join(missing)}")
+    every = [run for runs in groups.values() for run in runs]
+    figures = {key: title for key, title in FIGURES.items() if any(run["best"].get(key) is not None for run in every)}
+    titles, theirs = list(figures.values()), [] if reported is None else ["reported"]
+    found = [["", "updates", "images", *titles[:1], *theirs, *titles[1:], *(f"− {name}" for name in against), "s a run"]]
     for name, runs in groups.items():
-        figures = [spread([run["best"][figure] for run in runs]) for figure in FIGURES]
-        differences = ["" if name == other else spread(paired(runs, groups[other]), "{:+.1f}") for other in against]
-        cost = [f"{runs[0]['updates']:,}", f"{runs[0]['images']:,}"]
-        rows.append([name, *cost, *figures, *differences, f"{statistics.mean(run['seconds'] for run in runs):.0f}"])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+        ours = [spread([run["best"].get(figure) for run in runs]) for figure in figures]
+        differences = ["" if name == other else won(paired(runs, groups[other])) for other in against]
+        cost = [_one_or_range([run[key] for run in runs]) for key in ("updates", "images")]
+        seconds = f"{statistics.mean(run['seconds'] for run in runs):.0f}"
+        said = [] if reported is None else [reported.get(name, "–")]
+        found.append([name, *cost, *ours[:1], *said, *ours[1:], *differences, seconds])
+    return found
 
 
-def draw(out: Path, groups: dict[str, list[dict]]) -> None:
-    """comparison.png: shots as bars with spread; per_class.png: the mean over seeds, class by class."""
-    bars = {}
-    for name, runs in groups.items():
-        values = {figure: [run["best"][figure] for run in runs] for figure in ("balanced", "many", "medium", "few")}
-        bars[name] = {
-            figure: (statistics.mean(v), statistics.stdev(v) if len(v) > 1 else 0.0) for figure, v in values.items() if None not in v
-        }
-    plots.comparison(out / "comparison.png", bars)
-    counts = next(iter(groups.values()))[0]["train_images"]
-    if all(run["train_images"] == counts for runs in groups.values() for run in runs):
+def _one_or_range(values: Sequence[int]) -> str:
+    return f"{min(values):,}" if len(set(values)) == 1 else f"{min(values):,} … {max(values):,}"
+
+
+def markdown(found: Rows) -> str:
+    lines = [found[0], ["---"] + ["---:"] * (len(found[0]) - 1), *found[1:]]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines)
+
+
+def table(groups: Mapping[str, Sequence[Run]], against: Sequence[str], reported: Mapping[str, str] | None = None) -> str:
+    """:func:`rows` as Markdown."""
+    return markdown(rows(groups, against, reported))
+
+
+def show(console: Console, found: Rows, title: str | None = None) -> None:
+    """The rows in the terminal, in as many tables one below the other as its width asks for, each with the first column.
+
+    A header is folded between its words, a name too long for a quarter of the width anywhere, and no number is, where the width allows.
+    """
+    columns = list(zip(*found, strict=True))
+    room = console.width - 1 - BESIDE  # beside the frame's left side, and for the first column's own text
+    name = min(max(map(cell_len, columns[0])), max(8, console.width // 4))
+    widths = [max(map(cell_len, (*header.split(), *cells))) for header, *cells in columns]
+    left = 1
+    while left < len(columns):
+        last, free = left, room - name
+        while last < len(columns) and (last == left or free >= widths[last] + BESIDE):
+            free -= widths[last] + BESIDE
+            last += 1
+        part = Table(title=title if left == 1 else None)
+        part.add_column(Text(found[0][0]), width=name, overflow="fold")
+        for header, width in zip(found[0][left:last], widths[left:last], strict=True):
+            part.add_column(Text(header), justify="right", width=min(width, room - name - BESIDE), overflow="fold")
+        for line in found[1:]:
+            part.add_row(*(Text(cell) for cell in (line[0], *line[left:last])))
+        console.print(part)
+        left = last
+
+
+# ---- pictures
+
+
+def draw(out: Path, groups: Mapping[str, Sequence[Run]]) -> None:
+    """comparison.png: the figures, with each seed; per_class.png: the mean over seeds, class by class, where all have the same classes."""
+    out.mkdir(parents=True, exist_ok=True)
+    figures = {
+        name: {figure: [run["best"].get(figure) for run in runs] for figure in ("balanced", "many", "medium", "few")}
+        for name, runs in groups.items()
+    }
+    known = {name: {figure: v for figure, v in found.items() if None not in v} for name, found in figures.items()}
+    plots.comparison(out / "comparison.png", known)
+    first = next(iter(groups.values()))[0]
+    if all(run["train_images"] == first["train_images"] for runs in groups.values() for run in runs):
         by_class = {name: zip(*(run["best"]["per_class"] for run in runs), strict=True) for name, runs in groups.items()}
         means = {name: [None if None in seeds else statistics.mean(seeds) for seeds in classes] for name, classes in by_class.items()}
-        plots.per_class(out / "per_class.png", counts, means)
+        images = first["config"]["images"]
+        plots.per_class(out / "per_class.png", first["train_images"], means, None, images["many"], images["few"])
+
+
+def budgets(runs: Sequence[Run]) -> dict[str, list[tuple[int, int, float]]]:
+    """What :func:`plots.over_budget` draws, by method."""
+    series: dict[str, list[tuple[int, int, float]]] = {}
+    for run in runs:
+        series.setdefault(run["config"]["method"]["method"], []).append((run["images"], run["updates"], run["best"]["balanced"]))
+    return series
 
 
 @dataclass
@@ -75,26 +176,31 @@ class Compare:
     runs: tyro.conf.Positional[list[Path]]
     out: Path = Path("runs/comparison")
     names: list[str] = field(default_factory=list)  # one for each run; none: the folders' names
+    over_budget: bool = False  # also accuracy over images and updates, where runs of one method are the points of one line
 
 
 def main(options: Compare) -> None:
     if not options.runs:
         raise SystemExit("error: runs must name at least one folder")
     names = options.names or [folder.name for folder in options.runs]
-    if len(set(names)) != len(options.runs):
+    if len(names) != len(options.runs) or len(set(names)) != len(names):
         raise SystemExit(f"error: names must be {len(options.runs)} different ones, got {names}: give --names")
     try:
         groups = {name: read_runs(folder) for name, folder in zip(names, options.runs, strict=True)}
-    except OSError as error:
+        every = [run for runs in groups.values() for run in runs]
+        if len(data := {run["config"]["images"]["data"] for run in every}) > 1:
+            raise ValueError(f"runs must be of one data set, got {', '.join(sorted(data))}")
+        found = rows(groups, against=names[:1] if len(names) > 1 else [])
+    except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
-    if len(data := {run["config"]["data"] for runs in groups.values() for run in runs}) > 1:
-        raise SystemExit(f"error: runs must be of one data set, got {', '.join(sorted(data))}")
     options.out.mkdir(parents=True, exist_ok=True)
-    text = table(groups, against=names[:1])
-    checkpoint.write_text(options.out / "comparison.md", text + "\n")
+    checkpoint.write_text(options.out / "comparison.md", markdown(found) + "\n")
     draw(options.out, groups)
-    print(text)
-    print(f"written to {options.out}")
+    if options.over_budget:
+        plots.over_budget(options.out / "over_budget.png", budgets(every))
+    console = Console()
+    show(console, found, "test, %")
+    console.print(f"written to {options.out}", soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":

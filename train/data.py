@@ -1,47 +1,73 @@
-"""The data sets, and the long tail cut from them.
+"""The data sets, the long tail cut from them, and what tells one from another.
 
-A split is labels and images. Images are either one uint8 tensor [N, C, H, W], which then lives on the device, or paths, which worker
-processes decode. Everything that can be wrong with the files is found here, before training starts.
+A data set is one entry of ``DATASETS``. ``load`` reads it; everything that can be wrong with its layout, lists and options is found there,
+and everything that can be wrong with its image files by ``check_images``, both before training starts.
 """
 
 from __future__ import annotations
 
 import gzip
-import io
+import hashlib
+import json
 import os
 import pickle
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from files import Batches, Files, ImageFiles, Split, decode, decoded
+from folders import read_folder, read_list, some
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-DataName = Literal["digits", "fashion-mnist-lt", "cifar10-lt", "cifar100-lt", "cifar10-jpeg", "mnist", "folder", "list"]
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
+__all__ = [
+    "DATASETS", "Batches", "Data", "DataName", "DataSet", "Files", "ImageFiles", "Images", "Split", "decode", "decoded", "defaults",
+    "describe_difference", "load", "long_tail", "long_tail_counts", "read_list", "shots",
+]  # fmt: skip
 
 
-@dataclass
-class Split:
-    images: Tensor | list  # uint8 [N, C, H, W]; or Paths; or, until decoded, the bytes of image files
-    labels: Tensor  # int64 [N], on the CPU
+@dataclass(frozen=True)
+class Images:
+    """Where the images come from, and which tail is cut from them. ``defaults`` gives a data set's own."""
 
-    def __len__(self) -> int:
-        return len(self.labels)
+    data: DataName = "digits"  # all but digits need --root or a download
+    root: Path | None = None  # folder of the data; None: download, where that is possible
+    train_list: Path | None = None  # for data list: one "relative/path label" a line
+    val_list: Path | None = None  # chooses the best epoch, as a fraction for validation does
+    test_list: Path | None = None
+    imbalance: float | None = None  # images of the largest class over those of the smallest; None: take all
+    largest_class: int | None = None  # images of class 0; None: as many as the imbalance allows
+    validation: float = 0.0  # fraction of each class's training images held out to choose the best epoch; 0: the last epoch is chosen
+    data_seed: int = 0  # which images the long tail keeps and validation holds out; 0 is the field's convention
+    image_size: int = 224  # side of images that are decoded from files
+    workers: int = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)  # that decode files
+    check: bool = True  # open every image file once before training
+    skip_bad_images: bool = False  # leave out those that cannot be read, and say which
+    many: int = 100  # many-shot: more training images than this
+    few: int = 20  # few-shot: fewer than this
 
-    def __getitem__(self, indices: np.ndarray) -> Split:
-        images = self.images[indices] if isinstance(self.images, Tensor) else [self.images[i] for i in indices]
-        return Split(images, self.labels[indices])
 
-    @property
-    def channels(self) -> int:
-        return self.images.shape[1] if isinstance(self.images, Tensor) else 3
+@dataclass(frozen=True)
+class DataSet:
+    """What is known of a data set. A new one is an entry of ``DATASETS`` with a function that reads it."""
+
+    what: str  # in a line
+    read: Callable[[Images], Data]  # whole: load cuts the tail
+    mean: tuple[float, ...]  # of each channel, of pixels in [0, 1]
+    std: tuple[float, ...]
+    shape: tuple[int, ...] | None  # channels, height, width; None: files, which image_size brings to size; (): features
+    imbalance: float | None = 100.0
+    many: int = 100
+    few: int = 20
+    root: Literal["required", "optional", "unused", "file"] = "required"  # optional: without it, downloaded; file: not a folder
+    splits: dict[float, str] = field(default_factory=dict)  # the field's: split_hash by imbalance
+    augment: str = "cifar"  # a name of AUGMENTATIONS
+    psc_temperature: float = 0.1  # of the prototypical losses
+    recipe: Mapping[str, Any] = field(default_factory=dict)  # settings of network and optimiser that are known to work
 
 
 @dataclass
@@ -50,53 +76,176 @@ class Data:
     validation: Split | None
     test: Split
     classes: list[str]
+    notes: list[str] = field(default_factory=list)  # what a person should know: splits found, what was ignored
+    kept: np.ndarray | None = None  # int64: which images of the whole training set are in the tail, before validation is held out
+    fingerprint: dict[str, Any] = field(default_factory=dict)  # JSON; what describe_difference compares
 
     @property
     def counts(self) -> Tensor:
         """Training images of each class."""
         return self.train.labels.bincount(minlength=len(self.classes))
 
-
-@dataclass(frozen=True)
-class Source:
-    """Where the images come from, and which tail is cut from them."""
-
-    data: DataName = "digits"
-    root: Path | None = None
-    train_list: Path | None = None
-    val_list: Path | None = None
-    test_list: Path | None = None
-    imbalance: float | None = None  # images of the largest class over those of the smallest; None: take all
-    largest_class: int | None = None  # images of class 0; None: as many as the imbalance allows
-    validation: float = 0.0  # fraction of each class's training images held out
-    seed: int = 0
+    @property
+    def split_hash(self) -> str:
+        """Of the kept indices, in their order: SHA-256 of them as little-endian int64, 12 hex digits. Validation is cut from them later."""
+        return _digest(self.kept.astype("<i8").tobytes())
 
 
-def load(source: Source) -> Data:
-    data = LOADERS[source.data](source)
-    _check(data)
-    train = data.train
-    if source.imbalance is not None:
-        counts = long_tail_counts(data.counts.tolist(), source.imbalance, source.largest_class)
-        train = train[long_tail(train.labels.numpy(), counts, source.seed)]
-    validation = data.validation
+def defaults(name: DataName, **changes: Any) -> Images:
+    """A data set's own settings, with changes."""
+    known = _known(name)
+    return replace(Images(data=name, imbalance=known.imbalance, many=known.many, few=known.few), **changes)
+
+
+def load(images: Images) -> Data:
+    known = _known(images.data)
+    _refuse_idle_options(images, known)
+    data = known.read(images)
+    if data.test is None:
+        raise ValueError(f"data {images.data!r} must have a test split")
+    complain_of_lacking(data)
+    train, kept, validation, notes = data.train, data.kept, data.validation, list(data.notes)
+    kept = np.arange(len(train)) if kept is None else kept
+    if images.imbalance is not None:
+        counts = long_tail_counts(data.counts.tolist(), images.imbalance, images.largest_class)
+        tail = long_tail(train.labels.numpy(), counts, images.data_seed)
+        train, kept = train[tail], kept[tail]
+    if validation is not None and images.validation:
+        raise ValueError(f"validation must be 0 where the data has a validation split of its own, got {images.validation}")
     if validation is None:
-        train, validation = hold_out(train, source.validation, source.seed)
-    return Data(decoded(train), validation and decoded(validation), decoded(data.test), data.classes)
+        train, validation = hold_out(train, images.validation, images.data_seed)
+    whole = Data(train, validation, data.test, data.classes, notes, kept)
+    if known.splits.get(images.imbalance) == whole.split_hash:
+        notes.append(f"the long tail is the field's (LDAM's), split {whole.split_hash}")
+    whole.fingerprint = fingerprint(whole)
+    return replace(whole, train=decoded(train), validation=validation and decoded(validation), test=decoded(data.test))
 
 
-def _check(data: Data) -> None:
+def _known(name: str) -> DataSet:
+    if name not in DATASETS:
+        raise ValueError(f"data must be one of {', '.join(DATASETS)}, got {name!r}")
+    return DATASETS[name]
+
+
+def _refuse_idle_options(images: Images, known: DataSet) -> None:
+    """An option that cannot act is an error, not dropped."""
+    if images.data != "list":
+        for name in ("train_list", "val_list", "test_list"):
+            if (value := getattr(images, name)) is not None:
+                raise ValueError(f"{name} has a meaning for data 'list' only, got {value} for data {images.data!r}")
+    if images.val_list is not None and images.validation:
+        raise ValueError(f"validation must be 0 beside val_list, got {images.validation} and {images.val_list}")
+    if images.largest_class is not None and images.imbalance is None:
+        raise ValueError(f"largest_class has a meaning with imbalance only, got {images.largest_class} and imbalance None")
+    if known.root == "unused" and images.root is not None:
+        raise ValueError(f"root has no meaning for data {images.data!r}, which comes with scikit-learn, got {images.root}")
+    if known.root in ("required", "file") and images.root is None:
+        raise ValueError(f"root must be given for data {images.data!r}, got None")
+    if known.root == "file":
+        if not images.root.is_file():
+            raise FileNotFoundError(f"root {images.root} must be a file, got {'a folder' if images.root.exists() else 'nothing there'}")
+    elif images.root is not None and not images.root.is_dir():
+        raise FileNotFoundError(f"root {images.root} must be a folder, got {'a file' if images.root.exists() else 'nothing there'}")
+    if known.shape == () and images.image_size != Images.image_size:
+        raise ValueError(f"image_size has no meaning for data {images.data!r}, which has no images, got {images.image_size}")
+    if known.shape and images.image_size not in (Images.image_size, known.shape[-1]):
+        side = known.shape[-1]
+        raise ValueError(f"image_size has no meaning for data {images.data!r}, whose images have side {side}, got {images.image_size}")
+    if images.skip_bad_images and not images.check:
+        raise ValueError("skip_bad_images leaves out what check finds, got check False")
+    if images.few > images.many:
+        raise ValueError(f"few must be at most many, got few {images.few} and many {images.many}")
+
+
+def complain_of_lacking(data: Data) -> None:
     classes = len(data.classes)
     if classes < 2:
-        raise ValueError(f"the data must hold at least 2 classes, got {classes}")
+        raise ValueError(f"the data must hold at least 2 classes, got {classes}{': ' if classes else ''}{', '.join(data.classes)}")
     for name, split in (("train", data.train), ("validation", data.validation), ("test", data.test)):
         if split is not None and len(split) == 0:
             raise ValueError(f"the {name} split must not be empty, got no image")
         if split is not None and (label := int(split.labels.max())) >= classes:
-            image = "" if isinstance(split.images, Tensor) else f" for {split.images[split.labels.argmax()]}"
-            raise ValueError(f"labels of the {name} split must lie in [0, {classes}), the training classes, got {label}{image}")
+            raise ValueError(f"labels of the {name} split must lie in [0, {classes}), the training classes, got {label}")
     if empty := [name for name, count in zip(data.classes, data.counts.tolist(), strict=True) if count == 0]:
         raise ValueError(f"every class must have training images, got none for {len(empty)} of {classes} classes: {', '.join(empty[:10])}")
+
+
+# ---- what tells one data set from another
+
+
+def fingerprint(data: Data) -> dict[str, Any]:
+    """Classes, and of each split the number of images, their bytes and a digest for each class.
+
+    That is of its tensors or encoded images; of files it is of their paths below their folder, their sizes and the first bytes of the first
+    one, for reading all would take minutes. Moved to another root, with other times, they are the same data.
+    """
+    splits = {"train": data.train, "validation": data.validation, "test": data.test}
+    parts = {name: split and _fingerprint(split, len(data.classes)) for name, split in splits.items()}
+    return {"classes": data.classes, "split": data.split_hash, **parts}
+
+
+def _fingerprint(split: Split, classes: int) -> dict[str, Any]:
+    order = split.labels.argsort(stable=True).numpy()
+    counts = split.labels.bincount(minlength=classes).tolist()
+    digests, size = [], 0
+    for members in np.split(order, np.cumsum(counts)[:-1]):
+        content, part = _content(split[members].images) if len(members) else (b"", 0)
+        digests.append(_digest(content))
+        size += part
+    labels = _digest(split.labels.numpy().astype("<i8").tobytes())
+    return {"images": len(split), "bytes": size, "labels": labels, "counts": counts, "digests": digests}
+
+
+def _content(images: Tensor | Files | list) -> tuple[bytes, int]:
+    """What is digested of a class's images, and the images' size in bytes."""
+    if isinstance(images, Tensor):
+        return repr((images.dtype, images.shape)).encode() + images.numpy().tobytes(), images.nbytes
+    if isinstance(images, Files):
+        sizes = [images.size(i) for i in range(len(images))]
+        with open(images[0], "rb") as first:
+            return b"\0".join([first.read(4096), *(b"%b %d" % (images.name(i), size) for i, size in enumerate(sizes))]), sum(sizes)
+    return b"".join(images), sum(map(len, images))
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:12]
+
+
+def describe_difference(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between two fingerprints, a sentence each; none where they are of the same data."""
+    if was == now:
+        return []
+    told = []
+    for what, names in (
+        ("classes that were not there", [c for c in now["classes"] if c not in set(was["classes"])]),
+        ("classes that are gone", [c for c in was["classes"] if c not in set(now["classes"])]),
+    ):
+        if names:
+            told.append(f"{what}: {some(names)}")
+    if not told and was["classes"] != now["classes"]:
+        told.append("the classes have another order")
+    for split in ("train", "validation", "test"):
+        old, new = was[split], now[split]
+        if (old is None) != (new is None):
+            told.append(f"{split}: {'none' if old is None else old['images']} before, {'none' if new is None else new['images']} now")
+        elif old is not None and old != new:
+            told.append(f"{split}: {_describe(was['classes'], old, now['classes'], new)}")
+    return told or [f"the split was {was['split']} and is {now['split']}"]
+
+
+def _describe(were: list[str], old: dict[str, Any], are: list[str], new: dict[str, Any]) -> str:
+    then = dict(zip(were, zip(old["counts"], old["digests"], strict=True), strict=True))
+    told, others = [], []
+    for name, count, digest in zip(are, new["counts"], new["digests"], strict=True):
+        if name in then and then[name][0] != count:
+            told.append(f"{name} has {count} images, had {then[name][0]}")
+        elif name in then and then[name][1] != digest:
+            others.append(name)
+    if old["images"] != new["images"]:
+        told.insert(0, f"{new['images']} images, were {old['images']}")
+    if others:
+        told.append(f"other images (or sizes, paths, order) of {some(others)}")
+    return some(told) if told else "the order of the images is another"
 
 
 # ---- the long tail
@@ -149,16 +298,16 @@ def shots(counts: Tensor, many: int, few: int) -> dict[str, Tensor]:
 # ---- the data sets
 
 
-def _digits(source: Source) -> Data:
+def _digits(images: Images) -> Data:
     """scikit-learn's bundled digits: 100 images of each class to train with, the 797 others are the test set."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    images = torch.from_numpy(bunch.images).mul(15).to(torch.uint8)[:, None]  # 0 ... 16 -> 0 ... 240
-    everything = Split(images, torch.from_numpy(bunch.target).long())
-    pool = long_tail(bunch.target, [100] * 10, source.seed)
+    pixels = torch.from_numpy(bunch.images).mul(15).to(torch.uint8)[:, None]  # 0 ... 16 -> 0 ... 240
+    everything = Split(pixels, torch.from_numpy(bunch.target).long())
+    pool = long_tail(bunch.target, [100] * 10, images.data_seed)
     rest = np.setdiff1d(np.arange(len(everything)), pool)
-    return Data(everything[pool], None, everything[rest], [str(d) for d in range(10)])
+    return Data(everything[pool], None, everything[rest], [str(d) for d in range(10)], kept=pool)
 
 
 CIFAR = "https://www.cs.toronto.edu/~kriz/"
@@ -195,14 +344,14 @@ def _existing(path: Path, what: str) -> Path:
 
 
 def _cifar(archive: str, trains: list[str], test: str, meta: str, fine: str) -> Callable:
-    def read(source: Source) -> Data:
-        with tarfile.open(fetch(CIFAR, archive, source.root)) as tar:  # pickles, from an archive whose checksum was verified
+    def read(images: Images) -> Data:
+        with tarfile.open(fetch(CIFAR, archive, images.root)) as tar:  # pickles, from an archive whose checksum was verified
             files = {Path(m.name).name: m for m in tar.getmembers() if m.isfile()}
 
             def parts(names: list[str]) -> Split:
                 batches = [pickle.load(tar.extractfile(files[name]), encoding="latin1") for name in names]
-                images = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32)
-                return Split(torch.from_numpy(images), torch.tensor([label for batch in batches for label in batch[fine]]))
+                pixels = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32)
+                return Split(torch.from_numpy(pixels), torch.tensor([label for batch in batches for label in batch[fine]]))
 
             names = pickle.load(tar.extractfile(files[meta]), encoding="latin1")["fine_label_names" if "fine" in fine else "label_names"]
             return Data(parts(trains), None, parts([test]), list(names))
@@ -210,22 +359,20 @@ def _cifar(archive: str, trains: list[str], test: str, meta: str, fine: str) -> 
     return read
 
 
-def _fashion_mnist(source: Source) -> Data:
+def _fashion_mnist(images: Images) -> Data:
     def part(prefix: str) -> Split:
-        images, labels = (
-            gzip.decompress(fetch(FASHION, f"{prefix}-{kind}-ubyte.gz", source.root).read_bytes())
+        raw, labels = (
+            gzip.decompress(fetch(FASHION, f"{prefix}-{kind}-ubyte.gz", images.root).read_bytes())
             for kind in ("images-idx3", "labels-idx1")
         )
-        pixels = torch.from_numpy(np.frombuffer(images, np.uint8, offset=16).reshape(-1, 1, 28, 28).copy())
+        pixels = torch.from_numpy(np.frombuffer(raw, np.uint8, offset=16).reshape(-1, 1, 28, 28).copy())
         return Split(pixels, torch.from_numpy(np.frombuffer(labels, np.uint8, offset=8).astype(np.int64)))
 
     classes = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
     return Data(part("train"), None, part("t10k"), classes)
 
 
-def _npz(root: Path | None, name: str) -> np.lib.npyio.NpzFile:
-    if root is None:
-        raise ValueError(f"root must be the folder that holds {name}, got None")
+def _npz(root: Path, name: str) -> np.lib.npyio.NpzFile:
     path = _existing(root / name, "an .npz of images")
     try:
         return np.load(path)
@@ -233,21 +380,21 @@ def _npz(root: Path | None, name: str) -> np.lib.npyio.NpzFile:
         raise ValueError(f"{path} must be an .npz file: {error}") from error
 
 
-def _cifar10_jpeg(source: Source) -> Data:
+def _cifar10_jpeg(images: Images) -> Data:
     """CIFAR-10 as JPEG files end to end (lossy copies): image i is jpeg[offsets[i] : offsets[i + 1]]."""
 
     def part(name: str) -> tuple[Split, list[str]]:
-        with _npz(source.root, name) as file:
+        with _npz(images.root, name) as file:
             jpeg, offsets = file["jpeg"], file["offsets"].tolist()
-            images = [jpeg[a:b].tobytes() for a, b in pairwise(offsets)]
-            return Split(images, torch.from_numpy(file["labels"].astype(np.int64))), [str(c) for c in file["classes"]]
+            encoded = [jpeg[a:b].tobytes() for a, b in pairwise(offsets)]
+            return Split(encoded, torch.from_numpy(file["labels"].astype(np.int64))), [str(c) for c in file["classes"]]
 
     (train, classes), (test, _) = part("cifar10-jpeg-train.npz"), part("cifar10-jpeg-test.npz")
     return Data(train, None, test, classes)
 
 
-def _mnist(source: Source) -> Data:
-    with _npz(source.root, "mnist-63k.npz") as file:
+def _mnist(images: Images) -> Data:
+    with _npz(images.root, "mnist-63k.npz") as file:
         train, test = (
             Split(torch.from_numpy(file[f"{part}_images"])[:, None], torch.from_numpy(file[f"{part}_labels"].astype(np.int64)))
             for part in ("train", "test")
@@ -255,177 +402,128 @@ def _mnist(source: Source) -> Data:
     return Data(train, None, test, [str(d) for d in range(10)])
 
 
-def _folder(source: Source) -> Data:
-    """root/train/CLASS/image and root/test (or val) likewise; or root/CLASS/image, of which each class gives a fifth to the test set."""
-    if source.root is None:
-        raise ValueError("root must be a folder of images for data 'folder', got None")
-    root = source.root
-    held = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
-    train_root = root / "train" if held else root
-    classes = sorted(path.name for path in _existing(train_root, "one folder for each class").iterdir() if path.is_dir())
-
-    def part(folder: Path) -> Split:
-        paths, labels = [], []
-        for c, name in enumerate(classes):
-            found = sorted(p for p in _existing(folder / name, "a class's folder").rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-            paths += found
-            labels += [c] * len(found)
-        return Split(paths, torch.tensor(labels, dtype=torch.int64))
-
-    train = part(train_root)
-    if held:
-        return Data(train, None, part(held), classes)
-    train, test = hold_out(train, 0.2, source.seed)
-    return Data(train, None, test, classes)
+def _folder(images: Images) -> Data:
+    """As read_folder finds it. Without a test split, validation is the test set; without both, each class gives a fifth to it."""
+    found = read_folder(images.root)
+    train, validation, test = (found.splits.get(name) for name in ("train", "validation", "test"))
+    kept = None
+    if test is None and validation is not None:
+        test, validation = validation, None
+        found.notes.append("no test split: the validation split is the test set")
+    elif test is None:
+        if len(train) == 0:
+            raise ValueError(f"root {images.root} must hold images, got none{': ' if found.notes else ''}{'; '.join(found.notes)}")
+        whole = Data(train, None, train, found.classes)
+        complain_of_lacking(whole)
+        labels = train.labels.numpy()
+        held = long_tail(labels, [min(n - 1, max(1, round(n / 5))) for n in whole.counts.tolist()], images.data_seed)
+        kept = np.setdiff1d(np.arange(len(labels)), held)
+        train, test = train[kept], train[held]
+        found.notes.append(f"no test split: a fifth of each class, {len(test)} images, is the test set")
+    return Data(train, validation, test, found.classes, found.notes, kept)
 
 
-def read_list(path: Path, root: Path) -> Split:
-    """One ``relative/path label`` a line; the label is what follows the last space, so paths may hold spaces."""
-    paths, labels = [], []
-    for number, line in enumerate(_existing(path, "a list file").read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        name, _, label = line.strip().rpartition(" ")
-        if not name or not label.isdecimal():
-            raise ValueError(f"{path}, line {number}: expected 'relative/path label' with a label from 0, got {line!r}")
-        paths.append(root / name)
-        labels.append(int(label))
-    if missing := [p for p in paths if not p.is_file()]:
-        raise FileNotFoundError(f"{path} names {len(missing)} of {len(paths)} files that do not exist under {root}, first {missing[0]}")
-    return Split(paths, torch.tensor(labels, dtype=torch.int64))
-
-
-def _lists(source: Source) -> Data:
-    for name in ("root", "train_list", "test_list"):
-        if getattr(source, name) is None:
+def _lists(images: Images) -> Data:
+    for name in ("train_list", "test_list"):
+        if getattr(images, name) is None:
             raise ValueError(f"{name} must be given for data 'list', got None")
-    train, test = read_list(source.train_list, source.root), read_list(source.test_list, source.root)
-    validation = None if source.val_list is None else read_list(source.val_list, source.root)
-    return Data(train, validation, test, [str(c) for c in range(int(train.labels.max()) + 1 if len(train) else 0)])
+    train = read_list(images.train_list, images.root)
+    classes = int(train.labels.max()) + 1 if len(train) else 0
+    test = read_list(images.test_list, images.root, classes)
+    validation = None if images.val_list is None else read_list(images.val_list, images.root, classes)
+    return Data(train, validation, test, [str(c) for c in range(classes)])
 
 
-LOADERS = {
-    "digits": _digits,
-    "fashion-mnist-lt": _fashion_mnist,
-    "cifar10-lt": _cifar("cifar-10-python.tar.gz", [f"data_batch_{i}" for i in range(1, 6)], "test_batch", "batches.meta", "labels"),
-    "cifar100-lt": _cifar("cifar-100-python.tar.gz", ["train"], "test", "meta", "fine_labels"),
-    "cifar10-jpeg": _cifar10_jpeg,
-    "mnist": _mnist,
-    "folder": _folder,
-    "list": _lists,
+def _features(images: Images) -> Data:
+    """What features.py wrote: float16 or float32 [N, F] of each split, and which images of the whole training set they are of."""
+    try:
+        with np.load(images.root) as file:
+            found = {name: file[name] for name in file.files}
+    except Exception as error:  # of a file cut short, zipfile's, zlib's or numpy's
+        raise ValueError(f"{images.root} must be a whole file of features.py: {error}") from error
+    if lacking := {"about", "classes", "kept", "train", "train_labels", "test", "test_labels"} - found.keys():
+        raise ValueError(f"{images.root} must be a file of features.py, and lacks {', '.join(sorted(lacking))}")
+    splits = {}
+    for name in ("train", "validation", "test"):
+        if name in found:
+            features, labels = torch.from_numpy(found[name]), torch.from_numpy(found[f"{name}_labels"])
+            if features.ndim != 2 or not features.is_floating_point() or labels.shape != features.shape[:1]:
+                raise ValueError(f"{images.root} must hold floats [N, F] and labels [N] of {name}, got {features.shape}, {labels.shape}")
+            splits[name] = Split(features, labels)
+    about = json.loads(str(found["about"]))
+    note = f"features of {about['network']} (weights {about['weights']}), of data {about['data']}, split {about['split']}"
+    return Data(splits["train"], splits.get("validation"), splits["test"], found["classes"].tolist(), [note], found["kept"])
+
+
+# ---- the table
+
+# split_hash of the tails that LDAM's code keeps, by imbalance. They follow from the order of the labels alone: that of CIFAR's archives,
+# and for the JPEG copies sorted by class, where each class keeps the same images.
+SPLITS: dict[str, dict[float, str]] = {
+    "cifar10-lt": {100: "4bf45bff8878", 50: "d7edcfaf0277", 10: "a17d69f192b1"},
+    "cifar100-lt": {100: "e0d58a4d2700", 50: "561fa940cc7d", 10: "b4fbf1bf0a7f"},
+    "cifar10-jpeg": {100: "f5a6ab138b23", 50: "99be59da760d", 10: "626815551d34"},
 }
 
+CIFAR10 = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010), "shape": (3, 32, 32)}
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "shape": None, "imbalance": None}
 
-# ---- from files to batches
+# CIFAR: the paper's settings. Digits: chosen on seeds that no reported figure uses.
+PAPER = {
+    "network": "resnet32", "hidden": 64, "embedding": 128, "epochs": 200, "batch": 512, "lr": 0.5, "warmup": 0.0, "milestones": (0.6, 0.8),
+    "nesterov": False, "weight_decay": 1e-4,
+}  # fmt: skip
+FILES = {
+    "augment": "files", "recipe": PAPER | {
+        "network": "resnet50", "hidden": 2048, "epochs": 90, "batch": 128, "lr": 0.1, "milestones": (), "nesterov": True,
+        "weight_decay": 5e-4,
+    },
+}  # fmt: skip
+SMALL = {
+    "augment": "digits", "psc_temperature": 0.5, "recipe": PAPER | {
+        "network": "resnet8", "hidden": 128, "embedding": 64, "epochs": 53, "batch": 64, "lr": 0.1, "warmup": 0.05, "milestones": (),
+        "nesterov": True, "weight_decay": 5e-4,
+    },
+}  # fmt: skip
 
+# Heads on features that stay: chosen on those of a ResNet-32.
+HEADS = PAPER | {
+    "network": "mlp", "width": 512, "hidden": 512, "epochs": 25, "lr": 0.1, "warmup": 0.05, "milestones": (), "weight_decay": 5e-4,
+}  # fmt: skip
 
-def decode(source: Path | bytes, name: str) -> Image.Image:
-    try:
-        return Image.open(source if isinstance(source, Path) else io.BytesIO(source)).convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{name} is not a readable image: {error}") from error
+DATASETS: dict[str, DataSet] = {
+    "digits": DataSet(
+        "scikit-learn's 8 x 8 digits, 1,000 to train with; no download",
+        _digits, mean=(0.3,), std=(0.38,), shape=(1, 8, 8), imbalance=20.0, many=40, few=15, root="unused", **SMALL,
+    ),
+    "mnist": DataSet("MNIST from root/mnist-63k.npz", _mnist, mean=(0.1307,), std=(0.3081,), shape=(1, 28, 28), **SMALL),
+    "fashion-mnist-lt": DataSet(
+        "Fashion-MNIST, downloaded or from root",
+        _fashion_mnist, mean=(0.2860,), std=(0.3530,), shape=(1, 28, 28), root="optional", recipe=PAPER,
+    ),
+    "cifar10-lt": DataSet(
+        "CIFAR-10, downloaded or from root/cifar-10-python.tar.gz",
+        _cifar("cifar-10-python.tar.gz", [f"data_batch_{i}" for i in range(1, 6)], "test_batch", "batches.meta", "labels"),
+        **CIFAR10, root="optional", splits=SPLITS["cifar10-lt"], psc_temperature=1.0, recipe=PAPER,
+    ),
+    "cifar100-lt": DataSet(
+        "CIFAR-100, downloaded or from root/cifar-100-python.tar.gz",
+        _cifar("cifar-100-python.tar.gz", ["train"], "test", "meta", "fine_labels"),
+        **CIFAR10, root="optional", splits=SPLITS["cifar100-lt"], recipe=PAPER,
+    ),
+    "cifar10-jpeg": DataSet(
+        "CIFAR-10 as lossy JPEG copies, from root/cifar10-jpeg-*.npz: not CIFAR-10's figures",
+        _cifar10_jpeg, **CIFAR10, splits=SPLITS["cifar10-jpeg"], psc_temperature=1.0, recipe=PAPER,
+    ),
+    "folder": DataSet("image files, a folder for each class under root, with or without splits", _folder, **IMAGENET, **FILES),
+    "list": DataSet("image files under root that train_list and test_list name with their labels", _lists, **IMAGENET, **FILES),
+    "features": DataSet(
+        "features of a frozen network, from the file root that features.py wrote",
+        _features, mean=(0.0,), std=(1.0,), shape=(), imbalance=None, root="file", augment="none", recipe=HEADS,
+    ),
+}  # fmt: skip
 
-
-def decoded(split: Split) -> Split:
-    if isinstance(split.images, Tensor) or isinstance(split.images[0], Path):
-        return split
-    pixels = np.stack([np.asarray(decode(image, f"image {i}")) for i, image in enumerate(split.images)])
-    return Split(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), split.labels)
-
-
-class ImageFiles(Dataset):
-    """Decoded and brought to size in a worker: a random resized crop to train with, or the middle of the image.
-
-    The crop's randomness is a function of the key that comes with the index, so it depends neither on the workers nor on where a run
-    was resumed.
-    """
-
-    def __init__(self, split: Split, size: int) -> None:
-        self.paths, self.size = split.images, size
-
-    def __getitem__(self, item: tuple[int, tuple[int, ...] | None]) -> Tensor | ValueError:
-        index, key = item
-        try:
-            image = decode(self.paths[index], str(self.paths[index]))
-        except ValueError as error:  # raised by Batches: out of a worker it would come with the worker's traceback as its message
-            return error
-        box = middle(*image.size) if key is None else random_resized_crop(*image.size, np.random.default_rng(key))
-        small = image.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box, reducing_gap=2.0)
-        return torch.from_numpy(np.asarray(small).copy()).permute(2, 0, 1)
-
-
-def random_resized_crop(width: int, height: int, random: np.random.Generator) -> tuple[float, float, float, float]:
-    """8 to 100 % of the area, sides 3:4 to 4:3: the box (left, top, right, bottom)."""
-    for _ in range(10):
-        area, ratio = width * height * random.uniform(0.08, 1), np.exp(random.uniform(-1, 1) * np.log(4 / 3))
-        w, h = np.sqrt(area * ratio), np.sqrt(area / ratio)
-        if w <= width and h <= height:
-            left, top = random.uniform(0, width - w), random.uniform(0, height - h)
-            return left, top, left + w, top + h
-    return middle(width, height)
-
-
-def middle(width: int, height: int) -> tuple[float, float, float, float]:
-    """What resizing the short side to 256 and cutting 224 from the centre keeps, whatever the size asked for."""
-    side = min(width, height) * 224 / 256
-    return (width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2
-
-
-def stack(images: list[Tensor | ValueError]) -> Tensor | ValueError:
-    return next((image for image in images if isinstance(image, ValueError)), None) or torch.stack(images)
-
-
-def leave_process_group(_worker: int) -> None:
-    """Ctrl-C, and often SIGTERM, reach the whole process group, but the step at hand still needs its images."""
-    os.setpgrp()
-
-
-class KeyedRows:
-    """A batch sampler for :class:`ImageFiles`: the given columns of the plan at hand, row by row, each index with the key of its crop."""
-
-    plan: Tensor
-    columns: list[int]
-    first = 0
-    key: tuple[int, ...] | None = None
-
-    def __iter__(self) -> Iterator[list[tuple[int, tuple[int, ...] | None]]]:
-        for row, indices in enumerate(self.plan[self.first :].tolist(), self.first):
-            yield [(indices[n], None if self.key is None else (*self.key, row, n)) for n in self.columns]
-
-
-class Batches:
-    """uint8 images and labels on the device: one batch for each row of a plan of indices [batches, size]."""
-
-    def __init__(self, split: Split, device: torch.device, image_size: int, workers: int) -> None:
-        self.device, self.labels = device, split.labels.to(device)
-        self.resident = split.images.to(device) if isinstance(split.images, Tensor) else None
-        if self.resident is None:
-            self.rows = KeyedRows()
-            options = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": device.type == "cuda"}
-            options["worker_init_fn"] = leave_process_group
-            options["generator"] = torch.Generator()  # or the loader would draw from the generator that augments
-            self.loader = DataLoader(ImageFiles(split, image_size), batch_sampler=self.rows, collate_fn=stack, **options)
-
-    def __call__(
-        self, plan: Tensor, first: int = 0, key: tuple[int, ...] | None = None, columns: Tensor | None = None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """From row ``first`` on, of each the given columns. ``key`` seeds the crops of files; None takes the middle."""
-        columns = torch.arange(plan.shape[1]) if columns is None else columns
-        rows = plan[first:, columns].to(self.device)
-        if self.resident is not None:
-            for indices in rows:
-                yield self.resident[indices], self.labels[indices]
-            return
-        self.rows.plan, self.rows.columns, self.rows.first, self.rows.key = plan, columns.tolist(), first, key
-        for indices, images in zip(rows, self.loader, strict=True):
-            if isinstance(images, ValueError):
-                raise images
-            yield images.to(self.device, non_blocking=True), self.labels[indices]
-
-    def in_order(self, size: int, part: range | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every image once, or every one of a part, for evaluation."""
-        indices = torch.arange(len(self.labels)) if part is None else torch.arange(part.start, part.stop)
-        whole = len(indices) // size * size
-        yield from self(indices[:whole].view(-1, size))
-        if whole < len(indices):
-            yield from self(indices[None, whole:])
+if TYPE_CHECKING:
+    DataName = str
+else:
+    DataName = Literal[tuple(DATASETS)]  # what a command line takes for Images.data

@@ -1,6 +1,6 @@
 """Training by several processes, which share out each batch and come to what one process would.
 
-    torchrun --nproc-per-node 2 train/hybrid.py --loss psc        # a process a GPU, or as many on the CPU's cores
+    torchrun --nproc-per-node 2 train/hybrid.py --method hybrid-psc        # a process a GPU, or as many on the CPU's cores
 
 All of them draw the whole batch's indices and random numbers from the same seeds, and each keeps its part. Whatever is said of a batch, its
 batch statistics and its losses, is of the whole one; gradients are averaged by DistributedDataParallel. Without torchrun there is one

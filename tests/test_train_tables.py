@@ -1,0 +1,123 @@
+"""Tables of runs: what they hold, what they cost, and that they go on where they were stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("tyro", reason="needs the [train] extra")
+pytest.importorskip("rich", reason="needs the [train] extra")
+pytest.importorskip("sklearn", reason="needs the [train] extra")
+pytest.importorskip("matplotlib", reason="needs the [train] extra")
+
+import compare
+import settings
+import side_by_side
+import tables
+from methods import METHODS
+from run import Run
+from tables import Given
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("name", ["methods", "ablation"])
+def test_every_row_is_a_run(name, tmp_path):
+    runs = tables.planned(Given(name, seeds=1), tables.TABLES[name], tmp_path)
+    assert len(runs) == sum(len(one.rows) for one in tables.TABLES[name])
+    assert len({config.records.out for _, _, config in runs}) == len(runs)
+    for one in tables.TABLES[name]:
+        assert set(one.against) <= set(one.rows)
+
+
+def test_baselines_are_in_every_table_of_methods():
+    for one in (*tables.METHOD_TABLES, *tables.CIFAR10_TABLES, *tables.BUDGET_TABLES):
+        assert {"ce-balanced", "logit-adjustment"} <= set(one.rows)
+
+
+def test_equal_images_and_equal_updates_are_equal(tmp_path):
+    """By the plans of every epoch. A method's epochs are whole, and one of five passes is two hundredths of the whole."""
+    images, updates = {}, {}
+    for title, name, config in tables.planned(Given("methods", seeds=1), tables.METHOD_TABLES, tmp_path):
+        run, seen = Run(config, side_by_side.load(config.images)), 0
+        for run.epoch in range(config.optimiser.epochs):
+            run.begin_epoch()
+            seen += run.plan.indices.numel()
+        images.setdefault(title, {})[name] = seen
+        updates.setdefault(title, {})[name] = run.steps * config.optimiser.epochs
+    assert images["Equal images"].keys() == METHODS.keys()
+    assert all(abs(seen - 51_200) <= 0.02 * 51_200 for seen in images["Equal images"].values()), images
+    assert set(updates["Equal updates"].values()) == {400}
+
+
+SMALL = ["--set", "lr", "0.05", "0.1", "--set", "nesterov", "True", "--method", "hybrid-psc", "--device", "cpu", "--seeds", "1"]
+
+
+def start(*arguments):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([sys.executable, str(ROOT / "train" / "tables.py"), *arguments], env=environment, **streams)
+
+
+def test_a_sweep_is_stopped_and_goes_on(tmp_path):
+    """SIGTERM to the first process: both runs leave a checkpoint and go on from it."""
+    out = tmp_path / "sweep"
+    process = start("sweep", *SMALL, "--jobs", "2", "--shorten", "0.5", "--out", str(out))
+    deadline = time.monotonic() + 120
+    while len(logs := list(out.rglob("log.jsonl"))) < 2:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signal.SIGTERM, text
+    done = {log: log.read_text().splitlines() for log in logs}
+    assert any(len(lines) < 40 for lines in done.values()) and not (out / "results.md").exists()
+    again = start("sweep", *SMALL, "--jobs", "2", "--shorten", "0.5", "--out", str(out))
+    text = again.communicate(timeout=120)[0]
+    assert again.returncode == 0, text
+    for log, lines in done.items():
+        assert log.read_text().splitlines()[: len(lines)] == lines and len(log.read_text().splitlines()) == 40
+    found = json.loads((out / "results.json").read_text())["tables"]["hybrid-psc on digits"]
+    assert list(found) == ["lr 0.05, nesterov True", "lr 0.1, nesterov True"]
+    assert [one[0]["config"]["optimiser"]["lr"] for one in found.values()] == [0.05, 0.1]
+    assert "| lr 0.05, nesterov True | 200 | " in (out / "results.md").read_text()
+    assert (out / "hybrid-psc-on-digits" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_a_run_says_is_wrong_is_told(tmp_path):
+    process = start(
+        "sweep", "--set", "lr", "1e30", "--shorten", "0.1", "--seeds", "2", "--jobs", "2", "--device", "cpu", "--out", str(tmp_path)
+    )
+    text = process.communicate(timeout=120)[0]
+    assert process.returncode == 1 and "the loss is not finite" in text and "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (Given("methods", set=(("lr", "1"),)), "act on table 'sweep' alone"),
+        (Given("sweep"), "set must name a setting"),
+        (Given("sweep", set=(("lr",),)), "set must give values for lr"),
+        (Given("sweep", set=(("epochs", "many"),)), "set epochs must be of type int, got 'many'"),
+        (Given("sweep", set=(("nesterov", "yes"),)), "set nesterov must be of type bool, got 'yes'"),
+        (Given("sweep", set=(("nonsense", "1"),)), "no such setting: nonsense"),
+        (Given("methods", only=("nonsense",)), "only must be among"),
+    ],
+)
+def test_what_cannot_be_a_table(given, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        tables.planned(given, tables.tables_of(given), tmp_path)
+
+
+def test_reported_stands_beside_ours():
+    def run(method, data):
+        return [{"config": settings.as_json(settings.recipe(data, method))}]
+
+    beside = tables.reported_of({"a": run("hybrid-sc", "cifar10-lt"), "b": run("ours", "cifar10-lt"), "c": run("hybrid-sc", "digits")})
+    assert beside.keys() == {"a"} and beside["a"].startswith("81.4")
+    assert compare.seed({"config": settings.as_json(settings.recipe("digits", "ce"))}) == 0

@@ -1,0 +1,71 @@
+"""The command line of hybrid.py: settings with the defaults of a recipe, or of a run that there is."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import settings
+import tyro
+from settings import Config
+
+
+@dataclass(frozen=True)
+class Command:
+    """What to do, beside the settings of a run."""
+
+    config: Path | None = None  # the settings that a config.json holds, instead of a recipe's
+    paper: bool = False  # the optimiser and the augmentation of the method's paper, instead of the data set's recipe
+    resume: Path | None = None  # go on with the run in this folder, whose settings hold; --epochs may extend it
+    eval_only: Path | None = None  # evaluate the run in this folder again
+
+
+@dataclass(frozen=True)
+class Given(Config):
+    command: tyro.conf.OmitArgPrefixes[Command] = Command()
+
+
+def parse(arguments: list[str], description: str | None = None) -> tuple[Config, Command]:
+    """The recipe is chosen first, so that the defaults that are shown and changed are real."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for names in (("--data",), ("--method",), ("--config",), ("--resume",), ("--eval-only", "--eval_only"), ("--network",), ("--weights",)):
+        first.add_argument(*names)
+    for name in ("paper", "pretrained"):
+        first.add_argument(f"--{name}", action="store_true")
+    chosen, _ = first.parse_known_args(arguments)
+    stored = {name: path for name in ("config", "resume", "eval_only") if (path := getattr(chosen, name))}
+    if len(stored) > 1:
+        raise ValueError(f"one of --config, --resume and --eval-only is expected, got {' and '.join(stored)}")
+    if stored:
+        path = Path(*stored.values())
+        base = settings.read(path)
+        if (
+            chosen.paper
+            or (chosen.data or base.images.data) != base.images.data
+            or (chosen.method or base.method.method) != base.method.method
+        ):
+            raise ValueError(f"--data, --method and --paper choose a recipe, which {path} takes the place of: expected none of them")
+        if chosen.config:
+            base = settings.change(base, out=None)  # or it would be the old run's
+    else:
+        network = settings.trained_network(chosen.network, chosen.pretrained, chosen.weights)
+        base = settings.recipe(chosen.data or "digits", chosen.method or "hybrid-sc", paper=chosen.paper, network=network)
+        if not any(not one.startswith("-h") and one != "--help" for one in arguments):
+            base = settings.change(base, **DEMONSTRATION)
+    parts = {name: getattr(base, name) for name in settings.GROUPS}
+    given = tyro.cli(Given, default=Given(**parts), args=arguments, description=description)
+    config = Config(**{name: getattr(given, name) for name in settings.GROUPS})
+    if chosen.resume or chosen.eval_only:
+        allowed = {"epochs"} if chosen.resume else set()
+        if changed := set(settings.differing(base, config)) - allowed:
+            raise ValueError(f"--resume and --eval-only take the run's own settings, got also: {', '.join(sorted(changed))}")
+        if config.optimiser.epochs < base.optimiser.epochs:
+            raise ValueError(f"epochs may extend a run of {base.optimiser.epochs}, got {config.optimiser.epochs}")
+        config = settings.change(config, out=path)
+    return config, given.command
+
+
+#: What the command without any argument adds.
+DEMONSTRATION: dict[str, Any] = {"seeds": 3, "against": ("ce", "ce-balanced", "logit-adjustment")}

@@ -1,0 +1,162 @@
+"""What is written of a run: its log, figures, tables and pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import card
+import checkpoint
+import evaluate
+import exports
+import plots
+import processes
+import terminal
+import trained
+from data import Data, describe_difference
+from methods import METHODS
+from networks import parameters_of
+from run import Run
+from settings import Config, as_json
+from torch import Tensor
+
+
+def write_config(config: Config) -> None:
+    config.records.out.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_json(config.records.out / "config.json", as_json(config))
+
+
+def begin_folder(run: Run, *, anew: bool) -> None:
+    """Settings, which --resume may extend; and once what they ran on, and what a reader of the network needs."""
+    out = run.config.records.out
+    write_config(run.config)
+    if anew:
+        checkpoint.write_json(out / "data.json", run.data.fingerprint)
+        checkpoint.write_json(out / "environment.json", checkpoint.environment(run.device) | {"processes": processes.count()})
+        trained.write_description(out, run.data, run.config.images.image_size)
+        sizes = parameters_of(run.network)
+        told = f"{run.config.network.network} of {sizes['backbone'] + sizes['classifier']:,} parameters, classifier included"
+        terminal.say(f"{told}; {len(run.data.train):,} training images, split {run.data.split_hash}")
+
+
+def refuse_other_data(out: Path, data: Data) -> None:
+    """A run goes on with the data that it began with."""
+    path = out / "data.json"
+    if told := describe_difference(json.loads(path.read_text()), data.fingerprint) if path.exists() else []:
+        raise ValueError(f"the data are not those of the run in {out}: {'; '.join(told)}")
+
+
+def save(run: Run) -> None:
+    """The checkpoint, as last.pt and where asked also under the epoch's name. Every process must come here."""
+    state, every = run.state_dict(), run.config.records.keep_every
+    if processes.rank() == 0:
+        folder = run.config.records.out
+        checkpoint.save(folder / "last.pt", state)
+        if every and run.step == 0 and run.epoch % every == 0:
+            checkpoint.save(folder / f"epoch-{run.epoch}.pt", state)
+
+
+def write_log(run: Run) -> None:
+    checkpoint.write_text(run.config.records.out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in run.history))
+
+
+def report(run: Run) -> dict[str, Any]:
+    """Evaluate the last epoch and the best on the test split; write metrics, tables and pictures."""
+    config, data, out = run.config, run.data, run.config.records.out
+    shots = {"many": config.images.many, "few": config.images.few}
+    measure = {"counts": data.counts, **shots}
+    embeddings, logits, labels = run.predict("test", "embeddings", "logits")
+    last = chosen = evaluate.metrics(logits, labels, **measure)
+    if data.validation is not None:
+        run.averaged.load_state_dict(checkpoint.load(out / "best.pt", run.device))
+        embeddings, logits, labels = run.predict("test", "embeddings", "logits")
+        chosen = evaluate.metrics(logits, labels, **measure)
+    if config.records.knn:
+        chosen = evaluate.metrics(logits, labels, **measure, neighbours=nearest(run))
+    result = {
+        "chosen_by": "last epoch" if data.validation is None else "validation",
+        "best_epoch": config.optimiser.epochs - 1 if data.validation is None else run.best["epoch"],
+        "best": chosen,
+        "last": last,
+        "train_images": data.counts.tolist(),
+        "split": data.split_hash,  # of the indices of the training images kept
+        "parameters": parameters_of(run.network),
+        "updates": run.steps * len(run.history),
+        "images": sum(row["images"] for row in run.history),
+        "seconds": sum(row["seconds"] for row in run.history),
+        "processes": sorted({row.get("processes", 1) for row in run.history}),  # more than one number: it was resumed by other ones
+        "source": METHODS[config.method.method].source,
+        "config": as_json(config),
+    }
+    if processes.rank() > 0:
+        return result
+    write_log(run)  # again: a kill between the last checkpoint and its row would have left it out
+    checkpoint.write_json(out / "metrics.json", result)
+    evaluate.write_per_class(out / "per_class.csv", data.classes, data.counts, labels, chosen["per_class"])
+    if config.records.export:
+        exports.export(trained.load(out), config.records.export)
+    if config.records.pictures:
+        counts = result["train_images"]
+        plots.per_class(out / "per_class.png", counts, {out.name: chosen["per_class"]}, data.classes, **shots)
+        plots.confusion(out / "confusion.png", evaluate.confusion(logits, labels), data.classes, counts, **shots)
+        plots.embedding(out / "embedding.png", embeddings, labels, data.classes, counts)
+        plots.curves(out / "curves.png", run.history)
+    checkpoint.write_text(out / "README.md", card.card(out, config, result, data.classes, tested=len(labels)))
+    return result
+
+
+def nearest(run: Run) -> dict[str, Tensor]:
+    """The class of each test image by its nearest training images, in the backbone's features and in the head's embeddings."""
+    spaces = ("features", "embeddings")
+    *train, train_labels = run.predict("train", *spaces)
+    *test, _ = run.predict("test", *spaces)
+    return {name: evaluate.nearest_neighbours(x, train_labels, y) for name, x, y in zip(spaces, train, test, strict=True)}
+
+
+class Loggers:
+    """The rows of log.jsonl, sent to experiment trackers too."""
+
+    def __init__(self, run: Run) -> None:
+        self.senders = [SENDERS[name](run) for name in run.config.records.log_to] if processes.rank() == 0 else []
+
+    def send(self, row: dict[str, Any]) -> None:
+        figures = {name: value for name, value in row.items() if isinstance(value, int | float) and name not in ("epoch", "processes")}
+        for send, _ in self.senders:
+            send(figures, row["epoch"])
+
+    def close(self) -> None:
+        for _, close in self.senders:
+            close()
+
+
+def _tensorboard(run: Run):
+    from torch.utils.tensorboard import SummaryWriter
+
+    # What a killed run wrote of this epoch and after is hidden.
+    writer = SummaryWriter(str(run.config.records.out), purge_step=run.epoch)
+
+    def send(figures: dict[str, float], epoch: int) -> None:
+        for name, value in figures.items():
+            writer.add_scalar(name, value, epoch)
+
+    return send, writer.close
+
+
+def _wandb(run: Run):
+    import wandb
+
+    out = run.config.records.out
+    tracked = wandb.init(project="fastsupcon", name=out.name, id=out.name, dir=str(out), resume="allow", config=as_json(run.config))
+    return lambda figures, epoch: tracked.log(figures, step=epoch), tracked.finish
+
+
+def _mlflow(run: Run):
+    import mlflow
+
+    mlflow.start_run(run_name=run.config.records.out.name)
+    mlflow.log_params({f"{group}.{name}": value for group, part in as_json(run.config).items() for name, value in part.items()})
+    return lambda figures, epoch: mlflow.log_metrics(figures, step=epoch), mlflow.end_run
+
+
+SENDERS = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}

@@ -1,0 +1,83 @@
+"""Several runs at the same time, each in a process of its own, on one GPU or on the CPU's cores."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import multiprocessing
+import os
+import queue
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import data as datasets
+import hybrid
+import terminal
+from settings import Config
+
+PATIENCE = 1.0  # seconds between two looks whether all processes live
+
+load = functools.lru_cache(2)(datasets.load)  # runs on the same data read it once in a process
+
+
+def metrics_of(config: Config) -> dict[str, Any]:
+    return hybrid.finish(config, load(config.images))
+
+
+def work(tasks: Any, results: Any) -> None:
+    """Takes runs until there is None. A stop signal ends it with a checkpoint of the run at hand."""
+    os.setpgrp()  # Ctrl-C reaches the first process alone, which tells the others once
+    terminal.console.quiet = True
+    for number, config in iter(tasks.get, None):
+        try:
+            results.put((number, metrics_of(config), None))
+        except (ValueError, OSError, FloatingPointError) as error:
+            results.put((number, None, f"{config.records.out}: {error}"))
+
+
+def trained(configs: list[Config], jobs: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number and metrics of each run as it ends; what is wrong with one is a ValueError. A stop signal stops all, with checkpoints."""
+    if jobs == 1:
+        yield from ((number, metrics_of(config)) for number, config in enumerate(configs))
+        return
+    context = multiprocessing.get_context("spawn")
+    tasks, results = context.Queue(), context.Queue()
+    for task in [*enumerate(configs), *[None] * jobs]:
+        tasks.put(task)
+    workers = [context.Process(target=work, args=(tasks, results), daemon=True) for _ in range(min(jobs, len(configs)))]
+    with _stopped_together(workers):
+        for worker in workers:
+            worker.start()
+        for _ in configs:
+            number, metrics, error = _next(results, workers)
+            if error is not None:
+                raise ValueError(error)
+            yield number, metrics
+
+
+def _next(results: Any, workers: list[Any]) -> tuple[int, dict[str, Any], str | None]:
+    while True:
+        try:
+            return results.get(timeout=PATIENCE)
+        except queue.Empty:
+            if ended := [worker.exitcode for worker in workers if worker.exitcode]:
+                raise OSError(
+                    f"a process ended with status {ended[0]} in the middle of a run (too little memory?): fewer jobs may do"
+                ) from None
+
+
+@contextlib.contextmanager
+def _stopped_together(workers: list[Any]) -> Iterator[None]:
+    def stop(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        for worker in workers:
+            if worker.pid is not None:
+                worker.terminate()
+                worker.join()
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,94 @@
+"""What the terminal shows of runs."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+console = Console()
+
+
+class StatusBelow(Progress):
+    """The bar, and a line below it: side by side they would not fit a terminal of 80 columns."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        yield from (task.fields["text"] for task in self.tasks)
+
+
+def progress_bar() -> Progress:
+    columns = [TextColumn("{task.description}", markup=False), BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn()]
+    return StatusBelow(*columns, TimeRemainingColumn(), console=console, expand=True)
+
+
+def say(text: str) -> None:
+    console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+def status(row: dict[str, Any]) -> str:
+    shown = {"images_per_second": "{:.0f} images/s", "alpha": "α {:.2f}", "feature_loss": "feature {:.3f}", "chance": "(chance {:.3f})"}
+    shown |= {"classifier_loss": "classifier {:.3f}"}
+    return "  ".join(text.format(row[name]) for name, text in shown.items() if row.get(name) is not None)
+
+
+STUCK = 0.99  # of the chance level, above which a feature loss has learned nothing,
+PATIENCE = 0.1  # after this fraction of the epochs
+
+
+def hint(row: dict[str, Any], epochs: int) -> str | None:
+    """For a feature loss that stays at chance."""
+    feature, chance = row["feature_loss"], row["chance"]
+    if feature is None or chance is None or row["epoch"] + 1 != max(2, round(PATIENCE * epochs)) or feature < STUCK * chance:
+        return None
+    return (
+        f"the feature loss is {feature:.3f} after {row['epoch'] + 1} epochs, and {chance:.3f} would be chance: all embeddings are alike. "
+        "Try a lower --lr, --warmup 0.05, or another --temperature."
+    )
+
+
+COLUMNS = {"balanced": "balanced", "many": "many", "medium": "medium", "few": "few", "worst": "worst", "calibration_error": "ECE"}
+
+
+def show(results: list[dict[str, Any]], classes: list[str]) -> None:
+    """Test accuracies in percent: one row for each seed with mean ± std, and for a single run each class."""
+    table = Table("seed", *COLUMNS.values(), "epoch", "s", title="test, %", padding=(0, 0, 0, 1))
+    for result in results:
+        figures = ["–" if result["best"][name] is None else f"{result['best'][name]:.1f}" for name in COLUMNS]
+        table.add_row(str(result["config"]["records"]["seed"]), *figures, str(result["best_epoch"]), f"{result['seconds']:.0f}")
+    if len(results) > 1:
+        table.add_section()
+        table.add_row("mean", *(mean_std([r["best"][name] for r in results]) for name in COLUMNS), "", "")
+    console.print(table)
+    if len(results) == 1 and len(classes) <= 20:
+        per_class = Table("class", "images", "accuracy")
+        for name, images, accuracy in zip(classes, results[0]["train_images"], results[0]["best"]["per_class"], strict=True):
+            per_class.add_row(escape(name), str(images), "–" if accuracy is None else f"{accuracy:.1f}")
+        console.print(per_class)
+
+
+def compared(groups: dict[str, list[dict[str, Any]]], method: str) -> None:
+    """A row for each method, and the differences of the last to the others, seed by seed."""
+    figures = {name: label for name, label in COLUMNS.items() if name in ("balanced", "few", "worst")}
+    table = Table(
+        "method", "images", *figures.values(), f"{method} is better by", title="test, %, mean ± std over seeds", padding=(0, 0, 0, 1)
+    )
+    own = {r["config"]["records"]["seed"]: r["best"]["balanced"] for r in groups[method]}
+    for name, results in groups.items():
+        values = [mean_std([r["best"][figure] for r in results]) for figure in figures]
+        differences = [own[r["config"]["records"]["seed"]] - r["best"]["balanced"] for r in results]
+        better = "" if name == method else f"{mean_std(differences, '+.1f')} ({sum(d > 0 for d in differences)} of {len(differences)})"
+        table.add_row(escape(name), f"{results[0]['images']:,}", *values, better)
+    console.print(table)
+
+
+def mean_std(values: list[float | None], form: str = ".1f") -> str:
+    if None in values:
+        return "–"
+    mean = format(statistics.mean(values), form)
+    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
