@@ -267,7 +267,7 @@ def test_no_host_sync(name, batch):
 
 
 def test_launches_of_a_step(name, batch):
-    """One is PyTorch's, the seed of the backward. Of rows as they are, the cuda backend looks at the lengths and has both families ready."""
+    """One is PyTorch's, the seed of the backward. Of rows as they are the cuda backend finds the lengths and has both families ready."""
     z, labels = batch
     for loss, most in (
         (SupConLoss(normalize=True, backend=name), 8),

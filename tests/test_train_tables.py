@@ -16,8 +16,8 @@ pytest.importorskip("sklearn", reason="needs the [train] extra")
 pytest.importorskip("matplotlib", reason="needs the [train] extra")
 
 import compare
+import hybrid
 import settings
-import side_by_side
 import tables
 from methods import METHODS
 from run import Run
@@ -44,7 +44,7 @@ def test_equal_images_and_equal_updates_are_equal(tmp_path):
     """By the plans of every epoch. A method's epochs are whole, and one of five passes is two hundredths of the whole."""
     images, updates = {}, {}
     for title, name, config in tables.planned(Given("methods", seeds=1), tables.METHOD_TABLES, tmp_path):
-        run, seen = Run(config, side_by_side.load(config.images)), 0
+        run, seen = Run(config, hybrid.load(config.images)), 0
         for run.epoch in range(config.optimiser.epochs):
             run.begin_epoch()
             seen += run.plan.indices.numel()

@@ -17,6 +17,8 @@ class Command:
     """What to do, beside the settings of a run."""
 
     config: Path | None = None  # the settings that a config.json holds, instead of a recipe's
+    augment_as: str | None = None  # a recipe for the augmentation of the classifier's images: a name of AUGMENTATIONS
+    feature_augment_as: str | None = None  # and for that of the feature branch's views
     paper: bool = False  # the optimiser and the augmentation of the method's paper, instead of the data set's recipe
     resume: Path | None = None  # go on with the run in this folder, whose settings hold; --epochs may extend it
     eval_only: Path | None = None  # evaluate the run in this folder again
@@ -32,6 +34,8 @@ def parse(arguments: list[str], description: str | None = None) -> tuple[Config,
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for names in (("--data",), ("--method",), ("--config",), ("--resume",), ("--eval-only", "--eval_only"), ("--network",), ("--weights",)):
         first.add_argument(*names)
+    for name in settings.AUGMENTS:
+        first.add_argument(f"--{name.replace('_', '-')}-as", f"--{name}_as")
     for name in ("paper", "pretrained"):
         first.add_argument(f"--{name}", action="store_true")
     chosen, _ = first.parse_known_args(arguments)
@@ -54,6 +58,11 @@ def parse(arguments: list[str], description: str | None = None) -> tuple[Config,
         base = settings.recipe(chosen.data or "digits", chosen.method or "hybrid-sc", paper=chosen.paper, network=network)
         if not any(not one.startswith("-h") and one != "--help" for one in arguments):
             base = settings.change(base, **DEMONSTRATION)
+    named = {group: name for group in settings.AUGMENTS if (name := getattr(chosen, f"{group}_as"))}
+    if named and stored:
+        raise ValueError(f"--augment-as and --feature-augment-as choose recipes, which {path} takes the place of: expected none of them")
+    for group, name in named.items():
+        base = settings.augmented_as(base, group, name)
     parts = {name: getattr(base, name) for name in settings.GROUPS}
     given = tyro.cli(Given, default=Given(**parts), args=arguments, description=description)
     config = Config(**{name: getattr(given, name) for name in settings.GROUPS})
@@ -68,4 +77,9 @@ def parse(arguments: list[str], description: str | None = None) -> tuple[Config,
 
 
 #: What the command without any argument adds.
-DEMONSTRATION: dict[str, Any] = {"seeds": 3, "against": ("ce", "ce-balanced", "logit-adjustment")}
+DEMONSTRATION: dict[str, Any] = {
+    "seeds": 3,
+    "against": ("ce", "ce-balanced", "logit-adjustment", "ours"),
+    "jobs": 2,
+    "threads": 1,
+}

@@ -18,10 +18,12 @@ The defaults that --help shows are those of the --data and the --method beside i
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ import data as datasets
 import evaluate
 import processes
 import settings
+import side_by_side
 import torch
 from check import check_images
 from command_line import Command, parse
@@ -131,6 +134,13 @@ def finish(config: Config, data: datasets.Data, *, extend: bool = False) -> dict
     return train(config, data, resume=True)
 
 
+load = functools.lru_cache(2)(datasets.load)  # runs on the same data read it once in a process
+
+
+def metrics_of(config: Config, *, extend: bool = False) -> dict[str, Any]:
+    return finish(config, load(config.images), extend=extend)
+
+
 def evaluate_again(config: Config, data: datasets.Data) -> dict[str, Any]:
     refuse_other_data(config.records.out, data)
     run = Run(config, data)
@@ -168,19 +178,31 @@ def perform(config: Config, asked: Command) -> None:
     own = config.method.method
     if len({own, *records.against}) <= len(records.against):
         raise ValueError(f"against must name other methods than {own}, each once, got {', '.join(records.against)}")
+    if records.jobs > 1 and processes.launched():
+        raise ValueError(f"jobs must be 1 under torchrun, whose processes share each run, got {records.jobs}")
     runs = {name: beside(config, name) for name in records.against} | {own: config}
     with processes.first_of_machine_first():
         data = checked_data(config.images)
     several = records.seeds > 1 or records.against
     if several and not asked.eval_only and processes.rank() == 0:
         write_config(config)
-    groups: dict[str, list[dict]] = {}
+    planned = []
     for name, one in runs.items():
         for seed in range(records.seed, records.seed + records.seeds):
             folder = out / name / f"seed-{seed}" if records.against else out / f"seed-{seed}" if records.seeds > 1 else out
-            one = settings.change(one, seed=seed, seeds=1, against=(), out=folder)
-            result = evaluate_again(one, data) if asked.eval_only else finish(one, data, extend=asked.resume is not None)
-            groups.setdefault(name, []).append(result)
+            planned.append((name, settings.change(one, seed=seed, seeds=1, against=(), jobs=1, out=folder)))
+    extend = asked.resume is not None
+    if asked.eval_only:
+        results = enumerate(evaluate_again(one, data) for _, one in planned)
+    elif records.jobs == 1:
+        results = enumerate(finish(one, data, extend=extend) for _, one in planned)
+    else:
+        results = several_at_a_time([one for _, one in planned], records.jobs, functools.partial(metrics_of, extend=extend))
+    groups: dict[str, list[dict]] = {name: [] for name in runs}
+    for number, metrics in results:
+        groups[planned[number][0]].append(metrics)
+    for group in groups.values():
+        group.sort(key=compare.seed)
     show(groups[own], data.classes)
     if records.against:
         compared(groups, own)
@@ -188,6 +210,15 @@ def perform(config: Config, asked: Command) -> None:
             checkpoint.write_text(out / "comparison.md", compare.table(groups, list(records.against)) + "\n")
             compare.draw(out, groups)
     say(f"written to {out}")
+
+
+def several_at_a_time(configs: list[Config], jobs: int, train_one: Callable[[Config], dict]) -> Iterator[tuple[int, dict]]:
+    with progress_bar() as progress:
+        bar = progress.add_task(f"{len(configs)} runs, {jobs} at a time", total=len(configs), text="")
+        for number, metrics in side_by_side.trained(configs, jobs, train_one):
+            method, seed = configs[number].method.method, configs[number].records.seed
+            progress.update(bar, advance=1, text=f"{method}, seed {seed}: {metrics['best']['balanced']:.1f}")
+            yield number, metrics
 
 
 def checked_data(images: datasets.Images) -> datasets.Data:

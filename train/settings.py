@@ -69,6 +69,7 @@ class Machine:
 class Records:
     seed: int = 0  # of weights, samplers and augmentation
     seeds: int = 1  # train this many, seed, seed + 1, ..., and report mean and spread
+    jobs: int = 1  # of several seeds and methods, how many are trained at the same time, each in a process of its own
     against: tuple[str, ...] = ()  # other methods that are trained beside this one, at equal images, and compared with it seed by seed
     out: Path | None = None  # the run's folder; None: runs/DATA-METHOD-DATE
     eval_every: int | None = None  # epochs; None: ten times in all
@@ -112,7 +113,7 @@ FREE = {
         "export",
         "out",
     ),
-    *("seeds", "against"),
+    *("seeds", "against", "jobs"),
 }
 
 
@@ -152,6 +153,12 @@ def named(table: dict[str, Any], argument: str, name: str) -> Any:
     if name not in table:
         raise ValueError(f"{argument} must be one of {', '.join(table)}, got {name!r}")
     return table[name]
+
+
+def augmented_as(config: Config, group: str, name: str) -> Config:
+    """With another recipe of augmentation in one branch, for the same colours."""
+    old, new = getattr(config, group), named(AUGMENTATIONS, group, name)
+    return dataclasses.replace(config, **{group: dataclasses.replace(new, mean=old.mean, std=old.std)})
 
 
 def settings_of(config: Config) -> Iterator[tuple[str, str, Any]]:
@@ -195,7 +202,7 @@ def checked(config: Config) -> Config:
     """Everything checked that can be without the data; the device named."""
     _check_choices(config)
     values = {name: value for group, name, value in settings_of(config) if group not in AUGMENTS}
-    positive = ("epochs", "batch", "classifier_batch", "lr", "temperature", "width", "hidden", "embedding", "seeds", "eval_every")
+    positive = ("epochs", "batch", "classifier_batch", "lr", "temperature", "width", "hidden", "embedding", "seeds", "jobs", "eval_every")
     positive += ("eval_batch", "log_every", "keep_every", "prototypes_per_class", "positives", "image_size", "clip", "threads", "lr_factor")
     for name in positive:
         if values[name] is not None and not values[name] > 0:

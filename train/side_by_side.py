@@ -3,49 +3,42 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import multiprocessing
 import os
 import queue
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import data as datasets
-import hybrid
 import terminal
 from settings import Config
 
 PATIENCE = 1.0  # seconds between two looks whether all processes live
 
-load = functools.lru_cache(2)(datasets.load)  # runs on the same data read it once in a process
+Metrics = dict[str, Any]
 
 
-def metrics_of(config: Config) -> dict[str, Any]:
-    return hybrid.finish(config, load(config.images))
-
-
-def work(tasks: Any, results: Any) -> None:
+def work(train_one: Callable[[Config], Metrics], tasks: Any, results: Any) -> None:
     """Takes runs until there is None. A stop signal ends it with a checkpoint of the run at hand."""
     os.setpgrp()  # Ctrl-C reaches the first process alone, which tells the others once
     terminal.console.quiet = True
     for number, config in iter(tasks.get, None):
         try:
-            results.put((number, metrics_of(config), None))
+            results.put((number, train_one(config), None))
         except (ValueError, OSError, FloatingPointError) as error:
             results.put((number, None, f"{config.records.out}: {error}"))
 
 
-def trained(configs: list[Config], jobs: int) -> Iterator[tuple[int, dict[str, Any]]]:
+def trained(configs: list[Config], jobs: int, train_one: Callable[[Config], Metrics]) -> Iterator[tuple[int, Metrics]]:
     """Number and metrics of each run as it ends; what is wrong with one is a ValueError. A stop signal stops all, with checkpoints."""
     if jobs == 1:
-        yield from ((number, metrics_of(config)) for number, config in enumerate(configs))
+        yield from ((number, train_one(config)) for number, config in enumerate(configs))
         return
     context = multiprocessing.get_context("spawn")
     tasks, results = context.Queue(), context.Queue()
     for task in [*enumerate(configs), *[None] * jobs]:
         tasks.put(task)
-    workers = [context.Process(target=work, args=(tasks, results), daemon=True) for _ in range(min(jobs, len(configs)))]
+    workers = [context.Process(target=work, args=(train_one, tasks, results), daemon=True) for _ in range(min(jobs, len(configs)))]
     with _stopped_together(workers):
         for worker in workers:
             worker.start()

@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 
 import checkpoint
 import compare
+import hybrid
 import plots
 import processes
 import reported
@@ -150,7 +151,7 @@ def configure(given: Given, table: Table, row: Settings, seed: int, out: Path) -
     base = settings.change(settings.recipe(data, method), **chosen, root=given.root)
     if images is not None:
         batch = base.optimiser.batch
-        of_epoch = max(1, len(side_by_side.load(base.images).train) // batch) * batch
+        of_epoch = max(1, len(hybrid.load(base.images).train) // batch) * batch
         base = settings.change(base, epochs=round(images / (of_epoch * passes(base.method))))
     machine = {"device": given.device, "precision": given.precision, "compile": given.compile, "threads": given.threads}
     records = {"pictures": False, "seed": seed, "data_seed": seed if data == "digits" else 0, "out": out}
@@ -184,7 +185,7 @@ def fill(given: Given) -> Results:
     results: Results = {table.title: {} for table in tables}
     with terminal.progress_bar() as progress:
         bar = progress.add_task(str(out), total=len(runs), text="")
-        for number, metrics in side_by_side.trained([config for _, _, config in runs], given.jobs):
+        for number, metrics in side_by_side.trained([config for _, _, config in runs], given.jobs, hybrid.metrics_of):
             title, name, config = runs[number]
             results[title].setdefault(name, []).append(metrics)
             said = f"{title}: {name}, seed {config.records.seed}: {metrics['best']['balanced']:.1f}"
