@@ -230,7 +230,7 @@ def checked(config: Config) -> Config:
     exports.check(config.records.export)
     for package in config.records.log_to:
         if find_spec(package) is None:
-            raise ValueError(f"log_to needs the package {package} (the [train-extra] extra), which is not installed")
+            raise ValueError(f"log_to needs the package {package}, which is not installed: pip install {package}")
     _check_network(config)
     if config.method.feature_loss != "none":  # raises where this backend cannot serve
         select_backend(config.machine.backend, device, DTYPES[config.machine.precision], config.network.embedding)
