@@ -44,7 +44,7 @@ class Part:
 
 def standard(out: Path, scratch: Path) -> dict[str, list[Part]]:
     """Stages by name: the parts of one run at the same time, here what only compiles beside what is not timed."""
-    tests = ["-m", "pytest", "tests/test_gpu.py", "-q", "--tb=short", "-p", "no:cacheprovider"]
+    tests = ["-m", "pytest", "tests/test_gpu.py", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "bench.gpu_failures"]
     tests += ["-n", str(min(14, os.cpu_count() or 1)), "--dist", "worksteal", "--timeout", "40", "--timeout-method", "thread"]
     return {
         "ladder": [
