@@ -24,11 +24,16 @@ def setup(method: str, batch: int = 12, **changes):
     return methods.Setup(chosen, torch.tensor([40.0, 20.0, 5.0]), 6, 4, batch, options)
 
 
-@pytest.mark.parametrize("method", methods.METHODS)
+@pytest.mark.parametrize("method", [name for name, entry in methods.METHODS.items() if entry.paper])
 @pytest.mark.parametrize("data", ["digits", "cifar10-lt", "cifar100-lt"])
 def test_the_settings_of_every_paper_are_a_recipe(data, method):
     config = settings.configure(data, method, paper=True, device="cpu")
     assert config.method.method == method
+
+
+def test_paper_is_refused_where_it_would_change_nothing():
+    with pytest.raises(ValueError, match="paper must be False for method 'ours'"):
+        settings.configure("cifar10-lt", "ours", paper=True, device="cpu")
 
 
 def test_ldams_schedule():

@@ -136,6 +136,10 @@ def test_paper_is_the_optimiser_and_the_augmentation_of_the_methods_paper():
         ),
         ({"method": "tau-norm", "cosine": 16.0}, "tau_normalisation acts on a linear classifier"),
         ({"reweight_from": 0.5}, "reweight_from acts on class_weights alone"),
+        ({"switch_at": 0.3}, "switch_at acts on schedule switch and two-stage alone, got schedule 'parabolic-decay'"),
+        ({"method": "ce", "feature_sampler": "reverse"}, "feature_sampler acts on a feature_loss or the first of two stages"),
+        ({"method": "paco", "sampler": "instance"}, "sampler acts on a classifier_loss alone"),
+        ({"milestones": (), "lr_factor": 0.5}, "lr_factor acts at milestones, and there are none"),
         ({"method": "crt", "epochs": 10}, "switch_at must leave the second of two stages an epoch of 10, got 0.95"),
         ({"backend": "nonsense"}, "nonsense"),
         ({"backend": "cuda"}, "cuda"),
@@ -216,7 +220,7 @@ def test_free_settings_make_no_difference():
 
 def test_defaults_are_the_recipes():
     config, asked = parse(["--method", "hybrid-psc"])
-    assert config == settings.recipe("digits", "hybrid-psc") and dataclasses.astuple(asked) == (None, False, None, None)
+    assert config == settings.recipe("digits", "hybrid-psc") and asked == type(asked)()
     config, _ = parse(["--data=cifar10-lt", "--method", "bcl", "--paper", "--lr", "0.3", "--augment.flip", "--feature-augment.cutout", "4"])
     expected = settings.change(settings.recipe("cifar10-lt", "bcl", paper=True), lr=0.3)
     assert dataclasses.replace(config, augment=expected.augment, feature_augment=expected.feature_augment) == expected

@@ -44,7 +44,7 @@ def test_equal_images_and_equal_updates_are_equal(tmp_path):
     """By the plans of every epoch. A method's epochs are whole, and one of five passes is two hundredths of the whole."""
     images, updates = {}, {}
     for title, name, config in tables.planned(Given("methods", seeds=1), tables.METHOD_TABLES, tmp_path):
-        run, seen = Run(config, hybrid.load(config.images)), 0
+        run, seen = Run(config, hybrid.checked_data(config.images)), 0
         for run.epoch in range(config.optimiser.epochs):
             run.begin_epoch()
             seen += run.plan.indices.numel()
@@ -106,12 +106,20 @@ def test_what_a_run_says_is_wrong_is_told(tmp_path):
         (Given("sweep", set=(("epochs", "many"),)), "set epochs must be of type int, got 'many'"),
         (Given("sweep", set=(("nesterov", "yes"),)), "set nesterov must be of type bool, got 'yes'"),
         (Given("sweep", set=(("nonsense", "1"),)), "no such setting: nonsense"),
+        (Given("sweep", set=(("seed", "1"),)), "set must not name seed"),
         (Given("methods", only=("nonsense",)), "only must be among"),
     ],
 )
 def test_what_cannot_be_a_table(given, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         tables.planned(given, tables.tables_of(given), tmp_path)
+
+
+def test_a_sweep_sets_what_the_command_line_would(tmp_path):
+    given = (("ema", "0.9", "None"), ("milestones", "0.5,0.75"), ("optimiser", "adamw"), ("classifier_batch", "64"))
+    assert {name: [tables.value_of(name, text) for text in texts] for name, *texts in given} == {
+        "ema": [0.9, None], "milestones": [(0.5, 0.75)], "optimiser": ["adamw"], "classifier_batch": [64],
+    }  # fmt: skip
 
 
 def test_reported_stands_beside_ours():

@@ -9,6 +9,7 @@ from typing import Any
 import settings
 from data import DATASETS
 from exports import FORMATS
+from methods import METHODS
 from networks import ON_FEATURES
 from settings import AUGMENTS, Config
 
@@ -112,7 +113,8 @@ def exported(config: Config) -> str:
 def differences(config: Config) -> str:
     """Settings other than the recipe's: the data set's with the method's, or the method's paper's where that is nearer."""
     images, method = config.images.data, config.method.method
-    recipes = {paper: settings.recipe(images, method, paper=paper) for paper in (False, True)}
+    papers = (False, True) if METHODS[method].paper else (False,)
+    recipes = {paper: settings.recipe(images, method, paper=paper) for paper in papers}
     paper = min(recipes, key=lambda paper: len(settings.differing(recipes[paper], config)))
 
     def values(of: Config) -> dict[str, Any]:

@@ -32,7 +32,8 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_whole(path, lambda file: file.write(text.encode()))
+    """In UTF-8. Names of folders may hold bytes that are no text, which it has no place for: these are escaped."""
+    write_whole(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -73,6 +74,15 @@ class StopSignal:
             signal.signal(number, handler)
 
 
+def leave_process_group(*_: object) -> None:
+    """Called in a process that another one ends: Ctrl-C, and often SIGTERM, reach the whole group, but the step at hand is to be finished.
+
+    Windows has no such groups.
+    """
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+
+
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:
     state = {"cpu": torch.get_rng_state()}
     return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
@@ -94,7 +104,10 @@ def environment(device: torch.device) -> dict[str, Any]:
             return None
 
     def git(*arguments: str) -> str | None:
-        done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        except OSError:  # there is no git
+            return None
         return done.stdout.strip() if done.returncode == 0 else None
 
     return {

@@ -17,8 +17,8 @@ class Command:
     """What to do, beside the settings of a run."""
 
     config: Path | None = None  # the settings that a config.json holds, instead of a recipe's
-    augment_as: str | None = None  # a recipe for the augmentation of the classifier's images: a name of AUGMENTATIONS
-    feature_augment_as: str | None = None  # and for that of the feature branch's views
+    augment_as: str | None = None  # augmentation of the classifier's images: none, digits, cifar, cifar-plain, autoaugment, sim or files
+    feature_augment_as: str | None = None  # and of the feature branch's views, by the same names
     paper: bool = False  # the optimiser and the augmentation of the method's paper, instead of the data set's recipe
     resume: Path | None = None  # go on with the run in this folder, whose settings hold; --epochs may extend it
     eval_only: Path | None = None  # evaluate the run in this folder again
@@ -72,6 +72,9 @@ def parse(arguments: list[str], description: str | None = None) -> tuple[Config,
             raise ValueError(f"--resume and --eval-only take the run's own settings, got also: {', '.join(sorted(changed))}")
         if config.optimiser.epochs < base.optimiser.epochs:
             raise ValueError(f"epochs may extend a run of {base.optimiser.epochs}, got {config.optimiser.epochs}")
+        if settings.of_several(config) != settings.of_several(base):
+            held = "several runs" if settings.of_several(base) else "one run"
+            raise ValueError(f"{path} holds {held}, which --seeds and --against cannot change")
         config = settings.change(config, out=path)
     return config, given.command
 

@@ -22,6 +22,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from terminal import console, say, spread
 
 # What is shown of a run's metrics, where one of the runs has it.
 FIGURES = {
@@ -56,14 +57,6 @@ def read_runs(folder: Path) -> list[Run]:
 
 def seed(run: Run) -> int:
     return run["config"]["records"]["seed"]
-
-
-def spread(values: Sequence[float | None], form: str = "{:.1f}") -> str:
-    """mean ± standard deviation over seeds (n - 1)."""
-    if not values or None in values:
-        return "–"
-    mean = form.format(statistics.mean(values))
-    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
 def paired(runs: Sequence[Run], reference: Sequence[Run], figure: str = "balanced") -> list[float]:
@@ -198,9 +191,8 @@ def main(options: Compare) -> None:
     draw(options.out, groups)
     if options.over_budget:
         plots.over_budget(options.out / "over_budget.png", budgets(every))
-    console = Console()
     show(console, found, "test, %")
-    console.print(f"written to {options.out}", soft_wrap=True, markup=False)
+    say(f"written to {options.out}")
 
 
 if __name__ == "__main__":

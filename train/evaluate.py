@@ -184,5 +184,4 @@ def write_per_class(path: Path, classes: list[str], counts: Tensor, labels: Tens
     table.writerow(["class", "name", "train_images", "test_images", "accuracy"])
     for c, row in enumerate(zip(classes, counts.tolist(), tested, accuracies, strict=True)):
         table.writerow([c, *row[:3], "" if row[3] is None else f"{row[3]:.2f}"])
-    # Names of folders may hold bytes that are no text, which UTF-8 has no place for.
-    checkpoint.write_whole(path, lambda file: file.write(text.getvalue().encode("utf-8", "backslashreplace")))
+    checkpoint.write_text(path, text.getvalue())

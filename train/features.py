@@ -29,14 +29,13 @@ import torch
 import tyro
 from data import DATASETS, Data, Images, Split
 from files import Stopped, decode, loader_options, patient, refuse_without_room, stack, to_rgb
-from networks import ON_FEATURES, import_timm, is_timm, make_backbone, of_backbone, read_weights
+from networks import DTYPES, ON_FEATURES, import_timm, is_timm, make_backbone, of_backbone, read_weights
 from PIL import Image
 from terminal import progress_bar, say
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 PART = 1024  # images of a file of OUT.parts
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import checkpoint
 import numpy as np
 import torch
 from PIL import Image
@@ -192,11 +193,6 @@ def stack(images: list[Tensor | ValueError]) -> Tensor | ValueError:
     return next((image for image in images if isinstance(image, ValueError)), None) or torch.stack(images)
 
 
-def leave_process_group(_worker: int) -> None:
-    """Ctrl-C, and often SIGTERM, reach the whole process group, but the step at hand still needs its images."""
-    os.setpgrp()
-
-
 class KeyedRows:
     """A batch sampler for :class:`ImageFiles`: the given columns of the plan at hand, row by row, each index with the key of its crop."""
 
@@ -243,7 +239,7 @@ def patient(loader: DataLoader, what: str, stopped: Callable[[], object]) -> Ite
 
 
 def loader_options(workers: int) -> dict:
-    options = {"num_workers": workers, "worker_init_fn": leave_process_group, "timeout": POLL if workers else 0}
+    options = {"num_workers": workers, "worker_init_fn": checkpoint.leave_process_group, "timeout": POLL if workers else 0}
     return options | {"generator": torch.Generator()}  # or the loader would draw from the generator that augments
 
 

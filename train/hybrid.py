@@ -17,13 +17,14 @@ The defaults that --help shows are those of the --data and the --method beside i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from files import Stopped
 from report import Loggers, begin_folder, refuse_other_data, report, save, write_config, write_log
 from run import Run
 from settings import Config
-from terminal import compared, console, hint, progress_bar, say, show, status
+from terminal import console, hint, progress_bar, say, show, status
 
 
 def train(config: Config, data: datasets.Data, *, resume: bool = False) -> dict[str, Any]:
@@ -127,18 +128,24 @@ def finish(config: Config, data: datasets.Data, *, extend: bool = False) -> dict
     if not processes.told((out / "config.json").exists()):
         return train(config, data)
     refuse_other_data(out, data)
-    if names := [name for name in settings.differing(settings.read(out), config) if not (extend and name == "epochs")]:
+    stored = settings.read(out)
+    if names := [name for name in settings.differing(stored, config) if not (extend and name == "epochs")]:
         raise ValueError(f"out {out} holds a run of other settings ({', '.join(names)}): name another folder")
+    # With fewer epochs the metrics are those of --eval-only on a run that was stopped.
     if processes.told((out / "metrics.json").exists() and len((out / "log.jsonl").read_text().splitlines()) == config.optimiser.epochs):
-        return json.loads((out / "metrics.json").read_text())  # with fewer epochs they are those of --eval-only on a run that was stopped
+        if all(getattr(stored.records, name) == getattr(config.records, name) for name in REPORTED):
+            return json.loads((out / "metrics.json").read_text())
+        if processes.rank() == 0:
+            write_config(config)
+        return evaluate_again(config, data)
     return train(config, data, resume=True)
 
 
-load = functools.lru_cache(2)(datasets.load)  # runs on the same data read it once in a process
+REPORTED = ("knn", "pictures", "export")  # what --resume may ask of a finished run beside what it has
 
 
 def metrics_of(config: Config, *, extend: bool = False) -> dict[str, Any]:
-    return finish(config, load(config.images), extend=extend)
+    return finish(config, checked_data(config.images), extend=extend)
 
 
 def evaluate_again(config: Config, data: datasets.Data) -> dict[str, Any]:
@@ -183,8 +190,7 @@ def perform(config: Config, asked: Command) -> None:
     runs = {name: beside(config, name) for name in records.against} | {own: config}
     with processes.first_of_machine_first():
         data = checked_data(config.images)
-    several = records.seeds > 1 or records.against
-    if several and not asked.eval_only and processes.rank() == 0:
+    if settings.of_several(config) and not asked.eval_only and processes.rank() == 0:
         write_config(config)
     planned = []
     for name, one in runs.items():
@@ -193,34 +199,42 @@ def perform(config: Config, asked: Command) -> None:
             planned.append((name, settings.change(one, seed=seed, seeds=1, against=(), jobs=1, out=folder)))
     extend = asked.resume is not None
     if asked.eval_only:
-        results = enumerate(evaluate_again(one, data) for _, one in planned)
+        results = [evaluate_again(one, data) for _, one in planned]
     elif records.jobs == 1:
-        results = enumerate(finish(one, data, extend=extend) for _, one in planned)
+        results = [finish(one, data, extend=extend) for _, one in planned]
     else:
-        results = several_at_a_time([one for _, one in planned], records.jobs, functools.partial(metrics_of, extend=extend))
+        try:
+            results = several_at_a_time([one for _, one in planned], records.jobs, functools.partial(metrics_of, extend=extend))
+        except SystemExit:
+            say(f"stopped; go on with: python train/hybrid.py --resume {out}")
+            raise
     groups: dict[str, list[dict]] = {name: [] for name in runs}
-    for number, metrics in results:
-        groups[planned[number][0]].append(metrics)
-    for group in groups.values():
-        group.sort(key=compare.seed)
+    for (name, _), metrics in zip(planned, results, strict=True):
+        groups[name].append(metrics)
     show(groups[own], data.classes)
     if records.against:
-        compared(groups, own)
+        found = compare.rows(groups, records.against)
+        compare.show(console, found, "test, %")
         if processes.rank() == 0:
-            checkpoint.write_text(out / "comparison.md", compare.table(groups, list(records.against)) + "\n")
+            checkpoint.write_text(out / "comparison.md", compare.markdown(found) + "\n")
             compare.draw(out, groups)
     say(f"written to {out}")
 
 
-def several_at_a_time(configs: list[Config], jobs: int, train_one: Callable[[Config], dict]) -> Iterator[tuple[int, dict]]:
-    with progress_bar() as progress:
+def several_at_a_time(configs: list[Config], jobs: int, train_one: Callable[[Config], dict]) -> list[dict]:
+    """The metrics of each run."""
+    found = {}
+    trained = side_by_side.trained(configs, jobs, train_one)
+    with progress_bar() as progress, contextlib.closing(trained):
         bar = progress.add_task(f"{len(configs)} runs, {jobs} at a time", total=len(configs), text="")
-        for number, metrics in side_by_side.trained(configs, jobs, train_one):
+        for number, metrics in trained:
             method, seed = configs[number].method.method, configs[number].records.seed
             progress.update(bar, advance=1, text=f"{method}, seed {seed}: {metrics['best']['balanced']:.1f}")
-            yield number, metrics
+            found[number] = metrics
+    return [found[number] for number in range(len(configs))]
 
 
+@functools.lru_cache(2)  # runs on the same data read it once in a process
 def checked_data(images: datasets.Images) -> datasets.Data:
     """The data, every image of which was opened once, unless that is not wanted."""
     data = datasets.load(images)

@@ -22,10 +22,14 @@ from fastsupcon import functional as losses
 
 @dataclass(frozen=True)
 class Method:
-    method: str = "hybrid-sc"  # a row of the table of methods, whose settings are the defaults of those below
+    # ce, ce-balanced, focal, cb-focal, ldam-drw, logit-adjustment, crt, tau-norm, two-stage, hybrid-sc, hybrid-psc, hybrid-mpsc, bcl, paco,
+    # gpaco, kcl, ours: of docs/methods.md; the settings below have its values as defaults
+    method: str = "hybrid-sc"
     feature_loss: str = "sc"  # of the feature branch: none, sc, psc, mpsc, bcl, paco, gpaco, kcl
     classifier_loss: str = "ce"  # of the classifier branch: ce, focal, ldam; none where the feature loss trains the classifier
-    schedule: str = "parabolic-decay"  # of alpha: see SCHEDULES
+    schedule: str = (
+        "parabolic-decay"  # of alpha: parabolic-decay, linear, cosine, constant, parabolic-increment, beta, switch, two-stage, sum
+    )
     switch_at: float = 0.5  # fraction of the epochs at which "switch" and "two-stage" go from features to classifier
     loss_weights: tuple[float, float] = (1.0, 1.0)  # of the feature loss and the classifier's, beside the schedule's
     feature_sampler: Rule = "instance"  # of the feature branch; of the first of two stages
@@ -372,7 +376,7 @@ def stage_at(method: Method, epoch: int, epochs: int, seed: int = 0) -> Stage:
         sampler="feature" if alone and method.schedule == "two-stage" and not second else "classifier",
         own_images=classifies and method.classifier_images != "views",
         frozen=second,
-        reweighted=epoch >= method.reweight_from * epochs,
+        reweighted=epoch / epochs >= method.reweight_from,
     )
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 CIFAR_RESNETS = ("resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by the name of the precision
 ON_FEATURES = ("none", "mlp")  # networks for data that are features already
 
 
@@ -154,9 +155,14 @@ def freeze_below_classifier(network: HybridNetwork) -> None:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a run's last.pt or model.safetensors, or of a file of weights as timm or others saved it."""
+    """The tensors of a run's checkpoint or model.safetensors, or of a file of weights as timm or others saved it.
+
+    Of a checkpoint that holds a running average they are the average's, as the run is evaluated.
+    """
     if path.suffix != ".safetensors":
         state = checkpoint.load(path)
+        if "ema" in state:
+            return {name.removeprefix("module."): value for name, value in state["ema"].items() if name.startswith("module.")}
         return next((state[name] for name in ("network", "state_dict", "model") if isinstance(state.get(name), dict)), state)
     from safetensors.torch import load_file
 

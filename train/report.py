@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def write_config(config: Config) -> None:
 def begin_folder(run: Run, *, anew: bool) -> None:
     """Settings, which --resume may extend; and once what they ran on, and what a reader of the network needs."""
     out = run.config.records.out
-    write_config(run.config)
+    out.mkdir(parents=True, exist_ok=True)
     if anew:
         checkpoint.write_json(out / "data.json", run.data.fingerprint)
         checkpoint.write_json(out / "environment.json", checkpoint.environment(run.device) | {"processes": processes.count()})
@@ -38,6 +39,7 @@ def begin_folder(run: Run, *, anew: bool) -> None:
         sizes = parameters_of(run.network)
         told = f"{run.config.network.network} of {sizes['backbone'] + sizes['classifier']:,} parameters, classifier included"
         terminal.say(f"{told}; {len(run.data.train):,} training images, split {run.data.split_hash}")
+    write_config(run.config)  # the last: a folder that has it is a run to go on with, and lacks nothing
 
 
 def refuse_other_data(out: Path, data: Data) -> None:
@@ -68,15 +70,16 @@ def report(run: Run) -> dict[str, Any]:
     measure = {"counts": data.counts, **shots}
     embeddings, logits, labels = run.predict("test", "embeddings", "logits")
     last = chosen = evaluate.metrics(logits, labels, **measure)
+    weights = "last.pt" if data.validation is None else "best.pt"
     if data.validation is not None:
-        run.averaged.load_state_dict(checkpoint.load(out / "best.pt", run.device))
+        run.averaged.load_state_dict(checkpoint.load(out / weights, run.device))
         embeddings, logits, labels = run.predict("test", "embeddings", "logits")
         chosen = evaluate.metrics(logits, labels, **measure)
     if config.records.knn:
         chosen = evaluate.metrics(logits, labels, **measure, neighbours=nearest(run))
     result = {
         "chosen_by": "last epoch" if data.validation is None else "validation",
-        "best_epoch": config.optimiser.epochs - 1 if data.validation is None else run.best["epoch"],
+        "best_epoch": max(0, run.epoch - (run.step == 0)) if data.validation is None else run.best["epoch"],
         "best": chosen,
         "last": last,
         "train_images": data.counts.tolist(),
@@ -92,10 +95,9 @@ def report(run: Run) -> dict[str, Any]:
     if processes.rank() > 0:
         return result
     write_log(run)  # again: a kill between the last checkpoint and its row would have left it out
-    checkpoint.write_json(out / "metrics.json", result)
     evaluate.write_per_class(out / "per_class.csv", data.classes, data.counts, labels, chosen["per_class"])
     if config.records.export:
-        exports.export(trained.load(out), config.records.export)
+        exports.export(trained.load(out, weights=weights), config.records.export)
     if config.records.pictures:
         counts = result["train_images"]
         plots.per_class(out / "per_class.png", counts, {out.name: chosen["per_class"]}, data.classes, **shots)
@@ -103,6 +105,7 @@ def report(run: Run) -> dict[str, Any]:
         plots.embedding(out / "embedding.png", embeddings, labels, data.classes, counts)
         plots.curves(out / "curves.png", run.history)
     checkpoint.write_text(out / "README.md", card.card(out, config, result, data.classes, tested=len(labels)))
+    checkpoint.write_json(out / "metrics.json", result)  # the last: a run that has it is finished, and lacks nothing
     return result
 
 
@@ -130,6 +133,11 @@ class Loggers:
             close()
 
 
+def name_of(run: Run) -> str:
+    """In trackers. A run among others is named after its method and seed, and after their folder."""
+    return "/".join(run.config.records.out.parts[-3:])
+
+
 def _tensorboard(run: Run):
     from torch.utils.tensorboard import SummaryWriter
 
@@ -147,14 +155,16 @@ def _wandb(run: Run):
     import wandb
 
     out = run.config.records.out
-    tracked = wandb.init(project="fastsupcon", name=out.name, id=out.name, dir=str(out), resume="allow", config=as_json(run.config))
+    # The same when the run goes on, and another for each run, whose folders may all be called seed-0.
+    own = hashlib.sha256(str(out.resolve()).encode() + (out / "environment.json").read_bytes()).hexdigest()[:16]
+    tracked = wandb.init(project="fastsupcon", name=name_of(run), id=own, dir=str(out), resume="allow", config=as_json(run.config))
     return lambda figures, epoch: tracked.log(figures, step=epoch), tracked.finish
 
 
 def _mlflow(run: Run):
     import mlflow
 
-    mlflow.start_run(run_name=run.config.records.out.name)
+    mlflow.start_run(run_name=name_of(run))
     mlflow.log_params({f"{group}.{name}": value for group, part in as_json(run.config).items() for name, value in part.items()})
     return lambda figures, epoch: mlflow.log_metrics(figures, step=epoch), mlflow.end_run
 

@@ -15,10 +15,10 @@ import processes
 import torch
 from augment import Draws, mixup
 from methods import CLASSIFIER_LOSSES, FEATURE_LOSSES, Branch, Setup, class_weights, stage_at
-from networks import HybridNetwork, freeze_below_classifier, load_weights, make_backbone
+from networks import DTYPES, HybridNetwork, freeze_below_classifier, load_weights, make_backbone
 from sampling import Sampler
 from schedule import learning_rate
-from settings import DTYPES, Config
+from settings import Config
 from torch import Tensor, nn
 
 

@@ -19,12 +19,10 @@ import tyro
 from augment import AUGMENTATIONS, Augmentation
 from data import DATASETS, Images, defaults
 from methods import CLASSIFIER_LOSSES, FEATURE_LOSSES, METHODS, Method, passes
-from networks import ON_FEATURES, is_timm, make_backbone, timm_settings
+from networks import DTYPES, ON_FEATURES, is_timm, make_backbone, timm_settings
 from schedule import SCHEDULES, switch_epoch
 
 from fastsupcon.backends import select as select_backend
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class Optimiser:
     milestones: tuple[float, ...] = (0.6, 0.8)  # fractions of the steps at which lr drops; none: cosine
     lr_factor: float = 0.1  # by which it drops at each
     momentum: float = 0.9  # of sgd; adamw's first beta
-    nesterov: bool = False
+    nesterov: bool = False  # of sgd
     weight_decay: float = 1e-4
     clip: float | None = None  # largest norm of the gradient
     ema: float | None = None  # decay of a running average of the weights, which is then what is evaluated
@@ -98,23 +96,9 @@ GROUPS = tuple(f.name for f in dataclasses.fields(Config))
 AUGMENTS = ("augment", "feature_augment")
 # The run is the same whatever these are.
 FREE = {
-    *(
-        "root",
-        "workers",
-        "check",
-        "device",
-        "threads",
-        "eval_batch",
-        "log_every",
-        "keep_every",
-        "knn",
-        "pictures",
-        "log_to",
-        "export",
-        "out",
-    ),
-    *("seeds", "against", "jobs"),
-}
+    "root", "workers", "check", "device", "threads", "eval_batch", "log_every", "keep_every", "knn", "pictures", "log_to", "export", "out",
+    "seeds", "against", "jobs",
+}  # fmt: skip
 
 
 # ---- recipes
@@ -126,13 +110,12 @@ def recipe(data: str, method: str, *, paper: bool = False, network: str | None =
     ``network`` is a timm network that begins from trained weights: images have the size, mean and std that these are used to.
     """
     images, entry = named(DATASETS, "data", data), named(METHODS, "method", method)
+    if paper and not entry.paper:
+        raise ValueError(f"paper must be False for method {method!r}, whose settings are the data set's recipe, got True")
     settings = dict(images.recipe) | (entry.paper if paper else {})
     if data == "digits":  # as many images as 160 epochs of a classifier alone, whatever the method takes of each batch
         settings |= {"epochs": round(160 / passes(entry.method))}
-    config = Config(
-        images=defaults(data),
-        method=method_of(data, method),
-    )
+    config = Config(images=defaults(data), method=method_of(data, method))
     colours = {"mean": images.mean, "std": images.std}
     if network is not None:
         wanted = timm_settings(network)
@@ -189,6 +172,11 @@ def trained_network(network: str | None = None, pretrained: bool = False, weight
     return network if network is not None and is_timm(network) and (pretrained or weights is not None) else None
 
 
+def of_several(config: Config) -> bool:
+    """Whether its folder holds folders of runs, and is not a run's itself."""
+    return config.records.seeds > 1 or len(config.records.against) > 0
+
+
 def differing(a: Config, b: Config) -> list[str]:
     """Names of the settings in which two runs are not the same run."""
     pairs = zip(settings_of(a), settings_of(b), strict=True)
@@ -215,6 +203,8 @@ def checked(config: Config) -> Config:
             raise ValueError(f"{name} must lie in [0, 1), got {values[name]}")
     if not all(0 < milestone < 1 for milestone in config.optimiser.milestones):
         raise ValueError(f"milestones must lie in (0, 1), got {config.optimiser.milestones}")
+    if not config.optimiser.milestones and config.optimiser.lr_factor != Optimiser.lr_factor:
+        raise ValueError(f"lr_factor acts at milestones, and there are none: got {config.optimiser.lr_factor}")
     for name in ("ema", "momentum_encoder"):
         if values[name] is not None and not 0 < values[name] < 1:
             raise ValueError(f"{name} must lie in (0, 1), got {values[name]}")
@@ -286,7 +276,7 @@ def _check_network(config: Config) -> None:
             raise ValueError(f"{group} acts on images, and data {given!r} is features: expected no {', '.join(changed)}")
 
 
-# Settings of a method that act on some losses alone: their value where they rest, and who reads them.
+# Settings of a method that act beside some choices alone: the setting that is chosen, and the choices that read them.
 READ_BY: dict[str, tuple[str, tuple[str, ...]]] = {
     "temperature": ("feature_loss", ()),  # (): any but "none"
     "loss_weights": ("feature_loss", ()),
@@ -302,6 +292,7 @@ READ_BY: dict[str, tuple[str, tuple[str, ...]]] = {
     "focal_gamma": ("classifier_loss", ("focal",)),
     "margin": ("classifier_loss", ("ldam",)),
     "logit_adjustment": ("classifier_loss", ("ce",)),
+    "switch_at": ("schedule", ("switch", "two-stage")),
 }
 
 
@@ -317,11 +308,15 @@ def _check_method(config: Config) -> None:
             raise ValueError(
                 f"{name} acts on {f'{loss} ' + ' and '.join(readers) if readers else f'a {loss}'} alone, got {loss} {chosen!r}"
             )
+    if method.feature_loss == "none" and method.schedule != "two-stage" and method.feature_sampler != rest.feature_sampler:
+        raise ValueError(f"feature_sampler acts on a feature_loss or the first of two stages, got {method.feature_sampler!r} and neither")
     parametric = method.feature_loss in ("paco", "gpaco")  # whose logits of the classifier are in their loss
     if method.classifier_loss == "none" and not parametric:
         raise ValueError(
             f"classifier_loss 'none' needs a feature loss that trains the classifier (paco, gpaco), got {method.feature_loss!r}"
         )
+    if method.classifier_loss == "none" and method.sampler != rest.sampler:
+        raise ValueError(f"sampler acts on a classifier_loss alone, got {method.sampler!r} and classifier_loss 'none'")
     if method.classifier_loss == "none" and method.schedule == "two-stage":
         raise ValueError("schedule 'two-stage' needs a classifier_loss for its second stage, got 'none'")
     if parametric and method.cosine:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import os
 import queue
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import checkpoint
 import terminal
 from settings import Config
 
@@ -20,7 +20,7 @@ Metrics = dict[str, Any]
 
 def work(train_one: Callable[[Config], Metrics], tasks: Any, results: Any) -> None:
     """Takes runs until there is None. A stop signal ends it with a checkpoint of the run at hand."""
-    os.setpgrp()  # Ctrl-C reaches the first process alone, which tells the others once
+    checkpoint.leave_process_group()  # Ctrl-C reaches the first process alone, which tells the others once
     terminal.console.quiet = True
     for number, config in iter(tasks.get, None):
         try:
@@ -30,7 +30,10 @@ def work(train_one: Callable[[Config], Metrics], tasks: Any, results: Any) -> No
 
 
 def trained(configs: list[Config], jobs: int, train_one: Callable[[Config], Metrics]) -> Iterator[tuple[int, Metrics]]:
-    """Number and metrics of each run as it ends; what is wrong with one is a ValueError. A stop signal stops all, with checkpoints."""
+    """Number and metrics of each run as it ends; what is wrong with one is a ValueError. A stop signal stops all, with checkpoints.
+
+    Who may leave before the end closes it (``contextlib.closing``), which stops the processes.
+    """
     if jobs == 1:
         yield from ((number, train_one(config)) for number, config in enumerate(configs))
         return
@@ -38,7 +41,8 @@ def trained(configs: list[Config], jobs: int, train_one: Callable[[Config], Metr
     tasks, results = context.Queue(), context.Queue()
     for task in [*enumerate(configs), *[None] * jobs]:
         tasks.put(task)
-    workers = [context.Process(target=work, args=(train_one, tasks, results), daemon=True) for _ in range(min(jobs, len(configs)))]
+    # Not daemons, which may have no processes of their own, such as those that decode images.
+    workers = [context.Process(target=work, args=(train_one, tasks, results)) for _ in range(min(jobs, len(configs)))]
     with _stopped_together(workers):
         for worker in workers:
             worker.start()
@@ -65,7 +69,7 @@ def _stopped_together(workers: list[Any]) -> Iterator[None]:
     def stop(number: int, _frame: object) -> None:
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in checkpoint.StopSignal.ASKED_BY}
     try:
         yield
     finally:
@@ -73,4 +77,5 @@ def _stopped_together(workers: list[Any]) -> Iterator[None]:
             if worker.pid is not None:
                 worker.terminate()
                 worker.join()
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -12,8 +12,11 @@ pool and test set. ``--jobs`` trains so many runs at the same time, on one GPU o
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
+import types
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -116,17 +119,30 @@ class Given:
     shorten: float = 1.0  # times the epochs, for a quick look
 
 
+FIXED = ("root", "device", "precision", "compile", "threads", "pictures", "seed", "data_seed", "out", "seeds", "against", "jobs")
 TABLES = {"methods": METHOD_TABLES, "ablation": ABLATION_TABLES, "cifar10": CIFAR10_TABLES, "budget": BUDGET_TABLES}
 
 
 def value_of(name: str, text: str) -> Any:
-    """What the command line would make of ``--name text``."""
-    kinds = {n: type(value) for _, n, value in settings.settings_of(Config()) if value is not None}
+    """What the command line would make of ``--name text``; where it takes several values, these have commas between them."""
+    kinds = {n: kind for group in settings.GROUPS for n, kind in typing.get_type_hints(type(getattr(Config(), group))).items()}
+    if name in FIXED:
+        raise ValueError(f"set must not name {name}, which is the same in all runs of a sweep or has a flag of its own")
     kind = kinds.get(name, str)
+    if several := typing.get_origin(kind) is tuple:
+        kind = typing.get_args(kind)[0]
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        if text == "None":
+            return None
+        kind = next(one for one in typing.get_args(kind) if one is not type(None))
+    kind = str if typing.get_origin(kind) is Literal else kind
     try:
-        return {"True": True, "False": False}[text] if kind is bool else kind(text)
+        values = tuple(
+            {"True": True, "False": False}[one] if kind is bool else kind(one) for one in (text.split(",") if several else [text])
+        )
     except (ValueError, KeyError) as error:
         raise ValueError(f"set {name} must be of type {kind.__name__}, got {text!r}") from error
+    return values if several else values[0]
 
 
 def tables_of(given: Given) -> list[Table]:
@@ -153,7 +169,7 @@ def configure(given: Given, table: Table, row: Settings, seed: int, out: Path) -
     base = settings.change(settings.recipe(data, method), **chosen, root=given.root)
     if images is not None:
         batch = base.optimiser.batch
-        of_epoch = max(1, len(hybrid.load(base.images).train) // batch) * batch
+        of_epoch = max(1, len(hybrid.checked_data(base.images).train) // batch) * batch
         base = settings.change(base, epochs=round(images / (of_epoch * passes(base.method))))
     machine = {"device": given.device, "precision": given.precision, "compile": given.compile, "threads": given.threads}
     records = {"pictures": False, "seed": seed, "data_seed": seed if data == "digits" else 0, "out": out}
@@ -185,9 +201,10 @@ def fill(given: Given) -> Results:
     runs = planned(given, tables, out)
     out.mkdir(parents=True, exist_ok=True)
     results: Results = {table.title: {} for table in tables}
-    with terminal.progress_bar() as progress:
+    trained = side_by_side.trained([config for _, _, config in runs], given.jobs, hybrid.metrics_of)
+    with terminal.progress_bar() as progress, contextlib.closing(trained):
         bar = progress.add_task(str(out), total=len(runs), text="")
-        for number, metrics in side_by_side.trained([config for _, _, config in runs], given.jobs, hybrid.metrics_of):
+        for number, metrics in trained:
             title, name, config = runs[number]
             results[title].setdefault(name, []).append(metrics)
             said = f"{title}: {name}, seed {config.records.seed}: {metrics['best']['balanced']:.1f}"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console, RenderableType
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 console = Console()
 
@@ -19,7 +19,7 @@ class StatusBelow(Progress):
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield self.make_tasks_table(self.tasks)
-        yield from (task.fields["text"] for task in self.tasks)
+        yield from (Text(task.fields["text"]) for task in self.tasks)
 
 
 def progress_bar() -> Progress:
@@ -63,32 +63,18 @@ def show(results: list[dict[str, Any]], classes: list[str]) -> None:
         table.add_row(str(result["config"]["records"]["seed"]), *figures, str(result["best_epoch"]), f"{result['seconds']:.0f}")
     if len(results) > 1:
         table.add_section()
-        table.add_row("mean", *(mean_std([r["best"][name] for r in results]) for name in COLUMNS), "", "")
+        table.add_row("mean", *(spread([r["best"][name] for r in results]) for name in COLUMNS), "", "")
     console.print(table)
     if len(results) == 1 and len(classes) <= 20:
         per_class = Table("class", "images", "accuracy")
         for name, images, accuracy in zip(classes, results[0]["train_images"], results[0]["best"]["per_class"], strict=True):
-            per_class.add_row(escape(name), str(images), "–" if accuracy is None else f"{accuracy:.1f}")
+            per_class.add_row(Text(name), str(images), "–" if accuracy is None else f"{accuracy:.1f}")
         console.print(per_class)
 
 
-def compared(groups: dict[str, list[dict[str, Any]]], method: str) -> None:
-    """A row for each method, and the differences of the last to the others, seed by seed."""
-    figures = {name: label for name, label in COLUMNS.items() if name in ("balanced", "few", "worst")}
-    table = Table(
-        "method", "images", *figures.values(), f"{method} is better by", title="test, %, mean ± std over seeds", padding=(0, 0, 0, 1)
-    )
-    own = {r["config"]["records"]["seed"]: r["best"]["balanced"] for r in groups[method]}
-    for name, results in groups.items():
-        values = [mean_std([r["best"][figure] for r in results]) for figure in figures]
-        differences = [own[r["config"]["records"]["seed"]] - r["best"]["balanced"] for r in results]
-        better = "" if name == method else f"{mean_std(differences, '+.1f')} ({sum(d > 0 for d in differences)} of {len(differences)})"
-        table.add_row(escape(name), f"{results[0]['images']:,}", *values, better)
-    console.print(table)
-
-
-def mean_std(values: list[float | None], form: str = ".1f") -> str:
-    if None in values:
+def spread(values: Sequence[float | None], form: str = "{:.1f}") -> str:
+    """mean ± standard deviation over seeds (n - 1)."""
+    if not values or None in values:
         return "–"
-    mean = format(statistics.mean(values), form)
+    mean = form.format(statistics.mean(values))
     return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from files import decode, middle, naming, to_rgb
-from networks import HybridNetwork, make_backbone
+from networks import HybridNetwork, make_backbone, read_weights
 from PIL import Image
 from torch import Tensor, nn
 
@@ -179,7 +179,7 @@ def load(folder: str | Path, *, weights: str | None = None, device: str | torch.
         raise ValueError(f"the run in {folder} must be one of grey or colour images or of features, got inputs of shape {shape}")
     backbone = make_backbone(name, shape[0], width, image_size=shape[-1] if len(shape) == 3 else None)
     network = HybridNetwork(backbone, len(description["classes"]), hidden, embedding, cosine)
-    state = read_weights(path, tau)
+    state = evaluated_weights(path, tau)
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
@@ -209,17 +209,10 @@ def chosen_weights(folder: Path) -> Path:
     return exported if exported.exists() and not path.exists() else path
 
 
-def read_weights(path: Path, tau: float) -> dict[str, Tensor]:
-    """Of the network as it is evaluated, as model.safetensors has it. best.pt is before tau-normalisation, others are a whole run."""
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    state = checkpoint.load(path)
-    if "ema" in state:
-        state = {name.removeprefix("module."): value for name, value in state["ema"].items() if name.startswith("module.")}
-    state = state.get("network", state)
-    if tau:
+def evaluated_weights(path: Path, tau: float) -> dict[str, Tensor]:
+    """Of the network as it is evaluated, as model.safetensors has it; checkpoints are before tau-normalisation."""
+    state = read_weights(path)
+    if tau and path.suffix != ".safetensors":
         from evaluate import tau_normalised
 
         state["classifier.weight"] = tau_normalised(state["classifier.weight"], tau)
