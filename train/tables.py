@@ -202,7 +202,8 @@ def fill(given: Given) -> Results:
     out.mkdir(parents=True, exist_ok=True)
     results: Results = {table.title: {} for table in tables}
     trained = side_by_side.trained([config for _, _, config in runs], given.jobs, hybrid.metrics_of)
-    with terminal.progress_bar() as progress, contextlib.closing(trained):
+    with terminal.progress_bar() as progress, contextlib.closing(trained), contextlib.ExitStack() as at_the_end:
+        at_the_end.callback(draw, out, given, tables, results)  # also of what there is when it is interrupted
         bar = progress.add_task(str(out), total=len(runs), text="")
         for number, metrics in trained:
             title, name, config = runs[number]
@@ -215,16 +216,29 @@ def fill(given: Given) -> Results:
     return results
 
 
+def groups_of(table: Table, results: Results) -> dict[str, list[dict[str, Any]]]:
+    """The rows in their order, and the seeds in theirs."""
+    return {name: sorted(runs, key=compare.seed) for name in table.rows if (runs := results[table.title].get(name))}
+
+
+def draw(out: Path, given: Given, tables: list[Table], results: Results) -> None:
+    for table in tables:
+        if groups := groups_of(table, results):
+            compare.draw(out / slug(table.title), groups)
+    runs = [run for groups in results.values() for one in groups.values() for run in one]
+    if given.table in ("budget", "cifar10") and runs:
+        plots.over_budget(out / "budget.png", compare.budgets(runs))
+
+
 def write(out: Path, given: Given, tables: list[Table], results: Results) -> None:
     """After every run: a table that was interrupted is there as far as it came."""
     text, kept = [], {}
     for table in tables:
-        groups = {name: sorted(runs, key=compare.seed) for name in table.rows if (runs := results[table.title].get(name))}
+        groups = groups_of(table, results)
         kept[table.title] = {name: [figures_of(run) for run in runs] for name, runs in groups.items()}
         if groups:
             against = [name for name in table.against if name in groups]
             text.append(f"### {table.title}\n\n{compare.table(groups, against, reported_of(groups))}\n")
-            compare.draw(out / slug(table.title), groups)
     environment = checkpoint.environment(
         processes.device(given.device if given.device != "auto" else settings.checked(Config()).machine.device)
     )
@@ -232,9 +246,6 @@ def write(out: Path, given: Given, tables: list[Table], results: Results) -> Non
     text.append(f"`{environment['command']}`, {environment['device']}, {given.threads} thread(s) a run, {given.jobs} at a time, {versions}")
     checkpoint.write_json(out / "results.json", {"environment": environment, "tables": kept})
     checkpoint.write_text(out / "results.md", "\n".join(text) + "\n")
-    if given.table == "budget":
-        runs = [run for groups in results.values() for one in groups.values() for run in one]
-        plots.over_budget(out / "budget.png", compare.budgets(runs))
 
 
 def reported_of(groups: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
