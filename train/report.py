@@ -125,7 +125,9 @@ class Loggers:
         self.senders = [SENDERS[name](run) for name in run.config.records.log_to] if processes.rank() == 0 else []
 
     def send(self, row: dict[str, Any]) -> None:
-        figures = {name: value for name, value in row.items() if isinstance(value, int | float) and name not in ("epoch", "of", "processes")}
+        figures = {
+            name: value for name, value in row.items() if isinstance(value, int | float) and name not in ("epoch", "of", "processes")
+        }
         for send, _ in self.senders:
             send(figures, row["epoch"])
 
