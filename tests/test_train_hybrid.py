@@ -285,6 +285,7 @@ def test_resume_extends(tmp_path, several):
     assert after[: len(before)] == before and [row["epoch"] for row in after] == list(range(epochs))
     metrics = json.loads((tops[-1] / "metrics.json").read_text())
     assert metrics["updates"] == 2 * epochs and metrics["best_epoch"] == epochs - 1 and metrics["config"]["optimiser"]["epochs"] == epochs
+    assert metrics["of_epochs"] == [len(before), epochs] and "The run was extended" in (tops[-1] / "README.md").read_text(encoding="utf-8")
 
 
 def test_stopped_in_an_evaluation(tmp_path, monkeypatch):

@@ -217,7 +217,7 @@ class Stopped(Exception):
 
 def patient(loader: DataLoader, what: str, stopped: Callable[[], object]) -> Iterator:
     """The loader's batches; where none comes, an OSError that says what to change, or ``Stopped`` within ``POLL`` seconds."""
-    batches, waited = iter(loader), 0.0
+    batches, waited = begun(loader), 0.0
     while True:
         try:
             batch = next(batches)
@@ -236,6 +236,17 @@ def patient(loader: DataLoader, what: str, stopped: Callable[[], object]) -> Ite
             continue
         waited = 0.0
         yield batch
+
+
+def begun(loader: DataLoader) -> Iterator:
+    """Workers that stay from one iteration to the next are asked whether they are ready; those that do not say so in time are replaced."""
+    try:
+        return iter(loader)
+    except RuntimeError as error:
+        if "timed out" not in str(error):
+            raise
+        loader._iterator = None
+        return iter(loader)
 
 
 def loader_options(workers: int) -> dict:
@@ -292,6 +303,7 @@ class Batches:
         """Every image once, or every one of a part, for evaluation."""
         indices = torch.arange(len(self.labels)) if part is None else torch.arange(part.start, part.stop)
         whole = len(indices) // size * size
-        yield from self(indices[:whole].view(-1, size))
+        if whole:  # or the workers would be begun and at once begun again, before they can answer
+            yield from self(indices[:whole].view(-1, size))
         if whole < len(indices):
             yield from self(indices[None, whole:])

@@ -92,7 +92,7 @@ def train(config: Config, data: datasets.Data, *, resume: bool = False) -> dict[
             except Stopped:
                 leave_if_stopped(unsaved=True)
 
-            row = {"epoch": run.epoch, **run.means(), "processes": processes.count()}
+            row = {"epoch": run.epoch, "of": epochs, **run.means(), "processes": processes.count()}
             row["seconds"] = time.perf_counter() - began
             row["images"] = indices.numel()
             row["images_per_second"] = (run.step - first) * indices.shape[1] / row["seconds"]

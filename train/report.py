@@ -89,6 +89,7 @@ def report(run: Run) -> dict[str, Any]:
         "images": sum(row["images"] for row in run.history),
         "seconds": sum(row["seconds"] for row in run.history),
         "processes": sorted({row.get("processes", 1) for row in run.history}),  # more than one number: it was resumed by other ones
+        "of_epochs": sorted({row.get("of", config.optimiser.epochs) for row in run.history}),  # more than one: extended, its schedules too
         "source": METHODS[config.method.method].source,
         "config": as_json(config),
     }
@@ -124,7 +125,9 @@ class Loggers:
         self.senders = [SENDERS[name](run) for name in run.config.records.log_to] if processes.rank() == 0 else []
 
     def send(self, row: dict[str, Any]) -> None:
-        figures = {name: value for name, value in row.items() if isinstance(value, int | float) and name not in ("epoch", "processes")}
+        figures = {
+            name: value for name, value in row.items() if isinstance(value, int | float) and name not in ("epoch", "of", "processes")
+        }
         for send, _ in self.senders:
             send(figures, row["epoch"])
 

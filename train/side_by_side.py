@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import queue
 import signal
@@ -27,6 +28,7 @@ def work(train_one: Callable[[Config], Metrics], tasks: Any, results: Any) -> No
             results.put((number, train_one(config), None))
         except (ValueError, OSError, FloatingPointError) as error:
             results.put((number, None, f"{config.records.out}: {error}"))
+        gc.collect()  # a run refers to itself, and would keep its memory and its workers
 
 
 def trained(configs: list[Config], jobs: int, train_one: Callable[[Config], Metrics]) -> Iterator[tuple[int, Metrics]]:
