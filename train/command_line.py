@@ -84,5 +84,4 @@ DEMONSTRATION: dict[str, Any] = {
     "seeds": 3,
     "against": ("ce", "ce-balanced", "logit-adjustment", "ours"),
     "jobs": 2,
-    "threads": 1,
 }

@@ -192,11 +192,14 @@ def perform(config: Config, asked: Command) -> None:
         data = checked_data(config.images)
     if settings.of_several(config) and not asked.eval_only and processes.rank() == 0:
         write_config(config)
+    threads = config.machine.threads
+    if records.jobs > 1 and threads is None:  # each with all cores, they would wait for one another
+        threads = max(1, torch.get_num_threads() // records.jobs)
     planned = []
     for name, one in runs.items():
         for seed in range(records.seed, records.seed + records.seeds):
             folder = out / name / f"seed-{seed}" if records.against else out / f"seed-{seed}" if records.seeds > 1 else out
-            planned.append((name, settings.change(one, seed=seed, seeds=1, against=(), jobs=1, out=folder)))
+            planned.append((name, settings.change(one, seed=seed, seeds=1, against=(), jobs=1, threads=threads, out=folder)))
     extend = asked.resume is not None
     if asked.eval_only:
         results = [evaluate_again(one, data) for _, one in planned]

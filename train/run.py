@@ -233,7 +233,7 @@ class Run:
         feature, classifier, right = (processes.total(self.sums) / self.step).tolist()
         stage = self.stage
         return {
-            "alpha": stage.alpha,
+            "alpha": stage.alpha if self.feature.views else None,
             "lr": self.lr_now,
             "feature_loss": feature if stage.views else None,
             "chance": self.chance if stage.views else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,6 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+for stream in (sys.stdout, sys.stderr):  # a terminal that has no α shows its escape; what has no encoding (a test's) is left alone
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="backslashreplace")
 console = Console()
 
 
