@@ -82,6 +82,7 @@ def parse(arguments: list[str], description: str | None = None) -> tuple[Config,
 #: What the command without any argument adds.
 DEMONSTRATION: dict[str, Any] = {
     "seeds": 3,
-    "against": ("ce", "ce-balanced", "logit-adjustment", "ours"),
+    "data_seeds": True,
+    "against": ("ce", "logit-adjustment", "ours"),
     "jobs": 2,
 }

@@ -75,25 +75,32 @@ def won(differences: Sequence[float]) -> str:
     return f"{spread(differences, '{:+.1f}')} ({sum(d > 0 for d in differences)}/{len(differences)})" if differences else "–"
 
 
-def rows(groups: Mapping[str, Sequence[Run]], against: Sequence[str], reported: Mapping[str, str] | None = None) -> Rows:
+BRIEF = ("balanced", "few", "worst")
+
+
+def rows(
+    groups: Mapping[str, Sequence[Run]], against: Sequence[str], reported: Mapping[str, str] | None = None, *, brief: bool = False
+) -> Rows:
     """A header, then a row for each group of runs: test accuracies in percent, differences of balanced accuracy to the groups ``against``.
 
-    ``reported`` is what others found, by group, as it is to be shown.
+    ``reported`` is what others found, by group, as it is to be shown. In brief there are BRIEF and the differences alone.
     """
     for option, names in (("against", against), ("reported", reported or {})):
         if missing := [name for name in names if name not in groups]:
             raise ValueError(f"{option} must name groups among {', '.join(groups)}, got {', '.join(missing)}")
     every = [run for runs in groups.values() for run in runs]
-    figures = {key: title for key, title in FIGURES.items() if any(run["best"].get(key) is not None for run in every)}
+    shown = BRIEF if brief else tuple(FIGURES)
+    figures = {key: FIGURES[key] for key in shown if any(run["best"].get(key) is not None for run in every)}
+    costs = () if brief else ("updates", "images")
     titles, theirs = list(figures.values()), [] if reported is None else ["reported"]
-    found = [["", "updates", "images", *titles[:1], *theirs, *titles[1:], *(f"− {name}" for name in against), "s a run"]]
+    found = [["", *costs, *titles[:1], *theirs, *titles[1:], *(f"− {name}" for name in against), *([] if brief else ["s a run"])]]
     for name, runs in groups.items():
         ours = [spread([run["best"].get(figure) for run in runs]) for figure in figures]
         differences = ["" if name == other else won(paired(runs, groups[other])) for other in against]
-        cost = [_one_or_range([run[key] for run in runs]) for key in ("updates", "images")]
-        seconds = f"{statistics.mean(run['seconds'] for run in runs):.0f}"
+        cost = [_one_or_range([run[key] for run in runs]) for key in costs]
+        seconds = [] if brief else [f"{statistics.mean(run['seconds'] for run in runs):.0f}"]
         said = [] if reported is None else [reported.get(name, "–")]
-        found.append([name, *cost, *ours[:1], *said, *ours[1:], *differences, seconds])
+        found.append([name, *cost, *ours[:1], *said, *ours[1:], *differences, *seconds])
     return found
 
 

@@ -17,24 +17,20 @@ The defaults that --help shows are those of the --data and the --method beside i
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import functools
 import json
 import math
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import checkpoint
-import compare
 import data as datasets
 import evaluate
 import processes
 import settings
-import side_by_side
+import several
 import torch
 from check import check_images
 from command_line import Command, parse
@@ -178,63 +174,34 @@ def command(config: Config, asked: Command) -> None:
 
 
 def perform(config: Config, asked: Command) -> None:
-    records, out = config.records, config.records.out
+    records, out, own = config.records, config.records.out, config.method.method
     begun = processes.told((out / "config.json").exists())
     if begun and not (asked.resume or asked.eval_only or processes.restarts("RESTART_COUNT")):
         raise ValueError(f"out {out} holds a run already: go on with --resume {out}, or name another folder")
-    own = config.method.method
-    if len({own, *records.against}) <= len(records.against):
-        raise ValueError(f"against must name other methods than {own}, each once, got {', '.join(records.against)}")
     if records.jobs > 1 and processes.launched():
         raise ValueError(f"jobs must be 1 under torchrun, whose processes share each run, got {records.jobs}")
-    runs = {name: beside(config, name) for name in records.against} | {own: config}
-    with processes.first_of_machine_first():
-        data = checked_data(config.images)
+    runs = several.runs_of(config)
+    with processes.first_of_machine_first():  # what may be wrong with the data is said before anything is written
+        classes = checked_data(runs[0].images).classes
     if settings.of_several(config) and not asked.eval_only and processes.rank() == 0:
         write_config(config)
-    threads = config.machine.threads
-    if records.jobs > 1 and threads is None:  # each with all cores, they would wait for one another
-        threads = max(1, torch.get_num_threads() // records.jobs)
-    planned = []
-    for name, one in runs.items():
-        for seed in range(records.seed, records.seed + records.seeds):
-            folder = out / name / f"seed-{seed}" if records.against else out / f"seed-{seed}" if records.seeds > 1 else out
-            planned.append((name, settings.change(one, seed=seed, seeds=1, against=(), jobs=1, threads=threads, out=folder)))
     extend = asked.resume is not None
     if asked.eval_only:
-        results = [evaluate_again(one, data) for _, one in planned]
+        results = [evaluate_again(one, checked_data(one.images)) for one in runs]
     elif records.jobs == 1:
-        results = [finish(one, data, extend=extend) for _, one in planned]
+        results = [metrics_of(one, extend=extend) for one in runs]
     else:
         try:
-            results = several_at_a_time([one for _, one in planned], records.jobs, functools.partial(metrics_of, extend=extend))
+            results = several.trained(runs, records.jobs, functools.partial(metrics_of, extend=extend))
         except SystemExit:
             say(f"stopped; go on with: python train/hybrid.py --resume {out}")
             raise
-    groups: dict[str, list[dict]] = {name: [] for name in runs}
-    for (name, _), metrics in zip(planned, results, strict=True):
-        groups[name].append(metrics)
-    show(groups[own], data.classes)
+    groups = several.by_method(runs, results)
     if records.against:
-        found = compare.rows(groups, records.against)
-        compare.show(console, found, "test, %")
-        if processes.rank() == 0:
-            checkpoint.write_text(out / "comparison.md", compare.markdown(found) + "\n")
-            compare.draw(out, groups)
+        several.show_comparison(groups, own, records.against, out)
+    else:
+        show(groups[own], classes)
     say(f"written to {out}")
-
-
-def several_at_a_time(configs: list[Config], jobs: int, train_one: Callable[[Config], dict]) -> list[dict]:
-    """The metrics of each run."""
-    found = {}
-    trained = side_by_side.trained(configs, jobs, train_one)
-    with progress_bar() as progress, contextlib.closing(trained):
-        bar = progress.add_task(f"{len(configs)} runs, {jobs} at a time", total=len(configs), text="")
-        for number, metrics in trained:
-            method, seed = configs[number].method.method, configs[number].records.seed
-            progress.update(bar, advance=1, text=f"{method}, seed {seed}: {metrics['best']['balanced']:.1f}")
-            found[number] = metrics
-    return [found[number] for number in range(len(configs))]
 
 
 @functools.lru_cache(2)  # runs on the same data read it once in a process
@@ -256,19 +223,6 @@ def checked_data(images: datasets.Images) -> datasets.Data:
     for note in data.notes:
         say(note)
     return data
-
-
-def beside(config: Config, method: str) -> Config:
-    """Another method's run that is to be compared with this one: the same but for the method, and as many images through the network."""
-    settings.named(settings.METHODS, "against", method)
-    theirs, optimiser = settings.method_of(config.images.data, method), config.optimiser
-    classifier = (optimiser.classifier_batch or optimiser.batch) / optimiser.batch
-    ratio = settings.passes(config.method, classifier) / settings.passes(theirs, classifier)
-    changed = dataclasses.replace(settings.change(config, epochs=max(1, round(optimiser.epochs * ratio))), method=theirs)
-    try:
-        return settings.checked(changed)
-    except ValueError as error:
-        raise ValueError(f"against {method}: {error}") from error
 
 
 if __name__ == "__main__":

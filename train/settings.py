@@ -67,6 +67,7 @@ class Machine:
 class Records:
     seed: int = 0  # of weights, samplers and augmentation
     seeds: int = 1  # train this many, seed, seed + 1, ..., and report mean and spread
+    data_seeds: bool = False  # each seed cuts its own tail too: data_seed is the seed
     jobs: int = 1  # of several seeds and methods, how many are trained at the same time, each in a process of its own
     against: tuple[str, ...] = ()  # other methods that are trained beside this one, at equal images, and compared with it seed by seed
     out: Path | None = None  # the run's folder; None: runs/DATA-METHOD-DATE

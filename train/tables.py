@@ -238,7 +238,7 @@ def write(out: Path, given: Given, tables: list[Table], results: Results) -> Non
         kept[table.title] = {name: [figures_of(run) for run in runs] for name, runs in groups.items()}
         if groups:
             against = [name for name in table.against if name in groups]
-            text.append(f"### {table.title}\n\n{compare.table(groups, against, reported_of(groups))}\n")
+            text.append(f"### {table.title}\n\n{compare.table(groups, against, reported_of(groups) or None)}\n")
     environment = checkpoint.environment(
         processes.device(given.device if given.device != "auto" else settings.checked(Config()).machine.device)
     )
