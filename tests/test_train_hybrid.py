@@ -26,6 +26,7 @@ import data as datasets
 import evaluate
 import hybrid
 import settings
+import several
 import terminal
 from hybrid import train
 from methods import METHODS
@@ -422,7 +423,7 @@ def test_beside_another_method_as_many_images_go_through_the_network(tmp_path, m
     config = settings.configure(method="hybrid-sc", **machine)
     data = datasets.load(config.images)
     expected = images(config)
-    beside, alone = hybrid.beside(config, method), settings.configure(method=method, **machine)
+    beside, alone = several.beside(config, method), settings.configure(method=method, **machine)
     assert images(beside) == pytest.approx(expected, rel=0.02) and images(alone) == pytest.approx(expected, rel=0.02)
     assert settings.change(beside, epochs=1000) == settings.change(alone, epochs=1000)
 
