@@ -40,6 +40,7 @@ class Part:
     environment: dict[str, str] = field(default_factory=dict)
     program: str = PYTHON  # without which the part is skipped
     folder: Path = ROOT
+    results: Path | None = None  # a folder whose files, but not its folders, are copied to OUT when the part has ended
 
 
 def standard(out: Path, scratch: Path) -> dict[str, list[Part]]:
@@ -82,19 +83,14 @@ def variants(out: Path, scratch: Path, extensions: list[Path]) -> list[list[Part
     return stages
 
 
-TRAINED = {
-    "sc": "--loss sc",
-    "psc": "--loss psc",
-    "ce": "--loss ce",
-    "ce-balanced": "--loss ce --sampler class-balanced",
-    "logit-adjustment": "--loss ce --logit-adjustment 1",
-}
+def training(scratch: Path, data: Path, seconds: float) -> list[Part]:
+    """Accuracy over images and over updates on CIFAR-10-LT from JPEG copies, several runs side by side, the small budgets first.
 
-
-def training(out: Path, data: Path, seconds: float, epochs: int) -> list[Part]:
-    """The paper's CIFAR-10-LT from JPEG copies, all methods at the same time. A run that is stopped can be resumed from its folder."""
-    command = [PYTHON, "train/hybrid.py", "--data", "cifar10-jpeg", "--root", str(data), "--epochs", str(epochs), "--no-pictures"]
-    return [Part(f"train-{name}", seconds, [*command, *how.split(), "--out", str(out / f"train-{name}")]) for name, how in TRAINED.items()]
+    What there is of the table when the limit comes is kept: the runs' own folders are not.
+    """
+    command = [PYTHON, "train/tables.py", "budget", "--root", str(data), "--seeds", "2", "--jobs", "8", "--device", "cuda"]
+    where = scratch / "budget"
+    return [Part("budget", seconds, [*command, "--precision", "bf16", "--out", str(where)], results=where)]
 
 
 def start(part: Part, log: Path) -> subprocess.Popen | str:
@@ -163,6 +159,9 @@ def drive(stages: list[list[Part]], out: Path, scratch: Path) -> bool:
     log = b"\n".join([f"{datetime.datetime.now(datetime.timezone.utc):%FT%TZ}".encode(), *map(said, DESCRIBED)]) + b"\n"
     print(log.decode(errors="replace"), end="", flush=True)
     for part, result, seconds, text in ended(stages, scratch):
+        for file in part.results.glob("*.*") if part.results else ():
+            if file.is_file():
+                shutil.copy(file, out / f"{part.name}-{file.name}")
         results.append({"part": part.name, "result": result, "seconds": round(seconds, 1)})
         print(f"== {part.name}: {result}, {seconds:.0f} s; {time.monotonic() - begin:.0f} s in all", flush=True)
         for line in text.decode(errors="replace").splitlines()[-SHOWN:]:
@@ -194,7 +193,6 @@ def main() -> int:
     parser.add_argument("--extensions", nargs="+", type=Path, default=[], help="for variants: other builds of fastsupcon/_C, named apart")
     parser.add_argument("--data", type=Path, help="for train: the folder of the JPEG copies of CIFAR-10")
     parser.add_argument("--seconds", type=float, default=400, help="for train: its limit")
-    parser.add_argument("--epochs", type=int, default=200, help="for train")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(names):
         parser.error(f"no such part: {', '.join(sorted(unknown))}")
@@ -210,7 +208,7 @@ def main() -> int:
         stages = [stage for name, stage in standard(out, scratch).items() if name in options.parts or not options.parts]
         stages += variants(out, scratch, [extension.resolve() for extension in options.extensions])
         if options.data:
-            stages.append(training(out, options.data.resolve(), options.seconds, options.epochs))
+            stages.append(training(scratch, options.data.resolve(), options.seconds))
         return 0 if drive(stages, out, scratch) else 1
 
 

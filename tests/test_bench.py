@@ -368,6 +368,17 @@ def test_the_gpu_driver_ends_its_parts_when_it_is_ended(tmp_path):
     assert not runs(int(file.read_text()))
 
 
+def test_what_a_part_has_written_is_kept_when_its_limit_ends_it(tmp_path):
+    """Its folders are not: a call's results are a few files."""
+    where, out = tmp_path / "table", tmp_path / "out"
+    (where / "runs").mkdir(parents=True)
+    out.mkdir()
+    code = f"import pathlib, time; pathlib.Path({str(where / 'results.md')!r}).write_text('half'); time.sleep(60)"
+    parts = [gpu.Part("budget", 3, [sys.executable, "-c", code], results=where)]
+    assert not gpu.drive([parts], out, tmp_path)
+    assert (out / "budget-results.md").read_text() == "half" and not (out / "runs").exists()
+
+
 @pytest.mark.parametrize("arguments", [["no-such-part"], ["variants"], ["train"], ["--data", "D"], ["ladder", "--extensions", "A.so"]])
 def test_the_gpu_driver_refuses_what_it_cannot_run(arguments, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gpu", str(tmp_path / "out"), *arguments])

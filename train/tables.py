@@ -172,8 +172,9 @@ def configure(given: Given, table: Table, row: Settings, seed: int, out: Path) -
         of_epoch = max(1, len(hybrid.checked_data(base.images).train) // batch) * batch
         base = settings.change(base, epochs=round(images / (of_epoch * passes(base.method))))
     machine = {"device": given.device, "precision": given.precision, "compile": given.compile, "threads": given.threads}
-    records = {"pictures": False, "seed": seed, "data_seed": seed if data == "digits" else 0, "out": out}
-    return settings.checked(settings.change(base, epochs=max(1, round(given.shorten * base.optimiser.epochs)), **machine, **records))
+    epochs = max(1, round(given.shorten * base.optimiser.epochs))
+    records = {"pictures": False, "eval_every": epochs, "seed": seed, "data_seed": seed if data == "digits" else 0, "out": out}
+    return settings.checked(settings.change(base, epochs=epochs, **machine, **records))
 
 
 def slug(name: str) -> str:
