@@ -230,9 +230,11 @@ def test_defaults_are_the_recipes():
     assert not config.records.pictures and config.records.seeds == 1
 
 
-def test_without_an_argument_it_demonstrates():
+def test_without_an_argument_it_demonstrates(monkeypatch):
     config, _ = parse([])
     assert config == settings.change(settings.recipe("digits", "hybrid-sc"), **DEMONSTRATION)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert parse([])[0] == settings.recipe("digits", "hybrid-sc")
     assert config.records.against and set(config.records.against) <= METHODS.keys() - {"hybrid-sc"}
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import processes
 import settings
 import tyro
 from settings import Config
@@ -56,7 +57,7 @@ def parse(arguments: list[str], description: str | None = None) -> tuple[Config,
     else:
         network = settings.trained_network(chosen.network, chosen.pretrained, chosen.weights)
         base = settings.recipe(chosen.data or "digits", chosen.method or "hybrid-sc", paper=chosen.paper, network=network)
-        if not any(not one.startswith("-h") and one != "--help" for one in arguments):
+        if not processes.launched() and all(one in ("-h", "--help") for one in arguments):  # torchrun's processes share one run
             base = settings.change(base, **DEMONSTRATION)
     named = {group: name for group in settings.AUGMENTS if (name := getattr(chosen, f"{group}_as"))}
     if named and stored:
