@@ -97,6 +97,22 @@ def test_what_a_run_says_is_wrong_is_told(tmp_path):
     assert process.returncode == 1 and "the loss is not finite" in text and "Traceback" not in text
 
 
+def test_a_row_that_one_table_has_is_enough(tmp_path):
+    runs = tables.planned(Given("methods", seeds=1, only=("bcl", "ours")), tables.METHOD_TABLES, tmp_path)
+    assert [(title, name) for title, name, _ in runs] == [("Equal images", "bcl"), ("Equal images", "ours"), ("Equal updates", "ours")]
+
+
+def test_how_often_a_run_is_evaluated(tmp_path):
+    """Once in a table, whose last epoch counts; in a sweep as it says, and else ten times, of which validation chooses."""
+
+    def every(given):
+        return {config.records.eval_every for _, _, config in tables.planned(given, tables.tables_of(given), tmp_path)}
+
+    assert every(Given("ablation", seeds=1, only=("reverse",))) == {53}
+    assert every(Given("sweep", seeds=1, set=(("eval_every", "5"), ("validation", "0.1")))) == {5}
+    assert every(Given("sweep", seeds=1, set=(("validation", "0.1"),))) == {None}
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -27,9 +27,8 @@ class Method:
     method: str = "hybrid-sc"
     feature_loss: str = "sc"  # of the feature branch: none, sc, psc, mpsc, bcl, paco, gpaco, kcl
     classifier_loss: str = "ce"  # of the classifier branch: ce, focal, ldam; none where the feature loss trains the classifier
-    schedule: str = (
-        "parabolic-decay"  # of alpha: parabolic-decay, linear, cosine, constant, parabolic-increment, beta, switch, two-stage, sum
-    )
+    # of alpha: parabolic-decay, linear, cosine, constant, parabolic-increment, beta, switch, two-stage, sum
+    schedule: str = "parabolic-decay"
     switch_at: float = 0.5  # fraction of the epochs at which "switch" and "two-stage" go from features to classifier
     loss_weights: tuple[float, float] = (1.0, 1.0)  # of the feature loss and the classifier's, beside the schedule's
     feature_sampler: Rule = "instance"  # of the feature branch; of the first of two stages

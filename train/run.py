@@ -80,9 +80,8 @@ class Run:
         self.classifier_loss = CLASSIFIER_LOSSES[method.classifier_loss](self.setup).to(self.device)
         self.class_weights = class_weights(method.class_weights, data.counts).to(self.device) if method.class_weights else None
         self.parameters = [*self.network.parameters(), *self.feature_loss.parameters()]
-        self.lr = torch.zeros(
-            (), device=self.device
-        )  # a tensor, as are the weights: a new value is written, nothing compiled or waited for
+        # A tensor, as are the weights: a new value is written, nothing compiled or waited for.
+        self.lr = torch.zeros((), device=self.device)
         self.optimizer = make_optimizer(config, self.parameters, self.lr)
         self.autocast = torch.autocast(self.device.type, DTYPES[machine.precision], enabled=machine.precision != "fp32")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=machine.precision == "fp16")

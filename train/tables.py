@@ -173,7 +173,9 @@ def configure(given: Given, table: Table, row: Settings, seed: int, out: Path) -
         base = settings.change(base, epochs=round(images / (of_epoch * passes(base.method))))
     machine = {"device": given.device, "precision": given.precision, "compile": given.compile, "threads": given.threads}
     epochs = max(1, round(given.shorten * base.optimiser.epochs))
-    records = {"pictures": False, "eval_every": epochs, "seed": seed, "data_seed": seed if data == "digits" else 0, "out": out}
+    if given.table != "sweep":  # which may set how often, and whose data may have validation images, that choose among the evaluations
+        base = settings.change(base, eval_every=epochs)
+    records = {"pictures": False, "seed": seed, "data_seed": seed if data == "digits" else 0, "out": out}
     return settings.checked(settings.change(base, epochs=epochs, **machine, **records))
 
 
@@ -183,10 +185,11 @@ def slug(name: str) -> str:
 
 def planned(given: Given, tables: list[Table], out: Path) -> list[tuple[str, str, Config]]:
     """Title, row and settings of each run."""
+    every = {name: None for table in tables for name in table.rows}
+    if unknown := set(given.only) - every.keys():
+        raise ValueError(f"only must be among {', '.join(every)}, got {', '.join(sorted(unknown))}")
     runs = []
     for table in tables:
-        if unknown := set(given.only) - set(table.rows):
-            raise ValueError(f"only must be among {', '.join(table.rows)}, got {', '.join(sorted(unknown))}")
         for seed in range(given.seed, given.seed + given.seeds):
             for name, row in table.rows.items():
                 if not given.only or name in given.only:
