@@ -14,7 +14,7 @@ pytest.importorskip("pooch", reason="needs the [train] extra")
 pytest.importorskip("sklearn", reason="needs the [train] extra")
 
 import data as datasets
-from data import Images, Split, load, long_tail, long_tail_counts, read_list, shots
+from data import Source, Split, load, long_tail, long_tail_counts, read_list, shots
 from files import random_resized_crop
 from PIL import Image
 
@@ -94,7 +94,7 @@ def test_known_splits(imbalance):
 
 def test_the_fields_split_is_said(tmp_path, monkeypatch):
     npz(tmp_path)
-    images = Images(data="cifar10-jpeg", root=tmp_path, imbalance=4)
+    images = Source(data="cifar10-jpeg", root=tmp_path, imbalance=4)
     found = load(images)
     assert found.kept.tolist() == [*np.random.RandomState(0).permutation(8)[:8], *found.kept[8:]] and found.notes == []
     monkeypatch.setitem(datasets.DATASETS["cifar10-jpeg"].splits, 4, found.split_hash)
@@ -110,9 +110,9 @@ def test_every_data_set_is_one_entry():
         images = datasets.defaults(name)
         assert (images.imbalance, images.many, images.few) == (known.imbalance, known.many, known.few)
         assert len(known.mean) == len(known.std) == (3 if known.shape is None else known.shape[0] if known.shape else 1)
-    assert datasets.defaults("digits", validation=0.1) == Images(imbalance=20, many=40, few=15, validation=0.1)
+    assert datasets.defaults("digits", validation=0.1) == Source(imbalance=20, many=40, few=15, validation=0.1)
     with pytest.raises(ValueError, match=r"data must be one of digits, .*, got 'cifar'"):
-        load(Images(data="cifar"))
+        load(Source(data="cifar"))
 
 
 def test_a_data_set_of_ones_own_is_one_entry(monkeypatch):
@@ -140,11 +140,11 @@ def test_a_data_set_of_ones_own_is_one_entry(monkeypatch):
 def test_an_option_that_cannot_act_is_refused(options, message):
     paths = {name: Path(value) if name in ("root", "train_list", "val_list") else value for name, value in options.items()}
     with pytest.raises(ValueError, match=message):
-        load(Images(**paths))
+        load(Source(**paths))
 
 
 def test_digits():
-    data = load(Images(imbalance=20))
+    data = load(Source(imbalance=20))
     assert data.counts.tolist() == [100, 71, 51, 36, 26, 18, 13, 9, 6, 5]
     assert len(data.train) == 335 and len(data.test) == 797 and data.train.images.dtype == torch.uint8
 
@@ -152,12 +152,12 @@ def test_digits():
         return {(int(label), image.numpy().tobytes()) for image, label in zip(split.images, split.labels, strict=True)}
 
     assert not keys(data.train) & keys(data.test)
-    other = load(Images(imbalance=20, data_seed=1))
+    other = load(Source(imbalance=20, data_seed=1))
     assert keys(other.train) != keys(data.train) and other.counts.tolist() == data.counts.tolist()
 
 
 def test_validation_is_held_out_of_train_class_by_class():
-    whole, data = load(Images(imbalance=20)), load(Images(imbalance=20, validation=0.2))
+    whole, data = load(Source(imbalance=20)), load(Source(imbalance=20, validation=0.2))
     held = data.validation.labels.bincount()
     assert (data.counts + held).tolist() == whole.counts.tolist()
     assert held.tolist() == [20, 14, 10, 7, 5, 4, 3, 2, 1, 1]
@@ -199,7 +199,7 @@ def lists(tmp_path, train, test):
     picture(tmp_path / "b.png", (0, 0, 0))
     for name, labels in (("train", train), ("test", test)):
         (tmp_path / name).write_text("".join(f"b.png {label}\n" for label in labels))
-    return Images(data="list", root=tmp_path, train_list=tmp_path / "train", test_list=tmp_path / "test")
+    return Source(data="list", root=tmp_path, train_list=tmp_path / "train", test_list=tmp_path / "test")
 
 
 @pytest.mark.parametrize(
@@ -219,9 +219,9 @@ def test_bad_labels(tmp_path, train, test, message):
 
 def test_lists_need_their_files(tmp_path):
     with pytest.raises(ValueError, match="root must be given for data 'list'"):
-        load(Images(data="list"))
+        load(Source(data="list"))
     with pytest.raises(FileNotFoundError, match="missing"):
-        load(Images(data="list", root=tmp_path, train_list=tmp_path / "missing", test_list=tmp_path / "missing"))
+        load(Source(data="list", root=tmp_path, train_list=tmp_path / "missing", test_list=tmp_path / "missing"))
 
 
 @pytest.mark.parametrize("held", ["test", None])
@@ -231,7 +231,7 @@ def test_image_folder(tmp_path, held):
             picture(tmp_path / ("train" if held else "") / c / f"{i}.png", color)
         if held:
             picture(tmp_path / held / c / "t.png", color)
-    data = load(Images(data="folder", root=tmp_path, imbalance=4))
+    data = load(Source(data="folder", root=tmp_path, imbalance=4))
     assert data.classes == ["cat", "dog"]
     assert data.counts.tolist() == ([10, 2] if held else [8, 2])
     assert len(data.test) == (2 if held else 4)
@@ -279,7 +279,7 @@ def test_empty_class_folder_is_named(tmp_path):
         picture(tmp_path / "cat" / f"{i}.png", (0, 0, 0))
     (tmp_path / "no dog").mkdir()
     with pytest.raises(ValueError, match=r"got none for 1 of 2 classes: no dog$"):
-        load(Images(data="folder", root=tmp_path))
+        load(Source(data="folder", root=tmp_path))
 
 
 def test_every_image_once_for_evaluation():
@@ -304,16 +304,16 @@ def npz(tmp_path, corrupt=False):
 
 def test_jpeg_npz(tmp_path):
     npz(tmp_path)
-    data = load(Images(data="cifar10-jpeg", root=tmp_path, imbalance=4))
+    data = load(Source(data="cifar10-jpeg", root=tmp_path, imbalance=4))
     assert data.counts.tolist() == [8, 2] and data.classes == ["a", "b"] and data.train.images.shape == (10, 3, 32, 32)
     assert data.test.images[2:].float().mean() > data.test.images[:2].float().mean() + 100
     npz(tmp_path, corrupt=True)
     with pytest.raises(ValueError, match="image 0 is not a readable image"):
-        load(Images(data="cifar10-jpeg", root=tmp_path))
+        load(Source(data="cifar10-jpeg", root=tmp_path))
     with pytest.raises(FileNotFoundError, match=r"mnist-63k\.npz does not exist"):
-        load(Images(data="mnist", root=tmp_path))
+        load(Source(data="mnist", root=tmp_path))
     with pytest.raises(ValueError, match="root must be given for data 'mnist'"):
-        load(Images(data="mnist"))
+        load(Source(data="mnist"))
 
 
 def test_fashion_mnist_from_root_checks_the_checksum(tmp_path, monkeypatch):
@@ -326,11 +326,11 @@ def test_fashion_mnist_from_root_checks_the_checksum(tmp_path, monkeypatch):
             blob = gzip.compress(bytes(header) + body.tobytes())
             (tmp_path / f"{prefix}-{kind}-ubyte.gz").write_bytes(blob)
             monkeypatch.setitem(datasets.MD5, f"{prefix}-{kind}-ubyte.gz", hashlib.md5(blob).hexdigest())
-    data = load(Images(data="fashion-mnist-lt", root=tmp_path, imbalance=2))
+    data = load(Source(data="fashion-mnist-lt", root=tmp_path, imbalance=2))
     assert data.counts.tolist() == [2] + [1] * 9 and data.test.images.shape == (10, 1, 28, 28)
     (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(b"cut short")
     with pytest.raises(ValueError, match=r"t10k-labels-idx1-ubyte\.gz must have md5 .* got"):
-        load(Images(data="fashion-mnist-lt", root=tmp_path))
+        load(Source(data="fashion-mnist-lt", root=tmp_path))
 
 
 def write_cifar(folder, monkeypatch, name):
@@ -358,7 +358,7 @@ def write_cifar(folder, monkeypatch, name):
 @pytest.mark.parametrize(("archive", "images", "classes"), [("cifar-10", 50, 10), ("cifar-100", 100, 100)])
 def test_cifar_archive(tmp_path, monkeypatch, archive, images, classes):
     _, pixels = write_cifar(tmp_path, monkeypatch, archive)
-    data = load(Images(data=f"{archive.replace('-', '')}-lt", root=tmp_path))
+    data = load(Source(data=f"{archive.replace('-', '')}-lt", root=tmp_path))
     assert len(data.train) == images and len(data.classes) == classes
     assert torch.equal(data.test.images[3].flatten(), pixels[3])
 
@@ -381,7 +381,7 @@ def test_download(tmp_path, monkeypatch, capfd):
     served.mkdir()
     path, pixels = write_cifar(served, monkeypatch, "cifar-100")
     monkeypatch.setattr(pooch, "os_cache", lambda _: cache)
-    source = Images(data="cifar100-lt")
+    source = Source(data="cifar100-lt")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=served)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setattr(datasets, "CIFAR", f"http://127.0.0.1:{server.server_port}/")
@@ -411,7 +411,7 @@ def differences(root, change):
 
     other = shutil.copytree(root, root.parent / "other")
     change(other)
-    was, now = (load(Images(data="folder", root=path)).fingerprint for path in (root, other))
+    was, now = (load(Source(data="folder", root=path)).fingerprint for path in (root, other))
     assert json.loads(json.dumps(was)) == was
     return datasets.describe_difference(was, now)
 
@@ -441,8 +441,8 @@ def test_other_data_is_told_apart(tmp_path, change, told):
 
 
 def test_other_settings_are_other_data():
-    whole, tail, seeded = (load(images).fingerprint for images in (Images(), Images(imbalance=20), Images(data_seed=1)))
-    assert datasets.describe_difference(whole, load(Images()).fingerprint) == []
+    whole, tail, seeded = (load(images).fingerprint for images in (Source(), Source(imbalance=20), Source(data_seed=1)))
+    assert datasets.describe_difference(whole, load(Source()).fingerprint) == []
     assert datasets.describe_difference(whole, tail)[0].startswith("train: 335 images, were 1000, 1 has 71 images, had 100, 2 has 51")
     assert len(datasets.describe_difference(whole, seeded)) == 2  # train and test
-    assert datasets.describe_difference(whole, load(Images(validation=0.1)).fingerprint)[1] == "validation: none before, 100 now"
+    assert datasets.describe_difference(whole, load(Source(validation=0.1)).fingerprint)[1] == "validation: none before, 100 now"

@@ -14,7 +14,7 @@ pytest.importorskip("sklearn", reason="needs the [train] extra")
 
 import files
 from check import check_images
-from data import Images, Split, describe_difference, load
+from data import Source, Split, describe_difference, load
 from files import Batches, Files, Stopped, decode
 from PIL import Image
 
@@ -120,7 +120,7 @@ def folder(root, images=3):
             (root / split / name).mkdir(parents=True)
             for i in range(images):
                 Image.fromarray(random.integers(0, 255, (24, 24, 3), dtype=np.uint8)).save(root / split / name / f"{i}.jpg")
-    return Images(data="folder", root=root, workers=0)
+    return Source(data="folder", root=root, workers=0)
 
 
 def cut(path):
@@ -179,7 +179,7 @@ def test_an_unwritable_cache_is_said(tmp_path):
 
 
 def test_images_in_memory_need_no_check():
-    data = load(Images())
+    data = load(Source())
     assert check_images(data, 2) is data
 
 

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("pooch", reason="needs the [train] extra")
 pytest.importorskip("sklearn", reason="needs the [train] extra")
 
-from data import Images, load
+from data import Source, load
 from folders import read_folder, read_list
 from PIL import Image
 
@@ -24,7 +24,7 @@ def fill(root, classes=("cat", "dog", "emu"), images=4):
 
 
 def sizes(root):
-    data = load(Images(data="folder", root=root))
+    data = load(Source(data="folder", root=root))
     return data.classes, len(data.train), data.validation and len(data.validation), len(data.test)
 
 
@@ -34,7 +34,7 @@ def test_two_splits_in_any_spelling(tmp_path, train, held):
     fill(tmp_path / train, images=4)
     fill(tmp_path / held, images=2)
     assert sizes(tmp_path) == (["cat", "dog", "emu"], 12, None, 6)
-    notes = load(Images(data="folder", root=tmp_path)).notes
+    notes = load(Source(data="folder", root=tmp_path)).notes
     assert any(f"train is {train}/" in note and f" is {held}/" in note for note in notes)
     assert any("validation split is the test set" in note for note in notes) == ("test" not in held.lower())
 
@@ -44,13 +44,13 @@ def test_three_splits(tmp_path):
         fill(tmp_path / name, images=images)
     assert sizes(tmp_path) == (["cat", "dog", "emu"], 12, 3, 6)
     with pytest.raises(ValueError, match=r"validation must be 0 where the data has a validation split of its own, got 0\.5"):
-        load(Images(data="folder", root=tmp_path, validation=0.5))
+        load(Source(data="folder", root=tmp_path, validation=0.5))
 
 
 def test_no_split(tmp_path):
     fill(tmp_path, images=10)
     assert sizes(tmp_path) == (["cat", "dog", "emu"], 24, None, 6)
-    assert any("a fifth of each class, 6 images" in note for note in load(Images(data="folder", root=tmp_path)).notes)
+    assert any("a fifth of each class, 6 images" in note for note in load(Source(data="folder", root=tmp_path)).notes)
 
 
 def test_a_class_may_be_called_as_a_split(tmp_path):
@@ -101,7 +101,7 @@ def test_suffixes_and_links(tmp_path):
 def test_a_split_may_lack_a_class_of_training(tmp_path):
     fill(tmp_path / "train")
     fill(tmp_path / "test", ["cat", "dog"])
-    data = load(Images(data="folder", root=tmp_path))
+    data = load(Source(data="folder", root=tmp_path))
     assert data.test.labels.bincount(minlength=3).tolist() == [4, 4, 0] and "test has no image of emu" in data.notes
 
 
@@ -125,7 +125,7 @@ def test_what_could_be_read_in_two_ways_is_refused(tmp_path, folders, message):
     for name in folders:
         fill(tmp_path / name, [""])
     with pytest.raises(ValueError, match=message):
-        load(Images(data="folder", root=tmp_path))
+        load(Source(data="folder", root=tmp_path))
 
 
 def test_a_folder_without_images_is_refused_with_what_it_holds(tmp_path):
@@ -133,15 +133,15 @@ def test_a_folder_without_images_is_refused_with_what_it_holds(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.npy").write_bytes(b"")
     with pytest.raises(ValueError, match=r"must hold images, got none: .*ignored 2 files that are not images: 2 \.npy"):
-        load(Images(data="folder", root=tmp_path))
+        load(Source(data="folder", root=tmp_path))
 
 
 def test_a_wrong_root_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"root .*gone must be a folder, got nothing there"):
-        load(Images(data="folder", root=tmp_path / "gone"))
+        load(Source(data="folder", root=tmp_path / "gone"))
     (tmp_path / "file").write_text("")
     with pytest.raises(FileNotFoundError, match=r"root .*file must be a folder, got a file"):
-        load(Images(data="list", root=tmp_path / "file"))
+        load(Source(data="list", root=tmp_path / "file"))
 
 
 # ---- list files
@@ -183,7 +183,7 @@ def test_a_list_file_that_is_wrong_is_named_with_the_line(tmp_path, content, mes
 
 def test_labels_that_start_at_one_or_are_huge_are_refused(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "b.png")
-    images = Images(data="list", root=tmp_path, train_list=tmp_path / "train", test_list=tmp_path / "test")
+    images = Source(data="list", root=tmp_path, train_list=tmp_path / "train", test_list=tmp_path / "test")
     (tmp_path / "test").write_text("b.png 1\n")
     (tmp_path / "train").write_text("b.png 1\nb.png 2\nb.png 2\n")
     with pytest.raises(ValueError, match="every class must have training images, got none for 1 of 3 classes: 0"):

@@ -25,13 +25,13 @@ from folders import read_folder, read_list, some
 from torch import Tensor
 
 __all__ = [
-    "DATASETS", "Batches", "Data", "DataName", "DataSet", "Files", "ImageFiles", "Images", "Split", "decode", "decoded", "defaults",
+    "DATASETS", "Batches", "Data", "DataName", "DataSet", "Files", "ImageFiles", "Source", "Split", "decode", "decoded", "defaults",
     "describe_difference", "load", "long_tail", "long_tail_counts", "read_list", "shots",
 ]  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Images:
+class Source:
     """Where the images come from, and which tail is cut from them. ``defaults`` gives a data set's own."""
 
     data: DataName = "digits"  # all but digits need --root or a download
@@ -56,7 +56,7 @@ class DataSet:
     """What is known of a data set. A new one is an entry of ``DATASETS`` with a function that reads it."""
 
     what: str  # in a line
-    read: Callable[[Images], Data]  # whole: load cuts the tail
+    read: Callable[[Source], Data]  # whole: load cuts the tail
     mean: tuple[float, ...]  # of each channel, of pixels in [0, 1]
     std: tuple[float, ...]
     shape: tuple[int, ...] | None  # channels, height, width; None: files, which image_size brings to size; (): features
@@ -91,13 +91,13 @@ class Data:
         return _digest(self.kept.astype("<i8").tobytes())
 
 
-def defaults(name: DataName, **changes: Any) -> Images:
+def defaults(name: DataName, **changes: Any) -> Source:
     """A data set's own settings, with changes."""
     known = _known(name)
-    return replace(Images(data=name, imbalance=known.imbalance, many=known.many, few=known.few), **changes)
+    return replace(Source(data=name, imbalance=known.imbalance, many=known.many, few=known.few), **changes)
 
 
-def load(images: Images) -> Data:
+def load(images: Source) -> Data:
     known = _known(images.data)
     _refuse_idle_options(images, known)
     data = known.read(images)
@@ -127,7 +127,7 @@ def _known(name: str) -> DataSet:
     return DATASETS[name]
 
 
-def _refuse_idle_options(images: Images, known: DataSet) -> None:
+def _refuse_idle_options(images: Source, known: DataSet) -> None:
     """An option that cannot act is an error, not dropped."""
     if images.data != "list":
         for name in ("train_list", "val_list", "test_list"):
@@ -146,9 +146,9 @@ def _refuse_idle_options(images: Images, known: DataSet) -> None:
             raise FileNotFoundError(f"root {images.root} must be a file, got {'a folder' if images.root.exists() else 'nothing there'}")
     elif images.root is not None and not images.root.is_dir():
         raise FileNotFoundError(f"root {images.root} must be a folder, got {'a file' if images.root.exists() else 'nothing there'}")
-    if known.shape == () and images.image_size != Images.image_size:
+    if known.shape == () and images.image_size != Source.image_size:
         raise ValueError(f"image_size has no meaning for data {images.data!r}, which has no images, got {images.image_size}")
-    if known.shape and images.image_size not in (Images.image_size, known.shape[-1]):
+    if known.shape and images.image_size not in (Source.image_size, known.shape[-1]):
         side = known.shape[-1]
         raise ValueError(f"image_size has no meaning for data {images.data!r}, whose images have side {side}, got {images.image_size}")
     if images.skip_bad_images and not images.check:
@@ -298,7 +298,7 @@ def shots(counts: Tensor, many: int, few: int) -> dict[str, Tensor]:
 # ---- the data sets
 
 
-def _digits(images: Images) -> Data:
+def _digits(images: Source) -> Data:
     """scikit-learn's bundled digits: 100 images of each class to train with, the 797 others are the test set."""
     from sklearn.datasets import load_digits
 
@@ -344,7 +344,7 @@ def _existing(path: Path, what: str) -> Path:
 
 
 def _cifar(archive: str, trains: list[str], test: str, meta: str, fine: str) -> Callable:
-    def read(images: Images) -> Data:
+    def read(images: Source) -> Data:
         with tarfile.open(fetch(CIFAR, archive, images.root)) as tar:  # pickles, from an archive whose checksum was verified
             files = {Path(m.name).name: m for m in tar.getmembers() if m.isfile()}
 
@@ -359,7 +359,7 @@ def _cifar(archive: str, trains: list[str], test: str, meta: str, fine: str) -> 
     return read
 
 
-def _fashion_mnist(images: Images) -> Data:
+def _fashion_mnist(images: Source) -> Data:
     def part(prefix: str) -> Split:
         raw, labels = (
             gzip.decompress(fetch(FASHION, f"{prefix}-{kind}-ubyte.gz", images.root).read_bytes())
@@ -380,7 +380,7 @@ def _npz(root: Path, name: str) -> np.lib.npyio.NpzFile:
         raise ValueError(f"{path} must be an .npz file: {error}") from error
 
 
-def _cifar10_jpeg(images: Images) -> Data:
+def _cifar10_jpeg(images: Source) -> Data:
     """CIFAR-10 as JPEG files end to end (lossy copies): image i is jpeg[offsets[i] : offsets[i + 1]]."""
 
     def part(name: str) -> tuple[Split, list[str]]:
@@ -393,7 +393,7 @@ def _cifar10_jpeg(images: Images) -> Data:
     return Data(train, None, test, classes)
 
 
-def _mnist(images: Images) -> Data:
+def _mnist(images: Source) -> Data:
     with _npz(images.root, "mnist-63k.npz") as file:
         train, test = (
             Split(torch.from_numpy(file[f"{part}_images"])[:, None], torch.from_numpy(file[f"{part}_labels"].astype(np.int64)))
@@ -402,7 +402,7 @@ def _mnist(images: Images) -> Data:
     return Data(train, None, test, [str(d) for d in range(10)])
 
 
-def _folder(images: Images) -> Data:
+def _folder(images: Source) -> Data:
     """As read_folder finds it. Without a test split, validation is the test set; without both, each class gives a fifth to it."""
     found = read_folder(images.root)
     train, validation, test = (found.splits.get(name) for name in ("train", "validation", "test"))
@@ -423,7 +423,7 @@ def _folder(images: Images) -> Data:
     return Data(train, validation, test, found.classes, found.notes, kept)
 
 
-def _lists(images: Images) -> Data:
+def _lists(images: Source) -> Data:
     for name in ("train_list", "test_list"):
         if getattr(images, name) is None:
             raise ValueError(f"{name} must be given for data 'list', got None")
@@ -434,7 +434,7 @@ def _lists(images: Images) -> Data:
     return Data(train, validation, test, [str(c) for c in range(classes)])
 
 
-def _features(images: Images) -> Data:
+def _features(images: Source) -> Data:
     """What features.py wrote: float16 or float32 [N, F] of each split, and which images of the whole training set they are of."""
     try:
         with np.load(images.root) as file:
@@ -526,4 +526,4 @@ DATASETS: dict[str, DataSet] = {
 if TYPE_CHECKING:
     DataName = str
 else:
-    DataName = Literal[tuple(DATASETS)]  # what a command line takes for Images.data
+    DataName = Literal[tuple(DATASETS)]  # what a command line takes for Source.data

@@ -27,7 +27,7 @@ import data as datasets
 import numpy as np
 import torch
 import tyro
-from data import DATASETS, Data, Images, Split
+from data import DATASETS, Data, Source, Split
 from files import Stopped, decode, loader_options, patient, refuse_without_room, stack, to_rgb
 from networks import DTYPES, ON_FEATURES, import_timm, is_timm, make_backbone, of_backbone, read_weights
 from PIL import Image
@@ -42,7 +42,7 @@ PART = 1024  # images of a file of OUT.parts
 class Extraction:
     network: str  # a timm name, with the tag of its weights (vit_base_patch16_clip_224.openai), or a CIFAR ResNet
     out: Path  # F.npz
-    images: tyro.conf.OmitArgPrefixes[Images] = field(default_factory=Images)
+    images: tyro.conf.OmitArgPrefixes[Source] = field(default_factory=Source)
     weights: Path | None = None  # a file: timm's, or a run's last.pt or model.safetensors; None: timm's, from its hub
     width: int = 16  # channels of a CIFAR ResNet's first stage
     batch: int = 64
@@ -220,7 +220,7 @@ def joined(folder: Path, name: str, images: int) -> np.ndarray:
 def parse(arguments: list[str]) -> Extraction:
     """The data set is read first, so that the defaults that are shown are its own."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--data", default=Images.data)
+    first.add_argument("--data", default=Source.data)
     images = datasets.defaults(first.parse_known_args(arguments)[0].data)
     return tyro.cli(Extraction, default=Extraction(tyro.MISSING, tyro.MISSING, images), args=arguments, description=__doc__)
 
@@ -236,7 +236,7 @@ def checked(chosen: Extraction) -> None:
         raise ValueError("data must be images, got 'features'")
     if chosen.images.validation:
         raise ValueError(f"validation is held out by hybrid.py from the features: expected 0, got {chosen.images.validation}")
-    if chosen.images.image_size != Images.image_size:
+    if chosen.images.image_size != Source.image_size:
         raise ValueError(f"image_size is the network's own here, got {chosen.images.image_size}")
 
 

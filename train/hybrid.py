@@ -205,7 +205,7 @@ def perform(config: Config, asked: Command) -> None:
 
 
 @functools.lru_cache(2)  # runs on the same data read it once in a process
-def checked_data(images: datasets.Images) -> datasets.Data:
+def checked_data(images: datasets.Source) -> datasets.Data:
     """The data, every image of which was opened once, unless that is not wanted."""
     data = datasets.load(images)
     if images.check:

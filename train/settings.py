@@ -17,7 +17,7 @@ import processes
 import torch
 import tyro
 from augment import AUGMENTATIONS, Augmentation
-from data import DATASETS, Images, defaults
+from data import DATASETS, Source, defaults
 from methods import CLASSIFIER_LOSSES, FEATURE_LOSSES, METHODS, Method, passes
 from networks import DTYPES, ON_FEATURES, is_timm, make_backbone, timm_settings
 from schedule import SCHEDULES, switch_epoch
@@ -83,7 +83,7 @@ class Records:
 
 @dataclass(frozen=True)
 class Config:
-    images: tyro.conf.OmitArgPrefixes[Images] = field(default_factory=Images)
+    images: tyro.conf.OmitArgPrefixes[Source] = field(default_factory=Source)
     method: tyro.conf.OmitArgPrefixes[Method] = field(default_factory=Method)
     network: tyro.conf.OmitArgPrefixes[Network] = field(default_factory=Network)
     optimiser: tyro.conf.OmitArgPrefixes[Optimiser] = field(default_factory=Optimiser)
