@@ -30,6 +30,7 @@ from augment import Augmentation, Draws
 from hybrid import train
 from run import Run
 from settings import Config
+from test_train_hybrid import acting
 
 ROOT = Path(__file__).parents[1]
 TINY = {
@@ -55,7 +56,7 @@ NORM_ROWS = (3, 1)
 
 
 def tiny(out: Path, method: str = "hybrid-sc", **changes) -> Config:
-    return settings.configure("digits", method, **TINY | changes, out=out)
+    return settings.configure("digits", method, **acting(method, TINY, **changes), out=out)
 
 
 def run_tiny(out: Path, **changes) -> None:

@@ -27,6 +27,7 @@ import settings
 from networks import Features, HybridNetwork, make_backbone
 from PIL import Image
 from run import Run, make_optimizer
+from test_train_hybrid import acting
 
 ROOT = Path(__file__).parents[1]
 VIT = "vit_of_this_test"
@@ -99,7 +100,7 @@ def of_photos(photos: Path, vit: str, tmp_path: Path, *more: str) -> list[str]:
 
 def heads(root: Path, out: Path, method: str = "hybrid-psc", **changes):
     small = {"width": 16, "hidden": 16, "embedding": 8, "epochs": 3, "batch": 8, "pictures": False, "device": "cpu", "backend": "chunked"}
-    return settings.configure("features", method, root=root, out=out, **small | changes)
+    return settings.configure("features", method, root=root, out=out, **acting(method, small, **changes))
 
 
 # ---- the file
@@ -378,8 +379,8 @@ def test_a_run_on_features_goes_on_to_the_same_bits(tmp_path):
         ("paco", {}, "feature_loss 'paco' compares views"),
         ("ce", {"network": "resnet8"}, "network must be none or mlp for data 'features'"),
         ("hybrid-psc", {"network": "none"}, "feature_loss 'psc' would have no influence on the classifier where network is 'none'"),
-        ("ce", {"flip": True}, "augment acts on images, .* expected no flip"),
-        ("ce", {"weights": Path("w.pt")}, "weights are of a network for images"),
+        ("ce", {"flip": True}, "augment.flip acts on images alone, got data 'features'"),
+        ("ce", {"weights": Path("w.pt")}, "weights acts on images alone, got data 'features'"),
         ("ce", {"dropout": 1.0}, r"dropout must lie in \[0, 1\)"),
     ],
 )

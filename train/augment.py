@@ -82,6 +82,8 @@ class Augmentation:
             raise ValueError(f"zoom must be in [0, 1), got {self.zoom}")
         if not (len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1):
             raise ValueError(f"crop_scale must be (smallest, largest) in (0, 1], got {self.crop_scale}")
+        if len(self.mean) != len(self.std) or not all(std > 0 for std in self.std):
+            raise ValueError(f"std must be as many positive numbers as mean, got mean {self.mean} and std {self.std}")
         if self.autoaugment != "none" and self.autoaugment not in POLICIES:
             raise ValueError(f"autoaugment must be one of none, {', '.join(POLICIES)}, got {self.autoaugment!r}")
 

@@ -10,6 +10,7 @@ from typing import Any
 import processes
 import settings
 import tyro
+from data import check_root
 from settings import Config
 
 
@@ -33,13 +34,14 @@ class Given(Config):
 def parse(arguments: list[str], description: str | None = None) -> tuple[Config, Command]:
     """The recipe is chosen first, so that the defaults that are shown and changed are real."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for names in (("--data",), ("--method",), ("--config",), ("--resume",), ("--eval-only", "--eval_only"), ("--network",), ("--weights",)):
-        first.add_argument(*names)
+    for name in ("data", "method", "config", "resume", "eval-only", "network", "weights", "root"):
+        first.add_argument(f"--{name}", f"--{name.replace('-', '_')}", nargs="?")  # the second parser complains of one without its value
     for name in settings.AUGMENTS:
         first.add_argument(f"--{name.replace('_', '-')}-as", f"--{name}_as")
     for name in ("paper", "pretrained"):
         first.add_argument(f"--{name}", action="store_true")
     chosen, _ = first.parse_known_args(arguments)
+    asks_for_help = "-h" in arguments or "--help" in arguments
     stored = {name: path for name in ("config", "resume", "eval_only") if (path := getattr(chosen, name))}
     if len(stored) > 1:
         raise ValueError(f"one of --config, --resume and --eval-only is expected, got {' and '.join(stored)}")
@@ -55,18 +57,22 @@ def parse(arguments: list[str], description: str | None = None) -> tuple[Config,
         if chosen.config:
             base = settings.change(base, out=None)  # or it would be the old run's
     else:
+        if chosen.root is not None or not asks_for_help:
+            check_root(chosen.data or "digits", chosen.root and Path(chosen.root))  # before what a package that is missing would hide it
         network = settings.trained_network(chosen.network, chosen.pretrained, chosen.weights)
         base = settings.recipe(chosen.data or "digits", chosen.method or "hybrid-sc", paper=chosen.paper, network=network)
-        if not processes.launched() and all(one in ("-h", "--help") for one in arguments):  # torchrun's processes share one run
+        if not processes.launched() and len(arguments) == asks_for_help:  # torchrun's processes share one run
             base = settings.change(base, **DEMONSTRATION)
     named = {group: name for group in settings.AUGMENTS if (name := getattr(chosen, f"{group}_as"))}
     if named and stored:
         raise ValueError(f"--augment-as and --feature-augment-as choose recipes, which {path} takes the place of: expected none of them")
+    shown = base
     for group, name in named.items():
-        base = settings.augmented_as(base, group, name)
-    parts = {name: getattr(base, name) for name in settings.GROUPS}
+        shown = settings.augmented_as(shown, group, name)
+    parts = {name: getattr(shown, name) for name in settings.GROUPS}
     given = tyro.cli(Given, default=Given(**parts), args=arguments, description=description)
     config = Config(**{name: getattr(given, name) for name in settings.GROUPS})
+    settings.refuse_idle(config, base, {name: value or None for name, value in vars(given.command).items()})
     if chosen.resume or chosen.eval_only:
         allowed = {"epochs"} if chosen.resume else set()
         if changed := set(settings.differing(base, config)) - allowed:

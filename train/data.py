@@ -99,7 +99,7 @@ def defaults(name: DataName, **changes: Any) -> Source:
 
 def load(images: Source) -> Data:
     known = _known(images.data)
-    _refuse_idle_options(images, known)
+    check_source(images)
     data = known.read(images)
     if data.test is None:
         raise ValueError(f"data {images.data!r} must have a test split")
@@ -127,8 +127,10 @@ def _known(name: str) -> DataSet:
     return DATASETS[name]
 
 
-def _refuse_idle_options(images: Source, known: DataSet) -> None:
-    """An option that cannot act is an error, not dropped."""
+def check_source(images: Source) -> None:
+    """Raises for what can be seen to be wrong before the data are read; an option that cannot act is an error, not dropped."""
+    known = _known(images.data)
+    check_root(images.data, images.root)
     if images.data != "list":
         for name in ("train_list", "val_list", "test_list"):
             if (value := getattr(images, name)) is not None:
@@ -137,15 +139,6 @@ def _refuse_idle_options(images: Source, known: DataSet) -> None:
         raise ValueError(f"validation must be 0 beside val_list, got {images.validation} and {images.val_list}")
     if images.largest_class is not None and images.imbalance is None:
         raise ValueError(f"largest_class has a meaning with imbalance only, got {images.largest_class} and imbalance None")
-    if known.root == "unused" and images.root is not None:
-        raise ValueError(f"root has no meaning for data {images.data!r}, which comes with scikit-learn, got {images.root}")
-    if known.root in ("required", "file") and images.root is None:
-        raise ValueError(f"root must be given for data {images.data!r}, got None")
-    if known.root == "file":
-        if not images.root.is_file():
-            raise FileNotFoundError(f"root {images.root} must be a file, got {'a folder' if images.root.exists() else 'nothing there'}")
-    elif images.root is not None and not images.root.is_dir():
-        raise FileNotFoundError(f"root {images.root} must be a folder, got {'a file' if images.root.exists() else 'nothing there'}")
     if known.shape == () and images.image_size != Source.image_size:
         raise ValueError(f"image_size has no meaning for data {images.data!r}, which has no images, got {images.image_size}")
     if known.shape and images.image_size not in (Source.image_size, known.shape[-1]):
@@ -155,6 +148,26 @@ def _refuse_idle_options(images: Source, known: DataSet) -> None:
         raise ValueError("skip_bad_images leaves out what check finds, got check False")
     if images.few > images.many:
         raise ValueError(f"few must be at most many, got few {images.few} and many {images.many}")
+    if images.data == "list":
+        for name in ("train_list", "test_list"):
+            if getattr(images, name) is None:
+                raise ValueError(f"{name} must be given for data 'list', got None")
+        for name in ("train_list", "val_list", "test_list"):
+            if (path := getattr(images, name)) is not None and not path.is_file():
+                raise FileNotFoundError(f"{name} {path} must be a file, got {'a folder' if path.exists() else 'nothing there'}")
+
+
+def check_root(data: str, root: Path | None) -> None:
+    known = _known(data)
+    if known.root == "unused" and root is not None:
+        raise ValueError(f"root has no meaning for data {data!r}, which comes with scikit-learn, got {root}")
+    if known.root in ("required", "file") and root is None:
+        raise ValueError(f"root must be given for data {data!r}, got None")
+    if known.root == "file":
+        if not root.is_file():
+            raise FileNotFoundError(f"root {root} must be a file, got {'a folder' if root.exists() else 'nothing there'}")
+    elif root is not None and not root.is_dir():
+        raise FileNotFoundError(f"root {root} must be a folder, got {'a file' if root.exists() else 'nothing there'}")
 
 
 def complain_of_lacking(data: Data) -> None:
@@ -424,9 +437,6 @@ def _folder(images: Source) -> Data:
 
 
 def _lists(images: Source) -> Data:
-    for name in ("train_list", "test_list"):
-        if getattr(images, name) is None:
-            raise ValueError(f"{name} must be given for data 'list', got None")
     train = read_list(images.train_list, images.root)
     classes = int(train.labels.max()) + 1 if len(train) else 0
     test = read_list(images.test_list, images.root, classes)

@@ -14,12 +14,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import checkpoint
 import torch
+from packages import need
 
 if TYPE_CHECKING:
     from trained import Trained
@@ -71,10 +71,7 @@ def check(formats: Iterable[str]) -> None:
         if name not in FORMATS:
             raise ValueError(f"export must be some of {', '.join(FORMATS)}, got {name!r}")
         for package in FORMATS[name].packages:
-            try:
-                import_module(package)  # not looked for alone: onnx without protobuf is found, and fails here
-            except ImportError as error:
-                raise ValueError(f"export {name!r} needs {package} (the [train-extra] extra): {error}") from error
+            need(package, f"export {name!r}")  # found is not enough: onnx without protobuf fails as it is imported
 
 
 def export(model: Trained, formats: Iterable[str]) -> list[Path]:

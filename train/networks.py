@@ -11,6 +11,7 @@ from typing import Any
 import checkpoint
 import torch
 import torch.nn.functional as F
+from packages import need
 from torch import Tensor, nn
 
 CIFAR_RESNETS = ("resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
@@ -86,24 +87,26 @@ def make_backbone(
     ``image_size`` is needed by networks made for one size, vision transformers among them, whose position embeddings timm then resamples;
     None is the size of their weights.
     """
+    if pretrained:
+        check_pretrained(name)
     if name in ON_FEATURES:
         return Features(channels, dropout, width if name == "mlp" else None)
     if name in CIFAR_RESNETS:
-        if pretrained:
-            raise ValueError(f"pretrained needs a timm network, got {name!r}, for which there are none: give a run's by weights")
         return CifarResNet(int(name.removeprefix("resnet")), channels, width)
     timm, known = import_timm(name), timm_settings(name)
     size = {"img_size": image_size} if image_size is not None and known.fixed_input_size else {}
-    if pretrained and not known.has_weights:
-        raise ValueError(f"pretrained needs a network of which timm has weights, got {name!r}")
     return timm.create_model(name, in_chans=channels, num_classes=0, pretrained=pretrained, **size)
 
 
+def check_pretrained(name: str) -> None:
+    if not is_timm(name):
+        raise ValueError(f"pretrained needs a timm network, got {name!r}, for which there are none: give a run's by weights")
+    if not timm_settings(name).has_weights:
+        raise ValueError(f"pretrained needs a network of which timm has weights, got {name!r}")
+
+
 def import_timm(name: str) -> ModuleType:
-    try:
-        import timm
-    except Exception as error:  # of a torchvision that does not fit this torch, timm's import raises RuntimeError and others
-        raise ValueError(f"network must be one of {', '.join(CIFAR_RESNETS)}, or timm must be usable for {name!r}: {error}") from error
+    timm = need("timm", f"network {name!r}, which is none of {', '.join(CIFAR_RESNETS)},")
     if not timm.is_model(name):
         raise ValueError(f"network must be one of {', '.join(CIFAR_RESNETS)} or a timm model, got {name!r}")
     return timm
@@ -164,6 +167,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if "ema" in state:
             return {name.removeprefix("module."): value for name, value in state["ema"].items() if name.startswith("module.")}
         return next((state[name] for name in ("network", "state_dict", "model") if isinstance(state.get(name), dict)), state)
+    need("safetensors", f"weights {path}")
     from safetensors.torch import load_file
 
     try:

@@ -51,8 +51,6 @@ class Run:
         self.classes = len(data.classes)
         self.batch = optimiser.batch
         self.classifier_batch = optimiser.batch if optimiser.classifier_batch is None else optimiser.classifier_batch
-        if method.classifier_images == "shared" and self.classifier_batch != self.batch:
-            raise ValueError(f"classifier_batch must be batch where both branches share images, {self.batch}, got {self.classifier_batch}")
         for name, images in (("batch", self.batch), ("classifier_batch", self.classifier_batch)):
             if images < processes.count():
                 raise ValueError(f"{name} must be at least the number of processes, {processes.count()}, got {images}")

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import exports
+import idle
 import processes
 import torch
 import tyro
 from augment import AUGMENTATIONS, Augmentation
-from data import DATASETS, Source, defaults
+from data import DATASETS, Source, check_source, defaults
+from idle import Acts, among, by
 from methods import CLASSIFIER_LOSSES, FEATURE_LOSSES, METHODS, Method, passes
-from networks import DTYPES, ON_FEATURES, is_timm, make_backbone, timm_settings
+from networks import CIFAR_RESNETS, DTYPES, ON_FEATURES, check_pretrained, is_timm, make_backbone, timm_settings
+from packages import need
 from schedule import SCHEDULES, switch_epoch
 
 from fastsupcon.backends import select as select_backend
@@ -165,7 +168,8 @@ def change(config: Config, **settings: Any) -> Config:
 
 def configure(data: str = "digits", method: str = "hybrid-sc", *, paper: bool = False, **settings: Any) -> Config:
     """A recipe, changed and checked: what the command line does, for Python."""
-    return checked(change(recipe(data, method, paper=paper, network=trained_network(**settings)), **settings))
+    base = recipe(data, method, paper=paper, network=trained_network(**settings))
+    return refuse_idle(checked(change(base, **settings)), base)
 
 
 def trained_network(network: str | None = None, pretrained: bool = False, weights: Path | None = None, **_: Any) -> str | None:
@@ -186,60 +190,191 @@ def differing(a: Config, b: Config) -> list[str]:
 
 # ---- what can be wrong with them
 
+# What a number must be; one of several numbers each by itself. None, where a setting may be it, is left alone.
+RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    (
+        "be positive",
+        lambda x: x > 0,
+        "epochs batch classifier_batch lr lr_factor clip temperature prototypes_per_class positives width hidden embedding image_size "
+        "largest_class seeds jobs threads eval_every eval_batch log_every keep_every",
+    ),
+    (
+        "not be negative",
+        lambda x: x >= 0,
+        "weight_decay workers many few loss_weights queue positive_weight logit_adjustment focal_gamma margin cosine mixup "
+        "tau_normalisation",
+    ),
+    ("be at least 1", lambda x: x >= 1, "imbalance"),
+    ("lie in [0, 1)", lambda x: 0 <= x < 1, "warmup switch_at momentum validation class_weights reweight_from dropout"),
+    ("lie in (0, 1)", lambda x: 0 < x < 1, "ema momentum_encoder milestones"),
+    ("lie in [0, 2**32)", lambda x: 0 <= x < 2**32, "seed data_seed"),
+)
+
+
+def _channels(data: str) -> int:
+    """Of an image; 0 where the data are features."""
+    shape = DATASETS[data].shape
+    return 3 if shape is None else shape[0] if shape else 0
+
+
+def _draws(values: idle.Values) -> bool:
+    """Whether it depends on a seed which images there are: of digits, and of a folder that has no splits, the test set does."""
+    return values["data"] in ("digits", "folder") or values["imbalance"] is not None or values["validation"] > 0
+
+
+def _trains_first(values: idle.Values) -> bool:
+    return _chosen(values["feature_loss"]) or values["schedule"] == "two-stage"
+
+
+def _batches_by_batch(values: idle.Values) -> bool:
+    return _chosen(values["feature_loss"]) or values["classifier_batch"] is None
+
+
+def _chosen(name: str) -> bool:
+    return name != "none"
+
+
+# What is done to an image. The colours, mean and std, are also those by which images are evaluated.
+OPERATIONS = [one.name for one in dataclasses.fields(Augmentation) if one.name not in ("mean", "std")]
+OF_CLASSIFIER = " ".join(["augment_as", *(f"augment.{name}" for name in OPERATIONS)])
+OF_FEATURES = "temperature loss_weights hidden embedding backend feature_augment. feature_augment_as"
+OF_IMAGES = "augment. feature_augment. augment_as feature_augment_as channels_last weights pretrained"
+
+# The settings that act beside some choices alone: on what, and the setting that decides it. Those of the data are in check_source too.
+ACTS = (
+    by(OF_FEATURES, "a feature_loss", "feature_loss", _chosen),
+    by(f"sampler classifier_images class_weights mixup {OF_CLASSIFIER}", "a classifier_loss", "classifier_loss", _chosen),
+    by(f"classifier_batch mixup {OF_CLASSIFIER}", "the classifier's own images", "classifier_images", lambda images: images != "views"),
+    by("classifier_batch", "a classifier_loss", "classifier_loss", _chosen),
+    Acts("feature_sampler", "a feature_loss or the first of two stages", _trains_first, "feature_loss"),
+    Acts("batch", "a feature_loss, beside classifier_batch,", _batches_by_batch, "feature_loss"),
+    among("prototypes_per_class", "feature_loss", "mpsc"),
+    among("denominator", "feature_loss", "psc", "mpsc"),
+    among("positives", "feature_loss", "kcl"),
+    among("momentum_encoder", "feature_loss", "paco"),
+    among("queue positive_weight", "feature_loss", "paco", "gpaco"),
+    among("focal_gamma", "classifier_loss", "focal"),
+    among("margin", "classifier_loss", "ldam"),
+    among("logit_adjustment", "classifier_loss", "ce"),
+    among("switch_at", "schedule", "switch", "two-stage"),
+    among("nesterov", "optimiser", "sgd"),
+    by("lr_factor", "milestones", "milestones"),
+    by("reweight_from weighted_mean", "class_weights", "class_weights"),
+    by("tau_normalisation", "a linear classifier", "cosine", lambda scale: scale == 0),
+    by("width", "a CIFAR ResNet or mlp", "network", lambda network: network in (*CIFAR_RESNETS, "mlp")),
+    by("pretrained", "a timm network", "network", is_timm),
+    by("pretrained", "a network without weights from a file", "weights", lambda path: path is None),
+    by("dropout", "data that are features", "data", lambda data: _channels(data) == 0),
+    by(OF_IMAGES, "images", "data", _channels),
+    by("augment.grayscale feature_augment.grayscale", "images of three channels", "data", lambda data: _channels(data) == 3),
+    *(by(f"{group}.color_jitter_probability", f"{group}.color_jitter", f"{group}.color_jitter") for group in AUGMENTS),
+    by("workers check skip_bad_images", "image files", "data", lambda data: DATASETS[data].shape is None),
+    Acts("data_seed data_seeds", "images that imbalance or validation draws", _draws, "data"),
+    by("data_seed", "runs that share one tail", "data_seeds", lambda own: not own),
+    Acts("jobs", "several runs, of seeds or against others,", lambda v: v["seeds"] > 1 or v["against"], "seeds"),
+    Acts("keep_every", "runs of as many epochs", lambda v: v["keep_every"] is None or v["keep_every"] <= v["epochs"], "epochs"),
+    by("keep_every log_every log_to jobs seeds against", "training", "eval_only", lambda run: run is None),
+    *(by("out", "a run that begins", name, lambda run: run is None) for name in ("eval_only", "resume")),
+)  # fmt: skip
+
+
+def _values(config: Config) -> dict[str, Any]:
+    return {f"{group}.{name}" if group in AUGMENTS else name: value for group, name, value in settings_of(config)}
+
+
+def refuse_idle(config: Config, base: Config, command: idle.Values = types.MappingProxyType({})) -> Config:
+    """The config, where all that differs from ``base``, and so was given, acts, in its own run or in one that it is compared with.
+
+    ``command`` is what was asked beside the settings, None where it was not.
+    """
+    values = _values(config) | dict(command)
+    before = _values(base) | dict.fromkeys(command)
+    given = [name for name in (*command, *_values(config)) if values[name] != before[name]]
+    for name in OPERATIONS + ["mean", "std"]:  # change() gives both branches one: it is enough that it acts in either
+        both = [f"{group}.{name}" for group in AUGMENTS]
+        if set(both) <= set(given) and values[both[0]] == values[both[1]]:
+            given.remove(both[values["feature_loss"] == "none"])
+    of_method = vars(config.method).keys()  # the others have their own
+    idle.refuse(ACTS, [name for name in given if name in of_method], [values])
+    others = [vars(method_of(config.images.data, name)) for name in config.records.against if name in METHODS]
+    idle.refuse(ACTS, [name for name in given if name not in of_method], [values, *(values | method for method in others)])
+    return config
+
 
 def checked(config: Config) -> Config:
     """Everything checked that can be without the data; the device named."""
-    _check_choices(config)
-    values = {name: value for group, name, value in settings_of(config) if group not in AUGMENTS}
-    positive = ("epochs", "batch", "classifier_batch", "lr", "temperature", "width", "hidden", "embedding", "seeds", "jobs", "eval_every")
-    positive += ("eval_batch", "log_every", "keep_every", "prototypes_per_class", "positives", "image_size", "clip", "threads", "lr_factor")
-    for name in positive:
-        if values[name] is not None and not values[name] > 0:
-            raise ValueError(f"{name} must be positive, got {values[name]}")
-    for name in ("weight_decay", "workers", "logit_adjustment", "focal_gamma", "margin", "cosine", "tau_normalisation", "mixup"):
-        if not values[name] >= 0:
-            raise ValueError(f"{name} must not be negative, got {values[name]}")
-    for name in ("warmup", "switch_at", "momentum", "validation", "class_weights", "reweight_from", "dropout"):
-        if not 0 <= values[name] < 1:
-            raise ValueError(f"{name} must lie in [0, 1), got {values[name]}")
-    if not all(0 < milestone < 1 for milestone in config.optimiser.milestones):
-        raise ValueError(f"milestones must lie in (0, 1), got {config.optimiser.milestones}")
-    if not config.optimiser.milestones and config.optimiser.lr_factor != Optimiser.lr_factor:
-        raise ValueError(f"lr_factor acts at milestones, and there are none: got {config.optimiser.lr_factor}")
-    for name in ("ema", "momentum_encoder"):
-        if values[name] is not None and not 0 < values[name] < 1:
-            raise ValueError(f"{name} must lie in (0, 1), got {values[name]}")
+    for group in GROUPS:
+        _of_types(getattr(config, group))
+    for name, value in _values(config).items():
+        for one in value if isinstance(value, tuple) else (value,):
+            if isinstance(one, float) and not math.isfinite(one):
+                raise ValueError(f"{name} must be finite, got {value}")
+    values = _values(config)
+    for what, holds, names in RANGES:
+        for name in names.split():
+            value = values[name]
+            if not all(one is None or holds(one) for one in (value if isinstance(value, tuple) else (value,))):
+                raise ValueError(f"{name} must {what}, got {value}")
+    if list(config.optimiser.milestones) != sorted(set(config.optimiser.milestones)):
+        raise ValueError(f"milestones must increase, got {config.optimiser.milestones}")
+    if config.optimiser.nesterov and config.optimiser.optimiser == "sgd" and not config.optimiser.momentum:
+        raise ValueError(f"momentum must be positive beside nesterov, got {config.optimiser.momentum}")
+    if config.records.seed + config.records.seeds > 2**32:
+        raise ValueError(f"seeds must end below 2**32, got {config.records.seeds} from seed {config.records.seed}")
+    check_source(config.images)
     _check_method(config)
-    chosen = config.machine.device
+    refuse_idle(config, dataclasses.replace(config, method=Method()))
+    device = _usable_device(config.machine.device)
+    exports.check(config.records.export)
+    for package in config.records.log_to:
+        need(package, f"log_to {package!r}")
+    _check_network(config)
+    if config.method.feature_loss != "none":  # raises where this backend cannot serve
+        select_backend(config.machine.backend, processes.device(device), DTYPES[config.machine.precision], config.network.embedding)
+    return change(config, device=device)
+
+
+def _usable_device(chosen: str) -> str:
     if chosen == "auto":
         chosen = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = processes.device(chosen)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {chosen!r} is not usable here: {error}") from error
-    exports.check(config.records.export)
-    for package in config.records.log_to:
-        if find_spec(package) is None:
-            raise ValueError(f"log_to needs the package {package}, which is not installed: pip install {package}")
-    _check_network(config)
-    if config.method.feature_loss != "none":  # raises where this backend cannot serve
-        select_backend(config.machine.backend, device, DTYPES[config.machine.precision], config.network.embedding)
-    return change(config, device=chosen)
+        torch.zeros((), device=processes.device(chosen)).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {chosen!r} is not usable here: {str(error).splitlines()[0]}") from error
+    return chosen
 
 
-def _check_choices(config: Config) -> None:
-    """Python may give what the command line would refuse. A data set may be one that was added to the table, where the recipe looks."""
-    for group in GROUPS:
-        for name, hint in typing.get_type_hints(type(getattr(config, group))).items():
-            value = getattr(getattr(config, group), name)
-            if name == "data":
-                continue
-            several = typing.get_origin(hint) is tuple
-            choice = typing.get_args(hint)[0] if several else hint
-            for one in value if several else (value,):
-                if typing.get_origin(choice) is Literal and one not in typing.get_args(choice):
-                    raise ValueError(f"{name} must be {'some' if several else 'one'} of {', '.join(typing.get_args(choice))}, got {one!r}")
+def _of_types(part: Any) -> Any:
+    """A group, for Python and config.json may give what the command line would refuse. A data set may have been added to the table."""
+    for name, hint in typing.get_type_hints(type(part)).items():
+        value = getattr(part, name)
+        if not _is(value, str if name == "data" else hint):
+            raise ValueError(f"{name} must be {_told(hint)}, got {value!r}")
+    return part
+
+
+def _is(value: Any, hint: Any) -> bool:
+    kinds = typing.get_args(hint)
+    if isinstance(hint, types.UnionType):
+        return any(_is(value, kind) for kind in kinds)
+    if typing.get_origin(hint) is Literal:
+        return value in kinds
+    if typing.get_origin(hint) is tuple:
+        several = kinds[-1] is Ellipsis
+        inner = [kinds[0]] * len(value) if several and isinstance(value, tuple) else kinds
+        return isinstance(value, tuple) and len(value) == len(inner) and all(map(_is, value, inner))
+    return isinstance(value, (int, float) if hint is float else hint) and (hint is bool or not isinstance(value, bool))
+
+
+def _told(hint: Any) -> str:
+    kinds = typing.get_args(hint)
+    if isinstance(hint, types.UnionType):
+        return " or ".join(map(_told, kinds))
+    if typing.get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, kinds))}"
+    if typing.get_origin(hint) is tuple:
+        return f"a tuple, each {_told(kinds[0])}" if kinds[-1] is Ellipsis else f"a tuple of {len(kinds)}, each {_told(kinds[0])}"
+    return {int: "a whole number", float: "a number", bool: "True or False", str: "a text", Path: "a Path", type(None): "None"}[hint]
 
 
 def _check_network(config: Config) -> None:
@@ -247,13 +382,16 @@ def _check_network(config: Config) -> None:
     network, given, views = config.network, config.images.data, FEATURE_LOSSES[config.method.feature_loss]
     with torch.device("meta"):
         make_backbone(network.network, 3, network.width)
-    known, on_features = DATASETS[given], network.network in ON_FEATURES
-    if known.shape == () and not on_features:
+    if network.pretrained:
+        check_pretrained(network.network)
+    channels, on_features = _channels(given), network.network in ON_FEATURES
+    if channels == 0 and not on_features:
         raise ValueError(f"network must be {' or '.join(ON_FEATURES)} for data {given!r}, which are features, got {network.network!r}")
-    if on_features and known.shape != ():
+    if on_features and channels:
         raise ValueError(f"network {network.network!r} takes features, and data {given!r} is images")
-    if network.dropout and not on_features:
-        raise ValueError(f"dropout acts on data that are features, got {network.dropout} and data {given!r}")
+    for group in AUGMENTS:
+        if len(mean := getattr(config, group).mean) not in (1, channels or 1):
+            raise ValueError(f"{group}.mean must have a value for each channel, {channels} of data {given!r}, got {mean}")
     if not on_features:
         return
     if network.network == "none" and views.views and not views.trains_classifier:
@@ -261,71 +399,32 @@ def _check_network(config: Config) -> None:
             f"feature_loss {config.method.feature_loss!r} would have no influence on the classifier where network is 'none': expected "
             "'mlp', whose hidden layer both train"
         )
-    if network.weights is not None or network.pretrained:
-        raise ValueError(
-            f"weights are of a network for images, and data are features, got weights {network.weights}, pretrained {network.pretrained}"
-        )
     if views.views + views.keys > 1 and not network.dropout:
         raise ValueError(
             f"feature_loss {config.method.feature_loss!r} compares views of an image, and those of features are equal: expected dropout "
             "above 0, which makes them differ, or a loss of one view (psc, mpsc), got dropout 0"
         )
-    idle = Augmentation(mean=known.mean, std=known.std)
-    for group in AUGMENTS:
-        names = (one.name for one in dataclasses.fields(idle))
-        if changed := [name for name in names if getattr(getattr(config, group), name) != getattr(idle, name)]:
-            raise ValueError(f"{group} acts on images, and data {given!r} is features: expected no {', '.join(changed)}")
-
-
-# Settings of a method that act beside some choices alone: the setting that is chosen, and the choices that read them.
-READ_BY: dict[str, tuple[str, tuple[str, ...]]] = {
-    "temperature": ("feature_loss", ()),  # (): any but "none"
-    "loss_weights": ("feature_loss", ()),
-    "classifier_images": ("classifier_loss", ()),
-    "class_weights": ("classifier_loss", ()),
-    "mixup": ("classifier_loss", ()),
-    "prototypes_per_class": ("feature_loss", ("mpsc",)),
-    "denominator": ("feature_loss", ("psc", "mpsc")),
-    "positives": ("feature_loss", ("kcl",)),
-    "momentum_encoder": ("feature_loss", ("paco",)),
-    "queue": ("feature_loss", ("paco", "gpaco")),
-    "positive_weight": ("feature_loss", ("paco", "gpaco")),
-    "focal_gamma": ("classifier_loss", ("focal",)),
-    "margin": ("classifier_loss", ("ldam",)),
-    "logit_adjustment": ("classifier_loss", ("ce",)),
-    "switch_at": ("schedule", ("switch", "two-stage")),
-}
 
 
 def _check_method(config: Config) -> None:
-    method, rest = config.method, Method()
+    method = config.method
     named(METHODS, "method", method.method)
     named(FEATURE_LOSSES, "feature_loss", method.feature_loss)
     named(CLASSIFIER_LOSSES, "classifier_loss", method.classifier_loss)
     named(SCHEDULES, "schedule", method.schedule)
-    for name, (loss, readers) in READ_BY.items():
-        chosen = getattr(method, loss)
-        if getattr(method, name) != getattr(rest, name) and (chosen not in readers if readers else chosen == "none"):
-            raise ValueError(
-                f"{name} acts on {f'{loss} ' + ' and '.join(readers) if readers else f'a {loss}'} alone, got {loss} {chosen!r}"
-            )
-    if method.feature_loss == "none" and method.schedule != "two-stage" and method.feature_sampler != rest.feature_sampler:
-        raise ValueError(f"feature_sampler acts on a feature_loss or the first of two stages, got {method.feature_sampler!r} and neither")
+    if not any(method.loss_weights):
+        raise ValueError(f"loss_weights must not both be 0, got {method.loss_weights}")
     parametric = method.feature_loss in ("paco", "gpaco")  # whose logits of the classifier are in their loss
     if method.classifier_loss == "none" and not parametric:
         raise ValueError(
             f"classifier_loss 'none' needs a feature loss that trains the classifier (paco, gpaco), got {method.feature_loss!r}"
         )
-    if method.classifier_loss == "none" and method.sampler != rest.sampler:
-        raise ValueError(f"sampler acts on a classifier_loss alone, got {method.sampler!r} and classifier_loss 'none'")
     if method.classifier_loss == "none" and method.schedule == "two-stage":
         raise ValueError("schedule 'two-stage' needs a classifier_loss for its second stage, got 'none'")
     if parametric and method.cosine:
         raise ValueError(f"feature_loss {method.feature_loss!r} needs a linear classifier: expected cosine 0, got {method.cosine}")
     if method.feature_loss == "none" and method.schedule not in ("sum", "two-stage"):
         raise ValueError(f"schedule must be 'sum' or 'two-stage' without a feature loss, got {method.schedule!r}")
-    if method.mixup and method.classifier_images == "views":
-        raise ValueError("mixup mixes the classifier's own images: expected classifier_images 'own' or 'shared', got 'views'")
     if method.classifier_loss == "ldam" and not method.cosine:
         raise ValueError("classifier_loss 'ldam' needs a cosine classifier, whose scale is its unit: expected cosine above 0, got 0")
     if method.feature_loss == "none" and method.classifier_images != "own":
@@ -340,13 +439,9 @@ def _check_method(config: Config) -> None:
             f"sampler has no effect where classifier_images is {method.classifier_images!r}: expected feature_sampler's "
             f"{method.feature_sampler!r}, got {method.sampler!r}"
         )
-    if method.classifier_images == "views" and config.optimiser.classifier_batch not in (None, config.optimiser.batch):
-        raise ValueError("classifier_batch has no effect where classifier_images is 'views': expected None")
-    if method.tau_normalisation and method.cosine:
-        raise ValueError("tau_normalisation acts on a linear classifier: expected cosine 0")
-    for name in ("reweight_from", "weighted_mean"):
-        if getattr(method, name) != getattr(rest, name) and not method.class_weights:
-            raise ValueError(f"{name} acts on class_weights alone, which are 0")
+    batch, classifier_batch = config.optimiser.batch, config.optimiser.classifier_batch
+    if method.classifier_images == "shared" and classifier_batch not in (None, batch):
+        raise ValueError(f"classifier_batch must be batch where both branches share images, {batch}, got {classifier_batch}")
 
 
 # ---- config.json
@@ -370,7 +465,10 @@ def from_json(stored: Any, where: Path) -> Config:
         if not isinstance(given, dict) or given.keys() != hints.keys():
             wrong = sorted(given.keys() ^ hints.keys()) if isinstance(given, dict) else [group]
             raise ValueError(f"{where} must hold the settings of this version, and differs in {', '.join(wrong)}: written by another one?")
-        parts[group] = kind(**{name: _typed(value, hints[name]) for name, value in given.items()})
+        try:
+            parts[group] = _of_types(kind(**{name: _typed(value, hints[name]) for name, value in given.items()}))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{where}: {error}") from error
     return Config(**parts)
 
 

@@ -1,0 +1,78 @@
+"""Packages that must be installed beside PyTorch: what is missing, too old or broken is said in a line, with what brings it."""
+
+from __future__ import annotations
+
+import re
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+
+import torch
+
+# By the name of its import: the package, the least version that will do (None: any), and the extra in pyproject.toml that brings it.
+PACKAGES: dict[str, tuple[str, str | None, str | None]] = {
+    "tyro": ("tyro", "0.9", "train"),
+    "rich": ("rich", "14.1", "train"),
+    "numpy": ("numpy", "1.26", "train"),
+    "sklearn": ("scikit-learn", "1.4", "train"),
+    "matplotlib": ("matplotlib", "3.8", "train"),
+    "PIL": ("pillow", "10.1", "train"),
+    "pooch": ("pooch", "1.8", "train"),
+    "tqdm": ("tqdm", "4.60", "train"),
+    "timm": ("timm", "1.0", "train-extra"),
+    "tensorboard": ("tensorboard", "2.15", "train-extra"),
+    "safetensors": ("safetensors", "0.4", "train-extra"),
+    "onnx": ("onnx", "1.17", "train-extra"),
+    "onnxscript": ("onnxscript", "0.2", "train-extra"),
+    "wandb": ("wandb", None, None),
+    "mlflow": ("mlflow", None, None),
+}
+
+
+class Unusable(ValueError, ImportError):
+    """A package that something needs, and that cannot be used."""
+
+
+def need(name: str, what: str) -> ModuleType:
+    """The package imported for ``what``, or an error that says why it cannot be, and what to do."""
+    package, least, extra = PACKAGES[name]
+    pip = f"pip install '{package}{f'>={least}' if least else ''}'"
+    remedy = f"pip install '.[{extra}]' in the checkout, or {pip}" if extra else pip
+    try:
+        module = import_module(name)
+    except Exception as error:  # what a package that is broken, or does not fit another, raises as it is imported
+        if isinstance(error, ModuleNotFoundError) and error.name == name:
+            raise Unusable(f"{what} needs {package}, which is not installed: {remedy}") from None
+        told = " ".join(str(error).split())
+        if "torchvision::" in told:
+            remedy = f"the torchvision that is installed does not fit torch {torch.__version__}; install the one that is made for it"
+        raise Unusable(f"{what} needs {package}, which cannot be imported here ({type(error).__name__}: {told}): {remedy}") from error
+    found = _version(module, package)
+    if least and found and _numbers(found) < _numbers(least):
+        raise Unusable(f"{what} needs {package} {least} or newer, and {found} is installed: {remedy}")
+    return module
+
+
+def need_all_of(extra: str, what: str) -> None:
+    for name, (_, _, own) in PACKAGES.items():
+        if own == extra:
+            need(name, what)
+
+
+def start(script: str, extra: str = "train") -> None:
+    """Before a script's other imports, which would end in a traceback: everything of an extra, or the end of the process in a line."""
+    try:
+        need_all_of(extra, script)
+    except Unusable as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+def _version(module: ModuleType, package: str) -> str | None:
+    try:
+        return getattr(module, "__version__", None) or version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)[:3]))
