@@ -385,6 +385,7 @@ def test_a_run_on_features_goes_on_to_the_same_bits(tmp_path):
     ],
 )
 def test_what_features_do_not_allow_is_refused_by_name(tmp_path, method, changes, says):
+    (tmp_path / "f.npz").touch()
     with pytest.raises(ValueError, match=says):
         heads(tmp_path / "f.npz", tmp_path / "run", method, **changes)
 
@@ -475,6 +476,7 @@ def test_a_classifier_in_the_file_is_left(vit, tmp_path):
 
 
 def test_adamw_leaves_biases_and_norms_undecayed(tmp_path):
+    (tmp_path / "f.npz").touch()
     config = heads(tmp_path / "f.npz", tmp_path / "run", "ce", optimiser="adamw", lr=0.1, weight_decay=0.5)
     network = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
     for p in network.parameters():

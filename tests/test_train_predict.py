@@ -409,7 +409,7 @@ def test_safetensors_stand_in_for_the_checkpoints(finished, tmp_path, name):
 
 def test_a_missing_package_is_said_before_training(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(ValueError, match="export 'onnx' needs onnx, which is not installed: pip install .*train-extra"):
+    with pytest.raises(ValueError, match=r"export 'onnx' needs onnx, which is not installed: pip install .*train-extra"):
         configure("digits", "ce", export=("torch", "onnx"))
     with pytest.raises(ValueError, match="export must be some of safetensors, torch, onnx, got 'tflite'"):
         exports.check(["tflite"])

@@ -8,6 +8,11 @@ A run is a folder with metrics.json, or one with seed-*/metrics.json of several 
 
 from __future__ import annotations
 
+import packages
+
+if __name__ == "__main__":
+    packages.start("python train/compare.py")
+
 import json
 import statistics
 from collections.abc import Mapping, Sequence

@@ -12,6 +12,11 @@ Stopped in any way, the same command goes on: the features of each 1,024 images 
 
 from __future__ import annotations
 
+import packages
+
+if __name__ == "__main__":
+    packages.start("python train/features.py")
+
 import argparse
 import hashlib
 import json

@@ -17,6 +17,11 @@ The defaults that --help shows are those of the --data and the --method beside i
 
 from __future__ import annotations
 
+import packages
+
+if __name__ == "__main__":
+    packages.start("python train/hybrid.py")
+
 import functools
 import json
 import math

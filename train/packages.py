@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import signal
+import sys
+from collections.abc import Iterable
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
@@ -11,6 +14,7 @@ import torch
 
 # By the name of its import: the package, the least version that will do (None: any), and the extra in pyproject.toml that brings it.
 PACKAGES: dict[str, tuple[str, str | None, str | None]] = {
+    "fastsupcon": ("fastsupcon", None, "train"),
     "tyro": ("tyro", "0.9", "train"),
     "rich": ("rich", "14.1", "train"),
     "numpy": ("numpy", "1.26", "train"),
@@ -36,8 +40,8 @@ class Unusable(ValueError, ImportError):
 def need(name: str, what: str) -> ModuleType:
     """The package imported for ``what``, or an error that says why it cannot be, and what to do."""
     package, least, extra = PACKAGES[name]
-    pip = f"pip install '{package}{f'>={least}' if least else ''}'"
-    remedy = f"pip install '.[{extra}]' in the checkout, or {pip}" if extra else pip
+    ways = ([f"pip install '.[{extra}]' in the checkout"] if extra else []) + ([f"pip install '{package}>={least}'"] if least else [])
+    remedy = " or ".join(ways) or f"pip install {package}"
     try:
         module = import_module(name)
     except Exception as error:  # what a package that is broken, or does not fit another, raises as it is imported
@@ -53,16 +57,19 @@ def need(name: str, what: str) -> ModuleType:
     return module
 
 
-def need_all_of(extra: str, what: str) -> None:
-    for name, (_, _, own) in PACKAGES.items():
-        if own == extra:
-            need(name, what)
+TRAINING = tuple(name for name, (_, _, extra) in PACKAGES.items() if extra == "train")
 
 
-def start(script: str, extra: str = "train") -> None:
-    """Before a script's other imports, which would end in a traceback: everything of an extra, or the end of the process in a line."""
+def start(script: str, names: Iterable[str] = TRAINING) -> None:
+    """Before a script's other imports, which would end in a traceback: what it imports can be, or the process ends in a line.
+
+    Help whose reader leaves early, as ``head`` does, ends without a word.
+    """
+    if hasattr(signal, "SIGPIPE") and not {"-h", "--help"}.isdisjoint(sys.argv):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
-        need_all_of(extra, script)
+        for name in names:
+            need(name, script)
     except Unusable as error:
         raise SystemExit(f"error: {error}") from None
 

@@ -10,6 +10,11 @@ names while the others are predicted, and 2 where nothing could be done.
 
 from __future__ import annotations
 
+import packages
+
+if __name__ == "__main__":
+    packages.start("python train/predict.py", ("numpy", "PIL"))
+
 import argparse
 import csv
 import glob

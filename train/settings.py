@@ -304,7 +304,7 @@ def refuse_idle(config: Config, base: Config, command: idle.Values = types.Mappi
 def checked(config: Config) -> Config:
     """Everything checked that can be without the data; the device named."""
     for group in GROUPS:
-        _of_types(getattr(config, group))
+        _check_types(getattr(config, group))
     for name, value in _values(config).items():
         for one in value if isinstance(value, tuple) else (value,):
             if isinstance(one, float) and not math.isfinite(one):
@@ -344,13 +344,12 @@ def _usable_device(chosen: str) -> str:
     return chosen
 
 
-def _of_types(part: Any) -> Any:
-    """A group, for Python and config.json may give what the command line would refuse. A data set may have been added to the table."""
+def _check_types(part: Any) -> None:
+    """A group, for Python may give what the command line would refuse. A data set may be one that was added to the table."""
     for name, hint in typing.get_type_hints(type(part)).items():
         value = getattr(part, name)
         if not _is(value, str if name == "data" else hint):
             raise ValueError(f"{name} must be {_told(hint)}, got {value!r}")
-    return part
 
 
 def _is(value: Any, hint: Any) -> bool:
@@ -465,10 +464,7 @@ def from_json(stored: Any, where: Path) -> Config:
         if not isinstance(given, dict) or given.keys() != hints.keys():
             wrong = sorted(given.keys() ^ hints.keys()) if isinstance(given, dict) else [group]
             raise ValueError(f"{where} must hold the settings of this version, and differs in {', '.join(wrong)}: written by another one?")
-        try:
-            parts[group] = _of_types(kind(**{name: _typed(value, hints[name]) for name, value in given.items()}))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{where}: {error}") from error
+        parts[group] = kind(**{name: _typed(value, hints[name]) for name, value in given.items()})
     return Config(**parts)
 
 

@@ -12,6 +12,11 @@ pool and test set. ``--jobs`` trains so many runs at the same time, on one GPU o
 
 from __future__ import annotations
 
+import packages
+
+if __name__ == "__main__":
+    packages.start("python train/tables.py")
+
 import contextlib
 import itertools
 import re
