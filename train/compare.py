@@ -23,6 +23,7 @@ from typing import Any
 import checkpoint
 import plots
 import tyro
+from data import describe_difference
 from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
@@ -46,18 +47,43 @@ Rows = list[list[str]]  # the first is the header
 BESIDE = 3  # columns of the terminal that a table's column takes beside its text
 
 
-def read_runs(folder: Path) -> list[Run]:
-    """The metrics of a run, one for each seed."""
+def paths_of(folder: Path) -> list[Path]:
+    """The metrics.json of a run, or of each seed."""
     paths = [folder / "metrics.json"] if (folder / "metrics.json").is_file() else sorted(folder.glob("seed-*/metrics.json"))
     if not paths:
         raise FileNotFoundError(f"{folder} must hold metrics.json or seed-*/metrics.json: is the run finished?")
+    return paths
+
+
+def read_runs(folder: Path) -> list[Run]:
+    """The metrics of a run, one for each seed."""
+    paths = paths_of(folder)
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     for path, run in zip(paths, runs, strict=True):
-        if not isinstance(run["config"].get("images"), dict):
+        config = run.get("config") if isinstance(run, dict) else None
+        if not isinstance(config, dict) or not isinstance(config.get("images"), dict):
             raise ValueError(
                 f"{path} must hold settings in groups (images, method, records), got those of an earlier version: train it again"
             )
     return runs
+
+
+def refuse_other_data(folders: Sequence[Path]) -> None:
+    """Runs whose tails were drawn by one data_seed must be on the same images, and all runs on as many of the same classes."""
+    drawn: dict[int | None, tuple[Path, dict[str, Any]]] = {}
+    for path in (path for folder in folders for path in paths_of(folder) if (path.parent / "data.json").is_file()):
+        data = json.loads((path.parent / "data.json").read_text(encoding="utf-8"))
+        numbers = {"classes": data["classes"], "split": None} | {part: _numbers(data[part]) for part in ("train", "validation", "test")}
+        data_seed = json.loads(path.read_text(encoding="utf-8"))["config"]["images"]["data_seed"]
+        for key, fingerprint in ((None, numbers), (data_seed, data)):
+            first, was = drawn.setdefault(key, (path.parent, fingerprint))
+            if told := describe_difference(was, fingerprint):
+                raise ValueError(f"runs must be on the same data, and {path.parent} is on other than {first}: {'; '.join(told)}")
+
+
+def _numbers(part: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Of a split's fingerprint, how many images each class has."""
+    return part and {"images": part["images"], "counts": part["counts"], "digests": [""] * len(part["counts"])}
 
 
 def seed(run: Run) -> int:
@@ -185,19 +211,28 @@ class Compare:
 
 
 def main(options: Compare) -> None:
-    if not options.runs:
-        raise SystemExit("error: runs must name at least one folder")
-    names = options.names or [folder.name for folder in options.runs]
-    if len(names) != len(options.runs) or len(set(names)) != len(names):
-        raise SystemExit(f"error: names must be {len(options.runs)} different ones, got {names}: give --names")
     try:
-        groups = {name: read_runs(folder) for name, folder in zip(names, options.runs, strict=True)}
-        every = [run for runs in groups.values() for run in runs]
-        if len(data := {run["config"]["images"]["data"] for run in every}) > 1:
-            raise ValueError(f"runs must be of one data set, got {', '.join(sorted(data))}")
-        found = rows(groups, against=names[:1] if len(names) > 1 else [])
+        compare(options)
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
+
+
+def compare(options: Compare) -> None:
+    if not options.runs:
+        raise ValueError("runs must name at least one folder")
+    if len({folder.resolve() for folder in options.runs}) != len(options.runs):
+        raise ValueError(f"runs must name each folder once, got {', '.join(map(str, options.runs))}")
+    names = options.names or [folder.name for folder in options.runs]
+    if len(names) != len(options.runs) or len(set(names)) != len(names):
+        raise ValueError(f"names must be {len(options.runs)} different ones, got {', '.join(names)}: give --names")
+    if (options.out / "config.json").exists():
+        raise ValueError(f"out {options.out} is a run's folder, whose pictures would be written over: name another")
+    groups = {name: read_runs(folder) for name, folder in zip(names, options.runs, strict=True)}
+    every = [run for runs in groups.values() for run in runs]
+    if len(data := {run["config"]["images"]["data"] for run in every}) > 1:
+        raise ValueError(f"runs must be of one data set, got {', '.join(sorted(data))}")
+    refuse_other_data(options.runs)
+    found = rows(groups, against=names[:1] if len(names) > 1 else [])
     options.out.mkdir(parents=True, exist_ok=True)
     checkpoint.write_text(options.out / "comparison.md", markdown(found) + "\n")
     draw(options.out, groups)
