@@ -1,6 +1,7 @@
 """Tables of runs: what they hold, what they cost, and that they go on where they were stopped."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -118,7 +119,15 @@ def test_how_often_a_run_is_evaluated(tmp_path):
     [
         (Given("methods", set=(("lr", "1"),)), "act on table 'sweep' alone"),
         (Given("sweep"), "set must name a setting"),
-        (Given("sweep", set=(("lr",),)), "set must give values for lr"),
+        (Given("sweep", set=(("lr",),)), "set must name lr once, with values that differ, got none"),
+        (Given("sweep", set=(("lr", "0.1"), ("lr", "0.2"))), "set must name lr once"),
+        (Given("sweep", set=(("lr", "0.1", "0.1"),)), "set must name lr once, with values that differ, got 0.1 0.1"),
+        (Given("sweep", method="ce", set=(("hidden", "8", "16"),)), "hidden acts on a feature_loss alone, got feature_loss 'none'"),
+        (Given("methods", seeds=0), "seeds must be positive, got 0"),
+        (Given("methods", jobs=-2), "jobs must be positive, got -2"),
+        (Given("methods", shorten=math.nan), "shorten must be positive, got nan"),
+        (Given("methods", root=Path("IMAGES")), "root has no meaning for data 'digits'"),
+        (Given("cifar10", root=Path("nowhere")), "root nowhere must be a folder, got nothing there"),
         (Given("sweep", set=(("epochs", "many"),)), "set epochs must be of type int, got 'many'"),
         (Given("sweep", set=(("nesterov", "yes"),)), "set nesterov must be of type bool, got 'yes'"),
         (Given("sweep", set=(("nonsense", "1"),)), "no such setting: nonsense"),

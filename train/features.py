@@ -29,11 +29,15 @@ from typing import Any, Literal
 
 import checkpoint
 import data as datasets
+import hybrid
+import idle
 import numpy as np
+import settings
 import torch
 import tyro
 from data import DATASETS, Data, Source, Split
 from files import Stopped, decode, loader_options, patient, refuse_without_room, stack, to_rgb
+from idle import by
 from networks import DTYPES, ON_FEATURES, import_timm, is_timm, make_backbone, of_backbone, read_weights
 from PIL import Image
 from terminal import progress_bar, say
@@ -159,7 +163,7 @@ def compute(network: nn.Module, loader: DataLoader, chosen: Extraction, device: 
 
 def extract(chosen: Extraction, data: Data, network: nn.Module) -> None:
     """Compute what parts are missing, then join them."""
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if chosen.device == "auto" else chosen.device)
+    device = torch.device(settings.usable_device(chosen.device))
     folder = chosen.out.with_name(chosen.out.name + ".parts")
     prepare, wanted, shape = preparation(chosen, network, data.train)
     about = {"network": chosen.network, "weights": digest(network), "preparation": wanted, "dtype": chosen.dtype}
@@ -221,12 +225,18 @@ def joined(folder: Path, name: str, images: int) -> np.ndarray:
 
 # ---- the command line
 
+ACTS = (by("width", "a CIFAR ResNet", "network", lambda name: not is_timm(name)), *settings.OF_SOURCE)
+
 
 def parse(arguments: list[str]) -> Extraction:
     """The data set is read first, so that the defaults that are shown are its own."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--data", default=Source.data)
-    images = datasets.defaults(first.parse_known_args(arguments)[0].data)
+    first.add_argument("--data", nargs="?", default=Source.data)
+    first.add_argument("--root", nargs="?", type=Path)
+    chosen, _ = first.parse_known_args(arguments)
+    images = datasets.defaults(chosen.data)
+    if chosen.root is not None:
+        datasets.check_root(chosen.data, chosen.root)  # before what else is missing would hide it
     return tyro.cli(Extraction, default=Extraction(tyro.MISSING, tyro.MISSING, images), args=arguments, description=__doc__)
 
 
@@ -235,23 +245,27 @@ def checked(chosen: Extraction) -> None:
         raise ValueError(f"out must end in .npz, got {chosen.out}")
     if chosen.out.exists():
         raise ValueError(f"out {chosen.out} exists already: delete it, or name another file")
-    if not chosen.batch > 0:
-        raise ValueError(f"batch must be positive, got {chosen.batch}")
+    if not chosen.out.parent.is_dir():
+        raise FileNotFoundError(f"out {chosen.out} must lie in a folder that exists, got {chosen.out.parent}")
     if chosen.images.data == "features":
         raise ValueError("data must be images, got 'features'")
-    if chosen.images.validation:
-        raise ValueError(f"validation is held out by hybrid.py from the features: expected 0, got {chosen.images.validation}")
-    if chosen.images.image_size != Source.image_size:
-        raise ValueError(f"image_size is the network's own here, got {chosen.images.image_size}")
+    known = datasets.defaults(chosen.images.data)
+    for name in ("validation", "many", "few", "image_size"):
+        whose = "the network's own" if name == "image_size" else "hybrid.py's"
+        if (value := getattr(chosen.images, name)) != getattr(known, name):
+            raise ValueError(f"{name} is {whose} here: expected {getattr(known, name)}, got {value}")
+    base = Extraction(chosen.network, chosen.out, known)
+    values, before = ({**vars(one), **vars(one.images)} for one in (chosen, base))
+    settings.check_ranges(values)
+    idle.refuse(ACTS, [name for name in vars(base.images) | vars(base) if values[name] != before[name]], [values])
+    settings.usable_device(chosen.device)
 
 
 def main(arguments: list[str]) -> None:
     try:
         chosen = parse(arguments)
         checked(chosen)
-        data = datasets.load(chosen.images)
-        for note in data.notes:
-            say(note)
+        data = hybrid.checked_data(chosen.images)
         network = frozen(chosen, 3 if is_timm(chosen.network) else data.train.channels)
         extract(chosen, data, network)
     except (ValueError, OSError) as error:

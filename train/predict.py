@@ -20,6 +20,7 @@ import csv
 import glob
 import io
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -46,8 +47,8 @@ def main(arguments: list[str]) -> int:
         model = load(given.run, weights=given.weights, device=device)
         model.check_takes_images()
         return show(model, paths, given.top, given.csv)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:  # torch asserts that it was built for CUDA
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 
@@ -67,6 +68,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.error("--export writes the weights that the run reports, and takes no --weights")
     if given.csv is not None and not given.images:
         parser.error("--csv is a table of images, which must be given")
+    if given.csv not in (None, "-") and (Path(given.csv).is_dir() or not Path(given.csv).parent.is_dir()):
+        parser.error(f"--csv must be a file in a folder that exists, got {given.csv}")
     if given.top < 1:
         parser.error(f"--top must be positive, got {given.top}")
     return given
@@ -128,4 +131,6 @@ def show(model: Trained, paths: list[Path], top: int, table: str | None) -> int:
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader that has seen enough, as head has, ends it without a word
     sys.exit(main(sys.argv[1:]))

@@ -240,6 +240,10 @@ OF_CLASSIFIER = " ".join(["augment_as", *(f"augment.{name}" for name in OPERATIO
 OF_FEATURES = "temperature loss_weights hidden embedding backend feature_augment. feature_augment_as"
 OF_IMAGES = "augment. feature_augment. augment_as feature_augment_as channels_last weights pretrained"
 
+OF_SOURCE = (
+    by("workers check skip_bad_images", "image files", "data", lambda data: DATASETS[data].shape is None),
+    Acts("data_seed data_seeds", "images that imbalance or validation draws", _draws, "data"),
+)
 # The settings that act beside some choices alone: on what, and the setting that decides it. Those of the data are in check_source too.
 ACTS = (
     by(OF_FEATURES, "a feature_loss", "feature_loss", _chosen),
@@ -268,8 +272,7 @@ ACTS = (
     by(OF_IMAGES, "images", "data", _channels),
     by("augment.grayscale feature_augment.grayscale", "images of three channels", "data", lambda data: _channels(data) == 3),
     *(by(f"{group}.color_jitter_probability", f"{group}.color_jitter", f"{group}.color_jitter") for group in AUGMENTS),
-    by("workers check skip_bad_images", "image files", "data", lambda data: DATASETS[data].shape is None),
-    Acts("data_seed data_seeds", "images that imbalance or validation draws", _draws, "data"),
+    *OF_SOURCE,
     by("data_seed", "runs that share one tail", "data_seeds", lambda own: not own),
     Acts("jobs", "several runs, of seeds or against others,", lambda v: v["seeds"] > 1 or v["against"], "seeds"),
     Acts("keep_every", "runs of as many epochs", lambda v: v["keep_every"] is None or v["keep_every"] <= v["epochs"], "epochs"),
@@ -305,16 +308,7 @@ def checked(config: Config) -> Config:
     """Everything checked that can be without the data; the device named."""
     for group in GROUPS:
         _check_types(getattr(config, group))
-    for name, value in _values(config).items():
-        for one in value if isinstance(value, tuple) else (value,):
-            if isinstance(one, float) and not math.isfinite(one):
-                raise ValueError(f"{name} must be finite, got {value}")
-    values = _values(config)
-    for what, holds, names in RANGES:
-        for name in names.split():
-            value = values[name]
-            if not all(one is None or holds(one) for one in (value if isinstance(value, tuple) else (value,))):
-                raise ValueError(f"{name} must {what}, got {value}")
+    check_ranges(_values(config))
     if list(config.optimiser.milestones) != sorted(set(config.optimiser.milestones)):
         raise ValueError(f"milestones must increase, got {config.optimiser.milestones}")
     if config.optimiser.nesterov and config.optimiser.optimiser == "sgd" and not config.optimiser.momentum:
@@ -324,7 +318,7 @@ def checked(config: Config) -> Config:
     check_source(config.images)
     _check_method(config)
     refuse_idle(config, dataclasses.replace(config, method=Method()))
-    device = _usable_device(config.machine.device)
+    device = usable_device(config.machine.device)
     exports.check(config.records.export)
     for package in config.records.log_to:
         need(package, f"log_to {package!r}")
@@ -334,7 +328,19 @@ def checked(config: Config) -> Config:
     return change(config, device=device)
 
 
-def _usable_device(chosen: str) -> str:
+def check_ranges(values: idle.Values) -> None:
+    """Of the numbers among some settings."""
+    several = {name: value if isinstance(value, tuple) else (value,) for name, value in values.items()}
+    for name, value in several.items():
+        if any(isinstance(one, float) and not math.isfinite(one) for one in value):
+            raise ValueError(f"{name} must be finite, got {values[name]}")
+    for what, holds, names in RANGES:
+        for name in names.split():
+            if name in values and not all(one is None or holds(one) for one in several[name]):
+                raise ValueError(f"{name} must {what}, got {values[name]}")
+
+
+def usable_device(chosen: str) -> str:
     if chosen == "auto":
         chosen = "cuda" if torch.cuda.is_available() else "cpu"
     try:

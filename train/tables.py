@@ -19,6 +19,7 @@ if __name__ == "__main__":
 
 import contextlib
 import itertools
+import math
 import re
 import types
 import typing
@@ -28,6 +29,7 @@ from typing import Annotated, Any, Literal
 
 import checkpoint
 import compare
+import data as datasets
 import hybrid
 import plots
 import processes
@@ -151,6 +153,9 @@ def value_of(name: str, text: str) -> Any:
 
 
 def tables_of(given: Given) -> list[Table]:
+    for name in ("seeds", "jobs", "shorten"):
+        if not 0 < getattr(given, name) < math.inf:
+            raise ValueError(f"{name} must be positive, got {getattr(given, name)}")
     if given.table != "sweep":
         if given.set or given.data != "digits" or given.method != "hybrid-sc":
             raise ValueError(f"set, data and method act on table 'sweep' alone, got table {given.table!r}")
@@ -159,8 +164,8 @@ def tables_of(given: Given) -> list[Table]:
         raise ValueError("set must name a setting and its values for table 'sweep', got none")
     axes = {}
     for name, *values in given.set:
-        if not values:
-            raise ValueError(f"set must give values for {name}, got none")
+        if not values or name in axes or len(set(values)) < len(values):
+            raise ValueError(f"set must name {name} once, with values that differ, got {' '.join(values) or 'none'}")
         axes[name] = [value_of(name, text) for text in values]
     grid = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     named = {", ".join(f"{name} {value}" for name, value in one.items()): one for one in grid}
@@ -171,7 +176,9 @@ def configure(given: Given, table: Table, row: Settings, seed: int, out: Path) -
     """The run of a row and a seed. ``images`` in a row is how many are to go through the network, and gives the epochs."""
     chosen = {"data": "digits", "method": "hybrid-sc", **table.common, **row}
     data, method, images = chosen.pop("data"), chosen.pop("method"), chosen.pop("images", None)
-    base = settings.change(settings.recipe(data, method), **chosen, root=given.root)
+    datasets.check_root(data, given.root)
+    recipe = settings.recipe(data, method)
+    base = settings.refuse_idle(settings.change(recipe, **chosen, root=given.root), recipe)
     if images is not None:
         batch = base.optimiser.batch
         of_epoch = max(1, len(hybrid.checked_data(base.images).train) // batch) * batch

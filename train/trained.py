@@ -204,7 +204,10 @@ def chosen_weights(folder: Path) -> Path:
             raise ValueError(f"{folder} holds several runs, expected one of them: {', '.join(within)}")
         if (folder / "last.pt").exists():
             raise ValueError(f"the run in {folder} is not finished: go on with --resume {folder}, or name its weights, last.pt")
-    by_validation = read(folder / "metrics.json")["chosen_by"] == "validation"
+    metrics = read(folder / "metrics.json")
+    if not isinstance(metrics, dict) or "chosen_by" not in metrics:
+        raise ValueError(f"{folder / 'metrics.json'} must say what the weights were chosen_by: written by another version?")
+    by_validation = metrics["chosen_by"] == "validation"
     path, exported = folder / ("best.pt" if by_validation else "last.pt"), folder / "model.safetensors"
     return exported if exported.exists() and not path.exists() else path
 
