@@ -148,6 +148,40 @@ def test_paper_is_the_optimiser_and_the_augmentation_of_the_methods_paper():
         ({"method": "paco", "sampler": "instance"}, "sampler acts on a classifier_loss alone"),
         ({"milestones": (), "lr_factor": 0.5}, r"lr_factor acts on milestones alone, got milestones \(\)"),
         ({"method": "crt", "epochs": 10}, "switch_at must leave the second of two stages an epoch of 10, got 0.95"),
+        ({"lr": math.inf}, "lr must be finite, got inf"),
+        ({"milestones": (0.8, 0.6)}, r"milestones must increase, got \(0\.8, 0\.6\)"),
+        ({"momentum": 0.0, "nesterov": True}, "momentum must be positive beside nesterov, got 0"),
+        ({"seed": -1}, r"seed must lie in \[0, 2\*\*32\), got -1"),
+        ({"seed": 2**32 - 1, "seeds": 2}, r"seeds must end below 2\*\*32, got 2 from seed 4294967295"),
+        ({"imbalance": 0.5}, "imbalance must be at least 1, got 0.5"),
+        ({"largest_class": 0}, "largest_class must be positive, got 0"),
+        ({"few": -1}, "few must not be negative, got -1"),
+        ({"loss_weights": (0.0, 0.0)}, "loss_weights must not both be 0"),
+        ({"rotate": math.inf}, "augment.rotate must be finite, got inf"),
+        ({"mean": (0.5, 0.5, 0.5)}, "std must be as many positive numbers as mean"),
+        ({"mean": (0.5,) * 3, "std": (0.5,) * 3}, "augment.mean must have a value for each channel, 1 of data 'digits'"),
+        ({"epochs": "2"}, "epochs must be a whole number, got '2'"),
+        ({"ema": True}, "ema must be a number or None, got True"),
+        ({"milestones": [0.5]}, r"milestones must be a tuple, each a number, got \[0\.5\]"),
+        ({"loss_weights": (1.0,)}, "loss_weights must be a tuple of 2, each a number"),
+        ({"weights": "runs/X"}, "weights must be a Path or None, got 'runs/X'"),
+        ({"root": Path("IMAGES")}, "root has no meaning for data 'digits'"),
+        ({"device": "meta"}, "device 'meta' is not usable here"),
+        # What nothing would read.
+        ({"method": "ce", "hidden": 8}, "hidden acts on a feature_loss alone, got feature_loss 'none'"),
+        ({"method": "ce", "backend": "reference"}, "backend acts on a feature_loss alone"),
+        ({"method": "ce", "classifier_batch": 8, "batch": 9}, "batch acts on a feature_loss, beside classifier_batch, alone"),
+        ({"method": "ce", "against": ("kcl",), "temperature": 0.5}, "temperature acts on a feature_loss alone"),
+        ({"method": "paco", "classifier_batch": 8}, "classifier_batch acts on a classifier_loss alone"),
+        ({"optimiser": "adamw", "nesterov": False}, "nesterov acts on optimiser sgd alone, got optimiser 'adamw'"),
+        ({"workers": 99}, "workers acts on image files alone, got data 'digits'"),
+        ({"check": False}, "check acts on image files alone"),
+        ({"grayscale": 0.2}, "grayscale acts on images of three channels alone, got data 'digits'"),
+        ({"color_jitter_probability": 0.5}, "color_jitter_probability acts on .*augment.color_jitter alone"),
+        ({"pretrained": True}, "pretrained needs a timm network, got 'resnet8'"),
+        ({"data_seeds": True, "data_seed": 3}, "data_seed acts on runs that share one tail alone, got data_seeds True"),
+        ({"jobs": 2}, "jobs acts on several runs, of seeds or against others, alone, got seeds 1"),
+        ({"keep_every": 3}, "keep_every acts on runs of as many epochs alone, got epochs 2"),
         ({"backend": "nonsense"}, "nonsense"),
         ({"backend": "cuda"}, "cuda"),
         ({"device": "nonsense"}, "device 'nonsense' is not usable"),
@@ -163,6 +197,34 @@ def test_bad_settings(tmp_path, monkeypatch, changes, message):
         monkeypatch.setitem(sys.modules, package, None)  # its import fails
     with pytest.raises(ValueError, match=message):
         tiny(tmp_path, **changes)
+
+
+def test_what_acts_is_not_refused():
+    """In a run that it is compared with; in either branch, for Python's names mean both; and whatever a recipe itself has."""
+    machine = {"device": "cpu", "epochs": 50}
+    assert configure("digits", "ce", against=("kcl",), hidden=8, **machine).network.hidden == 8
+    for method in ("ce", "ours", "paco"):
+        assert configure("digits", method, flip=True, **machine).augment.flip
+    for data in ("digits", "cifar10-lt", "fashion-mnist-lt"):
+        for method in METHODS:
+            recipe = settings.recipe(data, method, paper=bool(METHODS[method].paper))
+            assert settings.refuse_idle(recipe, recipe) is recipe
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--method", "paco", "--augment-as", "sim"], "augment_as acts on a classifier_loss alone"),
+        (["--method", "ce", "--feature-augment-as", "sim"], "feature_augment_as acts on a feature_loss alone"),
+        (["--method", "ours", "--augment.flip"], "augment.flip acts on the classifier's own images alone, got classifier_images 'views'"),
+        (["--method", "ce", "--hidden=8"], "hidden acts on a feature_loss alone"),
+        (["--data", "folder", "--network", "vit_nonsense", "--pretrained"], "root must be given for data 'folder', got None"),
+        (["--data", "folder", "--root", "nowhere"], "root nowhere must be a folder, got nothing there"),
+    ],
+)
+def test_the_command_line_refuses_what_nothing_would_read(flags, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        parse(flags)
 
 
 # ---- config.json
@@ -266,6 +328,11 @@ def test_a_run_gone_on_with_has_its_own_settings(tmp_path, flag):
     assert tmp_path in (asked.resume, asked.eval_only)
     with pytest.raises(ValueError, match="take the run's own settings, got also: lr, momentum"):
         parse([flag, str(tmp_path), "--lr", "0.1", "--momentum", "0.5"])
+    with pytest.raises(ValueError, match=rf"out acts on a run that begins alone, got {flag.strip('-').replace('-', '_')} "):
+        parse([flag, str(tmp_path), "--out", "x"])
+    if flag != "--resume":
+        with pytest.raises(ValueError, match="log_every acts on training alone, got eval_only"):
+            parse([flag, str(tmp_path), "--log-every", "3"])
 
 
 # ---- a hint

@@ -19,8 +19,8 @@ PACKAGES: dict[str, tuple[str, str | None, str | None]] = {
     "rich": ("rich", "14.1", "train"),
     "numpy": ("numpy", "1.26", "train"),
     "sklearn": ("scikit-learn", "1.4", "train"),
+    "PIL": ("pillow", "10.1", "train"),  # before those that import it
     "matplotlib": ("matplotlib", "3.8", "train"),
-    "PIL": ("pillow", "10.1", "train"),
     "pooch": ("pooch", "1.8", "train"),
     "tqdm": ("tqdm", "4.60", "train"),
     "timm": ("timm", "1.0", "train-extra"),

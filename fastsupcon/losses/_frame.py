@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks
-from ..backends import sum_dtype
+from ..backends import BACKENDS, sum_dtype
 from ..queue import MemoryQueue
 from ..ranks import Ranks
 
@@ -196,6 +196,7 @@ class Loss(HasGroup):
         def __call__(self: _Module[_Arguments, _Result]) -> Callable[_Arguments, _Result]: ...  # type: ignore[override]  # no property
 
     def __init__(self, **options: Any) -> None:
+        _checks.one_of("backend", options["backend"], ("auto", *BACKENDS))  # whether it serves is known when there are rows
         super().__init__()
         self._names = tuple(options)
         for name, value in options.items():

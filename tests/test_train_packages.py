@@ -1,0 +1,56 @@
+"""What is not installed, too old or broken ends in one line that says what needs it and what brings it."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import packages
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_packages_are_those_of_the_extras():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for extra in ("train", "train-extra"):
+        stated = set(re.findall(r'"([\w-]+>=[\d.]+)"', re.search(rf"^{extra} = \[(.*)\]$", text, re.M)[1]))
+        assert stated == {f"{package}>={least}" for package, least, own in packages.PACKAGES.values() if own == extra and least}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "not installed: pip install '.[train-extra]' in the checkout or pip install 'timm>=1.0'"),
+        ("__version__ = '0.6.13'", "timm 1.0 or newer, and 0.6.13 is installed: pip install"),
+        ("raise RuntimeError('operator torchvision::nms does not exist\\n')", "the torchvision that is installed does not fit torch "),
+        (
+            "import nothing_of_this_name",
+            "cannot be imported here (ModuleNotFoundError: No module named 'nothing_of_this_name'): pip install",
+        ),
+        ("raise OSError('libx.so: cannot open')", "cannot be imported here (OSError: libx.so: cannot open): pip install"),
+    ],
+)
+def test_a_package_that_cannot_be_used(tmp_path, monkeypatch, content, message):
+    monkeypatch.delitem(sys.modules, "timm", raising=False)
+    if content is None:
+        monkeypatch.setitem(sys.modules, "timm", None)
+    else:
+        (tmp_path / "timm.py").write_text(content)
+        monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"^network 'resnet50' needs timm") as raised:
+        packages.need("timm", "network 'resnet50'")
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+    monkeypatch.delitem(sys.modules, "timm", raising=False)
+
+
+@pytest.mark.parametrize("script", ["hybrid", "tables", "compare", "features", "predict"])
+def test_a_script_says_it_before_its_imports(tmp_path, script):
+    (tmp_path / "PIL.py").write_text("__version__ = '9.5.0'")
+    command = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}, {str(ROOT / 'train')!r}]; import runpy; "
+    command += f"runpy.run_path({str(ROOT / 'train' / script)!r} + '.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1 and done.stderr.startswith(
+        f"error: python train/{script}.py needs pillow 10.1 or newer, and 9.5.0 is installed"
+    )
+    assert done.stderr.count("\n") == 1
