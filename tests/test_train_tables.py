@@ -133,6 +133,7 @@ def test_how_often_a_run_is_evaluated(tmp_path):
         (Given("sweep", set=(("nonsense", "1"),)), "no such setting: nonsense"),
         (Given("sweep", set=(("seed", "1"),)), "set must not name seed"),
         (Given("methods", only=("nonsense",)), "only must be among"),
+        (Given("methods", only=()), "only must be among .*, got none"),
     ],
 )
 def test_what_cannot_be_a_table(given, message, tmp_path):

@@ -113,7 +113,7 @@ class Given:
     data: str = "digits"  # for sweep
     method: str = "hybrid-sc"  # for sweep
     set: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction] = ()  # for sweep: a setting and its values; several: their grid
-    only: tuple[str, ...] = ()  # of the table's rows
+    only: tuple[str, ...] | None = None  # of the table's rows; None: all
     seed: int = 100
     seeds: int = 6
     root: Path | None = None  # of the data, for cifar10 and budget
@@ -198,13 +198,13 @@ def slug(name: str) -> str:
 def planned(given: Given, tables: list[Table], out: Path) -> list[tuple[str, str, Config]]:
     """Title, row and settings of each run."""
     every = {name: None for table in tables for name in table.rows}
-    if unknown := set(given.only) - every.keys():
-        raise ValueError(f"only must be among {', '.join(every)}, got {', '.join(sorted(unknown))}")
+    if given.only is not None and (not given.only or not every.keys() >= set(given.only)):
+        raise ValueError(f"only must be among {', '.join(every)}, got {', '.join(given.only) or 'none'}")
     runs = []
     for table in tables:
         for seed in range(given.seed, given.seed + given.seeds):
             for name, row in table.rows.items():
-                if not given.only or name in given.only:
+                if given.only is None or name in given.only:
                     folder = out / slug(table.title) / slug(name) / f"seed-{seed}"
                     runs.append((table.title, name, configure(given, table, row, seed, folder)))
     return runs
