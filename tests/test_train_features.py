@@ -227,7 +227,7 @@ def test_parts_of_another_extraction_are_refused(photos, vit, tmp_path):
         (["--validation", "0.5"], "validation is hybrid.py's here: expected 0.0, got 0.5"),
         (["--image-size", "64"], "image_size is the network's own here: expected 224, got 64"),
         (["--few", "3"], "few is hybrid.py's here: expected 15, got 3"),
-        (["--workers", "3"], "workers acts on image files alone, got data 'digits'"),
+        (["--no-check"], "check acts on image files alone, got data 'digits'"),
         (["--imbalance", "nan"], "imbalance must be finite, got nan"),
         (["--device", "nonsense"], "device 'nonsense' is not usable here"),
         (["--out", "nowhere/f.npz"], "out nowhere/f.npz must lie in a folder that exists"),

@@ -217,6 +217,10 @@ def _channels(data: str) -> int:
     return 3 if shape is None else shape[0] if shape else 0
 
 
+def _of_files(data: str) -> bool:
+    return DATASETS[data].shape is None
+
+
 def _draws(values: idle.Values) -> bool:
     """Whether it depends on a seed which images there are: of digits, and of a folder that has no splits, the test set does."""
     return values["data"] in ("digits", "folder") or values["imbalance"] is not None or values["validation"] > 0
@@ -241,7 +245,7 @@ OF_FEATURES = "temperature loss_weights hidden embedding backend feature_augment
 OF_IMAGES = "augment. feature_augment. augment_as feature_augment_as channels_last weights pretrained"
 
 OF_SOURCE = (
-    by("workers check skip_bad_images", "image files", "data", lambda data: DATASETS[data].shape is None),
+    by("check skip_bad_images", "image files", "data", _of_files),
     Acts("data_seed data_seeds", "images that imbalance or validation draws", _draws, "data"),
 )
 # The settings that act beside some choices alone: on what, and the setting that decides it. Those of the data are in check_source too.
@@ -273,6 +277,7 @@ ACTS = (
     by("augment.grayscale feature_augment.grayscale", "images of three channels", "data", lambda data: _channels(data) == 3),
     *(by(f"{group}.color_jitter_probability", f"{group}.color_jitter", f"{group}.color_jitter") for group in AUGMENTS),
     *OF_SOURCE,
+    by("workers", "image files", "data", _of_files),
     by("data_seed", "runs that share one tail", "data_seeds", lambda own: not own),
     Acts("jobs", "several runs, of seeds or against others,", lambda v: v["seeds"] > 1 or v["against"], "seeds"),
     Acts("keep_every", "runs of as many epochs", lambda v: v["keep_every"] is None or v["keep_every"] <= v["epochs"], "epochs"),
