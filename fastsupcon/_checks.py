@@ -13,6 +13,13 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
+def plain(value: Tensor) -> Tensor:
+    """All values of a tensor that torch.func has wrapped, for vmap lets nobody read them."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(value):
+        value = torch._C._functorch.get_unwrapped(value)
+    return value
+
+
 def one_of(name: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
@@ -61,7 +68,7 @@ def within(name: str, value: Tensor, low: int, high: int) -> None:
     if value.numel() == 0:
         return
     message = f"{name} must lie in [{low}, {high})"
-    wide = value.long()  # a uint8 cannot be compared with -1 or 256: the bound would be wrapped; a uint16 has no aminmax
+    wide = plain(value).long()  # a uint8 cannot be compared with -1 or 256: the bound would be wrapped; a uint16 has no aminmax
     if value.device.type == "cpu" and not torch.compiler.is_compiling():
         least, greatest = (int(bound) for bound in wide.aminmax())
         if least < low or greatest >= high:
@@ -74,6 +81,7 @@ def not_negative(name: str, value: Tensor) -> None:
     """Real, and no element below 0; a NaN is none. On a GPU and under torch.compile a breach of the latter is asserted by the device."""
     if value.is_complex():
         raise TypeError(f"{name} must have a real dtype, got {value.dtype}")
+    value = plain(value)
     if value.device.type == "cpu" and not torch.compiler.is_compiling():
         if (value < 0).any():
             raise ValueError(f"{name} must not be negative, got {value.min().item():g}")
@@ -86,7 +94,7 @@ def whole(name: str, value: Tensor) -> None:
 
     On a GPU and under torch.compile a breach is asserted by the device.
     """
-    message = f"{name} must be whole numbers below 2**53"
+    message, value = f"{name} must be whole numbers below 2**53", plain(value)
     broken = (value != value.round()) | ~(value.abs() < 2**53)
     if value.device.type == "cpu" and not torch.compiler.is_compiling():
         if broken.any():
@@ -129,23 +137,22 @@ def number(name: str, value: float, low: float, high: float) -> None:
 
 
 def scale(name: str, value: float | Tensor) -> None:
-    """A finite number, or a floating-point tensor of one element, whose value is not read back."""
-    if isinstance(value, Tensor):
-        if value.numel() != 1 or not value.is_floating_point():
-            raise TypeError(
-                f"{name} must be a number or a floating-point tensor of one element, got {value.dtype} of shape {list(value.shape)}"
-            )
-    elif not isinstance(value, numbers.Real) or isinstance(value, bool):
+    """A finite number, or a tensor of one element, whose value is not read back."""
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        if not -math.inf < value < math.inf:
+            raise ValueError(f"{name} must be finite, got {value}")
+        return
+    array = torch.as_tensor(value) if hasattr(value, "__array__") else None  # a tensor, or NumPy's
+    if array is None:
         raise TypeError(f"{name} must be a number or a tensor of one element, got {type(value).__name__}")
-    elif not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
+    if array.numel() != 1 or array.is_complex() or array.dtype == torch.bool:
+        raise TypeError(f"{name} must be a number or a tensor of one element, got {array.dtype} of shape {list(array.shape)}")
 
 
 def temperature(name: str, value: float | Tensor) -> None:
-    """A positive finite number, or a floating-point tensor of one element, whose value is not read back."""
+    """A positive finite number, or a tensor of one element, whose value is not read back."""
     if type(value) is float and 0 < value < math.inf:  # ahead of the questions that cost a microsecond each
         return
-    if isinstance(value, Tensor) or not isinstance(value, numbers.Real) or isinstance(value, bool):
-        scale(name, value)
-    elif not 0 < value < math.inf:
+    scale(name, value)
+    if isinstance(value, numbers.Real) and not 0 < value:
         raise ValueError(f"{name} must be positive and finite, got {value}")

@@ -23,6 +23,8 @@ from .rows import wide_rows
 class _Product(torch.autograd.Function):
     """a @ b whose gradients autocast does not round, where a user's autocast reaches around the backward as well."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(a: Tensor, b: Tensor) -> Tensor:
         return a @ b

@@ -134,7 +134,7 @@ def _psc_loss(
     if per_class == 1 and ranks is None:
         line = Line(**{log_sum: 1.0}, similarity=-1, lone="nan", reduction=reduction)
         loss = operators.loss(pairs, line, backend=backend)
-        if loss.is_cpu and not operators.traced((loss,)) and loss.isnan().any():  # a label out of range makes it so
+        if loss.is_cpu and not operators.traced((loss,)) and _checks.plain(loss).isnan().any():  # a label out of range makes it so
             _checks.within("labels", labels, 0, count)
         return loss
     _checks.within("labels", labels, 0, count)
