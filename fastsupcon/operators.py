@@ -25,7 +25,9 @@ from .problem import Gradients, Line, Pairs, Side, Terms, names_of
 try:
     _library = torch.library.Library("fastsupcon", "DEF")
 except RuntimeError as error:
-    raise ImportError("fastsupcon's operators are loaded, and PyTorch takes them once in a process: to load them anew, start it anew") from error
+    raise ImportError(
+        "fastsupcon's operators are loaded, and PyTorch takes them once in a process: to load them anew, start it anew"
+    ) from error
 _PAIRS = (
     "Tensor rows, Tensor? columns, Tensor? bias, Tensor? scale_tensor, Tensor? row_keys, Tensor? column_keys, Tensor? own_column, "
     "float scale, bool unit"
@@ -306,8 +308,14 @@ def _terms_backward(ctx: Any, row_grads: Tensor | None, column_grads: Tensor | N
     return _gradients(ctx, rows, columns, pairs, norms, kept, backend)
 
 
+def _no_forward_mode(ctx: object, *tangents: object) -> NoReturn:
+    raise NotImplementedError(
+        "fastsupcon's losses have no derivatives in forward mode (jvp, jacfwd, hessian): take jacrev, twice for second ones"
+    )
+
+
 class _TransformedTerms(torch.autograd.Function):
-    """For torch.func.grad, which makes its gradients with create_graph=True. Forward mode is refused by PyTorch."""
+    """For torch.func.grad, which makes its gradients with create_graph=True."""
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -315,6 +323,7 @@ class _TransformedTerms(torch.autograd.Function):
 
     setup_context = staticmethod(_setup_terms)
     backward = staticmethod(_terms_backward)
+    jvp = staticmethod(_no_forward_mode)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
@@ -338,9 +347,12 @@ class _Terms(torch.autograd.Function):
         return tuple(terms)
 
     backward = staticmethod(_terms_backward)
+    jvp = staticmethod(_no_forward_mode)
 
 
 class _Loss(torch.autograd.Function):
+    jvp = staticmethod(_no_forward_mode)
+
     @staticmethod
     def forward(
         ctx: Any, rows: Tensor, columns: Tensor | None, bias: Tensor | None, scale_tensor: Tensor | None, call: tuple[Any, ...]
