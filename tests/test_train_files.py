@@ -123,6 +123,7 @@ def test_modes_that_only_memory_holds(mode):
     assert abs(np.asarray(files.to_rgb(gray.convert(between).convert(mode))) - RAMP[..., None]).max() == 0
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
 @pytest.mark.parametrize(
     "exif", [b"Exif\0\0II*\0", b"Exif\0\0garbage", b"Exif\0\0II*\0\x08\0\0\0\xff\xff", b"Exif\0\0MM\0*\xff\xff\xff\xff"]
@@ -238,6 +239,41 @@ def test_further_frames_are_said(tmp_path):
     for _ in range(2):  # opened, and remembered
         notes = check_images(load(images), 0, cache=tmp_path / "cache").notes
         assert notes[-1] == "1 images hold several frames, of which the first is taken"
+
+
+@pytest.mark.parametrize("white", [255, 4095, 16383, 65535])
+def test_images_of_16_bits_that_use_fewer_are_refused_together(tmp_path, white):
+    images = folder(tmp_path / "data")
+    for i, brightest in enumerate((white, 255)):
+        Image.fromarray((RAMP / 255 * brightest).astype(np.uint16)).save(tmp_path / "data" / "train" / "cat" / f"deep{i}.png")
+    for _ in range(2):  # opened, and remembered
+        if white == 65535:  # one of the two is bright, and so the other may be dark
+            check_images(load(images), 0, cache=tmp_path / "cache")
+        else:
+            with pytest.raises(ValueError, match="images of 16 bits must use their range, and all 2 lie in its lowest quarter"):
+                check_images(load(images), 0, cache=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"\x93NUMPY", None])
+def test_a_broken_cache_is_written_anew(tmp_path, content):
+    images, seen = folder(tmp_path / "data"), []
+    for _ in range(3):
+        check_images(load(images), 0, cache=tmp_path / "cache", progress=lambda done, total: seen.append(done))
+        if len(seen) == 1:
+            (known,) = (tmp_path / "cache").iterdir()
+            known.write_bytes(content) if content is not None else np.save(known, np.zeros((2, 2)))
+    assert seen == [12, 12]
+
+
+def test_a_file_replaced_by_one_of_its_size_and_time_is_opened_again(tmp_path):
+    images = folder(tmp_path / "data")
+    check_images(load(images), 0, cache=tmp_path / "cache")
+    path = tmp_path / "data" / "test" / "dog" / "1.jpg"
+    stat = path.stat()
+    path.write_bytes(bytes(stat.st_size))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(ValueError, match=r"1 of 12 images cannot be read: .*test/dog/1\.jpg"):
+        check_images(load(images), 0, cache=tmp_path / "cache")
 
 
 def test_an_unwritable_cache_is_said(tmp_path):

@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from files import Batches, Files, ImageFiles, Split, decode, decoded
-from folders import read_folder, read_list, some
+from folders import read_folder, read_list, repeated, some
 from torch import Tensor
 
 __all__ = [
@@ -176,8 +177,9 @@ def complain_of_lacking(data: Data) -> None:
 def fingerprint(data: Data) -> dict[str, Any]:
     """Classes, and of each split the number of images, their bytes and a digest for each class.
 
-    That is of its tensors or encoded images; of files it is of their paths below their folder, their sizes and the first bytes of the first
-    one, for reading all would take minutes. Moved to another root, with other times, they are the same data.
+    That is of its tensors or encoded images. Of files it is of their paths below their folder, their sizes, and the first 4,096 bytes of a
+    class's first 100 and of each that has the size of another, as uncompressed ones do: reading all would take minutes. Moved to another
+    root, with other times, they are the same data.
     """
     splits = {"train": data.train, "validation": data.validation, "test": data.test}
     parts = {name: split and _fingerprint(split, len(data.classes)) for name, split in splits.items()}
@@ -202,9 +204,15 @@ def _content(images: Tensor | Files | list) -> tuple[bytes, int]:
         return repr((images.dtype, images.shape)).encode() + images.numpy().tobytes(), images.nbytes
     if isinstance(images, Files):
         sizes = [images.size(i) for i in range(len(images))]
-        with open(images[0], "rb") as first:
-            return b"\0".join([first.read(4096), *(b"%b %d" % (images.name(i), size) for i, size in enumerate(sizes))]), sum(sizes)
+        of_size = Counter(sizes)
+        begun = [_beginning(images[i]) for i, size in enumerate(sizes) if i < 100 or of_size[size] > 1]
+        return b"\0".join([*begun, *(b"%b %d" % (images.name(i), size) for i, size in enumerate(sizes))]), sum(sizes)
     return b"".join(images), sum(map(len, images))
+
+
+def _beginning(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read(4096)).digest()
 
 
 def _digest(content: bytes) -> str:
@@ -428,10 +436,11 @@ def _lists(images: Source) -> Data:
         if getattr(images, name) is None:
             raise ValueError(f"{name} must be given for data 'list', got None")
     train = read_list(images.train_list, images.root)
-    classes = int(train.labels.max()) + 1 if len(train) else 0
+    classes = int(train.labels.max()) + 1
     test = read_list(images.test_list, images.root, classes)
     validation = None if images.val_list is None else read_list(images.val_list, images.root, classes)
-    return Data(train, validation, test, [str(c) for c in range(classes)])
+    notes = repeated({"train": train, "test": test} | ({} if validation is None else {"validation": validation}))
+    return Data(train, validation, test, [str(c) for c in range(classes)], notes)
 
 
 def _features(images: Source) -> Data:
