@@ -438,7 +438,7 @@ def exchange(root):
 )
 def test_other_data_is_told_apart(tmp_path, change, told):
     found = differences(image_folder(tmp_path / "data"), change)
-    assert bool(found) == bool(told)
+    assert bool(found) == bool(told) and not any("order of the images" in line for line in found)
     for part in told:
         assert any(part in line for line in found), found
 

@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("pooch", reason="needs the [train] extra")
 pytest.importorskip("sklearn", reason="needs the [train] extra")
 
+import hybrid
 from data import Source, load
 from folders import read_folder, read_list
 from PIL import Image
@@ -195,6 +196,8 @@ def test_a_wrong_root_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FileNotFoundError, match=r"root .*file must be a folder, got a file"):
         load(Source(data="list", root=tmp_path / "file"))
+    with pytest.raises(SystemExit, match=r"error: root .*gone must be a folder, got nothing there"):  # before the network, which is timm's
+        hybrid.main(["--data", "folder", "--network", "gone", "--root", str(tmp_path / "gone")])
 
 
 # ---- list files

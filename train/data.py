@@ -99,8 +99,8 @@ def defaults(name: DataName, **changes: Any) -> Source:
 
 
 def load(images: Source) -> Data:
+    check_source(images)
     known = _known(images.data)
-    _refuse_idle_options(images, known)
     data = known.read(images)
     if data.test is None:
         raise ValueError(f"data {images.data!r} must have a test split")
@@ -128,8 +128,9 @@ def _known(name: str) -> DataSet:
     return DATASETS[name]
 
 
-def _refuse_idle_options(images: Source, known: DataSet) -> None:
-    """An option that cannot act is an error, not dropped."""
+def check_source(images: Source) -> None:
+    """An option that cannot act is an error, not dropped; so is a root that is not there."""
+    known = _known(images.data)
     if images.data != "list":
         for name in ("train_list", "val_list", "test_list"):
             if (value := getattr(images, name)) is not None:
@@ -236,8 +237,8 @@ def describe_difference(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
         old, new = was[split], now[split]
         if (old is None) != (new is None):
             told.append(f"{split}: {'none' if old is None else old['images']} before, {'none' if new is None else new['images']} now")
-        elif old is not None and old != new:
-            told.append(f"{split}: {_describe(was['classes'], old, now['classes'], new)}")
+        elif old is not None and old != new and (what := _describe(was["classes"], old, now["classes"], new)):
+            told.append(f"{split}: {what}")
     return told or [f"the split was {was['split']} and is {now['split']}"]
 
 
@@ -253,7 +254,9 @@ def _describe(were: list[str], old: dict[str, Any], are: list[str], new: dict[st
         told.insert(0, f"{new['images']} images, were {old['images']}")
     if others:
         told.append(f"other images (or sizes, paths, order) of {some(others)}")
-    return some(told) if told else "the order of the images is another"
+    if not told and were == are:
+        told.append("the order of the images is another")
+    return some(told)  # nothing, where it is the classes' names that differ
 
 
 # ---- the long tail
