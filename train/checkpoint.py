@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -9,26 +10,35 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
+_being_written: set[Path] = set()
+
 
 def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Write beside ``path``, then rename: who reads it finds the old file or the new one, and a failed write leaves the old one."""
     partial = path.with_name(path.name + ".partial")
+    _being_written.add(path)
     try:
         with open(partial, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        # torch.save raises its own RuntimeError where the file raised an OSError.
+        if isinstance(cause := error.__context__ if isinstance(error, RuntimeError) else error, OSError):
+            raise OSError(f"{path} could not be written, and is as it was before: {cause}") from error
         raise
+    finally:
+        _being_written.discard(path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -54,24 +64,48 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict:
         raise ValueError(f"{path} is not a readable checkpoint: {error}") from error
 
 
-class StopSignal:
-    """Within it, Ctrl-C and the signals of clusters that announce an end ask to stop after the step at hand; a second one stops at once."""
+@contextlib.contextmanager
+def stop_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Within it Ctrl-C and the signals by which clusters announce an end go to ``handler``. A hang-up that nohup ignores stays ignored."""
+    asked_by = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+    heeded = [s for s in asked_by if s.name != "SIGHUP" or signal.getsignal(s) != signal.SIG_IGN]
+    before = {s: signal.signal(s, handler) for s in heeded}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
-    ASKED_BY = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
+
+def leave(number: int, _frame: object = None) -> None:
+    """For what is not in the middle of anything: the exit status is that of a process which the signal ended."""
+    raise SystemExit(128 + number)
+
+
+class StopSignal:
+    """Within it a stop signal asks to stop after the step at hand.
+
+    A second one stops at once, but not while a file is written, nor where it comes with the first: a terminal that closes sends two.
+    """
+
+    TOGETHER = 1.0  # seconds
 
     def __enter__(self) -> StopSignal:
         self.received: int | None = None
-        self.previous = {s: signal.signal(s, self._receive) for s in self.ASKED_BY}
+        self.handling = stop_signals(self._receive)
+        self.handling.__enter__()
         return self
 
     def _receive(self, number: int, _frame: object) -> None:
-        if self.received is not None:
-            raise KeyboardInterrupt
-        self.received = number
+        if self.received is None:
+            self.received, self.at = number, time.monotonic()
+        elif time.monotonic() - self.at > self.TOGETHER and not _being_written:
+            leave(number)
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.handling.__exit__(None, None, None)
+        if kind is None and self.received is not None:  # it came after the last look
+            leave(self.received)
 
 
 def leave_process_group(*_: object) -> None:

@@ -14,7 +14,6 @@ import argparse
 import csv
 import glob
 import io
-import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ import checkpoint
 import exports
 import torch
 from folders import IMAGE_SUFFIXES, is_junk
+from joblib import cpu_count
 from torch import Tensor
 from trained import BATCH, Trained, load
 
@@ -90,7 +90,7 @@ def predictions(model: Trained, paths: list[Path]) -> Iterator[tuple[Path, Tenso
         except ValueError as error:
             return error
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(8, cpu_count())) as pool:
         for start in range(0, len(paths), BATCH):
             part = paths[start : start + BATCH]
             images = list(pool.map(prepared, part))

@@ -72,7 +72,7 @@ class Records:
     against: tuple[str, ...] = ()  # other methods that are trained beside this one, at equal images, and compared with it seed by seed
     out: Path | None = None  # the run's folder; None: runs/DATA-METHOD-DATE
     eval_every: int | None = None  # epochs; None: ten times in all
-    eval_batch: int = 1024  # images of a batch in evaluation
+    eval_batch: int | None = None  # images of a batch in evaluation; None: as many as a training step takes, which fit
     log_every: int = 50  # steps between two readings of the loss inside an epoch
     keep_every: int | None = None  # epochs between checkpoints that are kept; None: the last one alone
     knn: bool = False  # also classify by the nearest training images

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -15,7 +17,43 @@ from rich.text import Text
 for stream in (sys.stdout, sys.stderr):  # a terminal that has no α shows its escape; what has no encoding (a test's) is left alone
     if hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="backslashreplace")
-console = Console()
+
+
+class Lasting:
+    """The standard output. Where it cannot be written, for its reader left, its disk is full or its terminal is gone, the run goes on."""
+
+    @property
+    def stream(self) -> Any:
+        return getattr(sys.stdout, "rich_proxied_file", sys.stdout)  # rich puts itself in its place while it shows a bar
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        self._try(lambda: self.stream.write(text))
+
+    def flush(self) -> None:
+        self._try(lambda: self.stream.flush())
+
+    def _try(self, output: Callable[[], Any]) -> None:
+        if self.stream is None:  # closed from the start
+            return
+        try:
+            output()
+        except OSError as error:
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # what waits in a buffer goes there too
+            say_aside(f"the standard output cannot be written ({error}): what it would show is lost, the run goes on")
+
+
+def say_aside(text: str) -> None:
+    """To the standard error, where a person looks for what is wrong."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stderr.write(text + "\n")
+
+
+# Bars are for a terminal: a log has lines, also where FORCE_COLOR makes rich take it for one.
+console = Console(file=Lasting(), force_interactive=None if sys.stdout is not None and sys.stdout.isatty() else False)
 
 
 class StatusBelow(Progress):
@@ -28,7 +66,7 @@ class StatusBelow(Progress):
 
 def progress_bar() -> Progress:
     columns = [TextColumn("{task.description}", markup=False), BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn()]
-    return StatusBelow(*columns, TimeRemainingColumn(), console=console, expand=True)
+    return StatusBelow(*columns, TimeRemainingColumn(), console=console, expand=True, disable=not console.is_interactive)
 
 
 def say(text: str) -> None:
