@@ -194,7 +194,13 @@ def test_config_json_of_another_version(tmp_path):
         path.write_text(json.dumps(broken))
         with pytest.raises(ValueError, match=f"{re.escape(str(path))} {message}|{message}"):
             settings.read(tmp_path)
-    for text, message in (("[1]", "differs in images"), ("{", "is not readable JSON")):
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(stored).encode())  # as some editors write
+    assert settings.read(path) == Config()
+    for text, message in (
+        ("[1]", r"config\.json must hold an object, got list"),
+        ("{", "is not readable JSON"),
+        ("", "is not readable JSON"),
+    ):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             settings.read(path)

@@ -50,6 +50,17 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """What :func:`write_json` wrote of a dict; a byte order mark that an editor left is no harm."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold an object, got {type(found).__name__}")
+    return found
+
+
 def save(path: Path, state: dict) -> None:
     write_whole(path, lambda file: torch.save(state, file))
 
@@ -61,7 +72,8 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict:
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist, expected a checkpoint") from None
     except Exception as error:
-        raise ValueError(f"{path} is not a readable checkpoint: {error}") from error
+        told = str(error).partition("\n")[0]
+        raise ValueError(f"{path} is not a readable checkpoint: {type(error).__name__}: {told}") from error
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ A run is a folder with metrics.json, or one with seed-*/metrics.json of several 
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,7 +45,7 @@ def read_runs(folder: Path) -> list[Run]:
     paths = [folder / "metrics.json"] if (folder / "metrics.json").is_file() else sorted(folder.glob("seed-*/metrics.json"))
     if not paths:
         raise FileNotFoundError(f"{folder} must hold metrics.json or seed-*/metrics.json: is the run finished?")
-    runs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    runs = [checkpoint.read_json(path) for path in paths]
     for path, run in zip(paths, runs, strict=True):
         if not isinstance(run["config"].get("images"), dict):
             raise ValueError(

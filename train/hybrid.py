@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import math
 import multiprocessing
 import sys
@@ -43,6 +42,7 @@ from report import (
     Loggers,
     alone,
     begin_folder,
+    has_checkpoint,
     is_finished,
     load,
     name_of,
@@ -92,7 +92,7 @@ def _train(config: Config, data: datasets.Data, *, resume: bool) -> dict[str, An
     with checkpoint.StopSignal() as stop, progress_bar() as progress:
         # One process may leave between two batches, in an evaluation too; several do so at a step, together.
         run = Run(config, data, stopped=lambda: stop.received is not None and processes.count() == 1)
-        if resume and processes.told((out / "last.pt").exists()):
+        if resume and processes.told(has_checkpoint(out)):
             load(run)
         if writes:
             begin_folder(run, anew=not resume)
@@ -175,7 +175,7 @@ def finish(config: Config, data: datasets.Data, *, extend: bool = False) -> dict
         raise ValueError(f"out {out} holds a run of other settings ({', '.join(names)}): name another folder")
     if processes.told(is_finished(out, config.optimiser.epochs)):
         if all(getattr(stored.records, name) == getattr(config.records, name) for name in REPORTED):
-            return json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+            return checkpoint.read_json(out / "metrics.json")
         if processes.rank() == 0:
             write_config(config)
         return evaluate_again(config, data)

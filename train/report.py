@@ -72,6 +72,14 @@ def alone(out: Path) -> Iterator[None]:
             _locked.discard(folder)
 
 
+def has_checkpoint(out: Path) -> bool:
+    """A run that was stopped before its first checkpoint begins anew; one that lost it is not trained over again without a word."""
+    there, log = (out / "last.pt").exists(), out / "log.jsonl"
+    if not there and log.exists():
+        raise FileNotFoundError(f"{out / 'last.pt'} does not exist, and {log} tells of epochs that were trained: name another folder")
+    return there
+
+
 def load(run: Run) -> None:
     """The run as its last checkpoint has it."""
     path = run.config.records.out / "last.pt"
@@ -105,7 +113,7 @@ def begin_folder(run: Run, *, anew: bool) -> None:
 def refuse_other_data(out: Path, data: Data) -> None:
     """A run goes on with the data that it began with."""
     path = out / "data.json"
-    if told := describe_difference(json.loads(path.read_text()), data.fingerprint) if path.exists() else []:
+    if told := describe_difference(checkpoint.read_json(path), data.fingerprint) if path.exists() else []:
         raise ValueError(f"the data are not those of the run in {out}: {'; '.join(told)}")
 
 
@@ -176,7 +184,7 @@ def is_finished(out: Path, epochs: int) -> bool:
     """With fewer epochs the figures are those of --eval-only on a run that was stopped."""
     if not all((out / name).exists() for name in ("metrics.json", "log.jsonl", "README.md")):
         return False
-    return len((out / "log.jsonl").read_text(encoding="utf-8").splitlines()) == epochs
+    return len((out / "log.jsonl").read_bytes().splitlines()) == epochs
 
 
 def draw(plot: Callable[..., None], path: Path, *given: Any, **options: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
 import types
 import typing
 from collections.abc import Iterator
@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+import checkpoint
 import exports
 import processes
 import torch
@@ -189,12 +190,13 @@ def differing(a: Config, b: Config) -> list[str]:
 
 def checked(config: Config) -> Config:
     """Everything checked that can be without the data; the device named."""
+    named(DATASETS, "data", config.images.data)
     _check_choices(config)
     values = {name: value for group, name, value in settings_of(config) if group not in AUGMENTS}
     positive = ("epochs", "batch", "classifier_batch", "lr", "temperature", "width", "hidden", "embedding", "seeds", "jobs", "eval_every")
     positive += ("eval_batch", "log_every", "keep_every", "prototypes_per_class", "positives", "image_size", "clip", "threads", "lr_factor")
     for name in positive:
-        if values[name] is not None and not values[name] > 0:
+        if values[name] is not None and not 0 < values[name] < math.inf:
             raise ValueError(f"{name} must be positive, got {values[name]}")
     for name in ("weight_decay", "workers", "logit_adjustment", "focal_gamma", "margin", "cosine", "tau_normalisation", "mixup"):
         if not values[name] >= 0:
@@ -359,29 +361,34 @@ def as_json(config: Config) -> dict[str, Any]:
     return plain(dataclasses.asdict(config))
 
 
-def from_json(stored: Any, where: Path) -> Config:
+def from_json(stored: dict[str, Any], where: Path) -> Config:
     """What :func:`as_json` wrote. A setting that is missing or unknown is of another version of the code, and an error."""
     parts = {}
-    if isinstance(stored, dict) and (unknown := sorted(stored.keys() - set(GROUPS))):
+    if unknown := sorted(stored.keys() - set(GROUPS)):
         raise ValueError(f"{where} must hold the settings of this version, and differs in {', '.join(unknown)}: written by another one?")
     for group, kind in typing.get_type_hints(Config).items():
-        given = stored.get(group) if isinstance(stored, dict) else None
+        given = stored.get(group)
         hints = typing.get_type_hints(kind)
         if not isinstance(given, dict) or given.keys() != hints.keys():
             wrong = sorted(given.keys() ^ hints.keys()) if isinstance(given, dict) else [group]
             raise ValueError(f"{where} must hold the settings of this version, and differs in {', '.join(wrong)}: written by another one?")
-        parts[group] = kind(**{name: _typed(value, hints[name]) for name, value in given.items()})
+        parts[group] = kind(**{name: _typed(value, hints[name], f"{where}: {name}") for name, value in given.items()})
     return Config(**parts)
 
 
-def _typed(value: Any, hint: Any) -> Any:
-    """JSON has lists for tuples and strings for paths."""
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
-    if isinstance(value, list):
-        inner = typing.get_args(hint)
-        return tuple(_typed(one, inner[0] if inner else Any) for one in value)
-    return Path(value) if hint is Path and value is not None else value
+def _typed(value: Any, hint: Any, name: str) -> Any:
+    """JSON has lists for tuples, strings for paths, and no word for a float without a fraction."""
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    if value is None and type(None) in kinds:
+        return None
+    kind = next(kind for kind in kinds if kind is not type(None))
+    inner = typing.get_args(kind)
+    if typing.get_origin(kind) is tuple and isinstance(value, list) and (inner[-1] is Ellipsis or len(value) == len(inner)):
+        return tuple(_typed(one, inner[0], name) for one in value)
+    of_json = {float: (int, float), Path: (str,)}.get(kind, (str if typing.get_origin(kind) is Literal else kind,))
+    if type(value) in of_json and not (kind is float and not math.isfinite(value)):
+        return Path(value) if kind is Path else value
+    raise ValueError(f"{name} must be {str(hint).replace('typing.', '') if inner or len(kinds) > 1 else kind.__name__}, got {value!r}")
 
 
 def read(path: Path) -> Config:
@@ -389,8 +396,4 @@ def read(path: Path) -> Config:
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist, expected a run's folder or its config.json")
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not readable JSON: {error}") from error
-    return from_json(stored, path)
+    return from_json(checkpoint.read_json(path), path)
