@@ -55,7 +55,7 @@ from report import (
 )
 from run import Run
 from settings import Config
-from terminal import console, hint, progress_bar, say, show, status
+from terminal import console, hint, printable, progress_bar, say, show, status
 
 
 @contextlib.contextmanager
@@ -206,7 +206,7 @@ def main(arguments: list[str]) -> None:
         with checkpoint.stop_signals(checkpoint.leave):
             command(*parse(arguments, __doc__))
     except side_by_side.TOLD as error:
-        sys.exit(f"error{f' on rank {processes.rank()}' if processes.count() > 1 else ''}: {error}")
+        sys.exit(f"error{f' on rank {processes.rank()}' if processes.count() > 1 else ''}: {printable(str(error))}")
 
 
 def command(config: Config, asked: Command) -> None:

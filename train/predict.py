@@ -24,6 +24,7 @@ import exports
 import torch
 from folders import IMAGE_SUFFIXES, is_junk
 from joblib import cpu_count
+from terminal import printable, say_aside
 from torch import Tensor
 from trained import BATCH, Trained, load
 
@@ -34,7 +35,7 @@ def main(arguments: list[str]) -> int:
         paths = [path for one in given.images for path in files_of(one)]
         if given.export:
             for path in exports.export(load(given.run), given.export):  # on the CPU: a program computes where it was exported
-                print(f"written: {path}", file=sys.stderr)
+                say_aside(f"written: {path}")
         if not paths:
             return 0
         device = given.device if given.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -42,7 +43,7 @@ def main(arguments: list[str]) -> int:
         model.check_takes_images()
         return show(model, paths, given.top, given.csv)
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_aside(f"error: {error}")
         return 2
 
 
@@ -85,6 +86,8 @@ def predictions(model: Trained, paths: list[Path]) -> Iterator[tuple[Path, Tenso
     """Probabilities of each image, in order, or why it could not be read. Decoded by threads, a batch in memory at a time."""
 
     def prepared(path: Path) -> Tensor | ValueError:
+        if path.exists() and not path.is_file():
+            return ValueError(f"{path} must be a file, and to open a pipe would be to wait for its writer")
         try:
             return model.preprocess(path)
         except ValueError as error:
@@ -108,17 +111,17 @@ def show(model: Trained, paths: list[Path], top: int, table: str | None) -> int:
     for path, row in predictions(model, paths):
         if isinstance(row, ValueError):
             unreadable += 1
-            print(f"error: {row}", file=sys.stderr)
+            say_aside(f"error: {row}")
             continue
         best = [(model.classes[c], p) for p, c in zip(*(x.tolist() for x in row.topk(top)), strict=True)]
         if table is None:
-            print(f"{path}: {', '.join(f'{name} {100 * p:.1f} %' for name, p in best)}")
+            print(printable(f"{path}: {', '.join(f'{name} {100 * p:.1f} %' for name, p in best)}"))
         else:
             writer.writerow([path, *(value for name, p in best for value in (name, f"{p:.6f}"))])
     if isinstance(text, io.StringIO):
         checkpoint.write_text(Path(table), text.getvalue())
     if unreadable:
-        print(f"{unreadable} of {len(paths)} images could not be read", file=sys.stderr)
+        say_aside(f"{unreadable} of {len(paths)} images could not be read")
     return 1 if unreadable else 0
 
 

@@ -49,7 +49,7 @@ class Lasting:
 def say_aside(text: str) -> None:
     """To the standard error, where a person looks for what is wrong."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        sys.stderr.write(text + "\n")
+        sys.stderr.write(printable(text) + "\n")
 
 
 # Bars are for a terminal: a log has lines, also where FORCE_COLOR makes rich take it for one.
@@ -69,8 +69,13 @@ def progress_bar() -> Progress:
     return StatusBelow(*columns, TimeRemainingColumn(), console=console, expand=True, disable=not console.is_interactive)
 
 
+def printable(text: str) -> str:
+    """In one line, without what would command a terminal or turn the line's direction: such characters are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.splitlines()))
+
+
 def say(text: str) -> None:
-    console.print(text, soft_wrap=True, markup=False, highlight=False)
+    console.print(printable(text), soft_wrap=True, markup=False, highlight=False)
 
 
 def status(row: dict[str, Any]) -> str:
@@ -110,7 +115,7 @@ def show(results: list[dict[str, Any]], classes: list[str]) -> None:
     if len(results) == 1 and len(classes) <= 20:
         per_class = Table("class", "images", "accuracy")
         for name, images, accuracy in zip(classes, results[0]["train_images"], results[0]["best"]["per_class"], strict=True):
-            per_class.add_row(Text(name), str(images), "–" if accuracy is None else f"{accuracy:.1f}")
+            per_class.add_row(Text(printable(name)), str(images), "–" if accuracy is None else f"{accuracy:.1f}")
         console.print(per_class)
 
 
