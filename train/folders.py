@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import os
 import re
+import stat
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,11 +93,19 @@ class Folder:
         return sorted(self.images + below)
 
 
+def regular(path: str) -> os.stat_result:
+    """What is no plain file is no image: whoever opened a pipe would wait for its writer."""
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{path} must be an image file, and is a folder, a pipe or a device")
+    return found
+
+
 def look(path: Path, left: Left, above: frozenset[tuple[int, int]] = frozenset()) -> Folder:
-    stat = os.stat(path)
-    if (stat.st_dev, stat.st_ino) in above:
+    here = os.stat(path)
+    if (here.st_dev, here.st_ino) in above:
         raise ValueError(f"{path} is a link to a folder that it lies in")
-    above |= {(stat.st_dev, stat.st_ino)}
+    above |= {(here.st_dev, here.st_ino)}
     folder = Folder(path, {}, [])
     with os.scandir(path) as found:
         for entry in sorted(found, key=lambda entry: entry.name):
@@ -105,8 +114,8 @@ def look(path: Path, left: Left, above: frozenset[tuple[int, int]] = frozenset()
             elif entry.is_dir():
                 folder.folders[entry.name] = look(path / entry.name, left, above)
             elif (suffix := os.path.splitext(entry.name)[1].lower()) in IMAGE_SUFFIXES:
-                stat = entry.stat()  # a link to nothing ends here, with its name
-                folder.images.append((entry.name, stat.st_size, stat.st_mtime_ns))
+                file = regular(entry.path)  # a link to nothing ends here, with its name
+                folder.images.append((entry.name, file.st_size, file.st_mtime_ns))
             else:
                 left.other[suffix] += 1
     return folder
@@ -221,12 +230,14 @@ def read_list(path: Path, root: Path, classes: int | None = None) -> Split:
     sizes, times, missing = [], [], []
     for number, name in zip(numbers, names, strict=True):
         try:
-            stat = os.stat(os.path.join(root, name))
+            found = os.stat(os.path.join(root, name))
         except (OSError, ValueError):  # ValueError: a name that no file can have
             missing.append((number, name))
         else:
-            sizes.append(stat.st_size)
-            times.append(stat.st_mtime_ns)
+            if not stat.S_ISREG(found.st_mode):
+                raise ValueError(f"{path}, line {number}: {root / name} must be an image file, and is a folder, a pipe or a device")
+            sizes.append(found.st_size)
+            times.append(found.st_mtime_ns)
     if missing:
         number, name = missing[0]
         count = f"{len(missing)} of {len(names)} files that do not exist under {root}"
