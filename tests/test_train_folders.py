@@ -98,6 +98,17 @@ def test_suffixes_and_links(tmp_path):
         read_folder(tmp_path / "data")
 
 
+def test_a_pipe_is_no_image(tmp_path):
+    """Whoever opened it would wait for ever."""
+    fill(tmp_path)
+    os.mkfifo(tmp_path / "cat" / "pipe.png")
+    with pytest.raises(ValueError, match=r"cat/pipe\.png must be an image file, and is a folder, a pipe or a device"):
+        read_folder(tmp_path)
+    (tmp_path / "list.txt").write_text("cat/0.png 0\ncat/pipe.png 0\n")
+    with pytest.raises(ValueError, match=r"list\.txt, line 2: .*cat/pipe\.png must be an image file"):
+        read_list(tmp_path / "list.txt", tmp_path)
+
+
 def test_a_split_may_lack_a_class_of_training(tmp_path):
     fill(tmp_path / "train")
     fill(tmp_path / "test", ["cat", "dog"])

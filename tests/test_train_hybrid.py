@@ -385,6 +385,15 @@ def test_too_little_memory_says_what_to_lower(tmp_path, monkeypatch):
         run_tiny(tmp_path)
 
 
+def test_a_worker_that_dies_during_a_step(tmp_path, monkeypatch):
+    def told(*_):  # as by torch's handler of SIGCHLD
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    monkeypatch.setattr(Run, "update", told)
+    with pytest.raises(OSError, match=r"a process that decodes images ended \(.*Killed.*fewer workers need less"):
+        run_tiny(tmp_path)
+
+
 def test_an_evaluation_takes_as_many_images_as_a_step(tmp_path, monkeypatch):
     sizes, predict = [], evaluate.predict
     monkeypatch.setattr(evaluate, "predict", lambda *given: sizes.append(given[4]) or predict(*given))

@@ -227,7 +227,7 @@ def patient(loader: DataLoader, what: str, stopped: Callable[[], object]) -> Ite
             if not str(error).startswith("DataLoader"):
                 raise
             if "timed out" not in str(error):
-                raise OSError(f"a process that decodes {what} ended ({error}); where memory is short, fewer workers need less") from error
+                raise ended(what, error) from error
             if stopped():
                 raise Stopped from error
             waited += POLL
@@ -236,6 +236,10 @@ def patient(loader: DataLoader, what: str, stopped: Callable[[], object]) -> Ite
             continue
         waited = 0.0
         yield batch
+
+
+def ended(what: str, error: RuntimeError) -> OSError:
+    return OSError(f"a process that decodes {what} ended ({error}); where memory is short, fewer workers need less")
 
 
 def begun(loader: DataLoader) -> Iterator:

@@ -37,7 +37,7 @@ import side_by_side
 import torch
 from check import check_images
 from command_line import Command, parse
-from files import Stopped
+from files import Stopped, ended
 from report import (
     Loggers,
     alone,
@@ -60,10 +60,15 @@ from terminal import console, hint, printable, progress_bar, say, show, status
 
 @contextlib.contextmanager
 def what_to_lower() -> Iterator[None]:
-    """Too little memory, of the device's or the host's allocator, becomes a MemoryError that says what to change."""
+    """Too little memory, of the device's or the host's allocator, becomes a MemoryError that says what to change.
+
+    So does, as an OSError, the death of a worker, which torch raises from a signal handler wherever the run is.
+    """
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if str(error).startswith("DataLoader worker"):
+            raise ended("images", error) from error
         if type(error) is RuntimeError and "can't allocate memory" not in str(error):
             raise
         told = " ".join(str(error).split())

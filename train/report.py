@@ -70,6 +70,9 @@ def alone(out: Path) -> Iterator[None]:
             yield
         finally:
             _locked.discard(folder)
+            if [path.name for path in out.iterdir()] == [".lock"]:  # nothing was begun
+                (out / ".lock").unlink()
+                out.rmdir()
 
 
 def has_checkpoint(out: Path) -> bool:
