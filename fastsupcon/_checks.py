@@ -13,6 +13,15 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
+def readable(value: Tensor) -> Tensor | None:
+    """Values that nobody has to wait for: on a CPU, outside of torch.compile. Of all problems at once where torch.func's vmap has many."""
+    if value.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    while torch._C._functorch.is_functorch_wrapped_tensor(value):
+        value = torch._C._functorch.get_unwrapped(value)
+    return value
+
+
 def one_of(name: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
@@ -61,8 +70,11 @@ def within(name: str, value: Tensor, low: int, high: int) -> None:
     if value.numel() == 0:
         return
     message = f"{name} must lie in [{low}, {high})"
-    wide = value.long()  # a uint8 cannot be compared with -1 or 256: the bound would be wrapped; a uint16 has no aminmax
-    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+    values = readable(value)
+    wide = (
+        value if values is None else values
+    ).long()  # a uint8 cannot be compared with -1 or 256: the bound would be wrapped; a uint16 has no aminmax
+    if values is not None:
         least, greatest = (int(bound) for bound in wide.aminmax())
         if least < low or greatest >= high:
             raise ValueError(f"{message}, got values from {least} to {greatest}")
@@ -74,9 +86,9 @@ def not_negative(name: str, value: Tensor) -> None:
     """Real, and no element below 0; a NaN is none. On a GPU and under torch.compile a breach of the latter is asserted by the device."""
     if value.is_complex():
         raise TypeError(f"{name} must have a real dtype, got {value.dtype}")
-    if value.device.type == "cpu" and not torch.compiler.is_compiling():
-        if (value < 0).any():
-            raise ValueError(f"{name} must not be negative, got {value.min().item():g}")
+    if (values := readable(value)) is not None:
+        if (values < 0).any():
+            raise ValueError(f"{name} must not be negative, got {values.min().item():g}")
     else:
         torch._assert_async(~(value < 0).any(), f"{name} must not be negative")
 
@@ -86,11 +98,12 @@ def whole(name: str, value: Tensor) -> None:
 
     On a GPU and under torch.compile a breach is asserted by the device.
     """
-    message = f"{name} must be whole numbers below 2**53"
+    message, values = f"{name} must be whole numbers below 2**53", readable(value)
+    value = value if values is None else values
     broken = (value != value.round()) | ~(value.abs() < 2**53)
-    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+    if values is not None:
         if broken.any():
-            raise ValueError(f"{message}, got {value[broken][0].item()}")
+            raise ValueError(f"{message}, got {values[broken][0].item()}")
     else:
         torch._assert_async(~broken.any(), message)
 
@@ -103,14 +116,16 @@ def counts(name: str, value: Tensor, classes: int, device: torch.device, *, leas
     vector(name, value, classes, device, floating=isinstance(value, Tensor) and value.is_floating_point())
     if least == 0:
         not_negative(name, value)
-    elif value.device.type == "cpu" and not torch.compiler.is_compiling():
-        smallest, total = value.min().item(), value.sum().item()
+    elif (values := readable(value)) is not None:
+        smallest, total = values.min().item(), values.sum().item()
         if not (smallest >= 0 and 0 < total < math.inf):
             raise ValueError(f"{name} must be finite, at least 0 and not all 0, got a least of {smallest:g} and a sum of {total:g}")
 
 
 def is_integer(value: object) -> TypeGuard[int]:
-    """An int, or NumPy's."""
+    """An int, NumPy's, or a tensor of one."""
+    if isinstance(value, Tensor):
+        return value.ndim == 0 and not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
@@ -129,20 +144,20 @@ def number(name: str, value: float, low: float, high: float) -> None:
 
 
 def scale(name: str, value: float | Tensor) -> None:
-    """A finite number, or a floating-point tensor of one element, whose value is not read back."""
-    if isinstance(value, Tensor):
-        if value.numel() != 1 or not value.is_floating_point():
-            raise TypeError(
-                f"{name} must be a number or a floating-point tensor of one element, got {value.dtype} of shape {list(value.shape)}"
-            )
-    elif not isinstance(value, numbers.Real) or isinstance(value, bool):
+    """A finite number, or a tensor of one element, whose value is not read back."""
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        if not -math.inf < value < math.inf:
+            raise ValueError(f"{name} must be finite, got {value}")
+        return
+    if not isinstance(value, Tensor) and not hasattr(value, "ndim"):  # NumPy's has one
         raise TypeError(f"{name} must be a number or a tensor of one element, got {type(value).__name__}")
-    elif not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
+    array = torch.as_tensor(value)
+    if array.numel() != 1 or array.is_complex() or array.dtype == torch.bool:
+        raise TypeError(f"{name} must be a number or a tensor of one element, got {array.dtype} of shape {list(array.shape)}")
 
 
 def temperature(name: str, value: float | Tensor) -> None:
-    """A positive finite number, or a floating-point tensor of one element, whose value is not read back."""
+    """A positive finite number, or a tensor of one element, whose value is not read back."""
     if type(value) is float and 0 < value < math.inf:  # ahead of the questions that cost a microsecond each
         return
     if isinstance(value, Tensor) or not isinstance(value, numbers.Real) or isinstance(value, bool):

@@ -22,7 +22,12 @@ from .backends import BACKENDS, LineBackend, LossBackend, cpu, reference, select
 from .backends._dtypes import sum_dtype
 from .problem import Gradients, Line, Pairs, Side, Terms, names_of
 
-_library = torch.library.Library("fastsupcon", "DEF")
+try:
+    _library = torch.library.Library("fastsupcon", "DEF")
+except RuntimeError as error:
+    raise ImportError(
+        "fastsupcon's operators are loaded, and PyTorch takes them once in a process: to load them anew, start it anew"
+    ) from error
 _PAIRS = (
     "Tensor rows, Tensor? columns, Tensor? bias, Tensor? scale_tensor, Tensor? row_keys, Tensor? column_keys, Tensor? own_column, "
     "float scale, bool unit"
@@ -64,6 +69,8 @@ def _apply(function: type[torch.autograd.Function], pairs: Pairs, *rest: Any) ->
 
 def traced(arguments: Iterable[Any]) -> bool:
     """Whether something looks on that must be shown operators: a compiler, a dispatch mode, a tensor without storage of its own."""
+    if torch._C._get_tracing_state() is not None:  # which cannot record a list of names, and would take the loss for a constant
+        raise NotImplementedError("torch.jit.trace cannot record fastsupcon's losses: use torch.compile or torch.export")
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
     for x in arguments:
@@ -129,14 +136,8 @@ def _forward(pairs: Pairs, row_names: tuple[str, ...], column_names: tuple[str, 
 def _backward(
     pairs: Pairs, rows: Side, columns: Side, norms: Tensor, kept: Tensor, needs: tuple[bool, bool, bool, bool], backend: str
 ) -> Gradients:
-    _refuse_batched(rows.grads)
     rows, columns = (Side(names, values.contiguous(), grads.contiguous()) for names, values, grads in (rows, columns))
     return _backend(backend, pairs.rows).backward(_contiguous(pairs), rows, columns, norms, kept, needs)
-
-
-def _refuse_batched(grads: Tensor) -> None:
-    if not torch._C._has_storage(grads):
-        raise NotImplementedError("fastsupcon's gradients cannot be batched by vmap (is_grads_batched=True): loop over them")
 
 
 def _loss_forward(pairs: Pairs, names: tuple[str, ...], line: Line, backend: str, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -157,7 +158,6 @@ def _loss_backward(
     needs: tuple[bool, bool, bool, bool],
     backend: str,
 ) -> Gradients:
-    _refuse_batched(grad)
     module, pairs = _backend(backend, pairs.rows), _contiguous(pairs)
     if hasattr(module, "loss_backward"):
         return module.loss_backward(pairs, names, line, kept, grad.contiguous(), needs)
@@ -233,7 +233,7 @@ _backward_op = _define(
 def _gradients(ctx: Any, rows: Side, columns: Side, pairs: Pairs, norms: Tensor, kept: Tensor, backend: str) -> tuple[Tensor | None, ...]:
     """Of a Function's inputs, the differentiable ones first."""
     needs = tuple(ctx.needs_input_grad[:_DIFFERENTIABLE])
-    if traced((rows.grads,)):
+    if traced((rows.grads,)) or _is_batched(rows.grads):
         gradients = _backward_op(*_flat(pairs), *rows, *columns, norms, kept, needs, backend)
         return _padded(ctx, (gradient if need else None for gradient, need in zip(gradients, needs, strict=True)))
     return _padded(ctx, _backward(pairs, rows, columns, norms, kept, needs, backend))
@@ -252,6 +252,23 @@ def _differentiable_gradients(
     rows = Side(row_names, row_values, row_grads_of(row_values))
     columns = Side(column_names, column_values, column_values if column_grads is None else column_grads)
     return _padded(ctx, reference.backward(pairs, rows, columns, norms, kept, tuple(ctx.needs_input_grad[:_DIFFERENTIABLE])))
+
+
+def _is_batched(grads: Tensor) -> bool:
+    """By vmap: for autograd.grad(is_grads_batched=True), and what is made with it, and torch.func."""
+    return not torch._C._has_storage(grads)
+
+
+def _of_each(
+    function: Callable[..., Iterable[Tensor]], problems: int, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """What vmap makes of ``function``: problem after problem, for each has kernels of its own; the outputs stacked, and the dim of that."""
+    outputs = []
+    for i in range(problems):
+        one = (x.select(dim, i) if isinstance(x, Tensor) and dim is not None else x for x, dim in zip(arguments, in_dims, strict=True))
+        outputs.append(function(*one))
+    stacked = tuple(torch.stack(output) for output in zip(*outputs, strict=True))
+    return stacked, (0,) * len(stacked)
 
 
 def _padded(ctx: Any, gradients: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -291,8 +308,14 @@ def _terms_backward(ctx: Any, row_grads: Tensor | None, column_grads: Tensor | N
     return _gradients(ctx, rows, columns, pairs, norms, kept, backend)
 
 
+def _no_forward_mode(ctx: object, *tangents: object) -> NoReturn:
+    raise NotImplementedError(
+        "fastsupcon's losses have no derivatives in forward mode (jvp, jacfwd, hessian): take jacrev, twice for second ones"
+    )
+
+
 class _TransformedTerms(torch.autograd.Function):
-    """For torch.func.grad, which makes its gradients with create_graph=True. Forward mode is refused by PyTorch."""
+    """For torch.func.grad, which makes its gradients with create_graph=True."""
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -300,10 +323,11 @@ class _TransformedTerms(torch.autograd.Function):
 
     setup_context = staticmethod(_setup_terms)
     backward = staticmethod(_terms_backward)
+    jvp = staticmethod(_no_forward_mode)
 
     @staticmethod
-    def vmap(info: object, in_dims: object, *arguments: object) -> NoReturn:
-        raise NotImplementedError("fastsupcon's losses cannot be batched by torch.func.vmap: loop over the problems")
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        return _of_each(_transformed_terms, info.batch_size, in_dims, arguments)
 
 
 _transformed_terms: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = _TransformedTerms.apply
@@ -323,9 +347,12 @@ class _Terms(torch.autograd.Function):
         return tuple(terms)
 
     backward = staticmethod(_terms_backward)
+    jvp = staticmethod(_no_forward_mode)
 
 
 class _Loss(torch.autograd.Function):
+    jvp = staticmethod(_no_forward_mode)
+
     @staticmethod
     def forward(
         ctx: Any, rows: Tensor, columns: Tensor | None, bias: Tensor | None, scale_tensor: Tensor | None, call: tuple[Any, ...]
@@ -342,7 +369,7 @@ class _Loss(torch.autograd.Function):
         pairs, kept, names, line, backend = _saved(ctx)
         if torch.is_grad_enabled():  # create_graph=True
             return _differentiable_gradients(ctx, pairs, names, lambda values: reference.line_backward(names, values, grad, line))
-        if traced((grad,)):  # the kept form is the backend's own, which operators do not know
+        if traced((grad,)) or _is_batched(grad):  # the kept form is the backend's own, which operators do not know
             values, nothing, norms, exponentials = _forward_op(*_flat(pairs), names, (), backend)
             rows = Side(names, values, reference.line_backward(names, values, grad, line))
             return _gradients(ctx, rows, Side((), nothing, nothing), pairs, norms, exponentials, backend)
@@ -354,4 +381,9 @@ def _no_second_derivative(ctx: object, *grads: object) -> NoReturn:
 
 
 torch.library.register_autograd("fastsupcon::pairs", _terms_backward, setup_context=_setup_terms, lib=_library)
+torch.library.register_vmap(
+    "fastsupcon::pairs_backward",
+    lambda info, in_dims, *arguments: _of_each(_backward_op, info.batch_size, in_dims, arguments),
+    lib=_library,
+)
 torch.library.register_autograd("fastsupcon::pairs_backward", _no_second_derivative, lib=_library)

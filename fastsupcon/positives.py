@@ -4,7 +4,7 @@ Their similarities are linear in the rows, so no N x N product is formed:
 
     sum_p w_ip z_i . z_p = z_i . (W Z)_i
 
-Where it can be, no pair is added and then taken out: a row that is long, or a weight that is large, would leave nothing of the others.
+No pair of a row with itself is added and then taken out: a row that is long, or a weight that is large, would leave nothing of the others.
 """
 
 from __future__ import annotations
@@ -14,14 +14,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .backends._dtypes import no_autocast
 from .ranks import Ranks
 from .rows import wide_rows
 
+#: An anchor whose weights sum to no more than this part of the largest weight has no positive, as if they were 0. That is SupContrast's
+#: bound for weights of 0 and 1, and for any others it is the same at every scale.
+LEAST_WEIGHT = 1e-6
+
 
 class _Product(torch.autograd.Function):
     """a @ b whose gradients autocast does not round, where a user's autocast reaches around the backward as well."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(a: Tensor, b: Tensor) -> Tensor:
@@ -36,8 +43,8 @@ class _Product(torch.autograd.Function):
         a, b = ctx.saved_tensors
         with no_autocast(grad):
             return (
-                _product(grad, b.T) if ctx.needs_input_grad[0] else None,
-                _product(a.T, grad) if ctx.needs_input_grad[1] else None,
+                _product(grad, b.mT) if ctx.needs_input_grad[0] else None,
+                _product(a.mT, grad) if ctx.needs_input_grad[1] else None,
             )
 
 
@@ -57,34 +64,44 @@ def mask_positives(z: Tensor, mask: Tensor, unit: bool) -> tuple[Tensor, Tensor]
     itself = torch.eye(len(mask), dtype=torch.bool, device=mask.device)
     others = mask.masked_fill(itself, 0)
     weighted = _product(others, v.sum(0))  # [B, D]
-    weight = views * others.sum(1)
+    weight, largest = views * others.sum(1), others.amax()
     if views > 1:  # the other views of the same sample
         other_views = _product(1 - torch.eye(views, dtype=z.dtype, device=z.device), v.flatten(1))
         own = mask.diagonal()
         weighted = weighted + own[:, None] * other_views.unflatten(1, v.shape[1:])
-        weight = weight + (views - 1) * own
-    paired = ~(weight <= 0)  # a NaN is no weight of nothing
-    mean = (v * weighted).sum(2) / torch.where(paired, weight, 1)
-    return torch.where(paired, mean, 0).flatten(), paired.repeat(views)
+        weight, largest = weight + (views - 1) * own, torch.maximum(largest, own.amax())
+    least = LEAST_WEIGHT * torch.nan_to_num(largest, nan=0, posinf=0)  # what is not finite makes nobody lone
+    mean, paired = _mean((v * weighted).sum(2), weight, least)
+    return mean.flatten(), paired.repeat(views)
+
+
+def _mean(weighted: Tensor, weight: Tensor, least: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over their weights, 0 where there is no positive, and where there is one: whose weights sum to more than ``least``."""
+    paired = ~(weight <= least)  # a NaN is no weight of nothing
+    return torch.where(paired, weighted / torch.where(paired, weight, 1), 0), paired
 
 
 def shared_label_positives(z: Tensor, labels: Tensor, unit: bool, ranks: Ranks | None = None) -> tuple[Tensor, Tensor]:
     """The same for labels [V B, C] >= 0 of several classes at once: y_i . y_p weighs row p as a positive of row i.
 
-        sum_{p != i} (y_i . y_p) z_i . z_p = z_i . (Y (Y^T Z))_i - |y_i|^2 z_i . z_i
+        sum_{p != i} (y_i . y_p) z_p = y_i (sum_{p in other blocks} y_p^T z_p) + sum_{p in i's block, p != i} (y_i . y_p) z_p
 
-    Here the row itself is taken out of the sums, which are in float64 for that: next to a row 10^6 times longer than the others they lose
-    10^-10 of these. 2 N C D flops, O(N D + C D) memory. Of several ranks, each with rows of its own, the sums over rows are added up.
+    Blocks are of T = max(256, C) rows, and those of the other ranks come as one. 4 N C D + 2 N T (C + D) flops, O(N (D + T)) memory.
     """
-    z, y = wide_rows(z, unit).double(), labels.double()
-    weights, weighted = y.sum(0), y.T @ z  # over all rows
+    z = wide_rows(z, unit)
+    rows, classes = labels.shape
+    size = max(1, min(rows, max(256, classes)))
+    blocks = (0, 0, 0, -rows % size)
+    y = pad(labels.to(z.dtype), blocks).unflatten(0, (-1, size))  # [blocks, T, C]
+    x = pad(torch.cat([z, torch.ones_like(z[:, :1])], 1), blocks).unflatten(0, (-1, size))  # the ones sum the weights
+    of_block = _product(y.mT, x)  # [blocks, C, D + 1]
+    before, after = (pad(part.cumsum(0), (0, 0, 0, 0, 1, 0)) for part in (of_block[:-1], of_block[1:].flip(0)))
+    elsewhere = before + after.flip(0)
     if ranks is not None:
-        weights, weighted = ranks.sum(weights), ranks.sum(weighted)
-    itself = (y * y).sum(1)
-    every = y @ weights
-    paired = ~(every - itself <= 1e-12 * every)  # what rounding leaves of nothing; a NaN is no weight of nothing
-    similarity = (z * (y @ weighted - itself[:, None] * z)).sum(1) / torch.where(paired, every - itself, 1)
-    return torch.where(paired, similarity, 0), paired
+        elsewhere = elsewhere + ranks.sum(of_block.sum(0), others=True)
+    inside = _product(y, y.mT).masked_fill(torch.eye(size, dtype=torch.bool, device=z.device), 0)
+    weighted = (_product(y, elsewhere) + _product(inside, x)).flatten(0, 1)[:rows]
+    return _mean((z * weighted[:, :-1]).sum(1), weighted[:, -1], 0.0)
 
 
 def listed_positives(z: Tensor, columns: Tensor | None, positives: Tensor, unit: bool) -> tuple[Tensor, Tensor]:

@@ -139,9 +139,9 @@ class Ranks:
         return list(received.split(here)) if here else [received] * len(givers)
 
     @outside_of_graphs
-    def sum(self, x: Tensor) -> Tensor:
-        """Over all ranks, in their order, so that all have the same bits. Its gradient is the sum of all ranks' gradients."""
-        total: Tensor = _Sum.apply(x, self)  # type: ignore[no-untyped-call]  # torch's
+    def sum(self, x: Tensor, *, others: bool = False) -> Tensor:
+        """Over all ranks, in their order, so that all have the same bits; or over the ``others``. Its gradient is that sum of theirs."""
+        total: Tensor = _Sum.apply(x, self, others)  # type: ignore[no-untyped-call]  # torch's
         return total
 
     @outside_of_graphs
@@ -150,11 +150,12 @@ class Ranks:
         values: Tensor = _Gather.apply(x, self, kind)  # type: ignore[no-untyped-call]  # torch's
         return values
 
-    def sum_here(self, x: Tensor) -> Tensor:
+    def sum_here(self, x: Tensor, *, others: bool = False) -> Tensor:
+        """The same without gradient."""
         received = x.new_empty(self.size, *x.shape)
         with self._named("adding up"):
             _all_gather(_bytes(received), _bytes(_packed(x)), group=self.group)
-        return received.sum(0)
+        return torch.cat([received[: self.rank], received[self.rank + 1 :]]).sum(0) if others else received.sum(0)
 
     def blocks(self, payload: Mapping[str, Tensor], kind: str) -> Iterator[tuple[int | None, dict[str, Tensor]]]:
         """Tensors [own count, ...] of every rank, a block at a time: the rank whose they are, and they.
@@ -203,13 +204,13 @@ class Ranks:
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
-        ctx.ranks = ranks
-        return ranks.sum_here(x)
+    def forward(ctx: Any, x: Tensor, ranks: Ranks, others: bool) -> Tensor:
+        ctx.ranks, ctx.others = ranks, others
+        return ranks.sum_here(x, others=others)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.ranks.sum(grad), None  # differentiable again
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.ranks.sum(grad, others=ctx.others), None, None  # differentiable again
 
 
 class _Gather(torch.autograd.Function):

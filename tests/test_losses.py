@@ -1,12 +1,18 @@
 """Every loss of the table (table.py) against the textbook in float64; inside PyTorch: compile, autocast, strides, bits."""
 
+import importlib
 import math
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import DEVICE, serves
 from table import LOSSES
+from torch._dynamo.testing import CompileCounterWithBackend
 
+import fastsupcon
 from fastsupcon import PSCLoss, SupConLoss, functional
 
 losses = pytest.mark.parametrize("name", list(LOSSES))
@@ -158,6 +164,21 @@ def test_a_row_is_no_positive_of_itself_whatever_the_diagonal_says(backend, devi
         assert torch.equal(functional.supcon_loss(z, mask=mask, normalize=True, backend=backend), want)
 
 
+@pytest.mark.parametrize("scale", [1e-12, 1, 1e12])
+@pytest.mark.parametrize("views", [1, 2])
+def test_the_least_weight_is_relative(backend, device, views, scale):
+    """An anchor whose weights sum to a millionth of the largest of all has no positive; below that a float of a kernel is noise."""
+    z, mask = torch.randn(8, views, 6, device=device), torch.rand(8, 8, device=device) + 0.5
+    mask.fill_diagonal_(0)
+    mask[3], mask[5] = 1e-8, 1e-6
+    mask *= scale / mask.max()
+    each = functional.supcon_loss(z, mask=mask, reduction="none", backend=backend).view(views, 8)
+    assert (each == 0).sum(0).tolist() == [0, 0, 0, views, 0, 0, 0, 0]
+    mask[3, 3] = math.inf  # no pair of one view; with two a weight that is none, which makes nobody lone
+    each = functional.supcon_loss(z, mask=mask, reduction="none", backend=backend).view(views, 8)
+    assert each[:, [0, 1, 2, 4, 5, 6, 7]].isfinite().all() and (each[:, 3] == 0).all() == (views == 1)
+
+
 def test_a_long_row_costs_the_others_nothing(backend, device):
     z = torch.nn.functional.normalize(torch.randn(64, 16, device=device), dim=1)
     z[0] *= 1e6
@@ -191,8 +212,49 @@ def test_module_defaults_and_prototypes(device):
     assert psc.prototypes.shape == (6, 5)
     z, p = (torch.nn.functional.normalize(rows, dim=1) for rows in (features[:, 0], psc.prototypes))
     torch.testing.assert_close(psc.logits(features[:, 0]), (z @ p.T / 0.2).exp().unflatten(1, (3, 2)).sum(2).log())
-    learned = SupConLoss(torch.nn.Parameter(torch.tensor(0.1)))
+    learned = SupConLoss(torch.nn.Parameter(torch.tensor(0.1)), class_weights=torch.ones(3))
     assert [name for name, _ in learned.named_parameters()] == ["temperature"]
+    assert "temperature=learned(0.1), " in repr(learned) and "class_weights=float32[3], " in repr(learned)
+    assert "temperature=0.25, " in repr(SupConLoss(torch.tensor([0.25]))) and "temperature=0.25, " in repr(
+        PSCLoss(3, 5, torch.tensor(0.25))
+    )
+
+
+def test_numbers_of_other_kinds(device):
+    """NumPy's, and tensors of one element, of any real dtype; and a number of classes as ``labels.max() + 1`` gives it."""
+    z, labels = torch.randn(8, 4, device=device), torch.arange(8, device=device) % 3
+    want = functional.supcon_loss(z, labels, temperature=1.0)
+    for one in (
+        1,
+        np.float32(1),
+        np.int64(1),
+        np.array(1.0),
+        np.array([1.0]),
+        torch.tensor(1),
+        torch.ones(1, 1),
+        torch.ones((), device=device),
+    ):
+        assert torch.equal(functional.supcon_loss(z, labels, temperature=one), want)
+    for classes in (3, np.int64(3), labels.max() + 1):
+        assert PSCLoss(classes, 4).prototypes.shape == (3, 4)
+    for bad in (torch.tensor(3.0), torch.tensor([3]), 3.0, True):
+        with pytest.raises(ValueError, match="num_classes must be an int of at least 2, got"):
+            PSCLoss(bad, 4)
+
+
+def test_jit_script_is_refused():
+    with pytest.raises(NotImplementedError, match=r"torch\.jit\.script cannot read .* torch\.export"):
+        torch.jit.script(torch.nn.Sequential(PSCLoss(3, 4)))
+
+
+def test_loading_anew():
+    """The package may be reloaded; its operators stand in PyTorch once, and what would load them again says so."""
+    assert importlib.reload(fastsupcon) is fastsupcon
+    z = torch.randn(6, 4)
+    assert torch.equal(fastsupcon.functional.supcon_loss(z, torch.arange(6) % 2), functional.supcon_loss(z, torch.arange(6) % 2))
+    code = "import importlib, fastsupcon.operators; importlib.reload(fastsupcon.operators)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "ImportError: fastsupcon's operators are loaded" in done.stderr
 
 
 def test_prototypes_made_on_meta_and_filled_later(device):
@@ -239,6 +301,30 @@ def test_compile_with_a_shape_that_changes(device, name):
     for samples in (6, 9, 33):
         inputs = row.on(samples, 8, device, torch.float32)
         torch.testing.assert_close(step(compiled, inputs, **row.options), step(row.ours, inputs, **row.options), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("name", ["scl", "scl raw rows", "scl several", "psc", "bcl", "paco", "infonce", "ntxent"])
+def test_compile_with_a_temperature_that_changes(device, name, compiler):
+    """Twice at most, the second time for any number; and as an attribute of the module too. NumPy's numbers are tensors to the compiler."""
+    if compiler == "inductor" and (device.type == "cpu") != (name == "scl raw rows"):
+        pytest.skip("the one loss shows that Inductor keeps no old value; it compiles for seconds")
+    row = LOSSES[name]
+    inputs, (function, method) = row.on(12, 8, device, torch.float32), (CompileCounterWithBackend(compiler) for _ in range(2))
+    torch._dynamo.reset()
+    compiled = torch.compile(row.ours, fullgraph=True, backend=function)
+    for temperature in (0.5, 0.4, 0.3, 0.25, 0.2):
+        options = row.options | {"temperature": temperature}
+        torch.testing.assert_close(step(compiled, inputs, **options), step(row.ours, inputs, **options), rtol=1e-5, atol=1e-6)
+    module, held = row.module(inputs), row.held(inputs)
+    compiled = torch.compile(module, fullgraph=True, backend=method)
+    for temperature in (0.5, 0.4, 0.3, 0.25, 0.2):
+        module.temperature = temperature
+        torch.testing.assert_close(compiled(*held), module(*held), rtol=1e-5, atol=1e-6)
+    assert max(function.frame_count, method.frame_count) <= 2
+    for temperature in (np.float64(0.25), np.float32(0.2)):
+        module.temperature = temperature
+        torch.testing.assert_close(compiled(*held), module(*held), rtol=1e-5, atol=1e-6)
 
 
 @losses

@@ -430,22 +430,41 @@ def test_func_grad_of_a_loss_and_of_its_gradient(backend, device, line):
     agree((torch.func.jacrev(lambda rows: loss(rows, "none"))(plain).sum(0),), (want,))
 
 
-def test_what_cannot_be_batched_says_so(backend, device):
+def test_vmap(backend, device):
+    """Problems of one shape, each with its keys, and their gradients, however these are asked for."""
     pairs, (rows,) = leaves(SELF, device)
+    many = torch.stack([rows.detach(), 2 * rows.detach().flip(0), rows.detach().roll(1, 1)]).requires_grad_()
+    keys = torch.stack([pairs.row_keys, pairs.row_keys.flip(0), pairs.row_keys % 2])
 
-    def loss(rows, reduction="mean"):
-        return operators.loss(pairs._replace(rows=rows), LINES["scl"]._replace(reduction=reduction), backend=backend)
+    def loss(rows, keys):
+        return operators.loss(pairs._replace(rows=rows, row_keys=keys), LINES["scl"], backend=backend)
 
-    plain, directions = rows.detach(), torch.eye(9, device=device)
-    reason = pytest.raises(NotImplementedError, match=r"fastsupcon.*loop")
-    with reason:
-        torch.func.vmap(loss)(torch.stack([plain, plain]))
-    with reason:
-        torch.func.vmap(torch.func.grad(loss))(torch.stack([plain, plain]))
-    with reason:
-        torch.autograd.grad(loss(rows, "none"), rows, directions, is_grads_batched=True)
-    with reason:
-        torch.autograd.grad(operators.terms(pairs, SCL, backend=backend)[0][0], rows, directions, is_grads_batched=True)
+    want = torch.stack([loss(*one) for one in zip(many, keys, strict=True)])
+    (gradients,) = torch.autograd.grad(want.sum(), many)
+    of_each = torch.func.vmap(loss)(many, keys)
+    agree((of_each, *torch.autograd.grad(of_each.sum(), many)), (want, gradients))
+    agree((torch.func.vmap(torch.func.grad(loss))(many.detach(), keys),), (gradients,))
+    agree(
+        (torch.func.grad(lambda x: torch.func.vmap(loss, in_dims=(2, 0))(x, keys).sum())(many.detach().movedim(0, 2)).movedim(2, 0),),
+        (gradients,),
+    )
+    agree((torch.func.vmap(loss, in_dims=(None, 0))(rows.detach(), keys)[1:2],), (loss(rows, keys[1])[None],))
+
+
+def test_batched_gradients(backend, device):
+    pairs, (rows,) = leaves(SELF, device)
+    line = LINES["scl"]._replace(reduction="none")
+    for values in (operators.loss(pairs, line, backend=backend), operators.terms(pairs, SCL, backend=backend)[0][0]):
+        directions = torch.eye(9, dtype=values.dtype, device=device)
+        (got,) = torch.autograd.grad(values, rows, directions, is_grads_batched=True, retain_graph=True)
+        agree((got,), (torch.stack([torch.autograd.grad(values, rows, one, retain_graph=True)[0] for one in directions]),))
+
+
+def test_jit_is_refused(backend, device):
+    """A trace would keep the loss of the rows that it was made with."""
+    pairs, (rows,) = leaves(SELF, device)
+    with pytest.raises(NotImplementedError, match=r"torch\.jit\.trace cannot record .* torch\.export"):
+        torch.jit.trace(lambda rows: operators.loss(pairs._replace(rows=rows), LINES["scl"], backend=backend), rows.detach())
 
 
 def test_forward_mode_is_refused(backend, device):
@@ -455,9 +474,9 @@ def test_forward_mode_is_refused(backend, device):
         return operators.loss(pairs._replace(rows=rows), LINES["scl"], backend=backend)
 
     plain = rows.detach()
-    with pytest.raises((NotImplementedError, RuntimeError), match="forward"):
+    with pytest.raises(NotImplementedError, match=r"fastsupcon.*forward mode.*jacrev"):
         torch.func.jvp(loss, (plain,), (plain,))
-    with pytest.raises((NotImplementedError, RuntimeError), match="forward"), torch.autograd.forward_ad.dual_level():
+    with pytest.raises(NotImplementedError, match=r"fastsupcon.*forward mode"), torch.autograd.forward_ad.dual_level():
         loss(torch.autograd.forward_ad.make_dual(plain, plain))
 
 

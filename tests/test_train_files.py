@@ -2,6 +2,7 @@
 
 import os
 import signal
+import struct
 import time
 from pathlib import Path
 
@@ -63,6 +64,74 @@ def test_colour_modes_keep_their_range(tmp_path, mode):
 def test_a_range_that_is_unknown_is_refused(tmp_path, pixels, message):
     with pytest.raises(ValueError, match=message):
         read(tmp_path / "x.tiff", Image.fromarray(pixels))
+
+
+def tiff(pixels, photometric=1, sample_format=1, planar=1):
+    """A TIFF as other programs write it: of any photometric interpretation, sample format and order of its channels."""
+    height, width, channels = pixels.shape
+    tags = {
+        256: ("H", width), 257: ("H", height), 258: ("H", *[8 * pixels.itemsize] * channels), 259: ("H", 1), 262: ("H", photometric),
+        273: ("I", 8), 277: ("H", channels), 278: ("H", height), 279: ("I", pixels.nbytes), 284: ("H", planar),
+        339: ("H", *[sample_format] * channels),
+    }  # fmt: skip
+    content = pixels.tobytes() if planar == 1 else np.moveaxis(pixels, 2, 0).tobytes()
+    if planar == 2:
+        ends = [8 + channel * pixels[..., 0].nbytes for channel in range(channels)]
+        tags |= {273: ("I", *ends), 279: ("I", *[pixels[..., 0].nbytes] * channels)}
+    start = 8 + len(content)
+    directory, beyond = b"", b""
+    for tag, (kind, *values) in sorted(tags.items()):
+        packed = struct.pack(f"<{len(values)}{kind}", *values)
+        if len(packed) > 4:
+            packed, beyond = struct.pack("<I", start + 2 + 12 * len(tags) + 4 + len(beyond)), beyond + packed
+        directory += struct.pack("<HHI", tag, {"H": 3, "I": 4}[kind], len(values)) + packed.ljust(4, b"\0")
+    return b"II*\0" + struct.pack("<I", start) + content + struct.pack("<H", len(tags)) + directory + b"\0" * 4 + beyond
+
+
+@pytest.mark.parametrize(
+    ("pixels", "options", "found"),
+    [
+        ((RAMP * 257).astype(np.uint16), {}, None),
+        ((255 - RAMP).astype(np.uint8), {"photometric": 0}, None),
+        (((255 - RAMP) * 257).astype(np.uint16), {"photometric": 0}, None),
+        ((1 - RAMP / 255).astype(np.float32), {"photometric": 0, "sample_format": 3}, None),
+        (np.stack([RAMP] * 3, 2).astype(np.uint8), {"photometric": 2, "planar": 2}, None),
+        (np.stack([RAMP * 257] * 3, 2).astype(np.uint16), {"photometric": 2}, None),
+        (
+            np.stack([RAMP * 257] * 3, 2).astype(np.uint16),
+            {"photometric": 2, "planar": 2},
+            "Pillow misreads colours of 16 bits that lie in",
+        ),
+        ((RAMP - 128).astype(np.int8), {"sample_format": 2}, "the range of its signed integers is unknown"),
+        ((RAMP * 200 - 25000).astype(np.int16), {"sample_format": 2}, "the range of its signed integers is unknown"),
+        (RAMP.astype(np.uint32), {}, "the range of its 32-bit integers is unknown"),
+    ],
+)
+def test_tiffs_of_other_programs(tmp_path, pixels, options, found):
+    (tmp_path / "x.tiff").write_bytes(tiff(pixels.reshape(*RAMP.shape, -1), **options))
+    if found is None:
+        assert abs(np.asarray(decode(tmp_path / "x.tiff", "x")) - RAMP[..., None]).max() == 0
+    else:
+        with pytest.raises(ValueError, match=f"x is not a readable image: {found}"):
+            decode(tmp_path / "x.tiff", "x")
+
+
+@pytest.mark.parametrize("mode", ["La", "RGBa", "HSV", "RGBX", "PA"])
+def test_modes_that_only_memory_holds(mode):
+    gray = Image.fromarray(RAMP.astype(np.uint8))
+    between = {"La": "LA", "RGBa": "RGBA", "PA": "P"}.get(mode, "RGB")
+    assert abs(np.asarray(files.to_rgb(gray.convert(between).convert(mode))) - RAMP[..., None]).max() == 0
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0II*\0", b"Exif\0\0garbage", b"Exif\0\0II*\0\x08\0\0\0\xff\xff", b"Exif\0\0MM\0*\xff\xff\xff\xff"]
+)
+def test_an_image_whose_exif_is_garbage_is_upright(tmp_path, suffix, exif):
+    Image.new("RGB", (6, 3)).save(tmp_path / f"x.{suffix}", exif=exif)
+    assert decode(tmp_path / f"x.{suffix}", "x").size == (6, 3)
+    assert files.ImageFiles(Split([tmp_path / f"x.{suffix}"], torch.zeros(1)), 4)[0, None].shape == (3, 4, 4)
 
 
 def test_what_is_transparent_is_white(tmp_path):
@@ -170,6 +239,41 @@ def test_further_frames_are_said(tmp_path):
     for _ in range(2):  # opened, and remembered
         notes = check_images(load(images), 0, cache=tmp_path / "cache").notes
         assert notes[-1] == "1 images hold several frames, of which the first is taken"
+
+
+@pytest.mark.parametrize("white", [255, 4095, 16383, 65535])
+def test_images_of_16_bits_that_use_fewer_are_refused_together(tmp_path, white):
+    images = folder(tmp_path / "data")
+    for i, brightest in enumerate((white, 255)):
+        Image.fromarray((RAMP / 255 * brightest).astype(np.uint16)).save(tmp_path / "data" / "train" / "cat" / f"deep{i}.png")
+    for _ in range(2):  # opened, and remembered
+        if white == 65535:  # one of the two is bright, and so the other may be dark
+            check_images(load(images), 0, cache=tmp_path / "cache")
+        else:
+            with pytest.raises(ValueError, match="images of 16 bits must use their range, and all 2 lie in its lowest quarter"):
+                check_images(load(images), 0, cache=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"\x93NUMPY", None])
+def test_a_broken_cache_is_written_anew(tmp_path, content):
+    images, seen = folder(tmp_path / "data"), []
+    for _ in range(3):
+        check_images(load(images), 0, cache=tmp_path / "cache", progress=lambda done, total: seen.append(done))
+        if len(seen) == 1:
+            (known,) = (tmp_path / "cache").iterdir()
+            known.write_bytes(content) if content is not None else np.save(known, np.zeros((2, 2)))
+    assert seen == [12, 12]
+
+
+def test_a_file_replaced_by_one_of_its_size_and_time_is_opened_again(tmp_path):
+    images = folder(tmp_path / "data")
+    check_images(load(images), 0, cache=tmp_path / "cache")
+    path = tmp_path / "data" / "test" / "dog" / "1.jpg"
+    stat = path.stat()
+    path.write_bytes(bytes(stat.st_size))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(ValueError, match=r"1 of 12 images cannot be read: .*test/dog/1\.jpg"):
+        check_images(load(images), 0, cache=tmp_path / "cache")
 
 
 def test_an_unwritable_cache_is_said(tmp_path):

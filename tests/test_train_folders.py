@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("pooch", reason="needs the [train] extra")
 pytest.importorskip("sklearn", reason="needs the [train] extra")
 
+import hybrid
 from data import Source, load
 from folders import read_folder, read_list
 from PIL import Image
@@ -28,15 +29,19 @@ def sizes(root):
     return data.classes, len(data.train), data.validation and len(data.validation), len(data.test)
 
 
-@pytest.mark.parametrize("train", ["train", "Training", "TRAIN", "train_set", "Training Data", "train-images"])
-@pytest.mark.parametrize("held", ["test", "Testing", "val", "VALID", "validation", "dev", "Val_Set"])
+@pytest.mark.parametrize(
+    "train", ["train", "Training", "TRAIN", "train_set", "Training Data", "train-images", "train 2", "train2017", "seg_train", "01-train"]
+)
+@pytest.mark.parametrize("held", ["test", "Testing", "val", "VALID", "validation", "dev", "Val_Set", "tests", "hold-out", "img_val"])
 def test_two_splits_in_any_spelling(tmp_path, train, held):
     fill(tmp_path / train, images=4)
     fill(tmp_path / held, images=2)
     assert sizes(tmp_path) == (["cat", "dog", "emu"], 12, None, 6)
     notes = load(Source(data="folder", root=tmp_path)).notes
     assert any(f"train is {train}/" in note and f" is {held}/" in note for note in notes)
-    assert any("validation split is the test set" in note for note in notes) == ("test" not in held.lower())
+    assert any("validation split is the test set" in note for note in notes) == (
+        held.lower() not in ("test", "testing", "tests", "hold-out")
+    )
 
 
 def test_three_splits(tmp_path):
@@ -96,17 +101,47 @@ def test_suffixes_and_links(tmp_path):
     os.symlink(tmp_path / "data", tmp_path / "data" / "dog" / "up")
     with pytest.raises(ValueError, match="dog/up is a link to a folder that it lies in"):
         read_folder(tmp_path / "data")
+    (tmp_path / "data" / "dog" / "up").unlink()
+    os.symlink(tmp_path / "gone", tmp_path / "data" / "emu")
+    with pytest.raises(FileNotFoundError, match="data/emu is a link to nothing"):
+        read_folder(tmp_path / "data")
+    (tmp_path / "data" / "emu").unlink()
+    os.mkfifo(tmp_path / "data" / "dog" / "pipe.jpg")
+    with pytest.raises(OSError, match=r"dog/pipe\.jpg must be a file, got a pipe or a device"):
+        read_folder(tmp_path / "data")
 
 
-def test_a_pipe_is_no_image(tmp_path):
-    """Whoever opened it would wait for ever."""
-    fill(tmp_path)
-    os.mkfifo(tmp_path / "cat" / "pipe.png")
-    with pytest.raises(ValueError, match=r"cat/pipe\.png must be an image file, and is a folder, a pipe or a device"):
+@pytest.mark.parametrize(
+    "copy", ["{} (copy)", "{} - Copy", "{} copy", "{} copy 2", "Copy of {}", "{} (1)", "{} - Copy (2)", "{} (another copy)"]
+)
+def test_copies_are_neither_images_nor_classes(tmp_path, copy):
+    fill(tmp_path, images=5)
+    fill(tmp_path, [copy.format("cat")], images=3)
+    for name in ("0", "1"):  # the first is a copy, the second another image that has such a name
+        Image.new("RGB", (4, 4), (0, 0, int(name))).save(tmp_path / "dog" / f"{copy.format(name)}.png")
+    assert sizes(tmp_path) == (["cat", "dog", "emu"], 13, None, 3)
+    assert read_folder(tmp_path).notes == [f"ignored 2 copies: {copy.format('0')}.png, {copy.format('cat')}"]
+    fill(tmp_path, [copy.format("cat")], images=6)
+    with pytest.raises(ValueError, match=r"is by its name a copy of cat, and holds 5\.png, which that lacks: rename either"):
         read_folder(tmp_path)
-    (tmp_path / "list.txt").write_text("cat/0.png 0\ncat/pipe.png 0\n")
-    with pytest.raises(ValueError, match=r"list\.txt, line 2: .*cat/pipe\.png must be an image file"):
-        read_list(tmp_path / "list.txt", tmp_path)
+
+
+def test_classes_that_are_numbered_are_no_copies(tmp_path):
+    fill(tmp_path, ["Grape White", "Grape White 2", "grape white"])
+    assert read_folder(tmp_path).classes == ["Grape White", "Grape White 2", "grape white"]
+    assert read_folder(tmp_path).notes == ["classes of nearly the same name: 'Grape White' and 'grape white'"]
+
+
+@pytest.mark.parametrize("within", ["images", "{}", "seg_{}"])
+def test_a_split_in_a_folder_of_its_own(tmp_path, within):
+    for split in ("train", "test"):
+        fill(tmp_path / split / within.format(split))
+    (tmp_path / "train" / "labels").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "logo.png")
+    assert sizes(tmp_path) == (["cat", "dog", "emu"], 12, None, 12)
+    assert read_folder(tmp_path).notes == [
+        f"splits: train is train/{within.format('train')}/, test is test/{within.format('test')}/", "ignored beside the splits: logo.png"
+    ]  # fmt: skip
 
 
 def test_a_split_may_lack_a_class_of_training(tmp_path):
@@ -124,6 +159,14 @@ def test_a_split_may_lack_a_class_of_training(tmp_path):
         (["train/cat", "train/dog", "val/cat", "valid/cat"], "must hold each split once, got val and valid"),
         (["test/cat", "test/dog", "val/cat"], "holds test, val but no train folder|holds val, test but no train folder"),
         (["train", "test"], "a split must hold a folder for each class, got images directly in train, test|test, train"),
+        (["cat/train", "cat/test", "dog/train"], r"cat holds test, train and is no class: expected .*/train/CLASS/image, or that folder"),
+        (["data/train/cat", "data/test/cat", "docs"], r"data holds test, train and is no class"),
+        (["fold0/cat", "fold0/dog", "fold1/cat", "fold1/dog"], "holds fold0, fold1, which all hold cat, dog: classes, or splits to be"),
+        (
+            ["train/Cat", "train/dog", "test/cat", "test/dog "],
+            "got cat, dog , which that lacks \\(perhaps 'cat' for 'Cat', 'dog ' for 'dog'",
+        ),
+        (["train/caf\u00e9", "train/dog", "test/cafe\u0301"], r"perhaps 'cafe\\u0301' for 'caf\\xe9'"),
         (["train/cat", "train/dog", "test"], "a split must hold a folder for each class, got images directly in test"),
         (["train/cat", "train/dog", "bird", "fish"], "holds train beside bird, fish: a split, or a class like those?"),
         (["cat"], "at least 2 classes, got 1: cat"),
@@ -153,11 +196,19 @@ def test_a_wrong_root_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FileNotFoundError, match=r"root .*file must be a folder, got a file"):
         load(Source(data="list", root=tmp_path / "file"))
+    with pytest.raises(SystemExit, match=r"error: root .*gone must be a folder, got nothing there"):  # before the network, which is timm's
+        hybrid.main(["--data", "folder", "--network", "gone", "--root", str(tmp_path / "gone")])
 
 
 # ---- list files
 
-MARKS = {"utf-8": b"", "utf-8 marked": codecs.BOM_UTF8, "utf-16-le": codecs.BOM_UTF16_LE, "utf-16-be": codecs.BOM_UTF16_BE}
+MARKS = {
+    "utf-8": b"",
+    "utf-8 marked": codecs.BOM_UTF8,
+    "utf-16-le": codecs.BOM_UTF16_LE,
+    "utf-16-be": codecs.BOM_UTF16_BE,
+    "utf-32-le": codecs.BOM_UTF32_LE,
+}
 TEXT = "é a/0.png 0\nb.png\t1\n\n  b.png   1  \n"
 
 
@@ -181,14 +232,22 @@ def test_list_files_as_editors_write_them(tmp_path, encoding, ends):
         (b"path label", r"list, line 1: expected 'relative/path label'"),
         ("b.png ²".encode(), r"list, line 1: expected 'relative/path label'"),
         (b"b.png 0\nb.png 2", r"list, line 2: the label must lie in \[0, 2\), the training classes, got 2 for b\.png"),
-        (b"b.png 99999999999999999999", r"list, line 1: the label must lie in \[0, 2\)"),
+        (b"b.png 99999999999999999999", r"list, line 1: expected 'relative/path label'"),
+        (b"b.png 999999999999", r"list, line 1: the label must lie in \[0, 2\)"),
+        (b"b.png " + b"9" * 5000, r"list, line 1: expected 'relative/path label'"),
+        (b"b.png 0\nb.png 1\n\0", r"list, line 3: expected 'relative/path label'"),
+        (b" \n\n", r"list must name images, a line 'relative/path label' for each, got none"),
+        (b"b.png 0\nfolder 1", r"list, line 2: .*folder must be a file, got a folder"),
+        (b"b.png 0\npipe 1", r"list, line 2: .*pipe must be a file, got a pipe or a device"),
         (b"b.png 0\n\nc\0.png 1", r"1 of 2 files that do not exist .*first on line 3"),
     ],
 )
 def test_a_list_file_that_is_wrong_is_named_with_the_line(tmp_path, content, message):
     Image.new("RGB", (4, 4)).save(tmp_path / "b.png")
     (tmp_path / "list").write_bytes(content)
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises((ValueError, OSError), match=message):
         read_list(tmp_path / "list", tmp_path, classes=2)
 
 
@@ -197,8 +256,22 @@ def test_labels_that_start_at_one_or_are_huge_are_refused(tmp_path):
     images = Source(data="list", root=tmp_path, train_list=tmp_path / "train", test_list=tmp_path / "test")
     (tmp_path / "test").write_text("b.png 1\n")
     (tmp_path / "train").write_text("b.png 1\nb.png 2\nb.png 2\n")
-    with pytest.raises(ValueError, match="every class must have training images, got none for 1 of 3 classes: 0"):
+    with pytest.raises(
+        ValueError, match=r"train: every class must have .* none for 1 of 3 classes: 0: labels count from 0, the least is 1"
+    ):
         load(images)
     (tmp_path / "train").write_text("b.png 0\nb.png 1000000000\n")
     with pytest.raises(ValueError, match=r"train, line 2: the label must lie in \[0, 2\), as each class needs an image"):
         load(images)
+
+
+def test_files_named_twice_are_said(tmp_path):
+    for name in "abcde":
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{name}.png")
+    lists = {"train": "a.png 0\nb.png 1\n./a.png 0\nc.png 1\nc.png 0\n", "val": "d.png 0\n", "test": f"{tmp_path}/b.png 1\ne.png 0\n"}
+    for name, content in lists.items():
+        (tmp_path / name).write_text(content)
+    assert load(Source("list", tmp_path, *(tmp_path / name for name in lists))).notes == [
+        "train: 2 lines name a file again, 1 files with another label",
+        f"1 of 2 test images are training images: {tmp_path / 'b.png'}",
+    ]

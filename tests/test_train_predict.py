@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -307,6 +308,15 @@ def test_command_line(finished, pictures, tmp_path, capsys):
         assert dict(zip(map(int, row[1::2]), map(float, row[2::2]), strict=True)) == pytest.approx(dict(enumerate(want.tolist())), abs=2e-6)
     assert predict.main([*given, "--csv", "-"]) == 0
     assert capsys.readouterr().out == table.read_text()
+
+
+def test_below_a_folder_hidden_ones_and_pipes_are_no_images(tmp_path):
+    names = ["a.png", ".ipynb_checkpoints/a-checkpoint.png", "b/._a.png", "b/c.JPG", "b/@eaDir/c.jpg", "notes.txt"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    os.mkfifo(tmp_path / "pipe.png")
+    assert predict.files_of(str(tmp_path)) == [tmp_path / "a.png", tmp_path / "b" / "c.JPG"]
 
 
 def test_unreadable_images_are_named_and_the_others_predicted(finished, pictures, tmp_path, capsys):

@@ -253,6 +253,12 @@ def test_without_an_argument_it_demonstrates(monkeypatch):
     assert config.records.against and set(config.records.against) <= METHODS.keys() - {"hybrid-sc"}
 
 
+@pytest.mark.parametrize("arguments", [["--root", ""], ["--data", "folder", "--root="], ["--out", "", "--epochs", "2"]])
+def test_an_empty_argument_is_not_the_current_folder(arguments):
+    with pytest.raises(ValueError, match=r"no argument may be empty, got '--(root=|(root|out) and nothing)': a variable that is not set\?"):
+        parse(arguments)
+
+
 def test_help_shows_the_recipe(capsys):
     with pytest.raises(SystemExit):
         parse(["--method", "hybrid-psc", "--help"])

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import PIL
 from data import Data, complain_of_lacking, fingerprint
-from files import Files, Split, loader_options, naming, patient, to_rgb
+from files import Files, Split, is_16_bit, loader_options, naming, patient, to_rgb
 from folders import some
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
@@ -31,8 +31,8 @@ def check_images(
     """The same data, all of whose files are readable images; images that are in memory already were decoded when they were loaded.
 
     A ValueError names the first files that are not, and how many there are; with ``skip_bad`` they are left out and named in the notes.
-    ``progress(done, total)`` is called as it goes. Files found whole are remembered in the folder ``cache`` (None: the user's cache) by
-    path, size and time of change, and not opened again.
+    Images of 16 bits that all keep to their lowest 14 are a ValueError too. ``progress(done, total)`` is called as it goes. Files found
+    whole are remembered in the folder ``cache`` (None: the user's cache) by path, size and times of change, and not opened again.
     """
     splits = {"train": data.train, "validation": data.validation, "test": data.test}
     splits = {name: split for name, split in splits.items() if split is not None and isinstance(split.images, Files)}
@@ -42,19 +42,19 @@ def check_images(
         import pooch
 
         cache = Path(pooch.os_cache("fastsupcon"))
-    known = cache / f"whole-images-{PIL.__version__}.npy"
+    known = cache / f"images-{PIL.__version__}.npy"
     keys = {name: _keys(split.images) for name, split in splits.items()}
-    whole = np.load(known) if known.is_file() else np.zeros(0, np.uint64)
-    unknown = {name: np.flatnonzero(~np.isin(keys[name] | MORE, whole | MORE)) for name in splits}
+    whole = _remembered(known)
+    unknown = {name: np.flatnonzero(~np.isin(keys[name] | FLAGS, whole | FLAGS)) for name in splits}
     total, done, found, bad = sum(map(len, unknown.values())), 0, [], {}
     for name, split in splits.items():
         bad[name] = []
         opened = _open(split.images.take(unknown[name]), workers, stopped)
-        for index, (problem, several) in zip(unknown[name].tolist(), opened, strict=True):
+        for index, (problem, flags) in zip(unknown[name].tolist(), opened, strict=True):
             if problem:
                 bad[name].append((index, problem))
             else:
-                found.append((keys[name][index] & ~MORE) | np.uint64(several))
+                found.append((keys[name][index] & ~FLAGS) | np.uint64(flags))
             done += 1
             if done % AT_ONCE == 0 or done == total:
                 progress(done, total)
@@ -74,8 +74,15 @@ def check_images(
         raise ValueError(f"{len(problems)} of {images} images cannot be read: {some(problems, 3)}")
     if problems:
         notes.append(f"left out {len(problems)} of {images} images, which cannot be read: {some(problems)}")
-    if frames := sum(int(np.isin((key & ~MORE) | MORE, whole).sum()) for key in keys.values()):
-        notes.append(f"{frames} images hold several frames, of which the first is taken")
+    here = whole[np.isin(whole | FLAGS, np.concatenate(list(keys.values())) | FLAGS)]
+    several, deep, dark = (int((here & np.uint64(flag) != 0).sum()) for flag in (SEVERAL, DEEP, DARK))
+    if deep and dark == deep:
+        raise ValueError(
+            f"images of 16 bits must use their range, and all {deep} lie in its lowest quarter, as those of 14 or 12 bits: they would come "
+            "in nearly black; bring their white to 65535, or take them as they are without this check"
+        )
+    if several:
+        notes.append(f"{several} images hold several frames, of which the first is taken")
     if not problems:
         return replace(data, notes=notes)
     left = {name: _without(split, [index for index, _ in bad[name]]) for name, split in splits.items()}
@@ -84,7 +91,18 @@ def check_images(
     return replace(data, fingerprint=fingerprint(data))
 
 
-MORE = np.uint64(1)  # the bit of a key that says that the file holds several frames
+# The lowest bits of a key say what the file holds: several frames; 16 bits a pixel; and of these none above a quarter of their range.
+SEVERAL, DEEP, DARK = 1, 2, 4
+FLAGS = np.uint64(SEVERAL | DEEP | DARK)
+
+
+def _remembered(known: Path) -> np.ndarray:
+    """The keys of files that were found whole. A file of them that cannot be read is as none: it is written anew."""
+    try:
+        keys = np.load(known)
+    except (OSError, ValueError, EOFError):
+        keys = None
+    return keys if isinstance(keys, np.ndarray) and keys.dtype == np.uint64 and keys.ndim == 1 else np.zeros(0, np.uint64)
 
 
 def _keys(files: Files) -> np.ndarray:
@@ -109,7 +127,7 @@ def _open(files: Files, workers: int, stopped: Callable[[], object]):
 
 
 class Opened(Dataset):
-    """What is wrong with each image, or None, and whether it holds frames beside the first."""
+    """What is wrong with each image, or None, and the flags of its key."""
 
     def __init__(self, files: Files) -> None:
         self.files = files
@@ -117,13 +135,14 @@ class Opened(Dataset):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> tuple[str | None, bool]:
+    def __getitem__(self, index: int) -> tuple[str | None, int]:
         path = self.files[index]
         try:
             with naming(str(path)), Image.open(path) as image:
                 image.draft("RGB", (1, 1))  # a JPEG is read whole and not brought to pixels
-                several = getattr(image, "n_frames", 1) > 1
-                to_rgb(image)
+                several, deep = getattr(image, "n_frames", 1) > 1, is_16_bit(image)
+                rgb = to_rgb(image)
         except ValueError as error:
-            return str(error), False
-        return None, several
+            return str(error), 0
+        dark = deep and rgb.getextrema()[0][1] < 64
+        return None, several * SEVERAL | deep * DEEP | dark * DARK

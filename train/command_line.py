@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,9 @@ class Given(Config):
 
 def parse(arguments: list[str], description: str | None = None) -> tuple[Config, Command]:
     """The recipe is chosen first, so that the defaults that are shown and changed are real."""
+    for option, value in pairwise(["", *arguments]):
+        if not value or re.fullmatch("--[^=]+=", value):
+            raise ValueError(f"no argument may be empty, got {value or f'{option} and nothing'!r}: a variable that is not set?")
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for names in (("--data",), ("--method",), ("--config",), ("--resume",), ("--eval-only", "--eval_only"), ("--network",), ("--weights",)):
         first.add_argument(*names)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import pickle
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from files import Batches, Files, ImageFiles, Split, decode, decoded
-from folders import read_folder, read_list, some
+from folders import read_folder, read_list, repeated, some
 from joblib import cpu_count  # of a container the CPUs that it may use
 from torch import Tensor
 
@@ -98,8 +99,8 @@ def defaults(name: DataName, **changes: Any) -> Source:
 
 
 def load(images: Source) -> Data:
+    check_source(images)
     known = _known(images.data)
-    _refuse_idle_options(images, known)
     data = known.read(images)
     if data.test is None:
         raise ValueError(f"data {images.data!r} must have a test split")
@@ -127,8 +128,9 @@ def _known(name: str) -> DataSet:
     return DATASETS[name]
 
 
-def _refuse_idle_options(images: Source, known: DataSet) -> None:
-    """An option that cannot act is an error, not dropped."""
+def check_source(images: Source) -> None:
+    """An option that cannot act is an error, not dropped; so is a root that is not there."""
+    known = _known(images.data)
     if images.data != "list":
         for name in ("train_list", "val_list", "test_list"):
             if (value := getattr(images, name)) is not None:
@@ -176,8 +178,9 @@ def complain_of_lacking(data: Data) -> None:
 def fingerprint(data: Data) -> dict[str, Any]:
     """Classes, and of each split the number of images, their bytes and a digest for each class.
 
-    That is of its tensors or encoded images; of files it is of their paths below their folder, their sizes and the first bytes of the first
-    one, for reading all would take minutes. Moved to another root, with other times, they are the same data.
+    That is of its tensors or encoded images. Of files it is of their paths below their folder, their sizes, and the first 4,096 bytes of a
+    class's first 100 and of each that has the size of another, as uncompressed ones do: reading all would take minutes. Moved to another
+    root, with other times, they are the same data.
     """
     splits = {"train": data.train, "validation": data.validation, "test": data.test}
     parts = {name: split and _fingerprint(split, len(data.classes)) for name, split in splits.items()}
@@ -202,9 +205,15 @@ def _content(images: Tensor | Files | list) -> tuple[bytes, int]:
         return repr((images.dtype, images.shape)).encode() + images.numpy().tobytes(), images.nbytes
     if isinstance(images, Files):
         sizes = [images.size(i) for i in range(len(images))]
-        with open(images[0], "rb") as first:
-            return b"\0".join([first.read(4096), *(b"%b %d" % (images.name(i), size) for i, size in enumerate(sizes))]), sum(sizes)
+        of_size = Counter(sizes)
+        begun = [_beginning(images[i]) for i, size in enumerate(sizes) if i < 100 or of_size[size] > 1]
+        return b"\0".join([*begun, *(b"%b %d" % (images.name(i), size) for i, size in enumerate(sizes))]), sum(sizes)
     return b"".join(images), sum(map(len, images))
+
+
+def _beginning(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read(4096)).digest()
 
 
 def _digest(content: bytes) -> str:
@@ -228,8 +237,8 @@ def describe_difference(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
         old, new = was[split], now[split]
         if (old is None) != (new is None):
             told.append(f"{split}: {'none' if old is None else old['images']} before, {'none' if new is None else new['images']} now")
-        elif old is not None and old != new:
-            told.append(f"{split}: {_describe(was['classes'], old, now['classes'], new)}")
+        elif old is not None and old != new and (what := _describe(was["classes"], old, now["classes"], new)):
+            told.append(f"{split}: {what}")
     return told or [f"the split was {was['split']} and is {now['split']}"]
 
 
@@ -245,7 +254,9 @@ def _describe(were: list[str], old: dict[str, Any], are: list[str], new: dict[st
         told.insert(0, f"{new['images']} images, were {old['images']}")
     if others:
         told.append(f"other images (or sizes, paths, order) of {some(others)}")
-    return some(told) if told else "the order of the images is another"
+    if not told and were == are:
+        told.append("the order of the images is another")
+    return some(told)  # nothing, where it is the classes' names that differ
 
 
 # ---- the long tail
@@ -428,10 +439,11 @@ def _lists(images: Source) -> Data:
         if getattr(images, name) is None:
             raise ValueError(f"{name} must be given for data 'list', got None")
     train = read_list(images.train_list, images.root)
-    classes = int(train.labels.max()) + 1 if len(train) else 0
+    classes = int(train.labels.max()) + 1
     test = read_list(images.test_list, images.root, classes)
     validation = None if images.val_list is None else read_list(images.val_list, images.root, classes)
-    return Data(train, validation, test, [str(c) for c in range(classes)])
+    notes = repeated({"train": train, "test": test} | ({} if validation is None else {"validation": validation}))
+    return Data(train, validation, test, [str(c) for c in range(classes)], notes)
 
 
 def _features(images: Source) -> Data:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of what is odd in a file that is read all the same, a line for each of a million
 
 
 class Files(Sequence):
@@ -98,34 +101,56 @@ def naming(name: str) -> Iterator[None]:
         raise ValueError(f"{name} is not a readable image: {error}") from error
 
 
-ORIENTATION = 0x0112  # EXIF's tag
+ORIENTATION, BITS, PHOTOMETRIC, PLANAR, SAMPLE_FORMAT = 0x0112, 258, 262, 284, 339  # tags of EXIF and TIFF
 UPRIGHT = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
+
+
+def orientation(image: Image.Image) -> int:
+    """EXIF's, 1 ... 8; an image whose EXIF is garbage is as upright as one that has none."""
+    try:
+        found = image.getexif().get(ORIENTATION)
+    except Exception:  # struct.error, SyntaxError, ...: as with a broken image
+        return 1
+    return found if found in tuple(UPRIGHT) else 1
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Turned as its EXIF orientation says, each channel with its whole range on 0 ... 255.
 
-    16 bits keep their upper 8, as Pillow does in colour; floats must lie in [0, 1]; what is transparent shows white. 32-bit integers
-    are refused, for nothing says what their white is.
+    16 bits keep their upper 8, as Pillow does in colour; floats must lie in [0, 1]; what is transparent shows white. Integers of 32 bits
+    and signed ones are refused, for nothing says what their black and white are.
     """
     image.load()
-    if method := UPRIGHT.get(image.getexif().get(ORIENTATION)):
+    tags, sixteen = getattr(image, "tag_v2", {}), is_16_bit(image)  # which a turned image has not
+    bits = tags.get(BITS, (16,))
+    if method := UPRIGHT.get(orientation(image)):
         image = image.transpose(Image.Transpose[method])
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):  # those open 16 bits as "I" in old Pillows
-        bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]  # TIFF's bits per sample: 12 are common
-        return Image.fromarray((np.asarray(image) >> (bits - 8)).astype(np.uint8)).convert("RGB")
-    if image.mode == "I":
+    if 2 in tags.get(SAMPLE_FORMAT, ()) and bits[0] < 32:
+        raise ValueError("the range of its signed integers is unknown; save it in 8 or 16 bits, unsigned")
+    if tags.get(PLANAR) == 2 and len(bits) > 1 and bits[0] != 8:
+        raise ValueError(f"Pillow misreads colours of {bits[0]} bits that lie in planes; save it with the channels interleaved")
+    if sixteen:
+        gray = (np.asarray(image) >> (bits[0] - 8)).astype(np.uint8)
+    elif image.mode == "I":
         raise ValueError("the range of its 32-bit integers is unknown; save it in 8 or 16 bits")
-    if image.mode == "F":
+    elif image.mode == "F":
         pixels = np.asarray(image)
         if not (pixels.min() >= 0 and pixels.max() <= 1):
             raise ValueError(f"its floats must lie in [0, 1], got {pixels.min():g} to {pixels.max():g}")
-        return Image.fromarray(np.rint(255 * pixels).astype(np.uint8)).convert("RGB")
+        gray = np.rint(255 * pixels).astype(np.uint8)
+    else:
+        gray = None
+    if gray is not None:
+        return Image.fromarray(255 - gray if tags.get(PHOTOMETRIC) == 0 else gray).convert("RGB")  # 0: white is zero
     if image.has_transparency_data:
-        image = image.convert("RGBA")
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         if image.getextrema()[3][0] < 255:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def is_16_bit(image: Image.Image) -> bool:
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))  # those are "I" in old Pillows
 
 
 def decoded(split: Split) -> Split:
@@ -158,7 +183,7 @@ class ImageFiles(Dataset):
             with naming(str(path)), Image.open(path) as image:
                 if not isinstance(image, JpegImageFile):
                     image.load()  # others may tell their orientation after the pixels, or turn them themselves
-                size = width, height = image.size[::-1] if image.getexif().get(ORIENTATION, 1) > 4 else image.size
+                size = width, height = image.size[::-1] if orientation(image) > 4 else image.size
                 box = middle(*size) if key is None else random_resized_crop(*size, np.random.default_rng(key))
                 fewer = min(box[2] - box[0], box[3] - box[1]) / (GAP * self.size)  # pixels decoded for one that is needed
                 if fewer >= 2:

@@ -220,6 +220,7 @@ def command(config: Config, asked: Command) -> None:
             raise ValueError("out must be named where torchrun may restart the run (--max-restarts), which must find its folder, got None")
         name = f"{config.images.data}-{config.method.method}-{time.strftime('%Y%m%d-%H%M%S')}"
         config = settings.change(config, out=Path("runs") / name)
+    datasets.check_source(config.images)  # a wrong root is not to be found after a package that lacks
     config = settings.checked(config)
     with processes.together(processes.device(config.machine.device)):
         console.quiet = processes.rank() > 0

@@ -72,7 +72,8 @@ def files_of(given: str) -> list[Path]:
     """One file, the images below a folder, or what a pattern finds; a single file need not be there, and is then one that is unreadable."""
     path = Path(given)
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not is_junk(p.name))
+        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+        found = [p for p in found if not any(map(is_junk, p.relative_to(path).parts))]
     elif path.exists() or not glob.has_magic(given):
         return [path]
     else:

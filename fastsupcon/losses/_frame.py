@@ -138,8 +138,11 @@ def refuse_lone_anchors(paired: Tensor, needed: str, ranks: Ranks | None = None)
         return
     if torch.compiler.is_compiling():
         torch._assert_async(paired.all(), message)
-    elif not paired.all():
-        raise ValueError(f"{message}, got {int((~paired).sum())} of {len(paired)} without one (labels or mask)")
+        return
+    values = _checks.readable(paired)
+    paired = paired if values is None else values
+    if not paired.all():
+        raise ValueError(f"{message}, got {int((~paired).sum())} of {paired.numel()} without one (labels or mask)")
 
 
 if TYPE_CHECKING:
@@ -187,6 +190,9 @@ class HasGroup(nn.Module):
 class Loss(HasGroup):
     """A loss function with its options held as attributes. A temperature that is an nn.Parameter is registered, and learned.
 
+    Options that are other tensors, a temperature or weights, are buffers, which are not saved. They go where the module goes and keep
+    their dtype and their values: a temperature of 0.07 would be 0.0698 in a module brought to bfloat16.
+
     Subclasses annotate their options: to a type checker, an attribute of a module is otherwise a tensor or a module.
     """
 
@@ -199,10 +205,22 @@ class Loss(HasGroup):
         super().__init__()
         self._names = tuple(options)
         for name, value in options.items():
-            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and value.ndim > 0:  # weights move with the module
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
                 self.register_buffer(name, value, persistent=False)
             else:
                 setattr(self, name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Loss:
+        were = {name: self._buffers[name] for name in self._names if name in self._buffers}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's
+        for name, was in were.items():
+            now = self._buffers[name]
+            if was is not None and now is not None and not was.is_meta:
+                self._buffers[name] = was.to(now.device)
+        return self
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise NotImplementedError("torch.jit.script cannot read fastsupcon's losses: use torch.compile or torch.export")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -212,5 +230,12 @@ class Loss(HasGroup):
         options = {name: value for name, value in self.options.items() if not isinstance(value, nn.Module)}  # those are shown as children
         if options.get("group", True) is None:  # the others say nothing then
             options = {name: value for name, value in options.items() if name not in ("group", "across", "sharded")}
-        shown = {name: "learned" if isinstance(value, Tensor) else repr(value) for name, value in options.items()}
-        return ", ".join(f"{name}={value}" for name, value in shown.items())
+        return ", ".join(f"{name}={_shown(value)}" for name, value in options.items())
+
+
+def _shown(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    has_value = value.numel() == 1 and type(value) in (Tensor, nn.Parameter) and not value.is_meta
+    text = f"{value.item():.6g}" if has_value else f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    return f"learned({text})" if isinstance(value, nn.Parameter) else text

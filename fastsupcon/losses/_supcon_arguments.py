@@ -46,8 +46,8 @@ def check_positives(features: Tensor, labels: object, mask: object, positives: o
             raise TypeError(
                 f"positives must be a torch.Tensor of an integer dtype, got {getattr(positives, 'dtype', type(positives).__name__)}"
             )
-        if positives.ndim != 2 or positives.shape[0] != anchors:
-            raise ValueError(f"positives must have shape [{anchors}, K], got {list(positives.shape)}")
+        if positives.ndim != 2 or positives.shape[0] != anchors or (anchors > 0 and positives.shape[1] == 0):
+            raise ValueError(f"positives must have shape [{anchors}, K] with K >= 1, got {list(positives.shape)}")
         _checks.on_device("positives", positives, device)
         columns = len(keys) if isinstance(keys, Tensor) else samples * (1 if features.ndim == 2 else features.shape[1])
         if positives.numel():

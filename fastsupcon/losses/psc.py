@@ -134,7 +134,8 @@ def _psc_loss(
     if per_class == 1 and ranks is None:
         line = Line(**{log_sum: 1.0}, similarity=-1, lone="nan", reduction=reduction)
         loss = operators.loss(pairs, line, backend=backend)
-        if loss.is_cpu and not operators.traced((loss,)) and loss.isnan().any():  # a label out of range makes it so
+        values = None if operators.traced((loss,)) else _checks.readable(loss)
+        if values is not None and values.isnan().any():  # a label out of range makes it so
             _checks.within("labels", labels, 0, count)
         return loss
     _checks.within("labels", labels, 0, count)
@@ -235,7 +236,7 @@ class PSCLoss(ShardableLoss):
         self.register_buffer("classes", self._classes(), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PSCLoss:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's
+        super()._apply(fn, recurse)
         self.classes = self._classes()  # to_empty() leaves a buffer without values
         return self
 

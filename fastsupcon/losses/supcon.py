@@ -70,10 +70,11 @@ def supcon_loss(
     Args:
         features: [N, D], or [B, V, ...] with V views of B samples: trailing dimensions are flattened, views become rows view-major
             (N = V B).
-        labels: integer [B] (or [B, 1], or [1, B]), any values; whole numbers of a floating dtype are taken too. Or [B, C] with C > 1, >= 0:
-            of several classes at once, or soft; then row p is a positive of row i with weight y_i . y_p.
+        labels: integer [B] (or [B, 1], or [1, B]), any values: -1 too is a class like the others, unless it is the ``ignore_index``. Whole
+            numbers of a floating dtype are taken too. Or [B, C] with C > 1, >= 0: of several classes at once, or soft; then row p is a
+            positive of row i with weight y_i . y_p.
         mask: [B, B], entry (b, c) >= 0 the weight of sample c as a positive of sample b; may be soft and asymmetric. A row is no positive
-            of itself, whatever the diagonal says.
+            of itself, whatever the diagonal says. An anchor whose weights sum to at most 1e-6 of the largest weight has no positive.
         positives: integer [A, K], for each anchor the numbers of its positives among the columns, -1 for none (KCL, Kang et al. 2021).
             At most one of ``labels``, ``mask`` and ``positives``; the last two and several labels need form="out", denominator="all".
         keys: [M, D], other columns: the anchors meet these, and not each other (MoCo's keys, a reference set). Needs ``positives``, or
