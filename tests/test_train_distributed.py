@@ -286,7 +286,7 @@ def test_an_error_of_one_process_ends_all_and_a_restart_goes_on(folder):
 
 def test_one_process_speaks(folder):
     output = (folder / "output").read_text()
-    assert output.count("stopped in epoch") == output.count("written to") == output.count("two/hybrid-sc ") == 1
+    assert output.count("stopped in epoch") == output.count("written to") == output.count("two/hybrid-sc: epoch 2 of 2") == 1
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ import compare
 import data as datasets
 import evaluate
 import hybrid
+import plots
 import settings
 import several
 import terminal
@@ -298,13 +299,14 @@ def test_resume_extends(tmp_path, several):
 
 
 def test_stopped_in_an_evaluation(tmp_path, monkeypatch):
-    """Nothing is left to train then: the epoch is kept, and resuming reports."""
+    """All steps of the epoch are kept, and resuming evaluates it."""
     run_tiny(tmp_path / "whole")
     predict = evaluate.predict
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
         patch.setattr(evaluate, "predict", lambda *given: os.kill(os.getpid(), signal.SIGTERM) or predict(*given))
         run_tiny(tmp_path / "cut", eval_every=2)
     assert stopped.value.code == 128 + signal.SIGTERM and not (tmp_path / "cut" / "metrics.json").exists()
+    assert (weights(tmp_path / "cut")["epoch"], weights(tmp_path / "cut")["step"]) == (1, 2)  # not waited for to the evaluation's end
     go_on(tmp_path / "cut")
     assert same(weights(tmp_path / "cut")["network"], weights(tmp_path / "whole")["network"])
     assert (tmp_path / "cut" / "metrics.json").exists()
@@ -335,6 +337,130 @@ def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(tmp_path):
     assert (tmp_path / "run" / "last.pt").stat().st_mtime_ns == written  # read, not trained again
     with pytest.raises(ValueError, match=r"holds a run of other settings \(epochs, lr\)"):
         hybrid.finish(settings.change(config, epochs=3, lr=0.2), data)
+
+
+def test_a_run_is_alone_in_its_folder(tmp_path):
+    run_tiny(tmp_path)
+    holds = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); f.write('another'); f.flush(); print(); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", holds, tmp_path / ".lock"], **pipes) as other:
+        other.stdout.readline()
+        with pytest.raises(SystemExit, match=r"is being written by another run, .*another: name another folder"):
+            hybrid.main(["--eval-only", str(tmp_path)])
+        other.kill()
+    hybrid.main(["--eval-only", str(tmp_path)])  # the file is left, and nobody holds it
+
+
+def test_where_a_run_cannot_write(tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in ("file", "file/run"):
+        with pytest.raises(SystemExit, match=r"out .*file.* must be a folder, and .*file is a file"):
+            hybrid.main(["--out", str(tmp_path / out)])
+
+
+def test_what_is_left_of_a_run(tmp_path):
+    """Its checkpoint is another network's, or lost."""
+    run_tiny(tmp_path)
+    (tmp_path / "metrics.json").write_text("{")
+    with pytest.raises(SystemExit, match=r"metrics\.json is not readable JSON"):
+        go_on(tmp_path)
+    (tmp_path / "metrics.json").unlink()
+    checkpoint.save(tmp_path / "last.pt", weights(tmp_path) | {"network": {}})
+    with pytest.raises(SystemExit, match=r"last\.pt is not a checkpoint of this run: RuntimeError: .*Missing key"):
+        go_on(tmp_path)
+    (tmp_path / "last.pt").unlink()
+    with pytest.raises(SystemExit, match=r"last\.pt does not exist, and .*log\.jsonl tells of epochs that were trained"):
+        go_on(tmp_path)
+
+
+def test_figures_come_before_pictures_which_may_fail(tmp_path, monkeypatch, capsys):
+    def broken(*_, **__):
+        assert (tmp_path / "metrics.json").exists() and not (tmp_path / "README.md").exists()
+        raise RuntimeError("no\nfont")
+
+    monkeypatch.setattr(plots, "curves", broken)
+    run_tiny(tmp_path, pictures=True)
+    assert capsys.readouterr().err == f"{tmp_path}/curves.png could not be drawn: RuntimeError: no font\n"
+    assert (tmp_path / "per_class.png").exists() and (tmp_path / "README.md").exists()
+
+
+def test_too_little_memory_says_what_to_lower(tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    monkeypatch.setattr(Run, "update", full)
+    with pytest.raises(MemoryError, match=r"lower --batch, .*--eval-batch.* \(CUDA out of memory\. Tried to allocate 2 GiB\)"):
+        run_tiny(tmp_path)
+
+
+def test_a_worker_that_dies_during_a_step(tmp_path, monkeypatch):
+    def told(*_):  # as by torch's handler of SIGCHLD
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    monkeypatch.setattr(Run, "update", told)
+    with pytest.raises(OSError, match=r"a process that decodes images ended \(.*Killed.*fewer workers need less"):
+        run_tiny(tmp_path)
+
+
+def test_an_evaluation_takes_as_many_images_as_a_step(tmp_path, monkeypatch):
+    sizes, predict = [], evaluate.predict
+    monkeypatch.setattr(evaluate, "predict", lambda *given: sizes.append(given[4]) or predict(*given))
+    for batch, given, expected in ((7, None, 21), (28, None, 84), (28, 5, 5)):  # two views and the classifier's own
+        run_of(tmp_path / "run", batch=batch, eval_batch=given).predict("test", "logits")
+        assert sizes.pop() == expected
+
+
+def test_a_log_has_a_line_of_each_evaluation(tmp_path, capsys):
+    run_tiny(tmp_path / "x" / "run", eval_every=2, epochs=4)
+    lines = capsys.readouterr().out.splitlines()
+    told = [line for line in lines if re.match(r".*x/run: epoch [24] of 4, test \d+\.\d %  \d+ images/s", line)]
+    assert len(told) == 2 and len(lines) < 6 and not any("\x1b" in line for line in lines)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_an_output_that_cannot_be_written_is_said_once(monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        for _ in range(2):
+            terminal.say("lost")
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "No space left on device" in said and "the run goes on" in said
+
+
+def test_what_would_command_a_terminal_is_escaped():
+    assert terminal.printable("a\nb [red] 中 \x1b[31m\u202e\udcff") == r"a b [red] 中 \x1b[31m\u202e\udcff"
+
+
+def test_which_signals_stop(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with checkpoint.StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.received is None and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # nohup
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    with pytest.raises(SystemExit) as left, checkpoint.StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)  # with the first
+        assert stop.received == signal.SIGUSR1
+    assert left.value.code == 128 + signal.SIGUSR1  # nobody looked
+    monkeypatch.setattr(checkpoint.StopSignal, "TOGETHER", -1.0)
+    with pytest.raises(SystemExit) as left, checkpoint.StopSignal():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert left.value.code == 128 + signal.SIGTERM
+
+
+def test_a_write_that_fails_names_its_file(tmp_path):
+    def torch_saves(_):
+        try:
+            raise OSError(28, "No space left on device")
+        finally:
+            raise RuntimeError("unexpected pos")
+
+    with pytest.raises(OSError, match=r"last\.pt could not be written, and is as it was before: .*No space left on device"):
+        checkpoint.write_whole(tmp_path / "last.pt", torch_saves)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_progress_fits_80_columns(monkeypatch):

@@ -248,13 +248,28 @@ def test_config_json_of_another_version(tmp_path):
         (lambda s: s["optimiser"].update(learning_rate=1), "differs in learning_rate"),
         (lambda s: s.pop("machine"), "differs in machine"),
         (lambda s: s.update(machine=3), "differs in machine"),
+        (lambda s: s["optimiser"].update(epochs="many"), "epochs must be int, got 'many'"),
+        (lambda s: s["optimiser"].update(epochs=2.5), "epochs must be int, got 2.5"),
+        (lambda s: s["optimiser"].update(lr=True), "lr must be float, got True"),
+        (lambda s: s["optimiser"].update(lr=float("nan")), "lr must be float, got nan"),
+        (lambda s: s["optimiser"].update(lr=None), "lr must be float, got None"),
+        (lambda s: s["optimiser"].update(milestones="0.5"), r"milestones must be tuple\[float, ...\], got '0.5'"),
+        (lambda s: s["optimiser"].update(milestones=["a"]), "milestones must be float, got 'a'"),
+        (lambda s: s["images"].update(root=5), r"root must be pathlib.Path \| None, got 5"),
+        (lambda s: s["records"].update(pictures="yes"), "pictures must be bool, got 'yes'"),
     ):
         broken = json.loads(json.dumps(stored))
         change(broken)
         path.write_text(json.dumps(broken))
-        with pytest.raises(ValueError, match=f"{re.escape(str(path))} {message}|{message}"):
+        with pytest.raises(ValueError, match=f"{re.escape(str(path))}:? {message}|{message}"):
             settings.read(tmp_path)
-    for text, message in (("[1]", "differs in images"), ("{", "is not readable JSON")):
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(stored).encode())  # as some editors write
+    assert settings.read(path) == Config()
+    for text, message in (
+        ("[1]", r"config\.json must hold an object, got list"),
+        ("{", "is not readable JSON"),
+        ("", "is not readable JSON"),
+    ):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             settings.read(path)

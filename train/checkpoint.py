@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -9,26 +10,35 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
+_being_written: set[Path] = set()
+
 
 def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Write beside ``path``, then rename: who reads it finds the old file or the new one, and a failed write leaves the old one."""
     partial = path.with_name(path.name + ".partial")
+    _being_written.add(path)
     try:
         with open(partial, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        # torch.save raises its own RuntimeError where the file raised an OSError.
+        if isinstance(cause := error.__context__ if isinstance(error, RuntimeError) else error, OSError):
+            raise OSError(f"{path} could not be written, and is as it was before: {cause}") from error
         raise
+    finally:
+        _being_written.discard(path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -38,6 +48,17 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What :func:`write_json` wrote of a dict; a byte order mark that an editor left is no harm."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold an object, got {type(found).__name__}")
+    return found
 
 
 def save(path: Path, state: dict) -> None:
@@ -51,27 +72,52 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict:
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist, expected a checkpoint") from None
     except Exception as error:
-        raise ValueError(f"{path} is not a readable checkpoint: {error}") from error
+        told = str(error).partition("\n")[0]
+        raise ValueError(f"{path} is not a readable checkpoint: {type(error).__name__}: {told}") from error
+
+
+@contextlib.contextmanager
+def stop_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Within it Ctrl-C and the signals by which clusters announce an end go to ``handler``. A hang-up that nohup ignores stays ignored."""
+    asked_by = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+    heeded = [s for s in asked_by if s.name != "SIGHUP" or signal.getsignal(s) != signal.SIG_IGN]
+    before = {s: signal.signal(s, handler) for s in heeded}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+def leave(number: int, _frame: object = None) -> None:
+    """For what is not in the middle of anything: the exit status is that of a process which the signal ended."""
+    raise SystemExit(128 + number)
 
 
 class StopSignal:
-    """Within it, Ctrl-C and the signals of clusters that announce an end ask to stop after the step at hand; a second one stops at once."""
+    """Within it a stop signal asks to stop after the step at hand.
 
-    ASKED_BY = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
+    A second one stops at once, but not while a file is written, nor where it comes with the first: a terminal that closes sends two.
+    """
+
+    TOGETHER = 1.0  # seconds
 
     def __enter__(self) -> StopSignal:
         self.received: int | None = None
-        self.previous = {s: signal.signal(s, self._receive) for s in self.ASKED_BY}
+        self.handling = stop_signals(self._receive)
+        self.handling.__enter__()
         return self
 
     def _receive(self, number: int, _frame: object) -> None:
-        if self.received is not None:
-            raise KeyboardInterrupt
-        self.received = number
+        if self.received is None:
+            self.received, self.at = number, time.monotonic()
+        elif time.monotonic() - self.at > self.TOGETHER and not _being_written:
+            leave(number)
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.handling.__exit__(None, None, None)
+        if kind is None and self.received is not None:  # it came after the last look
+            leave(self.received)
 
 
 def leave_process_group(*_: object) -> None:

@@ -13,7 +13,6 @@ import packages
 if __name__ == "__main__":
     packages.start("python train/compare.py")
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -58,7 +57,7 @@ def paths_of(folder: Path) -> list[Path]:
 def read_runs(folder: Path) -> list[Run]:
     """The metrics of a run, one for each seed."""
     paths = paths_of(folder)
-    runs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    runs = [checkpoint.read_json(path) for path in paths]
     for path, run in zip(paths, runs, strict=True):
         config = run.get("config") if isinstance(run, dict) else None
         if not isinstance(config, dict) or not isinstance(config.get("images"), dict):
@@ -72,9 +71,9 @@ def refuse_other_data(folders: Sequence[Path]) -> None:
     """Runs whose tails were drawn by one data_seed must be on the same images, and all runs on as many of the same classes."""
     drawn: dict[int | None, tuple[Path, dict[str, Any]]] = {}
     for path in (path for folder in folders for path in paths_of(folder) if (path.parent / "data.json").is_file()):
-        data = json.loads((path.parent / "data.json").read_text(encoding="utf-8"))
+        data = checkpoint.read_json(path.parent / "data.json")
         numbers = {"classes": data["classes"], "split": None} | {part: _numbers(data[part]) for part in ("train", "validation", "test")}
-        data_seed = json.loads(path.read_text(encoding="utf-8"))["config"]["images"]["data_seed"]
+        data_seed = checkpoint.read_json(path)["config"]["images"]["data_seed"]
         for key, fingerprint in ((None, numbers), (data_seed, data)):
             first, was = drawn.setdefault(key, (path.parent, fingerprint))
             if told := describe_difference(was, fingerprint):

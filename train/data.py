@@ -9,7 +9,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import os
 import pickle
 import tarfile
 from collections import Counter
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 from files import Batches, Files, ImageFiles, Split, decode, decoded
 from folders import read_folder, read_list, repeated, some
+from joblib import cpu_count  # of a container the CPUs that it may use
 from torch import Tensor
 
 __all__ = [
@@ -45,7 +45,7 @@ class Source:
     validation: float = 0.0  # fraction of each class's training images held out to choose the best epoch; 0: the last epoch is chosen
     data_seed: int = 0  # which images the long tail keeps and validation holds out; 0 is the field's convention
     image_size: int = 224  # side of images that are decoded from files
-    workers: int = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)  # that decode files
+    workers: int = min(8, cpu_count())  # that decode files
     check: bool = True  # open every image file once before training
     skip_bad_images: bool = False  # leave out those that cannot be read, and say which
     many: int = 100  # many-shot: more training images than this

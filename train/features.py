@@ -40,7 +40,7 @@ from files import Stopped, decode, loader_options, patient, refuse_without_room,
 from idle import by
 from networks import DTYPES, ON_FEATURES, import_timm, is_timm, make_backbone, of_backbone, read_weights
 from PIL import Image
-from terminal import progress_bar, say
+from terminal import printable, progress_bar, say
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -269,7 +269,7 @@ def main(arguments: list[str]) -> None:
         network = frozen(chosen, 3 if is_timm(chosen.network) else data.train.channels)
         extract(chosen, data, network)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {printable(str(error))}")
     say(f"written to {chosen.out}: python train/hybrid.py --data features --root {chosen.out} --method hybrid-psc")
 
 

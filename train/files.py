@@ -237,7 +237,7 @@ POLL = 5.0  # seconds between two looks at whether the run was told to stop
 
 
 class Stopped(Exception):
-    """Told to stop while waiting for images."""
+    """Told to stop between two batches."""
 
 
 def patient(loader: DataLoader, what: str, stopped: Callable[[], object]) -> Iterator:
@@ -252,7 +252,7 @@ def patient(loader: DataLoader, what: str, stopped: Callable[[], object]) -> Ite
             if not str(error).startswith("DataLoader"):
                 raise
             if "timed out" not in str(error):
-                raise OSError(f"a process that decodes {what} ended ({error}); where memory is short, fewer workers need less") from error
+                raise ended(what, error) from error
             if stopped():
                 raise Stopped from error
             waited += POLL
@@ -261,6 +261,10 @@ def patient(loader: DataLoader, what: str, stopped: Callable[[], object]) -> Ite
             continue
         waited = 0.0
         yield batch
+
+
+def ended(what: str, error: RuntimeError) -> OSError:
+    return OSError(f"a process that decodes {what} ended ({error}); where memory is short, fewer workers need less")
 
 
 def begun(loader: DataLoader) -> Iterator:
@@ -298,7 +302,7 @@ class Batches:
     def __init__(
         self, split: Split, device: torch.device, image_size: int, workers: int, stopped: Callable[[], object] = lambda: False
     ) -> None:
-        """``stopped`` is asked while images are waited for; where it says yes, :class:`Stopped` is raised."""
+        """``stopped`` is asked at each batch and while images are waited for; where it says yes, :class:`Stopped` is raised."""
         self.device, self.labels, self.stopped = device, split.labels.to(device), stopped
         self.resident = split.images.to(device) if isinstance(split.images, Tensor) else None
         if self.resident is None:
@@ -314,6 +318,8 @@ class Batches:
         rows = plan[first:, columns].to(self.device)
         if self.resident is not None:
             for indices in rows:
+                if self.stopped():
+                    raise Stopped
                 yield self.resident[indices], self.labels[indices]
             return
         self.rows.plan, self.rows.columns, self.rows.first, self.rows.key = plan, columns.tolist(), first, key
@@ -322,6 +328,8 @@ class Batches:
         for indices, images in zip(rows, patient(self.loader, f"{len(files.paths)} files", self.stopped), strict=True):
             if isinstance(images, ValueError):
                 raise images
+            if self.stopped():
+                raise Stopped
             yield images.to(self.device, non_blocking=True), self.labels[indices]
 
     def in_order(self, size: int, part: range | None = None) -> Iterator[tuple[Tensor, Tensor]]:

@@ -22,11 +22,13 @@ import packages
 if __name__ == "__main__":
     packages.start("python train/hybrid.py")
 
+import contextlib
 import functools
-import json
 import math
+import multiprocessing
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +38,57 @@ import evaluate
 import processes
 import settings
 import several
+import side_by_side
 import torch
 from check import check_images
 from command_line import Command, parse
-from files import Stopped
-from report import Loggers, begin_folder, refuse_other_data, report, save, write_config, write_log
+from files import Stopped, ended
+from report import (
+    Loggers,
+    alone,
+    begin_folder,
+    has_checkpoint,
+    is_finished,
+    load,
+    name_of,
+    refuse_other_data,
+    refuse_unwritable,
+    report,
+    save,
+    write_config,
+    write_log,
+)
 from run import Run
 from settings import Config
-from terminal import console, hint, progress_bar, say, show, status
+from terminal import console, hint, printable, progress_bar, say, show, status
 
 
+@contextlib.contextmanager
+def what_to_lower() -> Iterator[None]:
+    """Too little memory, of the device's or the host's allocator, becomes a MemoryError that says what to change.
+
+    So does, as an OSError, the death of a worker, which torch raises from a signal handler wherever the run is.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if str(error).startswith("DataLoader worker"):
+            raise ended("images", error) from error
+        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+            raise
+        told = " ".join(str(error).split())
+        changes = "lower --batch, --image-size or --width, in an evaluation --eval-batch, or take --precision bf16"
+        raise MemoryError(f"the memory does not suffice: {changes} ({told})") from error
+
+
+@what_to_lower()
 def train(config: Config, data: datasets.Data, *, resume: bool = False) -> dict[str, Any]:
     """Train one network in the run's folder; returns its metrics. A stop signal ends the process after a checkpoint."""
+    with alone(config.records.out):
+        return _train(config, data, resume=resume)
+
+
+def _train(config: Config, data: datasets.Data, *, resume: bool) -> dict[str, Any]:
     records, epochs, writes = config.records, config.optimiser.epochs, processes.rank() == 0
     out = records.out
     if not resume and processes.told((out / "config.json").exists()):
@@ -59,14 +100,14 @@ def train(config: Config, data: datasets.Data, *, resume: bool = False) -> dict[
     eval_every = records.eval_every or max(1, epochs // 10)
 
     with checkpoint.StopSignal() as stop, progress_bar() as progress:
-        # One process may leave while it waits for images; several do so at a step, together.
+        # One process may leave between two batches, in an evaluation too; several do so at a step, together.
         run = Run(config, data, stopped=lambda: stop.received is not None and processes.count() == 1)
-        if resume and processes.told((out / "last.pt").exists()):
-            run.load_state_dict(checkpoint.load(out / "last.pt", run.device))
+        if resume and processes.told(has_checkpoint(out)):
+            load(run)
         if writes:
             begin_folder(run, anew=not resume)
         loggers = Loggers(run)
-        name, done = "/".join(out.parts[-2:]), run.epoch * run.steps + run.step
+        name, done = name_of(run), run.epoch * run.steps + run.step
         task = progress.add_task(name, total=epochs * run.steps, completed=done, text="")
 
         def leave_if_stopped(*, unsaved: bool) -> None:
@@ -99,8 +140,11 @@ def train(config: Config, data: datasets.Data, *, resume: bool = False) -> dict[
             row["images_per_second"] = (run.step - first) * indices.shape[1] / row["seconds"]
             if not all(math.isfinite(row[name] or 0) for name in ("feature_loss", "classifier_loss")):
                 raise FloatingPointError(f"the loss is not finite in epoch {run.epoch}: {row}; {out}/last.pt is the epoch before")
-            if (run.epoch + 1) % eval_every == 0 or run.epoch + 1 == epochs:
-                logits, labels = run.predict(monitored, "logits")
+            if evaluated := (run.epoch + 1) % eval_every == 0 or run.epoch + 1 == epochs:
+                try:
+                    logits, labels = run.predict(monitored, "logits")
+                except Stopped:
+                    leave_if_stopped(unsaved=True)  # with all steps done: the evaluation is what is left of the epoch
                 row[f"{monitored}_balanced"] = balanced = evaluate.balanced_accuracy(logits, labels)
                 if monitored == "validation" and balanced > run.best["balanced"]:
                     run.best = {"epoch": run.epoch, "balanced": balanced}
@@ -112,12 +156,19 @@ def train(config: Config, data: datasets.Data, *, resume: bool = False) -> dict[
             if writes:
                 write_log(run)
             progress.update(task, text=status(row))
+            if evaluated and not console.is_interactive:
+                figure = "–" if balanced is None else f"{balanced:.1f}"
+                say(f"{name}: epoch {row['epoch'] + 1} of {epochs}, {monitored} {figure} %  {status(row)}")
             if text := hint(row, epochs):
-                say(text)
+                say(f"{name}: {text}")
             loggers.send(row)
             leave_if_stopped(unsaved=False)  # during the evaluation
         loggers.close()
-    return report(run)
+    try:
+        return report(run)
+    except SystemExit:
+        say(f"stopped after the last epoch; go on with: python train/hybrid.py --resume {out}")
+        raise
 
 
 def finish(config: Config, data: datasets.Data, *, extend: bool = False) -> dict[str, Any]:
@@ -132,10 +183,9 @@ def finish(config: Config, data: datasets.Data, *, extend: bool = False) -> dict
     stored = settings.read(out)
     if names := [name for name in settings.differing(stored, config) if not (extend and name == "epochs")]:
         raise ValueError(f"out {out} holds a run of other settings ({', '.join(names)}): name another folder")
-    # With fewer epochs the metrics are those of --eval-only on a run that was stopped.
-    if processes.told((out / "metrics.json").exists() and len((out / "log.jsonl").read_text().splitlines()) == config.optimiser.epochs):
+    if processes.told(is_finished(out, config.optimiser.epochs)):
         if all(getattr(stored.records, name) == getattr(config.records, name) for name in REPORTED):
-            return json.loads((out / "metrics.json").read_text())
+            return checkpoint.read_json(out / "metrics.json")
         if processes.rank() == 0:
             write_config(config)
         return evaluate_again(config, data)
@@ -149,11 +199,13 @@ def metrics_of(config: Config, *, extend: bool = False) -> dict[str, Any]:
     return finish(config, checked_data(config.images), extend=extend)
 
 
+@what_to_lower()
 def evaluate_again(config: Config, data: datasets.Data) -> dict[str, Any]:
-    refuse_other_data(config.records.out, data)
-    run = Run(config, data)
-    run.load_state_dict(checkpoint.load(config.records.out / "last.pt", run.device))
-    return report(run)
+    with alone(config.records.out):
+        refuse_other_data(config.records.out, data)
+        run = Run(config, data)
+        load(run)
+        return report(run)
 
 
 # ---- from the command line to runs
@@ -161,9 +213,10 @@ def evaluate_again(config: Config, data: datasets.Data) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> None:
     try:
-        command(*parse(arguments, __doc__))
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error{f' on rank {processes.rank()}' if processes.count() > 1 else ''}: {error}")
+        with checkpoint.stop_signals(checkpoint.leave):
+            command(*parse(arguments, __doc__))
+    except side_by_side.TOLD as error:
+        sys.exit(f"error{f' on rank {processes.rank()}' if processes.count() > 1 else ''}: {printable(str(error))}")
 
 
 def command(config: Config, asked: Command) -> None:
@@ -186,27 +239,34 @@ def perform(config: Config, asked: Command) -> None:
     if records.jobs > 1 and processes.launched():
         raise ValueError(f"jobs must be 1 under torchrun, whose processes share each run, got {records.jobs}")
     runs = several.runs_of(config)
+    refuse_unwritable(out)
     with processes.first_of_machine_first():  # what may be wrong with the data is said before anything is written
         classes = checked_data(runs[0].images).classes
-    if settings.of_several(config) and not asked.eval_only and processes.rank() == 0:
-        write_config(config)
-    extend = asked.resume is not None
-    if asked.eval_only:
-        results = [evaluate_again(one, checked_data(one.images)) for one in runs]
-    elif records.jobs == 1:
-        results = [metrics_of(one, extend=extend) for one in runs]
-    else:
-        try:
-            results = several.trained(runs, records.jobs, functools.partial(metrics_of, extend=extend))
-        except SystemExit:
-            say(f"stopped; go on with: python train/hybrid.py --resume {out}")
-            raise
+    with alone(out):
+        results = _results(config, asked, runs)
     groups = several.by_method(runs, results)
     if records.against:
         several.show_comparison(groups, own, records.against, out)
     else:
         show(groups[own], classes)
     say(f"written to {out}")
+
+
+def _results(config: Config, asked: Command, runs: list[Config]) -> list[dict[str, Any]]:
+    """The metrics of each run."""
+    records = config.records
+    if settings.of_several(config) and not asked.eval_only and processes.rank() == 0:
+        write_config(config)
+    extend = asked.resume is not None
+    if asked.eval_only:
+        return [evaluate_again(one, checked_data(one.images)) for one in runs]
+    if records.jobs == 1:
+        return [metrics_of(one, extend=extend) for one in runs]
+    try:
+        return several.trained(runs, records.jobs, functools.partial(metrics_of, extend=extend))
+    except SystemExit:
+        say(f"stopped; go on with: python train/hybrid.py --resume {records.out}")
+        raise
 
 
 @functools.lru_cache(2)  # runs on the same data read it once in a process
@@ -225,8 +285,9 @@ def checked_data(images: datasets.Source) -> datasets.Data:
                 data = check_images(data, images.workers, skip_bad=images.skip_bad_images, **options)
             except Stopped:
                 sys.exit(128 + stop.received)
-    for note in data.notes:
-        say(note)
+    if multiprocessing.parent_process() is None:  # or every process of runs side by side would say them
+        for note in data.notes:
+            say(note)
     return data
 
 

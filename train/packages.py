@@ -23,6 +23,7 @@ PACKAGES: dict[str, tuple[str, str | None, str | None]] = {
     "matplotlib": ("matplotlib", "3.8", "train"),
     "pooch": ("pooch", "1.8", "train"),
     "tqdm": ("tqdm", "4.60", "train"),
+    "joblib": ("joblib", "1.2", "train"),
     "timm": ("timm", "1.0", "train-extra"),
     "tensorboard": ("tensorboard", "2.15", "train-extra"),
     "safetensors": ("safetensors", "0.4", "train-extra"),

@@ -13,13 +13,12 @@ from __future__ import annotations
 import packages
 
 if __name__ == "__main__":
-    packages.start("python train/predict.py", ("numpy", "PIL"))
+    packages.start("python train/predict.py", ("numpy", "PIL", "rich", "joblib"))
 
 import argparse
 import csv
 import glob
 import io
-import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -30,6 +29,8 @@ import checkpoint
 import exports
 import torch
 from folders import IMAGE_SUFFIXES, is_junk
+from joblib import cpu_count
+from terminal import printable, say_aside
 from torch import Tensor
 from trained import BATCH, Trained, load
 
@@ -40,7 +41,7 @@ def main(arguments: list[str]) -> int:
         paths = [path for one in given.images for path in files_of(one)]
         if given.export:
             for path in exports.export(load(given.run), given.export):  # on the CPU: a program computes where it was exported
-                print(f"written: {path}", file=sys.stderr)
+                say_aside(f"written: {path}")
         if not paths:
             return 0
         device = given.device if given.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,7 +49,7 @@ def main(arguments: list[str]) -> int:
         model.check_takes_images()
         return show(model, paths, given.top, given.csv)
     except (ValueError, OSError, RuntimeError, AssertionError) as error:  # torch asserts that it was built for CUDA
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        say_aside(f"error: {error}")
         return 2
 
 
@@ -94,12 +95,14 @@ def predictions(model: Trained, paths: list[Path]) -> Iterator[tuple[Path, Tenso
     """Probabilities of each image, in order, or why it could not be read. Decoded by threads, a batch in memory at a time."""
 
     def prepared(path: Path) -> Tensor | ValueError:
+        if path.exists() and not path.is_file():
+            return ValueError(f"{path} must be a file, and to open a pipe would be to wait for its writer")
         try:
             return model.preprocess(path)
         except ValueError as error:
             return error
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(8, cpu_count())) as pool:
         for start in range(0, len(paths), BATCH):
             part = paths[start : start + BATCH]
             images = list(pool.map(prepared, part))
@@ -117,17 +120,17 @@ def show(model: Trained, paths: list[Path], top: int, table: str | None) -> int:
     for path, row in predictions(model, paths):
         if isinstance(row, ValueError):
             unreadable += 1
-            print(f"error: {row}", file=sys.stderr)
+            say_aside(f"error: {row}")
             continue
         best = [(model.classes[c], p) for p, c in zip(*(x.tolist() for x in row.topk(top)), strict=True)]
         if table is None:
-            print(f"{path}: {', '.join(f'{name} {100 * p:.1f} %' for name, p in best)}")
+            print(printable(f"{path}: {', '.join(f'{name} {100 * p:.1f} %' for name, p in best)}"))
         else:
             writer.writerow([path, *(value for name, p in best for value in (name, f"{p:.6f}"))])
     if isinstance(text, io.StringIO):
         checkpoint.write_text(Path(table), text.getvalue())
     if unreadable:
-        print(f"{unreadable} of {len(paths)} images could not be read", file=sys.stderr)
+        say_aside(f"{unreadable} of {len(paths)} images could not be read")
     return 1 if unreadable else 0
 
 

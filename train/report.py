@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
+import platform
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,73 @@ from run import Run
 from settings import Config, as_json
 from torch import Tensor
 
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
+
+
+def refuse_unwritable(out: Path) -> None:
+    """Before anything is computed for it."""
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"out {out} must be a folder, and {there} is a file")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"out {out} must be a folder that can be written, and {there} is read-only here")
+
+
+_locked: set[Path] = set()
+
+
+@contextlib.contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Within it no other run writes into the folder: it is refused. However the process ends, the system unlocks it.
+
+    Windows has no such locks.
+    """
+    if (folder := out.resolve()) in _locked or processes.rank() > 0 or fcntl is None:
+        yield
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's it is not inherited by workers, which may live on for a while
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise ValueError(f"out {out} is being written by another run, {file.read() or 'unknown'}: name another folder") from None
+        except OSError as error:
+            terminal.say_aside(f"{out} cannot be locked ({error}): see to it that no other run writes there")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        _locked.add(folder)
+        try:
+            yield
+        finally:
+            _locked.discard(folder)
+            if [path.name for path in out.iterdir()] == [".lock"]:  # nothing was begun
+                (out / ".lock").unlink()
+                out.rmdir()
+
+
+def has_checkpoint(out: Path) -> bool:
+    """A run that was stopped before its first checkpoint begins anew; one that lost it is not trained over again without a word."""
+    there, log = (out / "last.pt").exists(), out / "log.jsonl"
+    if not there and log.exists():
+        raise FileNotFoundError(f"{out / 'last.pt'} does not exist, and {log} tells of epochs that were trained: name another folder")
+    return there
+
+
+def load(run: Run) -> None:
+    """The run as its last checkpoint has it."""
+    path = run.config.records.out / "last.pt"
+    state = checkpoint.load(path, run.device)
+    try:
+        run.load_state_dict(state)
+    except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
+        told = " ".join(str(error).split())
+        raise ValueError(f"{path} is not a checkpoint of this run: {type(error).__name__}: {told}") from error
+
 
 def write_config(config: Config) -> None:
     config.records.out.mkdir(parents=True, exist_ok=True)
@@ -38,14 +109,14 @@ def begin_folder(run: Run, *, anew: bool) -> None:
         trained.write_description(out, run.data, run.config.images.image_size)
         sizes = parameters_of(run.network)
         told = f"{run.config.network.network} of {sizes['backbone'] + sizes['classifier']:,} parameters, classifier included"
-        terminal.say(f"{told}; {len(run.data.train):,} training images, split {run.data.split_hash}")
+        terminal.say(f"{name_of(run)}: {told}; {len(run.data.train):,} training images, split {run.data.split_hash}")
     write_config(run.config)  # the last: a folder that has it is a run to go on with, and lacks nothing
 
 
 def refuse_other_data(out: Path, data: Data) -> None:
     """A run goes on with the data that it began with."""
     path = out / "data.json"
-    if told := describe_difference(json.loads(path.read_text()), data.fingerprint) if path.exists() else []:
+    if told := describe_difference(checkpoint.read_json(path), data.fingerprint) if path.exists() else []:
         raise ValueError(f"the data are not those of the run in {out}: {'; '.join(told)}")
 
 
@@ -95,19 +166,36 @@ def report(run: Run) -> dict[str, Any]:
     }
     if processes.rank() > 0:
         return result
+    (out / "README.md").unlink(missing_ok=True)
     write_log(run)  # again: a kill between the last checkpoint and its row would have left it out
+    checkpoint.write_json(out / "metrics.json", result)  # the figures come first: nothing that follows can lose them
     evaluate.write_per_class(out / "per_class.csv", data.classes, data.counts, labels, chosen["per_class"])
     if config.records.export:
         exports.export(trained.load(out, weights=weights), config.records.export)
     if config.records.pictures:
         counts = result["train_images"]
-        plots.per_class(out / "per_class.png", counts, {out.name: chosen["per_class"]}, data.classes, **shots)
-        plots.confusion(out / "confusion.png", evaluate.confusion(logits, labels), data.classes, counts, **shots)
-        plots.embedding(out / "embedding.png", embeddings, labels, data.classes, counts)
-        plots.curves(out / "curves.png", run.history)
+        draw(plots.per_class, out / "per_class.png", counts, {out.name: chosen["per_class"]}, data.classes, **shots)
+        draw(plots.confusion, out / "confusion.png", evaluate.confusion(logits, labels), data.classes, counts, **shots)
+        draw(plots.embedding, out / "embedding.png", embeddings, labels, data.classes, counts)
+        draw(plots.curves, out / "curves.png", run.history)
+    # The last: a folder that has it is a finished run's, and lacks nothing.
     checkpoint.write_text(out / "README.md", card.card(out, config, result, data.classes, tested=len(labels)))
-    checkpoint.write_json(out / "metrics.json", result)  # the last: a run that has it is finished, and lacks nothing
     return result
+
+
+def is_finished(out: Path, epochs: int) -> bool:
+    """With fewer epochs the figures are those of --eval-only on a run that was stopped."""
+    if not all((out / name).exists() for name in ("metrics.json", "log.jsonl", "README.md")):
+        return False
+    return len((out / "log.jsonl").read_bytes().splitlines()) == epochs
+
+
+def draw(plot: Callable[..., None], path: Path, *given: Any, **options: Any) -> None:
+    """What cannot be drawn is said: it does not end the run, nor the runs after it."""
+    try:
+        plot(path, *given, **options)
+    except Exception as error:
+        terminal.say_aside(f"{path} could not be drawn: {type(error).__name__}: {error}")
 
 
 def nearest(run: Run) -> dict[str, Tensor]:
@@ -138,7 +226,7 @@ class Loggers:
 
 def name_of(run: Run) -> str:
     """In trackers. A run among others is named after its method and seed, and after their folder."""
-    return "/".join(run.config.records.out.parts[-3:])
+    return "/".join(run.config.records.out.parts[-3:]).replace("//", "/")
 
 
 def _tensorboard(run: Run):

@@ -279,8 +279,8 @@ class Run:
 
     def predict(self, part: str, *outputs: str) -> tuple[Tensor, ...]:
         """Of a split: the named outputs (see :func:`evaluate.predict`), then the labels."""
-        given = self.batches[part], self.augments["classifier"], self.autocast, self.config.records.eval_batch
-        predicted = evaluate.predict(self.evaluated, *given, outputs)
+        size = self.config.records.eval_batch or len(self.plan.own)
+        predicted = evaluate.predict(self.evaluated, self.batches[part], self.augments["classifier"], self.autocast, size, outputs)
         self.network.train()
         if self.stage.frozen:
             freeze_below_classifier(self.network)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import types
 import typing
@@ -12,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import checkpoint
 import exports
 import idle
 import processes
@@ -75,7 +75,7 @@ class Records:
     against: tuple[str, ...] = ()  # other methods that are trained beside this one, at equal images, and compared with it seed by seed
     out: Path | None = None  # the run's folder; None: runs/DATA-METHOD-DATE
     eval_every: int | None = None  # epochs; None: ten times in all
-    eval_batch: int = 1024  # images of a batch in evaluation
+    eval_batch: int | None = None  # images of a batch in evaluation; None: as many as a training step takes, which fit
     log_every: int = 50  # steps between two readings of the loss inside an epoch
     keep_every: int | None = None  # epochs between checkpoints that are kept; None: the last one alone
     knn: bool = False  # also classify by the nearest training images
@@ -311,9 +311,7 @@ def refuse_idle(config: Config, base: Config, command: idle.Values = types.Mappi
 
 def checked(config: Config) -> Config:
     """Everything checked that can be without the data; the device named."""
-    for group in GROUPS:
-        _check_types(getattr(config, group))
-    check_ranges(_values(config))
+    _check_values(config)
     if list(config.optimiser.milestones) != sorted(set(config.optimiser.milestones)):
         raise ValueError(f"milestones must increase, got {config.optimiser.milestones}")
     if config.optimiser.nesterov and config.optimiser.optimiser == "sgd" and not config.optimiser.momentum:
@@ -331,6 +329,13 @@ def checked(config: Config) -> Config:
     if config.method.feature_loss != "none":  # raises where this backend cannot serve
         select_backend(config.machine.backend, processes.device(device), DTYPES[config.machine.precision], config.network.embedding)
     return change(config, device=device)
+
+
+def _check_values(config: Config) -> None:
+    """Each by itself."""
+    for group in GROUPS:
+        _check_types(getattr(config, group))
+    check_ranges(_values(config))
 
 
 def check_ranges(values: idle.Values) -> None:
@@ -464,29 +469,31 @@ def as_json(config: Config) -> dict[str, Any]:
     return plain(dataclasses.asdict(config))
 
 
-def from_json(stored: Any, where: Path) -> Config:
+def from_json(stored: dict[str, Any], where: Path) -> Config:
     """What :func:`as_json` wrote. A setting that is missing or unknown is of another version of the code, and an error."""
     parts = {}
-    if isinstance(stored, dict) and (unknown := sorted(stored.keys() - set(GROUPS))):
+    if unknown := sorted(stored.keys() - set(GROUPS)):
         raise ValueError(f"{where} must hold the settings of this version, and differs in {', '.join(unknown)}: written by another one?")
     for group, kind in typing.get_type_hints(Config).items():
-        given = stored.get(group) if isinstance(stored, dict) else None
+        given = stored.get(group)
         hints = typing.get_type_hints(kind)
         if not isinstance(given, dict) or given.keys() != hints.keys():
             wrong = sorted(given.keys() ^ hints.keys()) if isinstance(given, dict) else [group]
             raise ValueError(f"{where} must hold the settings of this version, and differs in {', '.join(wrong)}: written by another one?")
-        parts[group] = kind(**{name: _typed(value, hints[name]) for name, value in given.items()})
-    return Config(**parts)
+        parts[group] = kind(**{name: _of_json(value, hints[name]) for name, value in given.items()})
+    config = Config(**parts)
+    try:
+        _check_values(config)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    return config
 
 
-def _typed(value: Any, hint: Any) -> Any:
-    """JSON has lists for tuples and strings for paths."""
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
+def _of_json(value: Any, hint: Any) -> Any:
+    """JSON has lists for tuples, and texts for paths."""
     if isinstance(value, list):
-        inner = typing.get_args(hint)
-        return tuple(_typed(one, inner[0] if inner else Any) for one in value)
-    return Path(value) if hint is Path and value is not None else value
+        return tuple(value)
+    return Path(value) if isinstance(value, str) and Path in (hint, *typing.get_args(hint)) else value
 
 
 def read(path: Path) -> Config:
@@ -494,8 +501,4 @@ def read(path: Path) -> Config:
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist, expected a run's folder or its config.json")
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not readable JSON: {error}") from error
-    return from_json(stored, path)
+    return from_json(checkpoint.read_json(path), path)

@@ -14,8 +14,9 @@ import processes
 import settings
 import side_by_side
 import torch
+from joblib import cpu_count
 from settings import Config
-from terminal import console, progress_bar
+from terminal import console, progress_bar, say
 
 
 def runs_of(config: Config) -> list[Config]:
@@ -24,7 +25,7 @@ def runs_of(config: Config) -> list[Config]:
     if len({own, *records.against}) <= len(records.against):
         raise ValueError(f"against must name other methods than {own}, each once, got {', '.join(records.against)}")
     if records.jobs > 1 and threads is None:  # each with all cores, they would wait for one another
-        threads = max(1, torch.get_num_threads() // records.jobs)
+        threads = max(1, min(torch.get_num_threads(), cpu_count()) // records.jobs)
     methods = {name: beside(config, name) for name in records.against} | {own: config}
     runs = []
     for seed in range(records.seed, records.seed + records.seeds):
@@ -57,7 +58,9 @@ def trained(configs: list[Config], jobs: int, train_one: Callable[[Config], dict
         bar = progress.add_task(f"{len(configs)} runs, {jobs} at a time", total=len(configs), text="")
         for number, metrics in ended:
             method, seed = configs[number].method.method, configs[number].records.seed
-            progress.update(bar, advance=1, text=f"{method}, seed {seed}: {metrics['best']['balanced']:.1f}")
+            progress.update(bar, advance=1, text=(said := f"{method}, seed {seed}: {metrics['best']['balanced']:.1f}"))
+            if not console.is_interactive:
+                say(said)
             found[number] = metrics
     return [found[number] for number in range(len(configs))]
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import multiprocessing
+import os
 import queue
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,18 +19,26 @@ from settings import Config
 PATIENCE = 1.0  # seconds between two looks whether all processes live
 
 Metrics = dict[str, Any]
+TOLD = (ValueError, OSError, FloatingPointError, MemoryError)  # what is wrong with a run, whose text is all that a person needs
 
 
 def work(train_one: Callable[[Config], Metrics], tasks: Any, results: Any) -> None:
     """Takes runs until there is None. A stop signal ends it with a checkpoint of the run at hand."""
     checkpoint.leave_process_group()  # Ctrl-C reaches the first process alone, which tells the others once
-    terminal.console.quiet = True
+    threading.Thread(target=_stop_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    terminal.console.quiet = terminal.console.is_interactive  # lines would tear the first process's bar; those of a log name their run
     for number, config in iter(tasks.get, None):
         try:
             results.put((number, train_one(config), None))
-        except (ValueError, OSError, FloatingPointError) as error:
+        except TOLD as error:
             results.put((number, None, f"{config.records.out}: {error}"))
         gc.collect()  # a run refers to itself, and would keep its memory and its workers
+
+
+def _stop_with(parent: Any) -> None:
+    """A parent that was killed could tell nobody, and the runs would go on unseen."""
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def trained(configs: list[Config], jobs: int, train_one: Callable[[Config], Metrics]) -> Iterator[tuple[int, Metrics]]:
@@ -45,7 +55,7 @@ def trained(configs: list[Config], jobs: int, train_one: Callable[[Config], Metr
         tasks.put(task)
     # Not daemons, which may have no processes of their own, such as those that decode images.
     workers = [context.Process(target=work, args=(train_one, tasks, results)) for _ in range(min(jobs, len(configs)))]
-    with _stopped_together(workers):
+    with checkpoint.stop_signals(checkpoint.leave), _stopped_together(workers):
         for worker in workers:
             worker.start()
         for _ in configs:
@@ -68,16 +78,11 @@ def _next(results: Any, workers: list[Any]) -> tuple[int, dict[str, Any], str | 
 
 @contextlib.contextmanager
 def _stopped_together(workers: list[Any]) -> Iterator[None]:
-    def stop(number: int, _frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = {number: signal.signal(number, stop) for number in checkpoint.StopSignal.ASKED_BY}
     try:
         yield
     finally:
-        for worker in workers:
-            if worker.pid is not None:
-                worker.terminate()
-                worker.join()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        begun = [worker for worker in workers if worker.pid is not None]
+        for worker in begun:  # all are told before any is waited for
+            worker.terminate()
+        for worker in begun:
+            worker.join()

@@ -226,7 +226,7 @@ def fill(given: Given) -> Results:
             results[title].setdefault(name, []).append(metrics)
             said = f"{title}: {name}, seed {config.records.seed}: {metrics['best']['balanced']:.1f}"
             progress.update(bar, advance=1, text=said)
-            if not terminal.console.is_terminal:
+            if not terminal.console.is_interactive:
                 terminal.say(said)
             write(out, given, tables, results)
     return results

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -15,7 +17,43 @@ from rich.text import Text
 for stream in (sys.stdout, sys.stderr):  # a terminal that has no α shows its escape; what has no encoding (a test's) is left alone
     if hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="backslashreplace")
-console = Console()
+
+
+class Lasting:
+    """The standard output. Where it cannot be written, for its reader left, its disk is full or its terminal is gone, the run goes on."""
+
+    @property
+    def stream(self) -> Any:
+        return getattr(sys.stdout, "rich_proxied_file", sys.stdout)  # rich puts itself in its place while it shows a bar
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        self._try(lambda: self.stream.write(text))
+
+    def flush(self) -> None:
+        self._try(lambda: self.stream.flush())
+
+    def _try(self, output: Callable[[], Any]) -> None:
+        if self.stream is None:  # closed from the start
+            return
+        try:
+            output()
+        except OSError as error:
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # what waits in a buffer goes there too
+            say_aside(f"the standard output cannot be written ({error}): what it would show is lost, the run goes on")
+
+
+def say_aside(text: str) -> None:
+    """To the standard error, where a person looks for what is wrong."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stderr.write(printable(text) + "\n")
+
+
+# Bars are for a terminal: a log has lines, also where FORCE_COLOR makes rich take it for one.
+console = Console(file=Lasting(), force_interactive=None if sys.stdout is not None and sys.stdout.isatty() else False)
 
 
 class StatusBelow(Progress):
@@ -28,11 +66,16 @@ class StatusBelow(Progress):
 
 def progress_bar() -> Progress:
     columns = [TextColumn("{task.description}", markup=False), BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn()]
-    return StatusBelow(*columns, TimeRemainingColumn(), console=console, expand=True)
+    return StatusBelow(*columns, TimeRemainingColumn(), console=console, expand=True, disable=not console.is_interactive)
+
+
+def printable(text: str) -> str:
+    """In one line, without what would command a terminal or turn the line's direction: such characters are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.splitlines()))
 
 
 def say(text: str) -> None:
-    console.print(text, soft_wrap=True, markup=False, highlight=False)
+    console.print(printable(text), soft_wrap=True, markup=False, highlight=False)
 
 
 def status(row: dict[str, Any]) -> str:
@@ -72,7 +115,7 @@ def show(results: list[dict[str, Any]], classes: list[str]) -> None:
     if len(results) == 1 and len(classes) <= 20:
         per_class = Table("class", "images", "accuracy")
         for name, images, accuracy in zip(classes, results[0]["train_images"], results[0]["best"]["per_class"], strict=True):
-            per_class.add_row(Text(name), str(images), "–" if accuracy is None else f"{accuracy:.1f}")
+            per_class.add_row(Text(printable(name)), str(images), "–" if accuracy is None else f"{accuracy:.1f}")
         console.print(per_class)
 
 

@@ -11,7 +11,6 @@ the running average where there is one, with the classifier tau-normalised where
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -190,10 +189,7 @@ def load(folder: str | Path, *, weights: str | None = None, device: str | torch.
 def read(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist, expected the folder of a run, which holds it")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not readable JSON: {error}") from error
+    return checkpoint.read_json(path)
 
 
 def chosen_weights(folder: Path) -> Path:
