@@ -185,7 +185,7 @@ def test_paper_is_the_optimiser_and_the_augmentation_of_the_methods_paper():
         ({"backend": "nonsense"}, "nonsense"),
         ({"backend": "cuda"}, "cuda"),
         ({"device": "nonsense"}, "device 'nonsense' is not usable"),
-        ({"network": "nonsense"}, "network must be one of resnet8.*nonsense"),
+        ({"network": "nonsense"}, "nonsense.*resnet8|resnet8.*nonsense"),
         ({"export": ("safetensors",)}, r"export 'safetensors' needs .*safetensors"),
         ({"export": ("nonsense",)}, "export must be a tuple, each one of safetensors, torch, onnx, got"),
         ({"log_to": ("tensorboard",)}, "log_to 'tensorboard' needs tensorboard, which is not installed: pip install .*train-extra"),
@@ -244,24 +244,24 @@ def test_config_json_of_another_version(tmp_path):
     stored = settings.as_json(Config())
     path = tmp_path / "config.json"
     for change, message in (
-        (lambda s: s["optimiser"].pop("lr"), "must hold the settings of this version, and differs in lr"),
+        (lambda s: s["optimiser"].pop("lr"), "differs in lr"),
         (lambda s: s["optimiser"].update(learning_rate=1), "differs in learning_rate"),
         (lambda s: s.pop("machine"), "differs in machine"),
         (lambda s: s.update(machine=3), "differs in machine"),
-        (lambda s: s["optimiser"].update(epochs="many"), "epochs must be int, got 'many'"),
-        (lambda s: s["optimiser"].update(epochs=2.5), "epochs must be int, got 2.5"),
-        (lambda s: s["optimiser"].update(lr=True), "lr must be float, got True"),
-        (lambda s: s["optimiser"].update(lr=float("nan")), "lr must be float, got nan"),
-        (lambda s: s["optimiser"].update(lr=None), "lr must be float, got None"),
-        (lambda s: s["optimiser"].update(milestones="0.5"), r"milestones must be tuple\[float, ...\], got '0.5'"),
-        (lambda s: s["optimiser"].update(milestones=["a"]), "milestones must be float, got 'a'"),
-        (lambda s: s["images"].update(root=5), r"root must be pathlib.Path \| None, got 5"),
-        (lambda s: s["records"].update(pictures="yes"), "pictures must be bool, got 'yes'"),
+        (lambda s: s["optimiser"].update(epochs="many"), "epochs must be a whole number, got 'many'"),
+        (lambda s: s["optimiser"].update(epochs=2.5), "epochs must be a whole number, got 2.5"),
+        (lambda s: s["optimiser"].update(lr=True), "lr must be a number, got True"),
+        (lambda s: s["optimiser"].update(lr=float("nan")), "lr must be finite, got nan"),
+        (lambda s: s["optimiser"].update(lr=None), "lr must be a number, got None"),
+        (lambda s: s["optimiser"].update(milestones="0.5"), "milestones must be a tuple, each a number, got '0.5'"),
+        (lambda s: s["optimiser"].update(milestones=["a"]), r"milestones must be a tuple, each a number, got \('a',\)"),
+        (lambda s: s["images"].update(root=5), "root must be a Path or None, got 5"),
+        (lambda s: s["records"].update(pictures="yes"), "pictures must be True or False, got 'yes'"),
     ):
         broken = json.loads(json.dumps(stored))
         change(broken)
         path.write_text(json.dumps(broken))
-        with pytest.raises(ValueError, match=f"{re.escape(str(path))}:? {message}|{message}"):
+        with pytest.raises(ValueError, match=f"^{re.escape(str(path))}:? (must hold the settings of this version, and )?{message}"):
             settings.read(tmp_path)
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(stored).encode())  # as some editors write
     assert settings.read(path) == Config()
