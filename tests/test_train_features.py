@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -142,6 +143,18 @@ def test_workers_decode_to_the_same_bits(photos, vit, tmp_path):
         assert all(np.array_equal(one[name], two[name]) for name in one if name != "about")
 
 
+def test_what_spawned_workers_are_given_can_be_pickled(photos, vit, tmp_path):
+    """For images from memory and from files, by each one's preparation, to the same bits."""
+    of_digits = ["--data", "digits", "--network", "resnet8", "--weights", str(tmp_path / "w.pt")]
+    random_weights("resnet8", tmp_path / "w.pt", channels=1)
+    for given, channels in ((of_digits, 1), (of_photos(photos, vit, tmp_path), 3)):
+        chosen = features.parse([*given, "--out", "f.npz"])
+        images = datasets.load(chosen.images).train
+        prepare, _, _ = features.preparation(chosen, features.frozen(chosen, channels), images)
+        prepared = features.Prepared(images, prepare, colour=channels == 3)
+        assert torch.equal(pickle.loads(pickle.dumps(prepared))[4], prepared[4])
+
+
 def test_the_tail_is_the_same_cut_before_or_after(tmp_path):
     """Of digits by a CIFAR ResNet: features of all, of which hybrid.py cuts the tail, and features of the tail."""
     random_weights("resnet8", tmp_path / "w.pt", channels=1, width=4)
@@ -235,7 +248,8 @@ def test_parts_of_another_extraction_are_refused(photos, vit, tmp_path):
         (["--data", "features"], "data must be images"),
         (["--network", "none"], "network must be one for images"),
         (["--network", "resnet32"], "weights must be given for network 'resnet32'"),
-        (["--network", "resnet32", "--weights", "nothing.pt"], "nothing.pt does not exist"),
+        (["--network", "resnet32", "--weights", "nothing.pt"], "weights nothing.pt must be a file, got nothing there"),
+        (["--network", "resnet5O"], "network must be one of resnet8, .* or a timm model, got 'resnet5O'"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(tmp_path, more, says):

@@ -17,6 +17,7 @@ pytest.importorskip("tyro", reason="needs the [train] extra")
 import compare
 import evaluate
 import plots
+import terminal
 from PIL import Image
 from rich.console import Console
 
@@ -235,7 +236,7 @@ def test_no_number_is_cut_in_the_terminal(width):
     groups = {name: [run(s, 98.7, **best) | {"seconds": 1234.0} for s in range(6)] for name in ("ce", "[bold]猫" * 9, "logit-adjustment")}
     found = compare.rows(groups, ["ce"])
     console = Console(width=width, record=True, legacy_windows=False, file=io.StringIO())
-    compare.show(console, found, "test, %")
+    terminal.show_rows(console, found, "test, %")
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= width and "…" not in text and "[bold]" in text.replace("\n", "")
     for cell in found[1][1:] + found[2][1:]:

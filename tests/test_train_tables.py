@@ -90,10 +90,10 @@ def test_a_sweep_is_stopped_and_goes_on(tmp_path):
     assert (out / "hybrid-psc-on-digits" / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_a_run_says_is_wrong_is_told(tmp_path):
-    process = start(
-        "sweep", "--set", "lr", "1e30", "--shorten", "0.1", "--seeds", "2", "--jobs", "2", "--device", "cpu", "--out", str(tmp_path)
-    )
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_what_a_run_says_is_wrong_is_told(tmp_path, jobs):
+    given = ["--set", "lr", "1e30", "--shorten", "0.1", "--seeds", "2", "--jobs", jobs, "--device", "cpu"]
+    process = start("sweep", *given, "--out", str(tmp_path))
     text = process.communicate(timeout=120)[0]
     assert process.returncode == 1 and "the loss is not finite" in text and "Traceback" not in text
 

@@ -23,11 +23,7 @@ import checkpoint
 import plots
 import tyro
 from data import describe_difference
-from rich.cells import cell_len
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-from terminal import console, say, spread
+from terminal import Rows, console, printable, say, show_rows, spread
 
 # What is shown of a run's metrics, where one of the runs has it.
 FIGURES = {
@@ -42,8 +38,6 @@ FIGURES = {
     "knn_embeddings": "kNN, embeddings",
 }
 Run = dict[str, Any]  # what metrics.json holds
-Rows = list[list[str]]  # the first is the header
-BESIDE = 3  # columns of the terminal that a table's column takes beside its text
 
 
 def paths_of(folder: Path) -> list[Path]:
@@ -148,31 +142,6 @@ def table(groups: Mapping[str, Sequence[Run]], against: Sequence[str], reported:
     return markdown(rows(groups, against, reported))
 
 
-def show(console: Console, found: Rows, title: str | None = None) -> None:
-    """The rows in the terminal, in as many tables one below the other as its width asks for, each with the first column.
-
-    A header is folded between its words, a name too long for a quarter of the width anywhere, and no number is, where the width allows.
-    """
-    columns = list(zip(*found, strict=True))
-    room = console.width - 1 - BESIDE  # beside the frame's left side, and for the first column's own text
-    name = min(max(map(cell_len, columns[0])), max(8, console.width // 4))
-    widths = [max(map(cell_len, (*header.split(), *cells))) for header, *cells in columns]
-    left = 1
-    while left < len(columns):
-        last, free = left, room - name
-        while last < len(columns) and (last == left or free >= widths[last] + BESIDE):
-            free -= widths[last] + BESIDE
-            last += 1
-        part = Table(title=title if left == 1 else None)
-        part.add_column(Text(found[0][0]), width=name, overflow="fold")
-        for header, width in zip(found[0][left:last], widths[left:last], strict=True):
-            part.add_column(Text(header), justify="right", width=min(width, room - name - BESIDE), overflow="fold")
-        for line in found[1:]:
-            part.add_row(*(Text(cell) for cell in (line[0], *line[left:last])))
-        console.print(part)
-        left = last
-
-
 # ---- pictures
 
 
@@ -213,7 +182,7 @@ def main(options: Compare) -> None:
     try:
         compare(options)
     except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from None
+        raise SystemExit(f"error: {printable(str(error))}") from None
 
 
 def compare(options: Compare) -> None:
@@ -237,7 +206,7 @@ def compare(options: Compare) -> None:
     draw(options.out, groups)
     if options.over_budget:
         plots.over_budget(options.out / "over_budget.png", budgets(every))
-    show(console, found, "test, %")
+    show_rows(console, found, "test, %")
     say(f"written to {options.out}")
 
 

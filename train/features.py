@@ -22,8 +22,9 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,12 +34,13 @@ import hybrid
 import idle
 import numpy as np
 import settings
+import side_by_side
 import torch
 import tyro
 from data import DATASETS, Data, Source, Split
 from files import Stopped, decode, loader_options, patient, refuse_without_room, stack, to_rgb
 from idle import by
-from networks import DTYPES, ON_FEATURES, import_timm, is_timm, make_backbone, of_backbone, read_weights
+from networks import DTYPES, ON_FEATURES, check_pretrained, import_timm, is_timm, make_backbone, of_backbone, read_weights
 from PIL import Image
 from terminal import printable, progress_bar, say
 from torch import Tensor, nn
@@ -65,12 +67,24 @@ class Extraction:
 Prepare = Callable[[Image.Image], Tensor]
 
 
-def frozen(chosen: Extraction, channels: int) -> nn.Module:
-    """The network with its weights. Without any it would be refused: random features are worth nothing."""
+def check_network(chosen: Extraction) -> None:
+    """What is wrong with it is said before the images are read. Without weights it is refused: random features are worth nothing."""
     if chosen.network in ON_FEATURES:
         raise ValueError(f"network must be one for images, got {chosen.network!r}")
     if chosen.weights is None and not is_timm(chosen.network):
         raise ValueError(f"weights must be given for network {chosen.network!r}, for which there is no hub, got None")
+    if is_timm(chosen.network):
+        import_timm(chosen.network)
+    if chosen.weights is None:
+        check_pretrained(chosen.network)
+    elif not chosen.weights.is_file():
+        raise FileNotFoundError(
+            f"weights {chosen.weights} must be a file, got {'a folder' if chosen.weights.exists() else 'nothing there'}"
+        )
+
+
+def frozen(chosen: Extraction, channels: int) -> nn.Module:
+    """The network with its weights."""
     network = make_backbone(chosen.network, channels, chosen.width, pretrained=chosen.weights is None)
     if chosen.weights is not None:
         network.load_state_dict(of_backbone(network, read_weights(chosen.weights), chosen.weights))
@@ -86,13 +100,15 @@ def preparation(chosen: Extraction, network: nn.Module, images: Split) -> tuple[
     known = DATASETS[chosen.images.data]
     if not isinstance(images.images, Tensor):
         raise ValueError(f"network {chosen.network!r} takes images of 32 x 32 from memory, and data {chosen.images.data!r} are files")
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (known.mean, known.std))
+    colours = {"mean": known.mean, "std": known.std}
+    return partial(standardised, **colours), colours, tuple(images.images.shape[1:])
 
-    def prepare(image: Image.Image) -> Tensor:
-        pixels = torch.from_numpy(np.asarray(image).copy())
-        return ((pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)).float() / 255 - mean) / std
 
-    return prepare, {"mean": known.mean, "std": known.std}, tuple(images.images.shape[1:])
+def standardised(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Of the module's own, for workers that are spawned find it by its name."""
+    pixels = torch.from_numpy(np.asarray(image).copy())
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
+    return ((pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)).float() / 255 - mean) / std
 
 
 class Prepared(Dataset):
@@ -161,6 +177,7 @@ def compute(network: nn.Module, loader: DataLoader, chosen: Extraction, device: 
         yield features.cpu()
 
 
+@hybrid.what_to_lower("lower --batch, or take --precision bf16")
 def extract(chosen: Extraction, data: Data, network: nn.Module) -> None:
     """Compute what parts are missing, then join them."""
     device = torch.device(settings.usable_device(chosen.device))
@@ -259,6 +276,7 @@ def checked(chosen: Extraction) -> None:
     settings.check_ranges(values)
     idle.refuse(ACTS, [name for name in vars(base.images) | vars(base) if values[name] != before[name]], [values])
     settings.usable_device(chosen.device)
+    check_network(chosen)
 
 
 def main(arguments: list[str]) -> None:
@@ -268,7 +286,7 @@ def main(arguments: list[str]) -> None:
         data = hybrid.checked_data(chosen.images)
         network = frozen(chosen, 3 if is_timm(chosen.network) else data.train.channels)
         extract(chosen, data, network)
-    except (ValueError, OSError) as error:
+    except side_by_side.TOLD as error:
         sys.exit(f"error: {printable(str(error))}")
     say(f"written to {chosen.out}: python train/hybrid.py --data features --root {chosen.out} --method hybrid-psc")
 

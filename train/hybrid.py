@@ -64,7 +64,9 @@ from terminal import console, hint, printable, progress_bar, say, show, status
 
 
 @contextlib.contextmanager
-def what_to_lower() -> Iterator[None]:
+def what_to_lower(
+    changes: str = "lower --batch, --image-size or --width, in an evaluation --eval-batch, or take --precision bf16",
+) -> Iterator[None]:
     """Too little memory, of the device's or the host's allocator, becomes a MemoryError that says what to change.
 
     So does, as an OSError, the death of a worker, which torch raises from a signal handler wherever the run is.
@@ -77,7 +79,6 @@ def what_to_lower() -> Iterator[None]:
         if type(error) is RuntimeError and "can't allocate memory" not in str(error):
             raise
         told = " ".join(str(error).split())
-        changes = "lower --batch, --image-size or --width, in an evaluation --eval-batch, or take --precision bf16"
         raise MemoryError(f"the memory does not suffice: {changes} ({told})") from error
 
 
@@ -139,7 +140,11 @@ def _train(config: Config, data: datasets.Data, *, resume: bool) -> dict[str, An
             row["images"] = indices.numel()
             row["images_per_second"] = (run.step - first) * indices.shape[1] / row["seconds"]
             if not all(math.isfinite(row[name] or 0) for name in ("feature_loss", "classifier_loss")):
-                raise FloatingPointError(f"the loss is not finite in epoch {run.epoch}: {row}; {out}/last.pt is the epoch before")
+                found = " and ".join(f"{part} {row[part]}" for part in ("feature_loss", "classifier_loss") if row[part] is not None)
+                before = f"; {out / 'last.pt'} is the epoch before" if run.epoch else ""
+                raise FloatingPointError(
+                    f"the loss is not finite in epoch {run.epoch}, got {found}: a lower --lr, --warmup or --clip may help{before}"
+                )
             if evaluated := (run.epoch + 1) % eval_every == 0 or run.epoch + 1 == epochs:
                 try:
                     logits, labels = run.predict(monitored, "logits")
@@ -260,12 +265,13 @@ def _results(config: Config, asked: Command, runs: list[Config]) -> list[dict[st
     extend = asked.resume is not None
     if asked.eval_only:
         return [evaluate_again(one, checked_data(one.images)) for one in runs]
-    if records.jobs == 1:
-        return [metrics_of(one, extend=extend) for one in runs]
     try:
+        if records.jobs == 1:
+            return [metrics_of(one, extend=extend) for one in runs]
         return several.trained(runs, records.jobs, functools.partial(metrics_of, extend=extend))
     except SystemExit:
-        say(f"stopped; go on with: python train/hybrid.py --resume {records.out}")
+        if settings.of_several(config):  # each run has named its own folder
+            say(f"stopped; go on with all runs: python train/hybrid.py --resume {records.out}")
         raise
 
 

@@ -64,8 +64,11 @@ TRAINING = tuple(name for name, (_, _, extra) in PACKAGES.items() if extra == "t
 def start(script: str, names: Iterable[str] = TRAINING) -> None:
     """Before a script's other imports, which would end in a traceback: what it imports can be, or the process ends in a line.
 
-    Help whose reader leaves early, as ``head`` does, ends without a word.
+    Help whose reader leaves early, as ``head`` does, ends without a word, and so does Ctrl-C during the imports and wherever a script does
+    not heed it itself.
     """
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # a shell's background job ignores it
+        signal.signal(signal.SIGINT, lambda number, _: sys.exit(128 + number))
     if hasattr(signal, "SIGPIPE") and not {"-h", "--help"}.isdisjoint(sys.argv):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:

@@ -70,9 +70,10 @@ def alone(out: Path) -> Iterator[None]:
             yield
         finally:
             _locked.discard(folder)
-            if [path.name for path in out.iterdir()] == [".lock"]:  # nothing was begun
-                (out / ".lock").unlink()
-                out.rmdir()
+            with contextlib.suppress(OSError):  # what was wrong inside is to be told, not that the folder is gone
+                if [path.name for path in out.iterdir()] == [".lock"]:  # nothing was begun
+                    (out / ".lock").unlink()
+                    out.rmdir()
 
 
 def has_checkpoint(out: Path) -> bool:

@@ -16,7 +16,7 @@ import side_by_side
 import torch
 from joblib import cpu_count
 from settings import Config
-from terminal import console, progress_bar, say
+from terminal import console, progress_bar, say, show_rows
 
 
 def runs_of(config: Config) -> list[Config]:
@@ -74,9 +74,7 @@ def by_method(runs: Sequence[Config], results: Sequence[dict[str, Any]]) -> dict
 
 def show_comparison(groups: dict[str, list[dict[str, Any]]], own: str, against: Sequence[str], out: Path) -> None:
     """In brief in the terminal, all beside its own; whole, and drawn, in the folder."""
-    compare.show(
-        console, compare.rows(groups, [own], brief=True), "test, %; last column: the difference, and at how many seeds it is above"
-    )
+    show_rows(console, compare.rows(groups, [own], brief=True), "test, %; last column: the difference, and at how many seeds it is above")
     if processes.rank() == 0:
         checkpoint.write_text(out / "comparison.md", compare.table(groups, against) + "\n")
         compare.draw(out, groups)

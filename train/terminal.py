@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -99,19 +100,47 @@ def hint(row: dict[str, Any], epochs: int) -> str | None:
     )
 
 
+Rows = list[list[str]]  # the first is the header
+BESIDE = 3  # columns of the terminal that a table's column takes beside its text
+
+
+def show_rows(console: Console, found: Rows, title: str | None = None) -> None:
+    """The rows in the terminal, in as many tables one below the other as its width asks for, each with the first column.
+
+    A header is folded between its words, a name too long for a quarter of the width anywhere, and no number is, where the width allows.
+    """
+    columns = list(zip(*found, strict=True))
+    room = console.width - 1 - BESIDE  # beside the frame's left side, and for the first column's own text
+    name = min(max(map(cell_len, columns[0])), max(8, console.width // 4))
+    widths = [max(map(cell_len, (*header.split(), *cells))) for header, *cells in columns]
+    left = 1
+    while left < len(columns):
+        last, free = left, room - name
+        while last < len(columns) and (last == left or free >= widths[last] + BESIDE):
+            free -= widths[last] + BESIDE
+            last += 1
+        part = Table(title=title if left == 1 else None)
+        part.add_column(Text(found[0][0]), width=name, overflow="fold")
+        for header, width in zip(found[0][left:last], widths[left:last], strict=True):
+            part.add_column(Text(header), justify="right", width=min(width, room - name - BESIDE), overflow="fold")
+        for line in found[1:]:
+            part.add_row(*(Text(cell) for cell in (line[0], *line[left:last])))
+        console.print(part)
+        left = last
+
+
 COLUMNS = {"balanced": "balanced", "many": "many", "medium": "medium", "few": "few", "worst": "worst", "calibration_error": "ECE"}
 
 
 def show(results: list[dict[str, Any]], classes: list[str]) -> None:
     """Test accuracies in percent: one row for each seed with mean ± std, and for a single run each class."""
-    table = Table("seed", *COLUMNS.values(), "epoch", "s", title="test, %", padding=(0, 0, 0, 1))
+    found = [["seed", *COLUMNS.values(), "epoch", "s"]]
     for result in results:
         figures = ["–" if result["best"][name] is None else f"{result['best'][name]:.1f}" for name in COLUMNS]
-        table.add_row(str(result["config"]["records"]["seed"]), *figures, str(result["best_epoch"]), f"{result['seconds']:.0f}")
+        found.append([str(result["config"]["records"]["seed"]), *figures, str(result["best_epoch"]), f"{result['seconds']:.0f}"])
     if len(results) > 1:
-        table.add_section()
-        table.add_row("mean", *(spread([r["best"][name] for r in results]) for name in COLUMNS), "", "")
-    console.print(table)
+        found.append(["mean", *(spread([r["best"][name] for r in results]) for name in COLUMNS), "", ""])
+    show_rows(console, found, "test, %")
     if len(results) == 1 and len(classes) <= 20:
         per_class = Table("class", "images", "accuracy")
         for name, images, accuracy in zip(classes, results[0]["train_images"], results[0]["best"]["per_class"], strict=True):
