@@ -86,11 +86,12 @@ def shared_label_positives(z: Tensor, labels: Tensor, unit: bool, ranks: Ranks |
 
         sum_{p != i} (y_i . y_p) z_p = y_i (sum_{p in other blocks} y_p^T z_p) + sum_{p in i's block, p != i} (y_i . y_p) z_p
 
-    Blocks are of T = max(256, C) rows, and those of the other ranks come as one. 4 N C D + 2 N T (C + D) flops, O(N (D + T)) memory.
+    Blocks are of T = (C + D) / 2 rows, or 64, and those of the other ranks come as one. 4 N C D + 2 N T (C + D) flops, and N T + N C D / T
+    numbers of memory, which is O(N (C + D)) as are labels and rows.
     """
     z = wide_rows(z, unit)
     rows, classes = labels.shape
-    size = max(1, min(rows, max(256, classes)))
+    size = max(1, min(rows, max(64, (classes + z.shape[1]) // 2)))
     blocks = (0, 0, 0, -rows % size)
     y = pad(labels.to(z.dtype), blocks).unflatten(0, (-1, size))  # [blocks, T, C]
     x = pad(torch.cat([z, torch.ones_like(z[:, :1])], 1), blocks).unflatten(0, (-1, size))  # the ones sum the weights
