@@ -77,7 +77,8 @@ def mask_positives(z: Tensor, mask: Tensor, unit: bool) -> tuple[Tensor, Tensor]
 def _of_others(x: Tensor) -> Tensor:
     """The sums over all but one of the first dimension, of each."""
     others = 1 - torch.eye(len(x), dtype=x.dtype, device=x.device)
-    return _product(others, x.flatten(1)).unflatten(1, x.shape[1:])
+    sums: Tensor = _product(others, x.flatten(1)).unflatten(1, x.shape[1:])
+    return sums
 
 
 def _mean(weighted: Tensor, weight: Tensor, least: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -91,8 +92,8 @@ def shared_label_positives(z: Tensor, labels: Tensor, unit: bool, ranks: Ranks |
 
         sum_{p != i} (y_i . y_p) z_p = y_i (sum_{p in other blocks} y_p^T z_p) + sum_{p in i's block, p != i} (y_i . y_p) z_p
 
-    Blocks are of T = (C + D) / 2 rows, or 64, and those of the other ranks come as one. 4 N C D + 2 N T (C + D) +
-    2 (N / T)^2 C D flops, and N T + N C D / T numbers of memory, which is O(N (C + D)) as are labels and rows.
+    Blocks are of T = (C + D) / 2 rows, or 64, and those of the other ranks come as one. 4 N C D + 2 N T (C + D) + 2 (N / T)^2 C D flops,
+    and N T + N C D / T numbers of memory, which is O(N (C + D)), as labels and rows are.
     """
     z = wide_rows(z, unit)
     rows, classes = labels.shape
