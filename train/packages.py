@@ -10,8 +10,6 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 
-import torch
-
 # By the name of its import: the package, the least version that will do (None: any), and the extra in pyproject.toml that brings it.
 PACKAGES: dict[str, tuple[str, str | None, str | None]] = {
     "fastsupcon": ("fastsupcon", None, "train"),
@@ -50,7 +48,7 @@ def need(name: str, what: str) -> ModuleType:
             raise Unusable(f"{what} needs {package}, which is not installed: {remedy}") from None
         told = " ".join(str(error).split())
         if "torchvision::" in told:
-            remedy = f"the torchvision that is installed does not fit torch {torch.__version__}; install the one that is made for it"
+            remedy = f"the torchvision that is installed does not fit torch {version('torch')}; install the one that is made for it"
         raise Unusable(f"{what} needs {package}, which cannot be imported here ({type(error).__name__}: {told}): {remedy}") from error
     found = _version(module, package)
     if least and found and _numbers(found) < _numbers(least):
