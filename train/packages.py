@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import sys
@@ -65,8 +66,9 @@ def start(script: str, names: Iterable[str] = TRAINING) -> None:
     Help whose reader leaves early, as ``head`` does, ends without a word, and so does Ctrl-C during the imports and wherever a script does
     not heed it itself.
     """
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # a shell's background job ignores it
-        signal.signal(signal.SIGINT, lambda number, _: sys.exit(128 + number))
+    heeds = signal.getsignal(signal.SIGINT) != signal.SIG_IGN  # which a shell sets for a job in the background
+    if heeds:
+        signal.signal(signal.SIGINT, lambda number, _: os._exit(128 + number))  # a package may make another error of an exception
     if hasattr(signal, "SIGPIPE") and not {"-h", "--help"}.isdisjoint(sys.argv):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
@@ -74,6 +76,8 @@ def start(script: str, names: Iterable[str] = TRAINING) -> None:
             need(name, script)
     except Unusable as error:
         raise SystemExit(f"error: {error}") from None
+    if heeds:
+        signal.signal(signal.SIGINT, lambda number, _: sys.exit(128 + number))
 
 
 def _version(module: ModuleType, package: str) -> str | None:
