@@ -36,7 +36,7 @@ import settings
 import torch
 import tyro
 from data import DATASETS, Data, Source, Split
-from files import Stopped, decode, loader_options, patient, refuse_without_room, stack, to_rgb
+from files import decode, loader_options, patient, refuse_without_room, stack, to_rgb
 from idle import by
 from networks import DTYPES, ON_FEATURES, import_timm, is_timm, make_backbone, of_backbone, read_weights
 from PIL import Image
@@ -192,10 +192,10 @@ def extract(chosen: Extraction, data: Data, network: nn.Module) -> None:
                         rows.append(next(ready))
                         progress.advance(task, len(rows[-1]))
                         if stop.received:
-                            raise Stopped
+                            raise checkpoint.Stopped
                     whole = torch.cat(rows).numpy()
                     checkpoint.write_whole(part_file(folder, name, part), lambda file, whole=whole: np.save(file, whole))
-            except Stopped:
+            except checkpoint.Stopped:
                 progress.stop()
                 say(f"stopped; the same command goes on from {folder}")
                 sys.exit(128 + stop.received)

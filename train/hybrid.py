@@ -42,7 +42,7 @@ import side_by_side
 import torch
 from check import check_images
 from command_line import Command, parse
-from files import Stopped, ended
+from files import ended
 from report import (
     Loggers,
     alone,
@@ -131,7 +131,7 @@ def _train(config: Config, data: datasets.Data, *, resume: bool) -> dict[str, An
                     leave_if_stopped(unsaved=True)
                     if run.step % records.log_every == 0:
                         progress.update(task, text=status(run.means()))
-            except Stopped:
+            except checkpoint.Stopped:
                 leave_if_stopped(unsaved=True)
 
             row = {"epoch": run.epoch, "of": epochs, **run.means(), "processes": processes.count()}
@@ -143,7 +143,7 @@ def _train(config: Config, data: datasets.Data, *, resume: bool) -> dict[str, An
             if evaluated := (run.epoch + 1) % eval_every == 0 or run.epoch + 1 == epochs:
                 try:
                     logits, labels = run.predict(monitored, "logits")
-                except Stopped:
+                except checkpoint.Stopped:
                     leave_if_stopped(unsaved=True)  # with all steps done: the evaluation is what is left of the epoch
                 row[f"{monitored}_balanced"] = balanced = evaluate.balanced_accuracy(logits, labels)
                 if monitored == "validation" and balanced > run.best["balanced"]:
@@ -283,7 +283,7 @@ def checked_data(images: datasets.Source) -> datasets.Data:
             options = {"progress": show_progress, "stopped": lambda: stop.received is not None}
             try:
                 data = check_images(data, images.workers, skip_bad=images.skip_bad_images, **options)
-            except Stopped:
+            except checkpoint.Stopped:
                 sys.exit(128 + stop.received)
     if multiprocessing.parent_process() is None:  # or every process of runs side by side would say them
         for note in data.notes:
