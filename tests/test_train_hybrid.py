@@ -312,6 +312,21 @@ def test_stopped_in_an_evaluation(tmp_path, monkeypatch):
     assert (tmp_path / "cut" / "metrics.json").exists()
 
 
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_a_stopped_command_says_how_to_go_on(tmp_path, monkeypatch, capsys, seeds):
+    """With all runs of the folder, whose name a shell would split."""
+    out = tmp_path / "my run"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop, update = StopAfter(3), Run.update
+        patch.setattr(Run, "update", lambda self, raw, labels: stop(raw, labels, lambda *batch: update(self, *batch)))
+        hybrid.main([*command("--out", str(out), *(["--seeds", str(seeds)] if seeds > 1 else []))[2:], "--epochs", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == f"go on with: python train/hybrid.py --resume '{out}'"
+    assert lines[-2] == f"{out / 'seed-0' if seeds > 1 else out}: stopped in epoch 0"
+    hybrid.main(["--resume", str(out)])
+    assert len(list(out.rglob("metrics.json"))) == seeds
+
+
 def test_a_stopped_run_evaluated_is_not_taken_for_finished(tmp_path, monkeypatch):
     stop, update, out = StopAfter(3), Run.update, tmp_path / "cut"
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
@@ -437,6 +452,7 @@ def test_which_signals_stop(monkeypatch):
         with checkpoint.StopSignal() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
             assert stop.received is None and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # nohup
+            assert signal.getsignal(signal.SIGTTOU) == signal.SIG_IGN  # or writing from the background could halt it
     finally:
         signal.signal(signal.SIGHUP, before)
     with pytest.raises(SystemExit) as left, checkpoint.StopSignal() as stop:
@@ -491,7 +507,7 @@ def test_a_cpu_runs_generators_are_no_obstacle_to_a_gpu():
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
-    with pytest.raises(FloatingPointError, match="not finite in epoch 0"):
+    with pytest.raises(FloatingPointError, match=r"run is not finite in epoch 0 \(.*_loss nan; there is no epoch before\): try a lower"):
         run_tiny(tmp_path / "run", lr=1e30, warmup=0.0)
     assert not (tmp_path / "run" / "last.pt").exists()
 

@@ -78,10 +78,15 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict:
 
 @contextlib.contextmanager
 def stop_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
-    """Within it Ctrl-C and the signals by which clusters announce an end go to ``handler``. A hang-up that nohup ignores stays ignored."""
+    """Within it Ctrl-C and the signals by which clusters announce an end go to ``handler``. A hang-up that nohup ignores stays ignored.
+
+    A terminal may ask that what writes from the background is halted (stty tostop): it writes all the same.
+    """
     asked_by = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
     heeded = [s for s in asked_by if s.name != "SIGHUP" or signal.getsignal(s) != signal.SIG_IGN]
     before = {s: signal.signal(s, handler) for s in heeded}
+    if hasattr(signal, "SIGTTOU"):
+        before[signal.SIGTTOU] = signal.signal(signal.SIGTTOU, signal.SIG_IGN)
     try:
         yield
     finally:

@@ -33,6 +33,7 @@ import hybrid
 import idle
 import numpy as np
 import settings
+import side_by_side
 import torch
 import tyro
 from data import DATASETS, Data, Source, Split
@@ -161,6 +162,7 @@ def compute(network: nn.Module, loader: DataLoader, chosen: Extraction, device: 
         yield features.cpu()
 
 
+@hybrid.what_to_lower("lower --batch, or take --precision bf16")
 def extract(chosen: Extraction, data: Data, network: nn.Module) -> None:
     """Compute what parts are missing, then join them."""
     device = torch.device(settings.usable_device(chosen.device))
@@ -268,7 +270,7 @@ def main(arguments: list[str]) -> None:
         data = hybrid.checked_data(chosen.images)
         network = frozen(chosen, 3 if is_timm(chosen.network) else data.train.channels)
         extract(chosen, data, network)
-    except (ValueError, OSError) as error:
+    except side_by_side.TOLD as error:
         sys.exit(f"error: {printable(str(error))}")
     say(f"written to {chosen.out}: python train/hybrid.py --data features --root {chosen.out} --method hybrid-psc")
 
