@@ -506,10 +506,15 @@ def test_a_cpu_runs_generators_are_no_obstacle_to_a_gpu():
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
-    with pytest.raises(FloatingPointError, match=r"run is not finite in epoch 0 \(.*_loss nan; there is no epoch before\): try a lower"):
+def test_what_is_not_finite_ends_the_run(tmp_path):
+    """A step's loss is that of the weights before it: after the last one the evaluation tells."""
+    with pytest.raises(
+        FloatingPointError, match=r"loss not finite in epoch 0 of .*run \(.*_loss nan; there is no epoch before\): try a lower"
+    ):
         run_tiny(tmp_path / "run", lr=1e30, warmup=0.0)
-    assert not (tmp_path / "run" / "last.pt").exists()
+    with pytest.raises(FloatingPointError, match="logits of images 0 to 173 are not finite: try a lower --lr"):
+        run_tiny(tmp_path / "one step", lr=1e30, warmup=0.0, batch=58)
+    assert not list(tmp_path.rglob("last.pt"))
 
 
 def test_command_line_from_seeds_to_pictures(tmp_path, monkeypatch, capsys):

@@ -140,10 +140,11 @@ def _train(config: Config, data: datasets.Data, *, resume: bool) -> dict[str, An
             row["seconds"] = time.perf_counter() - began
             row["images"] = indices.numel()
             row["images_per_second"] = (run.step - first) * indices.shape[1] / row["seconds"]
-            if not all(math.isfinite(row[name] or 0) for name in ("feature_loss", "classifier_loss")):
-                losses = ", ".join(f"{name} {row[name]}" for name in ("feature_loss", "classifier_loss") if row[name] is not None)
+            losses = {name: row[name] for name in ("feature_loss", "classifier_loss") if row[name] is not None}
+            if not all(map(math.isfinite, losses.values())):
+                told = ", ".join(f"{name} {value:g}" for name, value in losses.items())
                 before = f"{out}/last.pt is the epoch before" if run.epoch else "there is no epoch before"
-                raise FloatingPointError(f"the loss of {out} is not finite in epoch {run.epoch} ({losses}; {before}): try a lower --lr")
+                raise FloatingPointError(f"loss not finite in epoch {run.epoch} of {out} ({told}; {before}): try a lower --lr")
             if evaluated := (run.epoch + 1) % eval_every == 0 or run.epoch + 1 == epochs:
                 try:
                     logits, labels = run.predict(monitored, "logits")
