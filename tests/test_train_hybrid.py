@@ -273,6 +273,8 @@ def test_resume_takes_the_runs_own_settings(tmp_path):
             hybrid.main(["--resume", str(tmp_path / folder), "--lr", "9"])
     with pytest.raises(SystemExit, match="take the run's own settings, got also: epochs"):
         hybrid.main(["--eval-only", str(tmp_path / "run"), "--epochs", "9"])
+    with pytest.raises(SystemExit, match=r"take the folder of a run, got the file .*config\.json"):
+        hybrid.main(["--resume", str(tmp_path / "run" / "config.json")])
     with pytest.raises(SystemExit, match="epochs may extend a run of 2, got 1"):
         go_on(tmp_path / "run", epochs=1)
     with pytest.raises(ValueError, match="holds a run already"):
