@@ -249,6 +249,7 @@ def test_parts_of_another_extraction_are_refused(photos, vit, tmp_path):
         (["--network", "none"], "network must be one for images"),
         (["--network", "resnet32"], "weights must be given for network 'resnet32'"),
         (["--network", "resnet32", "--weights", "nothing.pt"], "weights nothing.pt must be a file, got nothing there"),
+        (["--data", "folder", "--root", ".", "--weights", "w.pt"], "'resnet8' takes images of 32 x 32 from memory, and data 'folder' are"),
         (["--network", "resnet5O"], "network must be one of resnet8, .* or a timm model, got 'resnet5O'"),
     ],
 )

@@ -38,7 +38,7 @@ import side_by_side
 import torch
 import tyro
 from data import DATASETS, Data, Source, Split
-from files import Stopped, decode, loader_options, patient, refuse_without_room, stack, to_rgb
+from files import decode, loader_options, patient, refuse_without_room, stack, to_rgb
 from idle import by
 from networks import DTYPES, ON_FEATURES, check_pretrained, import_timm, is_timm, make_backbone, of_backbone, read_weights
 from PIL import Image
@@ -75,6 +75,8 @@ def check_network(chosen: Extraction) -> None:
         raise ValueError(f"weights must be given for network {chosen.network!r}, for which there is no hub, got None")
     if is_timm(chosen.network):
         import_timm(chosen.network)
+    elif DATASETS[chosen.images.data].shape is None:
+        raise ValueError(f"network {chosen.network!r} takes images of 32 x 32 from memory, and data {chosen.images.data!r} are files")
     if chosen.weights is None:
         check_pretrained(chosen.network)
     elif not chosen.weights.is_file():
@@ -98,8 +100,6 @@ def preparation(chosen: Extraction, network: nn.Module, images: Split) -> tuple[
         wanted = timm.data.resolve_model_data_config(network)
         return timm.data.create_transform(**wanted, is_training=False), wanted, tuple(wanted["input_size"])
     known = DATASETS[chosen.images.data]
-    if not isinstance(images.images, Tensor):
-        raise ValueError(f"network {chosen.network!r} takes images of 32 x 32 from memory, and data {chosen.images.data!r} are files")
     colours = {"mean": known.mean, "std": known.std}
     return partial(standardised, **colours), colours, tuple(images.images.shape[1:])
 
@@ -209,10 +209,10 @@ def extract(chosen: Extraction, data: Data, network: nn.Module) -> None:
                         rows.append(next(ready))
                         progress.advance(task, len(rows[-1]))
                         if stop.received:
-                            raise Stopped
+                            raise checkpoint.Stopped
                     whole = torch.cat(rows).numpy()
                     checkpoint.write_whole(part_file(folder, name, part), lambda file, whole=whole: np.save(file, whole))
-            except Stopped:
+            except checkpoint.Stopped:
                 progress.stop()
                 say(f"stopped; the same command goes on from {folder}")
                 sys.exit(128 + stop.received)

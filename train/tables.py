@@ -283,4 +283,4 @@ if __name__ == "__main__":
     try:
         fill(tyro.cli(Given, description=__doc__))
     except side_by_side.TOLD as error:
-        raise SystemExit(f"error: {terminal.printable(str(error))}") from error
+        raise SystemExit(f"error: {terminal.printable(str(error))}") from None
