@@ -37,6 +37,7 @@ def check_positives(features: Tensor, labels: object, mask: object, positives: o
     if mask is not None:
         if not isinstance(mask, Tensor):
             raise TypeError(f"mask must be a torch.Tensor, got {type(mask).__name__}")
+        _checks.dense("mask", mask)
         if list(mask.shape) != [samples, samples]:
             raise ValueError(f"mask must have shape [{samples}, {samples}], got {list(mask.shape)}")
         _checks.on_device("mask", mask, device)
