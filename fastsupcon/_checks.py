@@ -163,6 +163,7 @@ def scale(name: str, value: float | Tensor) -> None:
     if not isinstance(value, Tensor) and not hasattr(value, "ndim"):  # NumPy's has one
         raise TypeError(f"{name} must be a number or a tensor of one element, got {type(value).__name__}")
     array = torch.as_tensor(value)
+    dense(name, array)
     if array.numel() != 1 or array.is_complex() or array.dtype == torch.bool:
         raise TypeError(f"{name} must be a number or a tensor of one element, got {array.dtype} of shape {list(array.shape)}")
 

@@ -301,7 +301,10 @@ def test_what_other_libraries_take():
     alike = labels == labels[:, None]
     for dtype in (torch.bool, torch.uint8, torch.uint16, torch.int32):
         assert torch.equal(functional.supcon_loss(rows, mask=alike.to(dtype)), functional.supcon_loss(rows, mask=alike.float()))
-    counted = [functional.prototype_cross_entropy(rows, labels, rows[:2], counts(3, 1).to(dtype)) for dtype in (torch.int64, torch.uint16)]
+    counted = [
+        functional.prototype_cross_entropy(rows, labels, rows[:2], class_counts=counts(3, 1).to(dtype))
+        for dtype in (torch.int64, torch.uint16)
+    ]
     assert torch.equal(*counted)
 
 

@@ -51,7 +51,12 @@ def rows_of(features: Tensor, name: str = "features", *, least: int = 1) -> tupl
 def class_labels(labels: Tensor, samples: int, device: torch.device, name: str = "labels") -> Tensor:
     """Integer labels [B], or [B, 1] or [1, B] as some loaders give them, as int64 [B]. Floats are taken where they are whole numbers."""
     flat = labels
-    if isinstance(labels, Tensor) and labels.layout == torch.strided and labels.ndim == 2 and tuple(labels.shape) in ((samples, 1), (1, samples)):
+    if (
+        isinstance(labels, Tensor)
+        and labels.layout == torch.strided
+        and labels.ndim == 2
+        and tuple(labels.shape) in ((samples, 1), (1, samples))
+    ):
         flat = labels.reshape(-1)
     if isinstance(flat, Tensor) and flat.dtype in _checks.DTYPES:
         _checks.vector(name, flat, samples, device, floating=True)
@@ -124,6 +129,11 @@ def check_options(temperature: float | Tensor, reduction: object, queue: object 
     _checks.one_of("reduction", reduction, REDUCTIONS)
     if queue is not None and not isinstance(queue, MemoryQueue):
         raise TypeError(f"queue must be a fastsupcon.MemoryQueue or None, got {type(queue).__name__}")
+
+
+def check_backend(backend: object) -> None:
+    """Known, as a module is made; whether it serves is known when there are rows."""
+    _checks.one_of("backend", backend, ("auto", *BACKENDS))
 
 
 def refuse_lone_anchors(paired: Tensor, needed: str, ranks: Ranks | None = None) -> None:
@@ -203,7 +213,7 @@ class Loss(HasGroup):
         def __call__(self: _Module[_Arguments, _Result]) -> Callable[_Arguments, _Result]: ...  # type: ignore[override]  # no property
 
     def __init__(self, **options: Any) -> None:
-        _checks.one_of("backend", options["backend"], ("auto", *BACKENDS))  # whether it serves is known when there are rows
+        check_backend(options["backend"])
         super().__init__()
         self._names = tuple(options)
         for name, value in options.items():

@@ -49,7 +49,8 @@ def info_nce_loss(
     Args:
         a: [N, D].
         b: [N, D], of a's dtype and on its device.
-        keys: integer [N] (or [N, 1], or [1, N]), any values; rows of equal keys are each other's positives. None: every row has its own pair alone.
+        keys: integer [N] (or [N, 1], or [1, N]), any values; rows of equal keys are each other's positives. None: every row has its own
+            pair alone.
         negatives: [K, D], of a's dtype: more columns for a's direction, positives of nobody (hard negatives: passages that answer none of
             the queries). They do not enter b's direction: there the candidates are rows of a, and these are of b's kind.
         temperature: tau, a number or a 0-d tensor, which may require grad.

@@ -103,7 +103,7 @@ def prototype_cross_entropy(
     labels = labels if counted is None else labels.masked_fill(~counted, 0)
     classes = len(prototypes) if owners is None else owners.total("prototypes")
     if classes < 2:
-        raise ValueError(f"prototypes must hold at least 2 classes, got {classes}: the loss could only be 0")
+        raise ValueError(f"prototypes must hold at least 2 classes, got {classes}: there is no other to tell them from")
     _checks.within("labels", labels, 0, classes)
     with no_autocast(features):
         p, scale = prototypes.to(features.dtype), 1 / wide_number(temperature, features)
