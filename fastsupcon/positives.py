@@ -69,13 +69,19 @@ def mask_positives(z: Tensor, mask: Tensor, unit: bool) -> tuple[Tensor, Tensor]
     weighted = _product(others, v.sum(0))  # [B, D]
     weight, largest = views * others.sum(1), others.amax()
     if views > 1:  # the other views of the same sample
-        other_views = _product(1 - torch.eye(views, dtype=z.dtype, device=z.device), v.flatten(1))
         own = mask.diagonal()
-        weighted = weighted + own[:, None] * other_views.unflatten(1, v.shape[1:])
+        weighted = weighted + own[:, None] * _of_others(v)
         weight, largest = weight + (views - 1) * own, torch.maximum(largest, own.amax())
     least = LEAST_WEIGHT * torch.nan_to_num(largest, nan=0, posinf=0)  # what is not finite makes nobody lone
     mean, paired = _mean((v * weighted).sum(2), weight, least)
     return mean.flatten(), paired.repeat(views)
+
+
+def _of_others(x: Tensor) -> Tensor:
+    """The sums over all but one of the first dimension, of each."""
+    others = 1 - torch.eye(len(x), dtype=x.dtype, device=x.device)
+    sums: Tensor = _product(others, x.flatten(1)).unflatten(1, x.shape[1:])
+    return sums
 
 
 def _mean(weighted: Tensor, weight: Tensor, least: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -89,17 +95,17 @@ def shared_label_positives(z: Tensor, labels: Tensor, unit: bool, ranks: Ranks |
 
         sum_{p != i} (y_i . y_p) z_p = y_i (sum_{p in other blocks} y_p^T z_p) + sum_{p in i's block, p != i} (y_i . y_p) z_p
 
-    Blocks are of T = max(256, C) rows, and those of the other ranks come as one. 4 N C D + 2 N T (C + D) flops, O(N (D + T)) memory.
+    Blocks are of T = (C + D) / 2 rows, or 64, and those of the other ranks come as one. 4 N C D + 2 N T (C + D) + 2 (N / T)^2 C D flops,
+    and N T + N C D / T numbers of memory, which is O(N (C + D)), as labels and rows are.
     """
     z = wide_rows(z, unit)
     rows, classes = labels.shape
-    size = max(1, min(rows, max(256, classes)))
+    size = max(1, min(rows, max(64, (classes + z.shape[1]) // 2)))
     blocks = (0, 0, 0, -rows % size)
     y = pad(labels.to(z.dtype), blocks).unflatten(0, (-1, size))  # [blocks, T, C]
     x = pad(torch.cat([z, torch.ones_like(z[:, :1])], 1), blocks).unflatten(0, (-1, size))  # the ones sum the weights
     of_block = _product(y.mT, x)  # [blocks, C, D + 1]
-    before, after = (pad(part.cumsum(0), (0, 0, 0, 0, 1, 0)) for part in (of_block[:-1], of_block[1:].flip(0)))
-    elsewhere = before + after.flip(0)
+    elsewhere = _of_others(of_block)
     if ranks is not None:
         elsewhere = elsewhere + ranks.sum(of_block.sum(0), others=True)
     inside = _product(y, y.mT).masked_fill(torch.eye(size, dtype=torch.bool, device=z.device), 0)

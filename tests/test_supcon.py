@@ -248,7 +248,7 @@ def test_the_published_arithmetic_of_k_positive_contrastive_learning(backend):
     assert_same(got, -log_probabilities.gather(1, positives).mean(1).mean(), queries)
 
 
-@pytest.mark.parametrize(("samples", "length"), [(40, 1e6), (600, 1e6)])  # one block of rows, and three
+@pytest.mark.parametrize(("samples", "length"), [(40, 1e6), (150, 1e6)])  # one block of rows, and three
 def test_several_labels_next_to_a_long_row(backend, samples, length):
     """No row is ever in its own sums, so that nothing of it is left in them."""
     z, labels = unit(samples, 8), torch.rand(samples, 6).round() + torch.eye(samples, 6)
