@@ -3,6 +3,7 @@
 import os
 import signal
 import struct
+import threading
 import time
 from pathlib import Path
 
@@ -13,10 +14,11 @@ import torch
 pytest.importorskip("pooch", reason="needs the [train] extra")
 pytest.importorskip("sklearn", reason="needs the [train] extra")
 
+import checkpoint
 import files
 from check import check_images
 from data import Source, Split, describe_difference, load
-from files import Batches, Files, Stopped, decode
+from files import Batches, Files, decode
 from PIL import Image
 
 RAMP = np.tile(np.arange(256), (4, 1))  # left dark, right bright; 4 rows, 256 columns
@@ -328,9 +330,40 @@ def test_a_stop_is_heeded_while_images_are_waited_for(tmp_path, monkeypatch):
     next(images)
     told.append(True)
     began = time.perf_counter()
-    with pytest.raises(Stopped):
+    with pytest.raises(checkpoint.Stopped):
         next(images)
     assert time.perf_counter() - began < 10
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("when", ["training", "the check"])
+def test_a_read_that_hangs_without_workers_is_broken_off(tmp_path, when):
+    """Opening a pipe that nobody writes waits for ever, and is tried again after a signal whose handler returns."""
+    images = folder(tmp_path / "data")
+    data = load(images)
+    waits = tmp_path / "data" / "train" / "cat" / "1.jpg"
+    waits.unlink()
+    os.mkfifo(waits)
+    main = threading.main_thread().ident
+    with pytest.raises(checkpoint.Stopped), checkpoint.StopSignal() as stop:
+        told = {"stopped": lambda: stop.received}
+        sender = threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGTERM))
+        sender.start()
+        if when == "training":
+            list(Batches(data.train, torch.device("cpu"), 8, workers=0, **told).in_order(2))
+        else:
+            check_images(data, 0, cache=tmp_path / "cache", **told)
+    assert stop.received == signal.SIGTERM
+
+
+def test_a_signal_that_may_not_interrupt_is_kept():
+    with checkpoint.StopSignal() as stop:
+        with checkpoint.interruptible(lambda: False):  # as of several processes, one of which may not leave alone
+            os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(checkpoint.Stopped), checkpoint.interruptible(lambda: stop.received):  # it came before
+            pytest.fail("waited")
+        assert stop.received == signal.SIGTERM
+        stop.received = None  # or leaving would end the tests
 
 
 def test_a_worker_that_dies_ends_in_an_error(tmp_path, monkeypatch):

@@ -78,10 +78,15 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict:
 
 @contextlib.contextmanager
 def stop_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
-    """Within it Ctrl-C and the signals by which clusters announce an end go to ``handler``. A hang-up that nohup ignores stays ignored."""
+    """Within it Ctrl-C and the signals by which clusters announce an end go to ``handler``. A hang-up that nohup ignores stays ignored.
+
+    A terminal may ask that what writes from the background is halted (stty tostop): it writes all the same.
+    """
     asked_by = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
     heeded = [s for s in asked_by if s.name != "SIGHUP" or signal.getsignal(s) != signal.SIG_IGN]
     before = {s: signal.signal(s, handler) for s in heeded}
+    if hasattr(signal, "SIGTTOU"):
+        before[signal.SIGTTOU] = signal.signal(signal.SIGTTOU, signal.SIG_IGN)
     try:
         yield
     finally:
@@ -94,8 +99,31 @@ def leave(number: int, _frame: object = None) -> None:
     raise SystemExit(128 + number)
 
 
+class Stopped(BaseException):
+    """Told to stop between two batches. No Exception, for it may be raised inside a decoder, any Exception of which is a broken image."""
+
+
+_interruptible: Callable[[], object] | None = None
+
+
+@contextlib.contextmanager
+def interruptible(stopped: Callable[[], object]) -> Iterator[None]:
+    """What may hang, and leaves nothing half done: within it :class:`Stopped` is raised as soon as ``stopped`` says yes.
+
+    Python reads on after a signal whose handler returns, and so the handler of :class:`StopSignal` raises.
+    """
+    global _interruptible
+    before, _interruptible = _interruptible, stopped
+    try:
+        if stopped():
+            raise Stopped
+        yield
+    finally:
+        _interruptible = before
+
+
 class StopSignal:
-    """Within it a stop signal asks to stop after the step at hand.
+    """Within it a stop signal asks to stop after the step at hand; where that waits for images, at once (:func:`interruptible`).
 
     A second one stops at once, but not while a file is written, nor where it comes with the first: a terminal that closes sends two.
     """
@@ -111,6 +139,8 @@ class StopSignal:
     def _receive(self, number: int, _frame: object) -> None:
         if self.received is None:
             self.received, self.at = number, time.monotonic()
+            if _interruptible is not None and _interruptible():
+                raise Stopped
         elif time.monotonic() - self.at > self.TOGETHER and not _being_written:
             leave(number)
 

@@ -52,6 +52,8 @@ def parse(arguments: list[str], description: str | None = None) -> tuple[Config,
         raise ValueError(f"one of --config, --resume and --eval-only is expected, got {' and '.join(stored)}")
     if stored:
         path = Path(*stored.values())
+        if not chosen.config and path.is_file():
+            raise ValueError(f"--resume and --eval-only take the folder of a run, got the file {path}")
         base = settings.read(path)
         if (
             chosen.paper

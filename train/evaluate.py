@@ -25,7 +25,7 @@ def predict(
     """The named outputs of every image, then the labels: float32, in order, on the CPU. Processes share the images out.
 
     ``features`` are the backbone's, ``embeddings`` the head's at unit length, ``logits`` the classifier's. What is not named is not
-    computed, and ``size`` images are on the device at once.
+    computed, and ``size`` images are on the device at once. Outputs that are not finite have no class: a FloatingPointError.
     """
     if not outputs or not set(outputs) <= set(OUTPUTS):
         raise ValueError(f"outputs must be some of {', '.join(OUTPUTS)}, got {outputs}")
@@ -44,6 +44,8 @@ def predict(
             if name not in parts:  # whole from the start: joining the batches at the end would need the memory twice
                 parts[name] = torch.empty(len(share), rows.shape[1])
             parts[name][done : done + len(rows)] = rows
+            if not parts[name][done : done + len(rows)].isfinite().all():
+                raise FloatingPointError(f"{name} of images {done} to {done + len(rows) - 1} are not finite: try a lower --lr")
         done += len(images)
     everyone = [processes.gathered([parts[name]] if name in parts else []) for name in outputs]
     return *(of_all[0] if len(of_all) == 1 else torch.cat(of_all) for of_all in everyone), batches.labels.cpu()

@@ -33,10 +33,11 @@ import hybrid
 import idle
 import numpy as np
 import settings
+import side_by_side
 import torch
 import tyro
 from data import DATASETS, Data, Source, Split
-from files import Stopped, decode, loader_options, patient, refuse_without_room, stack, to_rgb
+from files import decode, loader_options, patient, refuse_without_room, stack, to_rgb
 from idle import by
 from networks import DTYPES, ON_FEATURES, import_timm, is_timm, make_backbone, of_backbone, read_weights
 from PIL import Image
@@ -161,6 +162,7 @@ def compute(network: nn.Module, loader: DataLoader, chosen: Extraction, device: 
         yield features.cpu()
 
 
+@hybrid.what_to_lower("lower --batch, or take --precision bf16")
 def extract(chosen: Extraction, data: Data, network: nn.Module) -> None:
     """Compute what parts are missing, then join them."""
     device = torch.device(settings.usable_device(chosen.device))
@@ -192,10 +194,10 @@ def extract(chosen: Extraction, data: Data, network: nn.Module) -> None:
                         rows.append(next(ready))
                         progress.advance(task, len(rows[-1]))
                         if stop.received:
-                            raise Stopped
+                            raise checkpoint.Stopped
                     whole = torch.cat(rows).numpy()
                     checkpoint.write_whole(part_file(folder, name, part), lambda file, whole=whole: np.save(file, whole))
-            except Stopped:
+            except checkpoint.Stopped:
                 progress.stop()
                 say(f"stopped; the same command goes on from {folder}")
                 sys.exit(128 + stop.received)
@@ -268,7 +270,7 @@ def main(arguments: list[str]) -> None:
         data = hybrid.checked_data(chosen.images)
         network = frozen(chosen, 3 if is_timm(chosen.network) else data.train.channels)
         extract(chosen, data, network)
-    except (ValueError, OSError) as error:
+    except side_by_side.TOLD as error:
         sys.exit(f"error: {printable(str(error))}")
     say(f"written to {chosen.out}: python train/hybrid.py --data features --root {chosen.out} --method hybrid-psc")
 

@@ -10,7 +10,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -236,16 +236,14 @@ PATIENCE = 300.0  # seconds without an image after which a worker counts as hung
 POLL = 5.0  # seconds between two looks at whether the run was told to stop
 
 
-class Stopped(Exception):
-    """Told to stop between two batches."""
-
-
 def patient(loader: DataLoader, what: str, stopped: Callable[[], object]) -> Iterator:
-    """The loader's batches; where none comes, an OSError that says what to change, or ``Stopped`` within ``POLL`` seconds."""
+    """The loader's batches; where none comes, an OSError that says what to change, or ``checkpoint.Stopped`` within ``POLL`` seconds."""
     batches, waited = begun(loader), 0.0
     while True:
         try:
-            batch = next(batches)
+            # Without workers images are read here; with them a wait is short, and is not broken off in the middle of what they send.
+            with nullcontext() if loader.num_workers else checkpoint.interruptible(stopped):
+                batch = next(batches)
         except StopIteration:
             return
         except RuntimeError as error:
@@ -254,7 +252,7 @@ def patient(loader: DataLoader, what: str, stopped: Callable[[], object]) -> Ite
             if "timed out" not in str(error):
                 raise ended(what, error) from error
             if stopped():
-                raise Stopped from error
+                raise checkpoint.Stopped from error
             waited += POLL
             if waited >= PATIENCE:
                 raise OSError(f"no image came in {PATIENCE:.0f} s from {what}: a decoder or the file system hangs") from error
@@ -302,7 +300,7 @@ class Batches:
     def __init__(
         self, split: Split, device: torch.device, image_size: int, workers: int, stopped: Callable[[], object] = lambda: False
     ) -> None:
-        """``stopped`` is asked at each batch and while images are waited for; where it says yes, :class:`Stopped` is raised."""
+        """``stopped`` is asked at each batch and while images are waited for; where it says yes, :class:`checkpoint.Stopped` is raised."""
         self.device, self.labels, self.stopped = device, split.labels.to(device), stopped
         self.resident = split.images.to(device) if isinstance(split.images, Tensor) else None
         if self.resident is None:
@@ -319,7 +317,7 @@ class Batches:
         if self.resident is not None:
             for indices in rows:
                 if self.stopped():
-                    raise Stopped
+                    raise checkpoint.Stopped
                 yield self.resident[indices], self.labels[indices]
             return
         self.rows.plan, self.rows.columns, self.rows.first, self.rows.key = plan, columns.tolist(), first, key
@@ -329,7 +327,7 @@ class Batches:
             if isinstance(images, ValueError):
                 raise images
             if self.stopped():
-                raise Stopped
+                raise checkpoint.Stopped
             yield images.to(self.device, non_blocking=True), self.labels[indices]
 
     def in_order(self, size: int, part: range | None = None) -> Iterator[tuple[Tensor, Tensor]]:

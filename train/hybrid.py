@@ -26,6 +26,7 @@ import contextlib
 import functools
 import math
 import multiprocessing
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -42,7 +43,7 @@ import side_by_side
 import torch
 from check import check_images
 from command_line import Command, parse
-from files import Stopped, ended
+from files import ended
 from report import (
     Loggers,
     alone,
@@ -64,7 +65,9 @@ from terminal import console, hint, printable, progress_bar, say, show, status
 
 
 @contextlib.contextmanager
-def what_to_lower() -> Iterator[None]:
+def what_to_lower(
+    changes: str = "lower --batch, --image-size or --width, in an evaluation --eval-batch, or take --precision bf16",
+) -> Iterator[None]:
     """Too little memory, of the device's or the host's allocator, becomes a MemoryError that says what to change.
 
     So does, as an OSError, the death of a worker, which torch raises from a signal handler wherever the run is.
@@ -77,7 +80,6 @@ def what_to_lower() -> Iterator[None]:
         if type(error) is RuntimeError and "can't allocate memory" not in str(error):
             raise
         told = " ".join(str(error).split())
-        changes = "lower --batch, --image-size or --width, in an evaluation --eval-batch, or take --precision bf16"
         raise MemoryError(f"the memory does not suffice: {changes} ({told})") from error
 
 
@@ -118,7 +120,7 @@ def _train(config: Config, data: datasets.Data, *, resume: bool) -> dict[str, An
                 save(run)
             processes.wait_for_all()  # torchrun ends the others as soon as one has left
             progress.stop()
-            say(f"stopped in epoch {run.epoch}; go on with: python train/hybrid.py --resume {out}")
+            say(f"{out}: stopped in epoch {run.epoch}")
             sys.exit(128 + received)
 
         while run.epoch < epochs:
@@ -131,19 +133,22 @@ def _train(config: Config, data: datasets.Data, *, resume: bool) -> dict[str, An
                     leave_if_stopped(unsaved=True)
                     if run.step % records.log_every == 0:
                         progress.update(task, text=status(run.means()))
-            except Stopped:
+            except checkpoint.Stopped:
                 leave_if_stopped(unsaved=True)
 
             row = {"epoch": run.epoch, "of": epochs, **run.means(), "processes": processes.count()}
             row["seconds"] = time.perf_counter() - began
             row["images"] = indices.numel()
             row["images_per_second"] = (run.step - first) * indices.shape[1] / row["seconds"]
-            if not all(math.isfinite(row[name] or 0) for name in ("feature_loss", "classifier_loss")):
-                raise FloatingPointError(f"the loss is not finite in epoch {run.epoch}: {row}; {out}/last.pt is the epoch before")
+            losses = {name: row[name] for name in ("feature_loss", "classifier_loss") if row[name] is not None}
+            if not all(map(math.isfinite, losses.values())):
+                told = ", ".join(f"{name} {value:g}" for name, value in losses.items())
+                before = f"{out}/last.pt is the epoch before" if run.epoch else "there is no epoch before"
+                raise FloatingPointError(f"loss not finite in epoch {run.epoch} of {out} ({told}; {before}): try a lower --lr")
             if evaluated := (run.epoch + 1) % eval_every == 0 or run.epoch + 1 == epochs:
                 try:
                     logits, labels = run.predict(monitored, "logits")
-                except Stopped:
+                except checkpoint.Stopped:
                     leave_if_stopped(unsaved=True)  # with all steps done: the evaluation is what is left of the epoch
                 row[f"{monitored}_balanced"] = balanced = evaluate.balanced_accuracy(logits, labels)
                 if monitored == "validation" and balanced > run.best["balanced"]:
@@ -167,7 +172,7 @@ def _train(config: Config, data: datasets.Data, *, resume: bool) -> dict[str, An
     try:
         return report(run)
     except SystemExit:
-        say(f"stopped after the last epoch; go on with: python train/hybrid.py --resume {out}")
+        say(f"{out}: stopped after the last epoch")
         raise
 
 
@@ -243,7 +248,12 @@ def perform(config: Config, asked: Command) -> None:
     with processes.first_of_machine_first():  # what may be wrong with the data is said before anything is written
         classes = checked_data(runs[0].images).classes
     with alone(out):
-        results = _results(config, asked, runs)
+        try:
+            results = _results(config, asked, runs)
+        except SystemExit:
+            if (out / "config.json").exists() and not asked.eval_only:
+                say(f"go on with: python train/hybrid.py --resume {shlex.quote(str(out))}")
+            raise
     groups = several.by_method(runs, results)
     if records.against:
         several.show_comparison(groups, own, records.against, out)
@@ -262,13 +272,10 @@ def _results(config: Config, asked: Command, runs: list[Config]) -> list[dict[st
         return [evaluate_again(one, checked_data(one.images)) for one in runs]
     if records.jobs == 1:
         return [metrics_of(one, extend=extend) for one in runs]
-    try:
-        return several.trained(runs, records.jobs, functools.partial(metrics_of, extend=extend))
-    except SystemExit:
-        say(f"stopped; go on with: python train/hybrid.py --resume {records.out}")
-        raise
+    return several.trained(runs, records.jobs, functools.partial(metrics_of, extend=extend))
 
 
+@what_to_lower()
 @functools.lru_cache(2)  # runs on the same data read it once in a process
 def checked_data(images: datasets.Source) -> datasets.Data:
     """The data, every image of which was opened once, unless that is not wanted."""
@@ -283,7 +290,7 @@ def checked_data(images: datasets.Source) -> datasets.Data:
             options = {"progress": show_progress, "stopped": lambda: stop.received is not None}
             try:
                 data = check_images(data, images.workers, skip_bad=images.skip_bad_images, **options)
-            except Stopped:
+            except checkpoint.Stopped:
                 sys.exit(128 + stop.received)
     if multiprocessing.parent_process() is None:  # or every process of runs side by side would say them
         for note in data.notes:

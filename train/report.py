@@ -63,8 +63,8 @@ def alone(out: Path) -> Iterator[None]:
         except OSError as error:
             terminal.say_aside(f"{out} cannot be locked ({error}): see to it that no other run writes there")
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
+        with contextlib.suppress(OSError):  # a full disk, whose error names no file: what the run is to write there says so
+            os.write(file.fileno(), f"process {os.getpid()} on {platform.node()}".encode())
         _locked.add(folder)
         try:
             yield

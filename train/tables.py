@@ -282,5 +282,5 @@ def figures_of(run: dict[str, Any]) -> dict[str, Any]:
 if __name__ == "__main__":
     try:
         fill(tyro.cli(Given, description=__doc__))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+    except side_by_side.TOLD as error:
+        raise SystemExit(f"error: {terminal.printable(str(error))}") from None
