@@ -14,8 +14,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def readable(value: Tensor) -> Tensor | None:
-    """Values that nobody has to wait for: on a CPU, outside of torch.compile. Of all problems at once where torch.func's vmap has many."""
-    if value.device.type != "cpu" or torch.compiler.is_compiling():
+    """Values that nobody has to wait for: on a CPU, where nothing traces. Of all problems at once where torch.func's vmap has many."""
+    traces = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    if value.device.type != "cpu" or traces or type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__:  # a FakeTensor has none
         return None
     while torch._C._functorch.is_functorch_wrapped_tensor(value):
         value = torch._C._functorch.get_unwrapped(value)
@@ -27,10 +28,17 @@ def one_of(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def dense(name: str, value: Tensor) -> None:
+    if value.layout != torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else str(value.layout)
+        raise TypeError(f"{name} must be a dense tensor, got {kind}: make it one with {name}.to_dense(), or pad it")
+
+
 def rows(name: str, value: object, columns: int | None = None, *, least: int = 1) -> None:
     """[N, D] of one of DTYPES with N >= ``least``, D >= 1, and D = ``columns`` where given."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    dense(name, value)
     if value.dtype not in DTYPES:
         raise TypeError(f"{name} must have dtype {', '.join(map(str, DTYPES))}, got {value.dtype}")
     if value.ndim != 2 or (columns is not None and value.shape[1] != columns):
@@ -53,6 +61,7 @@ def vector(name: str, value: object, length: int, device: torch.device, *, float
     kind = "a floating-point" if floating else "an integer"
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor of {kind} dtype, got {type(value).__name__}")
+    dense(name, value)
     if value.is_complex() or value.is_floating_point() != floating:
         raise TypeError(f"{name} must have {kind} dtype, got {value.dtype}")
     if value.ndim != 1 or value.shape[0] != length:
@@ -86,6 +95,8 @@ def not_negative(name: str, value: Tensor) -> None:
     """Real, and no element below 0; a NaN is none. On a GPU and under torch.compile a breach of the latter is asserted by the device."""
     if value.is_complex():
         raise TypeError(f"{name} must have a real dtype, got {value.dtype}")
+    if not value.dtype.is_signed:  # PyTorch compares no uint16, uint32 or uint64
+        return
     if (values := readable(value)) is not None:
         if (values < 0).any():
             raise ValueError(f"{name} must not be negative, got {values.min().item():g}")
@@ -117,7 +128,7 @@ def counts(name: str, value: Tensor, classes: int, device: torch.device, *, leas
     if least == 0:
         not_negative(name, value)
     elif (values := readable(value)) is not None:
-        smallest, total = values.min().item(), values.sum().item()
+        smallest, total = values.double().min().item(), values.sum().item()  # a uint16 has no min
         if not (smallest >= 0 and 0 < total < math.inf):
             raise ValueError(f"{name} must be finite, at least 0 and not all 0, got a least of {smallest:g} and a sum of {total:g}")
 
@@ -152,6 +163,7 @@ def scale(name: str, value: float | Tensor) -> None:
     if not isinstance(value, Tensor) and not hasattr(value, "ndim"):  # NumPy's has one
         raise TypeError(f"{name} must be a number or a tensor of one element, got {type(value).__name__}")
     array = torch.as_tensor(value)
+    dense(name, array)
     if array.numel() != 1 or array.is_complex() or array.dtype == torch.bool:
         raise TypeError(f"{name} must be a number or a tensor of one element, got {array.dtype} of shape {list(array.shape)}")
 

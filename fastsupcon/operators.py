@@ -41,10 +41,10 @@ def terms(pairs: Pairs, row_names: tuple[str, ...], column_names: tuple[str, ...
     Differentiable in rows, columns, bias and a scale that is a tensor. The names stand in the order of problem.QUANTITIES; columns'
     quantities are for the cross shape.
     """
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        return _transformed_terms(*_flat(pairs), row_names, column_names, backend)[:2]
     if traced(pairs):
         return _forward_op(*_flat(pairs), row_names, column_names, backend)[:2]
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return _transformed_terms(*_flat(pairs), row_names, column_names, backend)[:2]
     outputs: tuple[Tensor, Tensor] = _apply(_Terms, pairs, row_names, column_names, backend)[:2]
     return outputs
 
@@ -308,22 +308,24 @@ def _terms_backward(ctx: Any, row_grads: Tensor | None, column_grads: Tensor | N
     return _gradients(ctx, rows, columns, pairs, norms, kept, backend)
 
 
-def _no_forward_mode(ctx: object, *tangents: object) -> NoReturn:
+def no_forward_mode(ctx: object, *tangents: object) -> NoReturn:
     raise NotImplementedError(
         "fastsupcon's losses have no derivatives in forward mode (jvp, jacfwd, hessian): take jacrev, twice for second ones"
     )
 
 
 class _TransformedTerms(torch.autograd.Function):
-    """For torch.func.grad, which makes its gradients with create_graph=True."""
+    """For torch.func.grad, which makes its gradients with create_graph=True, and which the operator's own autograd does not serve."""
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return tuple(_forward_of_op(*arguments))
+        *flat, row_names, column_names, backend = arguments
+        run = _forward_op if traced(flat) else _forward_of_op
+        return tuple(run(*flat, row_names, column_names, backend))
 
     setup_context = staticmethod(_setup_terms)
     backward = staticmethod(_terms_backward)
-    jvp = staticmethod(_no_forward_mode)
+    jvp = staticmethod(no_forward_mode)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
@@ -347,11 +349,11 @@ class _Terms(torch.autograd.Function):
         return tuple(terms)
 
     backward = staticmethod(_terms_backward)
-    jvp = staticmethod(_no_forward_mode)
+    jvp = staticmethod(no_forward_mode)
 
 
 class _Loss(torch.autograd.Function):
-    jvp = staticmethod(_no_forward_mode)
+    jvp = staticmethod(no_forward_mode)
 
     @staticmethod
     def forward(

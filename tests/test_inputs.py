@@ -112,7 +112,9 @@ def test_supcon(arguments, options, error, text):
 PSC = [
     ((z(), ids(), z(2, 4)), {}, ValueError, "prototypes must have shape [rows, 3], got [2, 4]"),
     ((z(), ids(), z(0)), {}, ValueError, "prototypes must not be empty, got shape [0, 3]"),
-    ((z(), ids(4, 1), z(1)), {}, ValueError, "prototypes must hold at least 2 classes for denominator='negatives', got 1"),
+    ((z(), ids(), z(3, 2)), {}, ValueError, "prototypes must have shape [classes, 3], got [3, 2]: the number of classes comes first"),
+    ((z(), ids(4, 1), z(1)), {}, ValueError, "prototypes must hold at least 2 classes, got 1: there is no other to tell them from"),
+    ((z(), ids(4, 1), z(1)), {"denominator": "all"}, ValueError, "prototypes must hold at least 2 classes, got 1"),
     ((z(), ids(), z(2, 3).long()), {}, TypeError, f"prototypes must have dtype {DTYPES}, got torch.int64"),
     ((z(), None, z(2)), {}, TypeError, "labels must be a torch.Tensor of an integer dtype, got NoneType"),
     ((z(), ids(3), z(2)), {}, ValueError, "labels must have shape [4], got [3]"),
@@ -145,6 +147,7 @@ def counts(*numbers):
 
 
 PROTOTYPES = [
+    ((z(), ids(4, 1), z(1)), {}, ValueError, "prototypes must hold at least 2 classes, got 1: there is no other to tell them from"),
     ((z(), ids(), z(2, 4)), {}, ValueError, "prototypes must have shape [rows, 3], got [2, 4]"),
     ((z().long(), ids(), z(2)), {}, TypeError, f"features must have dtype {DTYPES}, got torch.int64"),
     ((z(), ids(3), z(2)), {}, ValueError, "labels must have shape [4], got [3]"),
@@ -185,6 +188,8 @@ def test_balanced_supcon(arguments, options, error, text):
 
 
 PACO = [
+    ((z(), ids(), None), {}, TypeError, "prototypes must be a torch.Tensor, got NoneType"),
+    ((z(), ids(), z()[0, 0]), {}, ValueError, "prototypes must have shape [rows, 3], got []"),
     ((z(), ids(), z(2)), {"queue": MemoryQueue(8, 2)}, ValueError, "queue holds rows of dimension 2, got features of dimension 3"),
     ((z(), ids(), z(2, 4)), {}, ValueError, "prototypes must have shape [rows, 3], got [2, 4]"),
     ((z(), ids(3), z(2)), {}, ValueError, "labels must have shape [4], got [3]"),
@@ -211,10 +216,6 @@ PACO = [
 def test_paco(arguments, options, error, text):
     with pytest.raises(error, match=re.escape(text)):
         functional.paco_loss(*arguments, **options)
-
-
-def test_psc_with_one_class_where_it_means_something():
-    assert functional.psc_loss(z(), ids(4, 1), z(1), denominator="all").item() == 0  # the cross-entropy of one class
 
 
 CROSS = [
@@ -284,7 +285,7 @@ def test_labels_of_a_narrow_dtype(dtype, classes):
 
 
 def test_what_other_libraries_take():
-    """NumPy's numbers, labels in a row or a column or as whole floats."""
+    """NumPy's numbers and arrays of one, labels in a row or a column or as whole floats, tables of any integer dtype."""
     rows, labels = torch.randn(4, 3, device=DEVICE), ids()
     want = functional.supcon_loss(rows, labels, temperature=0.1)
     for same in (labels[None], labels[:, None], labels.float(), labels.double()[:, None]):
@@ -294,6 +295,47 @@ def test_what_other_libraries_take():
     psc = PSCLoss(numpy.int64(2), 3).to(DEVICE)
     assert torch.equal(psc(rows, labels[:, None]), psc(rows, labels))
     assert SupConLoss(base_temperature=None)(rows, labels) == functional.supcon_loss(rows, labels)
+    pairs = functional.info_nce_loss(rows, rows.flip(0), labels)
+    for same in (labels[None], labels[:, None], labels.float()):
+        assert torch.equal(functional.info_nce_loss(rows, rows.flip(0), same), pairs)
+    alike = labels == labels[:, None]
+    for dtype in (torch.bool, torch.uint8, torch.uint16, torch.int32):
+        assert torch.equal(functional.supcon_loss(rows, mask=alike.to(dtype)), functional.supcon_loss(rows, mask=alike.float()))
+    counted = [
+        functional.prototype_cross_entropy(rows, labels, rows[:2], class_counts=counts(3, 1).to(dtype))
+        for dtype in (torch.int64, torch.uint16)
+    ]
+    assert torch.equal(*counted)
+
+
+@pytest.mark.parametrize(
+    "temperature", [numpy.array(0.25), numpy.array([0.25]), torch.tensor([[0.25]], dtype=torch.float64), torch.tensor(0.25).half()]
+)
+def test_logits_take_every_temperature_that_the_loss_takes(temperature):
+    """And are in the rows' sum dtype."""
+    loss = PSCLoss(2, 3, temperature=0.25).to(DEVICE)
+    want = loss.logits(z())
+    other = PSCLoss(2, 3, temperature=temperature).to(DEVICE)
+    other.load_state_dict(loss.state_dict())
+    assert torch.equal(other.logits(z()), want)
+
+
+@pytest.mark.parametrize("name", ["features", "labels", "mask", "prototypes"])
+@pytest.mark.parametrize(
+    ("form", "kind"),
+    [
+        (torch.Tensor.to_sparse, "torch.sparse_coo"),
+        (torch.Tensor.to_sparse_csr, "torch.sparse_csr"),
+        (lambda x: torch.nested.nested_tensor(list(x)), "a nested tensor"),
+    ],
+)
+def test_tensors_that_are_not_dense_are_refused(name, form, kind):
+    given = {"features": z(), "labels": torch.ones(4, 2, device=DEVICE), "mask": torch.eye(4, device=DEVICE), "prototypes": z(2)}[name]
+    with pytest.raises(TypeError, match=f"{name} must be a dense tensor, got {kind}: make it one with"):
+        if name == "prototypes":
+            functional.psc_loss(z(), ids(), form(given))
+        else:
+            functional.supcon_loss(**({"features": z()} | {name: form(given)}))
 
 
 def test_another_device():
@@ -315,8 +357,8 @@ def test_modules_refuse_at_construction():
         PSCLoss(3, 0)
     with pytest.raises(ValueError, match=r"prototypes_per_class must be an int of at least 1, got 2\.0"):
         PSCLoss(3, 4, prototypes_per_class=2.0)
-    with pytest.raises(ValueError, match="num_classes must be an int of at least 1, got 0"):
-        PrototypeCrossEntropyLoss(0, 4)
+    with pytest.raises(ValueError, match="num_classes must be an int of at least 2, got 1"):
+        PrototypeCrossEntropyLoss(1, 4)
     with pytest.raises(ValueError, match="dim must be an int of at least 1, got None"):
         PaCoLoss(3, None)
     with pytest.raises(ValueError, match=re.escape("class_counts must have shape [3], got [2]")):

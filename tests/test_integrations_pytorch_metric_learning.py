@@ -337,6 +337,7 @@ BAD = [
     ),
     ({"distance": distances.CosineSimilarity(p=1)}, "distance must have power=1 and p=2, got CosineSimilarity with power=1, p=1"),
     ({"temperature": 0}, "temperature must be positive and finite, got 0"),
+    ({"backend": "fast"}, "backend must be one of 'auto', "),
     ({"across": "ring"}, "across='ring' needs a group, got None"),
 ]
 

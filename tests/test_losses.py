@@ -11,6 +11,8 @@ import torch
 from conftest import DEVICE, serves
 from table import LOSSES
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastsupcon
 from fastsupcon import PSCLoss, SupConLoss, functional
@@ -264,6 +266,12 @@ def test_prototypes_made_on_meta_and_filled_later(device):
     assert late.classes.tolist() == [0, 0, 1, 1, 2, 2]
 
 
+def test_a_temperature_comes_back_from_the_meta_device(device):
+    """A buffer that is not saved could not be loaded into what to_empty() makes."""
+    loss = SupConLoss(temperature=torch.tensor(0.07)).to("meta").to_empty(device=device)
+    assert loss.temperature.item() == torch.tensor(0.07).item() and loss.temperature.device.type == device.type
+
+
 def test_half_temperatures_and_a_default_device(device):
     """The factor temperature / base_temperature is no half, and the loss no double; a default device is not that of the rows."""
     z, labels = torch.randn(8, 4, device=device), torch.arange(8, device=device) % 2
@@ -278,6 +286,24 @@ def test_half_temperatures_and_a_default_device(device):
 
 
 # --- inside PyTorch --------------------------------------------------------------------------------------------------------------------
+
+
+@losses
+def test_tracers_see_every_loss(device, name):
+    """Checks of values are left to the device where values cannot be read: fake tensors, make_fx, also of a gradient by torch.func."""
+    row = LOSSES[name]
+    inputs = tuple(x if x is None else x.detach() for x in row.on(12, 5, device, torch.float32))
+
+    def loss(*tensors):
+        return row.ours(*tensors, **row.options)
+
+    others = (inputs[0].flip(-1), *inputs[1:])
+    for function in (loss, torch.func.grad(loss)):
+        torch.testing.assert_close(make_fx(function)(*inputs)(*others), function(*others), rtol=1e-4, atol=1e-6)
+    with FakeTensorMode() as mode:
+        assert loss(*(x if x is None else mode.from_tensor(x) for x in inputs)).shape == ()
+    with pytest.raises(NotImplementedError, match=r"fastsupcon.*forward mode"):
+        torch.func.jvp(lambda rows: loss(rows, *inputs[1:]), inputs[:1], inputs[:1])
 
 
 @losses

@@ -195,8 +195,6 @@ def test_edge_cases(backend, device):
             loss = prototype_cross_entropy(rows, classes, p, **options)
             (gradient,) = torch.autograd.grad(loss, z)
             assert loss.isfinite() and gradient.isfinite().all()
-    alone = prototype_cross_entropy(z, labels * 0, p[:1], class_counts=counts[:1], margin=0.3, angular_margin=0.4, backend=backend)
-    assert alone == 0 and torch.equal(torch.autograd.grad(alone, z)[0], torch.zeros_like(z))
     for bad in (math.nan, math.inf):
         spoilt = z.detach().clone()
         spoilt[6, 1] = bad

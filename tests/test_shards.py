@@ -83,7 +83,7 @@ def test_what_is_refused(pool):
             "TypeError: sharded must be a bool, got int",
             "ValueError: labels must lie in [0, 4), got values from 1 to 4",
             "ValueError: labels must lie in [0, 4), got values from 1 to 4",
-            "ValueError: prototypes must hold at least 2 classes for denominator='negatives', got 1",
+            "ValueError: prototypes must hold at least 2 classes, got 1",
             "ValueError: prototypes must be the same on all ranks of the group, got shards, requires_grad=False on rank 0; [2, 6]",
             "ValueError: class_counts must be finite and not all 0 on all ranks, got a sum of 0",
             "ValueError: class_counts must have shape [2], got [4]",

@@ -22,7 +22,7 @@ from .. import _checks
 from ..backends._dtypes import no_autocast
 from ..blocks import terms
 from ..losses._contrast import shared
-from ..losses._frame import HasGroup, class_labels, ranks_of, said
+from ..losses._frame import HasGroup, check_backend, class_labels, ranks_of, said
 from ..problem import Pairs
 from ..ranks import Ranks
 from ..rows import wide_number, wide_rows
@@ -86,6 +86,7 @@ class SupConLoss(HasGroup, losses.SupConLoss):
         _checks.temperature("temperature", temperature)
         ranks_of(group, across)
         super().__init__(temperature=temperature, **options)
+        check_backend(backend)
         self.group, self.across, self.backend = group, across, backend
         _unit(self.distance)
 

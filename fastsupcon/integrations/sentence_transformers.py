@@ -28,7 +28,7 @@ from ..backends._dtypes import no_autocast
 from ..blocks import logaddexp, terms
 from ..losses import supcon
 from ..losses._contrast import numbers, shared
-from ..losses._frame import ranks_of, said
+from ..losses._frame import check_backend, ranks_of, said
 from ..problem import Line, Pairs
 from ..ranks import Ranks
 from ..rows import wide_number, wide_rows
@@ -47,6 +47,7 @@ class _Ranking:
     hardness_strength: float
 
     def __init__(self, *arguments: Any, backend: str = "auto", **options: Any) -> None:
+        check_backend(backend)
         super().__init__(*arguments, **options)
         self.backend = backend
         _unit(self.similarity_fct)

@@ -82,7 +82,7 @@ def pairs_of_each(blocks: list[Block]) -> int:
     for block in blocks:
         pairs = block if isinstance(block, Pairs) else block.pairs
         columns = pairs.shape[1] if isinstance(block, Pairs) else block.columns_of_all
-        total += columns - (pairs.columns is None or pairs.own_column is not None)
+        total += columns - int(pairs.columns is None or pairs.own_column is not None)
     return total
 
 

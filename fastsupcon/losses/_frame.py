@@ -40,6 +40,7 @@ def rows_of(features: Tensor, name: str = "features", *, least: int = 1) -> tupl
     """features [N, D], or [B, V, ...] with V views of B samples, as rows [V B, D], view-major, and V."""
     if not isinstance(features, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(features).__name__}")
+    _checks.dense(name, features)
     if features.ndim < 2:
         raise ValueError(f"{name} must have shape [N, D] or [B, V, ...], got {list(features.shape)}")
     rows = features if features.ndim == 2 else features.flatten(2).transpose(0, 1).flatten(0, 1)
@@ -50,9 +51,14 @@ def rows_of(features: Tensor, name: str = "features", *, least: int = 1) -> tupl
 def class_labels(labels: Tensor, samples: int, device: torch.device, name: str = "labels") -> Tensor:
     """Integer labels [B], or [B, 1] or [1, B] as some loaders give them, as int64 [B]. Floats are taken where they are whole numbers."""
     flat = labels
-    if isinstance(labels, Tensor) and labels.ndim == 2 and tuple(labels.shape) in ((samples, 1), (1, samples)):
+    if (
+        isinstance(labels, Tensor)
+        and labels.layout == torch.strided
+        and labels.ndim == 2
+        and tuple(labels.shape) in ((samples, 1), (1, samples))
+    ):
         flat = labels.reshape(-1)
-    if isinstance(flat, Tensor) and flat.is_floating_point():
+    if isinstance(flat, Tensor) and flat.dtype in _checks.DTYPES:
         _checks.vector(name, flat, samples, device, floating=True)
         _checks.whole(name, flat)
     else:
@@ -123,6 +129,11 @@ def check_options(temperature: float | Tensor, reduction: object, queue: object 
     _checks.one_of("reduction", reduction, REDUCTIONS)
     if queue is not None and not isinstance(queue, MemoryQueue):
         raise TypeError(f"queue must be a fastsupcon.MemoryQueue or None, got {type(queue).__name__}")
+
+
+def check_backend(backend: object) -> None:
+    """Known, as a module is made; whether it serves is known when there are rows."""
+    _checks.one_of("backend", backend, ("auto", *BACKENDS))
 
 
 def refuse_lone_anchors(paired: Tensor, needed: str, ranks: Ranks | None = None) -> None:
@@ -202,7 +213,7 @@ class Loss(HasGroup):
         def __call__(self: _Module[_Arguments, _Result]) -> Callable[_Arguments, _Result]: ...  # type: ignore[override]  # no property
 
     def __init__(self, **options: Any) -> None:
-        _checks.one_of("backend", options["backend"], ("auto", *BACKENDS))  # whether it serves is known when there are rows
+        check_backend(options["backend"])
         super().__init__()
         self._names = tuple(options)
         for name, value in options.items():
@@ -216,8 +227,8 @@ class Loss(HasGroup):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's
         for name, was in were.items():
             now = self._buffers[name]
-            if was is not None and now is not None and not was.is_meta:
-                self._buffers[name] = was.to(now.device)
+            if was is not None and now is not None and not was.is_meta:  # on the meta device it would lose what to_empty() brings back
+                self._buffers[name] = was if now.is_meta else was.to(now.device)
         return self
 
     def __prepare_scriptable__(self) -> NoReturn:

@@ -13,7 +13,7 @@ from .. import _checks
 from ..backends import sum_dtype
 from ..backends._dtypes import no_autocast
 from ..ranks import Ranks
-from ..rows import wide_rows
+from ..rows import wide_number, wide_rows
 from ._frame import Loss, said
 
 #: The share of all samples given to a class without any: its logarithm is finite, and the class all but leaves the denominator.
@@ -22,6 +22,11 @@ SHARE_OF_NONE = 1e-9
 
 def check_prototypes(prototypes: Tensor, rows: Tensor, name: str = "prototypes", *, least: int = 1) -> None:
     """[C, D] beside rows [N, D]."""
+    if isinstance(prototypes, Tensor) and prototypes.ndim == 2 and rows.shape[1] == prototypes.shape[0] != prototypes.shape[1]:
+        raise ValueError(
+            f"{name} must have shape [classes, {rows.shape[1]}], got {list(prototypes.shape)}: the number of classes comes first, then the "
+            "dimension"
+        )
     _checks.rows(name, prototypes, columns=rows.shape[1], least=least)
     _checks.on_device(name, prototypes, rows.device)
 
@@ -62,8 +67,9 @@ def log_prior(class_counts: Tensor, prototypes: Tensor, ranks: Ranks | None = No
     total = counts.sum()
     if ranks is not None:
         total = ranks.sum_here(class_counts.double().sum()).to(counts.dtype)
-        if total.is_cpu and not torch.compiler.is_compiling() and not 0 < total.item() < math.inf:
-            raise ValueError(f"class_counts must be finite and not all 0 on all ranks, got a sum of {total.item():g}")
+        value = _checks.readable(total)
+        if value is not None and not 0 < value.item() < math.inf:
+            raise ValueError(f"class_counts must be finite and not all 0 on all ranks, got a sum of {value.item():g}")
     share = counts / total
     return torch.where(share == 0, SHARE_OF_NONE, share).log()
 
@@ -121,7 +127,7 @@ class PrototypeLoss(Loss):
     def _logits(self, features: Tensor, prototypes: Tensor, temperature: float | Tensor, unit: bool) -> Tensor:
         with no_autocast(features):
             z, p = (wide_rows(x, unit) for x in (features, prototypes.to(features.dtype)))
-            logits: Tensor = (z @ p.T / temperature).unflatten(1, (len(p) // self.per_class, self.per_class)).logsumexp(2)
+            logits: Tensor = (z @ p.T / wide_number(temperature, z)).unflatten(1, (len(p) // self.per_class, self.per_class)).logsumexp(2)
             return logits
 
     def extra_repr(self) -> str:

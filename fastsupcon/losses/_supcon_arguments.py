@@ -19,6 +19,8 @@ def are_several(labels: object, samples: int) -> TypeGuard[Tensor]:
 
 def check_positives(features: Tensor, labels: object, mask: object, positives: object, keys: object, anchors: int) -> None:
     samples, device = features.shape[0], features.device
+    if isinstance(labels, Tensor):
+        _checks.dense("labels", labels)
     given = [name for name, value in (("labels", labels), ("mask", mask), ("positives", positives)) if value is not None]
     if isinstance(labels, Tensor) and labels.shape == features.shape and labels.is_floating_point() and mask is not None:
         raise ValueError(
@@ -37,6 +39,7 @@ def check_positives(features: Tensor, labels: object, mask: object, positives: o
     if mask is not None:
         if not isinstance(mask, Tensor):
             raise TypeError(f"mask must be a torch.Tensor, got {type(mask).__name__}")
+        _checks.dense("mask", mask)
         if list(mask.shape) != [samples, samples]:
             raise ValueError(f"mask must have shape [{samples}, {samples}], got {list(mask.shape)}")
         _checks.on_device("mask", mask, device)
@@ -46,6 +49,7 @@ def check_positives(features: Tensor, labels: object, mask: object, positives: o
             raise TypeError(
                 f"positives must be a torch.Tensor of an integer dtype, got {getattr(positives, 'dtype', type(positives).__name__)}"
             )
+        _checks.dense("positives", positives)
         if positives.ndim != 2 or positives.shape[0] != anchors or (anchors > 0 and positives.shape[1] == 0):
             raise ValueError(f"positives must have shape [{anchors}, K] with K >= 1, got {list(positives.shape)}")
         _checks.on_device("positives", positives, device)

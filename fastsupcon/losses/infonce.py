@@ -15,7 +15,7 @@ from ..problem import Line, Pairs
 from ..queue import NOBODY, MemoryQueue
 from ..rows import wide_number
 from ._contrast import numbers, put, queue_block, shared
-from ._frame import Loss, check_options, ranks_of, reduce, said
+from ._frame import Loss, check_options, class_labels, ranks_of, reduce, said
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -49,7 +49,8 @@ def info_nce_loss(
     Args:
         a: [N, D].
         b: [N, D], of a's dtype and on its device.
-        keys: integer [N], any values; rows of equal keys are each other's positives. None: every row has its own pair alone.
+        keys: integer [N] (or [N, 1], or [1, N]), any values; rows of equal keys are each other's positives. None: every row has its own
+            pair alone.
         negatives: [K, D], of a's dtype: more columns for a's direction, positives of nobody (hard negatives: passages that answer none of
             the queries). They do not enter b's direction: there the candidates are rows of a, and these are of b's kind.
         temperature: tau, a number or a 0-d tensor, which may require grad.
@@ -84,8 +85,7 @@ def info_nce_loss(
             "into negatives=[K, D]; rows with several positives into a and b once for each of them, with keys=[N]"
         )
     if keys is not None:
-        _checks.vector("keys", keys, len(a), a.device)
-        keys = keys.long()
+        keys = class_labels(keys, len(a), a.device, "keys")
     if negatives is not None:
         _checks.rows_like("negatives", negatives, "a", a, least=least)
     if ranks is not None:

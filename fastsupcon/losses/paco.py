@@ -91,9 +91,10 @@ def paco_loss(
     """
     ranks = ranks_of(group, across)
     z, views = rows_of(features, least=1 if ranks is None else 0)
-    samples, classes = features.shape[0], len(prototypes)
+    samples = features.shape[0]
     x = z if class_features is None else _rows_beside("class_features", class_features, samples, z)
     check_prototypes(prototypes, x)
+    classes = len(prototypes)
     _check_options(alpha, beta, gamma, label_smoothing, temperature, class_temperature, queue, reduction)
     if len(x) != len(z):
         raise ValueError(f"class_features must be {len(z)} rows like the features, got {len(x)}")

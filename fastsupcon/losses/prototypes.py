@@ -101,7 +101,10 @@ def prototype_cross_entropy(
     owners = ranks if sharded else None  # of the prototypes
     counted = None if ignore_index is None else labels != ignore_index
     labels = labels if counted is None else labels.masked_fill(~counted, 0)
-    _checks.within("labels", labels, 0, len(prototypes) if owners is None else owners.total("prototypes"))
+    classes = len(prototypes) if owners is None else owners.total("prototypes")
+    if classes < 2:
+        raise ValueError(f"prototypes must hold at least 2 classes, got {classes}: there is no other to tell them from")
+    _checks.within("labels", labels, 0, classes)
     with no_autocast(features):
         p, scale = prototypes.to(features.dtype), 1 / wide_number(temperature, features)
         bias = None if class_counts is None else log_prior(class_counts, p, owners)
@@ -182,6 +185,7 @@ class PrototypeCrossEntropyLoss(ShardableLoss):
         backend: str = "auto",
     ) -> None:
         _check_options(temperature, margin, angular_margin, normalize, ignore_index, reduction)
+        _checks.size("num_classes", num_classes, 2)
         super().__init__(
             num_classes,
             dim,

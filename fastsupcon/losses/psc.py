@@ -126,15 +126,15 @@ def _psc_loss(
         alike: dict[str, Any] = {"prototypes_per_class": per_class, "denominator": denominator, "normalize": normalize}
         meet_with_prototypes(ranks, "psc_loss", features, prototypes, temperature, reduction, sharded=sharded, **alike)
     count = (ranks.total("prototypes") if sharded and ranks is not None else len(prototypes)) // per_class
-    if denominator == "negatives" and count < 2:
-        raise ValueError(f"prototypes must hold at least 2 classes for denominator='negatives', got {count}: there is no negative")
+    if count < 2:
+        raise ValueError(f"prototypes must hold at least 2 classes, got {count}: there is no other to tell them from")
     z, p, scale = features, prototypes.to(features.dtype), 1 / wide_number(temperature, features)
     pairs = Pairs(z, p, scale, normalize, row_keys=labels, column_keys=classes)
     log_sum = "different" if denominator == "negatives" else "all"
     if per_class == 1 and ranks is None:
         line = Line(**{log_sum: 1.0}, similarity=-1, lone="nan", reduction=reduction)
         loss = operators.loss(pairs, line, backend=backend)
-        values = None if operators.traced((loss,)) else _checks.readable(loss)
+        values = _checks.readable(loss)
         if values is not None and values.isnan().any():  # a label out of range makes it so
             _checks.within("labels", labels, 0, count)
         return loss
@@ -216,7 +216,7 @@ class PSCLoss(ShardableLoss):
         backend: str = "auto",
     ) -> None:
         _check_options(temperature, denominator, reduction)
-        _checks.size("num_classes", num_classes, 2 if denominator == "negatives" else 1)
+        _checks.size("num_classes", num_classes, 2)
         _checks.size("embedding_dim", embedding_dim)
         _checks.size("prototypes_per_class", prototypes_per_class)
         super().__init__(
