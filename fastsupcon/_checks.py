@@ -15,8 +15,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 def readable(value: Tensor) -> Tensor | None:
     """Values that nobody has to wait for: on a CPU, where nothing traces. Of all problems at once where torch.func's vmap has many."""
-    traces = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    if value.device.type != "cpu" or traces or type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__:  # a FakeTensor has none
+    if not value.is_cpu or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return None
+    if type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__:  # a FakeTensor has none
         return None
     while torch._C._functorch.is_functorch_wrapped_tensor(value):
         value = torch._C._functorch.get_unwrapped(value)

@@ -144,7 +144,7 @@ def _train(config: Config, data: datasets.Data, *, resume: bool) -> dict[str, An
             if not all(map(math.isfinite, losses.values())):
                 told = ", ".join(f"{name} {value:g}" for name, value in losses.items())
                 before = f"{out}/last.pt is the epoch before" if run.epoch else "there is no epoch before"
-                raise FloatingPointError(f"loss not finite in epoch {run.epoch} of {out} ({told}; {before}): try a lower --lr")
+                raise FloatingPointError(f"the loss is not finite in epoch {run.epoch} of {out} ({told}; {before}): try a lower --lr")
             if evaluated := (run.epoch + 1) % eval_every == 0 or run.epoch + 1 == epochs:
                 try:
                     logits, labels = run.predict(monitored, "logits")

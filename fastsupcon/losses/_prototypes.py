@@ -22,11 +22,9 @@ SHARE_OF_NONE = 1e-9
 
 def check_prototypes(prototypes: Tensor, rows: Tensor, name: str = "prototypes", *, least: int = 1) -> None:
     """[C, D] beside rows [N, D]."""
-    if isinstance(prototypes, Tensor) and prototypes.ndim == 2 and rows.shape[1] == prototypes.shape[0] != prototypes.shape[1]:
-        raise ValueError(
-            f"{name} must have shape [classes, {rows.shape[1]}], got {list(prototypes.shape)}: the number of classes comes first, then the "
-            "dimension"
-        )
+    if isinstance(prototypes, Tensor) and prototypes.ndim == 2 and prototypes.shape[1] != rows.shape[1] == prototypes.shape[0]:
+        expected = f"[classes, {rows.shape[1]}]"
+        raise ValueError(f"{name} must have shape {expected}, the number of classes first, got {list(prototypes.shape)}")
     _checks.rows(name, prototypes, columns=rows.shape[1], least=least)
     _checks.on_device(name, prototypes, rows.device)
 
