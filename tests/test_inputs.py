@@ -112,7 +112,7 @@ def test_supcon(arguments, options, error, text):
 PSC = [
     ((z(), ids(), z(2, 4)), {}, ValueError, "prototypes must have shape [rows, 3], got [2, 4]"),
     ((z(), ids(), z(0)), {}, ValueError, "prototypes must not be empty, got shape [0, 3]"),
-    ((z(), ids(), z(3, 2)), {}, ValueError, "prototypes must have shape [classes, 3], got [3, 2]: the number of classes comes first"),
+    ((z(), ids(), z(3, 2)), {}, ValueError, "prototypes must have shape [classes, 3], the number of classes first, got [3, 2]"),
     ((z(), ids(4, 1), z(1)), {}, ValueError, "prototypes must hold at least 2 classes, got 1: there is no other to tell them from"),
     ((z(), ids(4, 1), z(1)), {"denominator": "all"}, ValueError, "prototypes must hold at least 2 classes, got 1"),
     ((z(), ids(), z(2, 3).long()), {}, TypeError, f"prototypes must have dtype {DTYPES}, got torch.int64"),

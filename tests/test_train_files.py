@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("pooch", reason="needs the [train] extra")
 pytest.importorskip("sklearn", reason="needs the [train] extra")
 
+import check
 import checkpoint
 import files
 from check import check_images
@@ -354,6 +355,16 @@ def test_a_read_that_hangs_without_workers_is_broken_off(tmp_path, when):
         else:
             check_images(data, 0, cache=tmp_path / "cache", **told)
     assert stop.received == signal.SIGTERM
+
+
+def test_a_check_that_is_stopped_goes_on_from_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(check, "AT_ONCE", 1)
+    data, seen = load(folder(tmp_path / "data")), []
+    options = {"cache": tmp_path / "cache", "progress": lambda done, total: seen.append((done, total))}
+    with pytest.raises(checkpoint.Stopped):
+        check_images(data, 0, **options, stopped=lambda: len(seen) == 5)
+    check_images(data, 0, **options)
+    assert seen[4:6] == [(5, 12), (1, 7)] and seen[-1] == (7, 7)
 
 
 def test_a_signal_that_may_not_interrupt_is_kept():

@@ -46,28 +46,26 @@ def check_images(
     keys = {name: _keys(split.images) for name, split in splits.items()}
     whole = _remembered(known)
     unknown = {name: np.flatnonzero(~np.isin(keys[name] | FLAGS, whole | FLAGS)) for name in splits}
-    total, done, found, bad = sum(map(len, unknown.values())), 0, [], {}
-    for name, split in splits.items():
-        bad[name] = []
-        opened = _open(split.images.take(unknown[name]), workers, stopped)
-        for index, (problem, flags) in zip(unknown[name].tolist(), opened, strict=True):
-            if problem:
-                bad[name].append((index, problem))
-            else:
-                found.append((keys[name][index] & ~FLAGS) | np.uint64(flags))
-            done += 1
-            if done % AT_ONCE == 0 or done == total:
-                progress(done, total)
-    notes = list(data.notes)
-    whole = np.union1d(whole, np.array(found, np.uint64))
-    if total:
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            unfinished = cache / f"whole-images-{os.getpid()}.npy"
-            np.save(unfinished, whole)
-            os.replace(unfinished, known)
-        except OSError as error:
-            notes.append(f"the images will be opened again next time: {error}")
+    notes, total, done, found, bad = list(data.notes), sum(map(len, unknown.values())), 0, [], {}
+    try:
+        for name, split in splits.items():
+            bad[name] = []
+            opened = _open(split.images.take(unknown[name]), workers, stopped)
+            for index, (problem, flags) in zip(unknown[name].tolist(), opened, strict=True):
+                if problem:
+                    bad[name].append((index, problem))
+                else:
+                    found.append((keys[name][index] & ~FLAGS) | np.uint64(flags))
+                done += 1
+                if done % AT_ONCE == 0 or done == total:
+                    progress(done, total)
+    finally:  # a check that is stopped goes on from there
+        whole = np.union1d(whole, np.array(found, np.uint64))
+        if found:
+            try:
+                _remember(known, whole)
+            except OSError as error:
+                notes.append(f"the images will be opened again next time: {error}")
     problems = [problem for pairs in bad.values() for _, problem in pairs]
     images = sum(map(len, splits.values()))
     if problems and not skip_bad:
@@ -103,6 +101,13 @@ def _remembered(known: Path) -> np.ndarray:
     except (OSError, ValueError, EOFError):
         keys = None
     return keys if isinstance(keys, np.ndarray) and keys.dtype == np.uint64 and keys.ndim == 1 else np.zeros(0, np.uint64)
+
+
+def _remember(known: Path, keys: np.ndarray) -> None:
+    known.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = known.with_name(f"unfinished-{os.getpid()}.npy")
+    np.save(unfinished, keys)
+    os.replace(unfinished, known)
 
 
 def _keys(files: Files) -> np.ndarray:

@@ -44,7 +44,8 @@ def paths_of(folder: Path) -> list[Path]:
     """The metrics.json of a run, or of each seed."""
     paths = [folder / "metrics.json"] if (folder / "metrics.json").is_file() else sorted(folder.glob("seed-*/metrics.json"))
     if not paths:
-        raise FileNotFoundError(f"{folder} must hold metrics.json or seed-*/metrics.json: is the run finished?")
+        what = "is the run finished?" if folder.exists() else "there is no such folder"
+        raise FileNotFoundError(f"{folder} must hold metrics.json or seed-*/metrics.json: {what}")
     return paths
 
 
@@ -61,7 +62,7 @@ def read_runs(folder: Path) -> list[Run]:
     return runs
 
 
-def refuse_other_data(folders: Sequence[Path]) -> None:
+def refuse_unlike_data(folders: Sequence[Path]) -> None:
     """Runs whose tails were drawn by one data_seed must be on the same images, and all runs on as many of the same classes."""
     drawn: dict[int | None, tuple[Path, dict[str, Any]]] = {}
     for path in (path for folder in folders for path in paths_of(folder) if (path.parent / "data.json").is_file()):
@@ -199,7 +200,7 @@ def compare(options: Compare) -> None:
     every = [run for runs in groups.values() for run in runs]
     if len(data := {run["config"]["images"]["data"] for run in every}) > 1:
         raise ValueError(f"runs must be of one data set, got {', '.join(sorted(data))}")
-    refuse_other_data(options.runs)
+    refuse_unlike_data(options.runs)
     found = rows(groups, against=names[:1] if len(names) > 1 else [])
     options.out.mkdir(parents=True, exist_ok=True)
     checkpoint.write_text(options.out / "comparison.md", markdown(found) + "\n")

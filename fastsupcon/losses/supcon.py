@@ -234,6 +234,9 @@ class SupConLoss(Loss):
 
     Note ``base_temperature``: the loss is multiplied by temperature / base_temperature. For the loss of the paper set both alike, or None.
 
+    A temperature that changes: a number is set anew (``loss.temperature = 0.05``), a tensor, which is a buffer of the module, is written
+    to (``loss.temperature.fill_(0.05)``), an nn.Parameter is learned. torch.compile compiles once for any number, at its second one.
+
     >>> loss = SupConLoss(temperature=0.1, base_temperature=0.1, normalize=True)(features, labels)  # features [B, V, D]
     """
 
