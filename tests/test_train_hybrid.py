@@ -511,7 +511,7 @@ def test_a_cpu_runs_generators_are_no_obstacle_to_a_gpu():
 def test_what_is_not_finite_ends_the_run(tmp_path):
     """A step's loss is that of the weights before it: after the last one the evaluation tells."""
     with pytest.raises(
-        FloatingPointError, match=r"loss not finite in epoch 0 of .*run \(.*_loss nan; there is no epoch before\): try a lower"
+        FloatingPointError, match=r"the loss is not finite in epoch 0 of .*run \(.*_loss nan; there is no epoch before\): try a lower"
     ):
         run_tiny(tmp_path / "run", lr=1e30, warmup=0.0)
     with pytest.raises(FloatingPointError, match="logits of images 0 to 173 are not finite: try a lower --lr"):
@@ -549,7 +549,9 @@ def test_what_cannot_be_compared(tmp_path):
     for name, data in (("a", "digits"), ("b", "mnist")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.json").write_text(json.dumps({"config": {"images": {"data": data}}}))
-    for runs, message in (([], "at least one"), (["a", "b"], "one data set, got digits, mnist"), (["c"], "is the run finished")):
+    (tmp_path / "c").mkdir()
+    wrong = ([], "at least one"), (["a", "b"], "one data set, got digits, mnist"), (["c"], "is the run finished"), (["d"], "no such folder")
+    for runs, message in wrong:
         with pytest.raises(SystemExit, match=message):
             compare.main(compare.Compare([tmp_path / name for name in runs], tmp_path / "out"))
     assert not (tmp_path / "out").exists()

@@ -34,10 +34,10 @@ import hybrid
 import idle
 import numpy as np
 import settings
-import side_by_side
 import torch
 import tyro
 from data import DATASETS, Data, Source, Split
+from errors import TOLD, what_to_lower
 from files import decode, loader_options, patient, refuse_without_room, stack, to_rgb
 from idle import by
 from networks import DTYPES, ON_FEATURES, check_pretrained, import_timm, is_timm, make_backbone, of_backbone, read_weights
@@ -177,7 +177,7 @@ def compute(network: nn.Module, loader: DataLoader, chosen: Extraction, device: 
         yield features.cpu()
 
 
-@hybrid.what_to_lower("lower --batch, or take --precision bf16")
+@what_to_lower("lower --batch, or take --precision bf16")
 def extract(chosen: Extraction, data: Data, network: nn.Module) -> None:
     """Compute what parts are missing, then join them."""
     device = torch.device(settings.usable_device(chosen.device))
@@ -286,7 +286,7 @@ def main(arguments: list[str]) -> None:
         data = hybrid.checked_data(chosen.images)
         network = frozen(chosen, 3 if is_timm(chosen.network) else data.train.channels)
         extract(chosen, data, network)
-    except side_by_side.TOLD as error:
+    except TOLD as error:
         sys.exit(f"error: {printable(str(error))}")
     say(f"written to {chosen.out}: python train/hybrid.py --data features --root {chosen.out} --method hybrid-psc")
 

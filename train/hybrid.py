@@ -22,14 +22,12 @@ import packages
 if __name__ == "__main__":
     packages.start("python train/hybrid.py")
 
-import contextlib
 import functools
 import math
 import multiprocessing
 import shlex
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,56 +35,24 @@ import checkpoint
 import data as datasets
 import evaluate
 import processes
+import run_folder
 import settings
 import several
-import side_by_side
 import torch
 from check import check_images
 from command_line import Command, parse
-from files import ended
-from report import (
-    Loggers,
-    alone,
-    begin_folder,
-    has_checkpoint,
-    is_finished,
-    load,
-    name_of,
-    refuse_other_data,
-    refuse_unwritable,
-    report,
-    save,
-    write_config,
-    write_log,
-)
+from errors import TOLD, what_to_lower
+from loggers import Loggers
+from report import report
 from run import Run
 from settings import Config
 from terminal import console, hint, printable, progress_bar, say, show, status
 
 
-@contextlib.contextmanager
-def what_to_lower(
-    changes: str = "lower --batch, --image-size or --width, in an evaluation --eval-batch, or take --precision bf16",
-) -> Iterator[None]:
-    """Too little memory, of the device's or the host's allocator, becomes a MemoryError that says what to change.
-
-    So does, as an OSError, the death of a worker, which torch raises from a signal handler wherever the run is.
-    """
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if str(error).startswith("DataLoader worker"):
-            raise ended("images", error) from error
-        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
-            raise
-        told = " ".join(str(error).split())
-        raise MemoryError(f"the memory does not suffice: {changes} ({told})") from error
-
-
 @what_to_lower()
 def train(config: Config, data: datasets.Data, *, resume: bool = False) -> dict[str, Any]:
     """Train one network in the run's folder; returns its metrics. A stop signal ends the process after a checkpoint."""
-    with alone(config.records.out):
+    with run_folder.alone(config.records.out):
         return _train(config, data, resume=resume)
 
 
@@ -104,12 +70,12 @@ def _train(config: Config, data: datasets.Data, *, resume: bool) -> dict[str, An
     with checkpoint.StopSignal() as stop, progress_bar() as progress:
         # One process may leave between two batches, in an evaluation too; several do so at a step, together.
         run = Run(config, data, stopped=lambda: stop.received is not None and processes.count() == 1)
-        if resume and processes.told(has_checkpoint(out)):
-            load(run)
+        if resume and processes.told(run_folder.has_checkpoint(out)):
+            run_folder.load(run)
         if writes:
-            begin_folder(run, anew=not resume)
+            run_folder.begin(run, anew=not resume)
         loggers = Loggers(run)
-        name, done = name_of(run), run.epoch * run.steps + run.step
+        name, done = run_folder.name_of(run), run.epoch * run.steps + run.step
         task = progress.add_task(name, total=epochs * run.steps, completed=done, text="")
 
         def leave_if_stopped(*, unsaved: bool) -> None:
@@ -117,7 +83,7 @@ def _train(config: Config, data: datasets.Data, *, resume: bool) -> dict[str, An
             if not (received := processes.largest(stop.received or 0)):
                 return
             if unsaved:
-                save(run)
+                run_folder.save(run)
             processes.wait_for_all()  # torchrun ends the others as soon as one has left
             progress.stop()
             say(f"{out}: stopped in epoch {run.epoch}")
@@ -157,9 +123,9 @@ def _train(config: Config, data: datasets.Data, *, resume: bool) -> dict[str, An
                         checkpoint.save(out / "best.pt", run.averaged.state_dict())
             run.history.append(row)
             run.end_epoch()
-            save(run)
+            run_folder.save(run)
             if writes:
-                write_log(run)
+                run_folder.write_log(run)
             progress.update(task, text=status(row))
             if evaluated and not console.is_interactive:
                 figure = "–" if balanced is None else f"{balanced:.1f}"
@@ -184,15 +150,15 @@ def finish(config: Config, data: datasets.Data, *, extend: bool = False) -> dict
     out = config.records.out
     if not processes.told((out / "config.json").exists()):
         return train(config, data)
-    refuse_other_data(out, data)
+    run_folder.refuse_other_data(out, data)
     stored = settings.read(out)
     if names := [name for name in settings.differing(stored, config) if not (extend and name == "epochs")]:
         raise ValueError(f"out {out} holds a run of other settings ({', '.join(names)}): name another folder")
-    if processes.told(is_finished(out, config.optimiser.epochs)):
+    if processes.told(run_folder.is_finished(out, config.optimiser.epochs)):
         if all(getattr(stored.records, name) == getattr(config.records, name) for name in REPORTED):
             return checkpoint.read_json(out / "metrics.json")
         if processes.rank() == 0:
-            write_config(config)
+            run_folder.write_config(config)
         return evaluate_again(config, data)
     return train(config, data, resume=True)
 
@@ -206,10 +172,10 @@ def metrics_of(config: Config, *, extend: bool = False) -> dict[str, Any]:
 
 @what_to_lower()
 def evaluate_again(config: Config, data: datasets.Data) -> dict[str, Any]:
-    with alone(config.records.out):
-        refuse_other_data(config.records.out, data)
+    with run_folder.alone(config.records.out):
+        run_folder.refuse_other_data(config.records.out, data)
         run = Run(config, data)
-        load(run)
+        run_folder.load(run)
         return report(run)
 
 
@@ -220,7 +186,7 @@ def main(arguments: list[str]) -> None:
     try:
         with checkpoint.stop_signals(checkpoint.leave):
             command(*parse(arguments, __doc__))
-    except side_by_side.TOLD as error:
+    except TOLD as error:
         sys.exit(f"error{f' on rank {processes.rank()}' if processes.count() > 1 else ''}: {printable(str(error))}")
 
 
@@ -244,10 +210,10 @@ def perform(config: Config, asked: Command) -> None:
     if records.jobs > 1 and processes.launched():
         raise ValueError(f"jobs must be 1 under torchrun, whose processes share each run, got {records.jobs}")
     runs = several.runs_of(config)
-    refuse_unwritable(out)
+    run_folder.refuse_unwritable(out)
     with processes.first_of_machine_first():  # what may be wrong with the data is said before anything is written
         classes = checked_data(runs[0].images).classes
-    with alone(out):
+    with run_folder.alone(out):
         try:
             results = _results(config, asked, runs)
         except SystemExit:
@@ -266,7 +232,7 @@ def _results(config: Config, asked: Command, runs: list[Config]) -> list[dict[st
     """The metrics of each run."""
     records = config.records
     if settings.of_several(config) and not asked.eval_only and processes.rank() == 0:
-        write_config(config)
+        run_folder.write_config(config)
     extend = asked.resume is not None
     if asked.eval_only:
         return [evaluate_again(one, checked_data(one.images)) for one in runs]

@@ -14,12 +14,12 @@ from typing import Any
 
 import checkpoint
 import terminal
+from errors import TOLD
 from settings import Config
 
 PATIENCE = 1.0  # seconds between two looks whether all processes live
 
 Metrics = dict[str, Any]
-TOLD = (ValueError, OSError, FloatingPointError, MemoryError)  # what is wrong with a run, whose text is all that a person needs
 
 
 def work(train_one: Callable[[Config], Metrics], tasks: Any, results: Any) -> None:

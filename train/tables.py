@@ -38,6 +38,7 @@ import settings
 import side_by_side
 import terminal
 import tyro
+from errors import TOLD
 from methods import METHODS, passes
 from settings import Config
 
@@ -282,5 +283,5 @@ def figures_of(run: dict[str, Any]) -> dict[str, Any]:
 if __name__ == "__main__":
     try:
         fill(tyro.cli(Given, description=__doc__))
-    except side_by_side.TOLD as error:
+    except TOLD as error:
         raise SystemExit(f"error: {terminal.printable(str(error))}") from None
