@@ -308,7 +308,7 @@ def _terms_backward(ctx: Any, row_grads: Tensor | None, column_grads: Tensor | N
     return _gradients(ctx, rows, columns, pairs, norms, kept, backend)
 
 
-def no_forward_mode(ctx: object, *tangents: object) -> NoReturn:
+def _no_forward_mode(ctx: object, *tangents: object) -> NoReturn:
     raise NotImplementedError(
         "fastsupcon's losses have no derivatives in forward mode (jvp, jacfwd, hessian): take jacrev, twice for second ones"
     )
@@ -325,7 +325,7 @@ class _TransformedTerms(torch.autograd.Function):
 
     setup_context = staticmethod(_setup_terms)
     backward = staticmethod(_terms_backward)
-    jvp = staticmethod(no_forward_mode)
+    jvp = staticmethod(_no_forward_mode)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
@@ -349,11 +349,11 @@ class _Terms(torch.autograd.Function):
         return tuple(terms)
 
     backward = staticmethod(_terms_backward)
-    jvp = staticmethod(no_forward_mode)
+    jvp = staticmethod(_no_forward_mode)
 
 
 class _Loss(torch.autograd.Function):
-    jvp = staticmethod(no_forward_mode)
+    jvp = staticmethod(_no_forward_mode)
 
     @staticmethod
     def forward(

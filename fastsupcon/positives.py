@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .backends._dtypes import no_autocast
-from .operators import no_forward_mode
 from .ranks import Ranks
 from .rows import wide_rows
 
@@ -47,8 +46,6 @@ class _Product(torch.autograd.Function):
                 _product(grad, b.mT) if ctx.needs_input_grad[0] else None,
                 _product(a.mT, grad) if ctx.needs_input_grad[1] else None,
             )
-
-    jvp = staticmethod(no_forward_mode)
 
 
 _product: Callable[[Tensor, Tensor], Tensor] = _Product.apply

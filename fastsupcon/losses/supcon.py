@@ -174,13 +174,13 @@ def supcon_loss(
             elif by_keys:
                 losses, paired = _by_keys(blocks, form, denominator, beta, backend)
             else:
+                everything = quantities(blocks, "all", backend=backend).all
                 if positives is not None:
                     positive, paired = listed_positives(z, keys, positives, normalize)
                 elif mask is not None:
                     positive, paired = mask_positives(z, mask, normalize)
                 elif several is not None:  # one of the three is given
                     positive, paired = shared_label_positives(z, several.repeat(views, 1), normalize, ranks)
-                everything = quantities(blocks, "all", backend=backend).all
                 losses, paired = everything - positive[:anchors].to(everything.dtype) * scale, paired[:anchors]
             if lone_anchors == "error":
                 needed = "a positive" if denominator == "all" else "a positive and a negative"
