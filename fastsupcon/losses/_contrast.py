@@ -72,7 +72,8 @@ def numbers(count: int, device: torch.device, ranks: Ranks | None, kind: str) ->
 def scaled(block: Block, by: float) -> Block:
     """The block at ``by`` times its scale."""
     if isinstance(block, Pairs):
-        return block._replace(scale=block.scale * by)
+        rows, columns, scale, unit, bias, row_keys, column_keys, own_column = block  # torch 2.6 cannot compile _replace
+        return Pairs(rows, columns, scale * by, unit, bias, row_keys, column_keys, own_column)
     return block._replace(pairs=block.pairs._replace(scale=block.pairs.scale * by))
 
 
@@ -81,7 +82,8 @@ def pairs_of_each(blocks: list[Block]) -> int:
     total = 0
     for block in blocks:
         pairs = block if isinstance(block, Pairs) else block.pairs
-        columns = pairs.shape[1] if isinstance(block, Pairs) else block.columns_of_all
+        here = pairs.rows if pairs.columns is None else pairs.columns  # torch 2.6 knows no properties of a NamedTuple
+        columns = here.shape[0] if isinstance(block, Pairs) else block.columns_of_all
         total += columns - int(pairs.columns is None or pairs.own_column is not None)
     return total
 
