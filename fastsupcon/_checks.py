@@ -79,11 +79,9 @@ def within(name: str, value: Tensor, low: int, high: int) -> None:
     """low <= value < high. On a GPU and under torch.compile a breach is asserted by the device: reading the values would wait."""
     if value.numel() == 0:
         return
-    message = f"{name} must lie in [{low}, {high})"
-    values = readable(value)
-    wide = (
-        value if values is None else values
-    ).long()  # a uint8 cannot be compared with -1 or 256: the bound would be wrapped; a uint16 has no aminmax
+    message, values = f"{name} must lie in [{low}, {high})", readable(value)
+    # A uint8 cannot be compared with -1 or 256, for the bound would be wrapped; a uint16 has no aminmax.
+    wide = (value if values is None else values).long()
     if values is not None:
         least, greatest = (int(bound) for bound in wide.aminmax())
         if least < low or greatest >= high:

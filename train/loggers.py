@@ -12,7 +12,7 @@ from settings import as_json
 
 
 class Loggers:
-    """The rows of log.jsonl, sent to experiment trackers too."""
+    """Those that a run's ``log_to`` names, on the first process alone."""
 
     def __init__(self, run: Run) -> None:
         self.senders = [SENDERS[name](run) for name in run.config.records.log_to] if processes.rank() == 0 else []
