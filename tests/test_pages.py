@@ -1,0 +1,94 @@
+"""README and docs/ are true: every python block runs, every command has options that exist, every link leads to a file."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pages
+import pytest
+import torch
+
+ROOT = pages.ROOT
+
+
+def named(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("page", [page for page in pages.PAGES if pages.python_blocks(page)], ids=named)
+def test_python_blocks_run(page, tmp_path, monkeypatch):
+    """In their order, in one namespace. What a missing package leaves out is told as a skip, after the others have run."""
+    monkeypatch.chdir(tmp_path)
+    names, missing = {"__name__": page.stem}, set()
+    for source, needs in pages.python_blocks(page):
+        absent = {name for name in needs if not (torch.cuda.is_available() if name == "cuda" else importlib.util.find_spec(name))}
+        missing |= absent
+        if not absent:
+            exec(compile(source, str(page), "exec"), names)
+    if missing:
+        pytest.skip(f"not here: {', '.join(sorted(missing))}; the blocks that need none of these ran")
+
+
+@pytest.mark.parametrize("page", pages.PAGES, ids=named)
+def test_links_lead_to_files(page):
+    assert not [str(path) for path in pages.files_linked_to(page) if not path.exists()]
+
+
+def parsers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[[list[str]], object]]:
+    """What reads the arguments of each program, and ends or raises where one is wrong. Data and runs that a command names need not exist."""
+    tyro = pytest.importorskip("tyro")
+    pytest.importorskip("rich")
+    sys.path[:0] = [str(ROOT / "train"), str(ROOT)]
+    import command_line
+    import compare
+    import data
+    import features
+    import predict
+    import settings
+    import tables
+
+    import bench.__main__
+
+    monkeypatch.setattr(command_line, "check_root", lambda *_: None)
+    monkeypatch.setattr(data, "check_root", lambda *_: None)
+    monkeypatch.setattr(settings, "read", lambda _: settings.recipe("digits", "hybrid-sc"))
+    return {
+        "train/hybrid.py": command_line.parse,
+        "train/predict.py": predict.parse,
+        "train/features.py": features.parse,
+        "train/tables.py": lambda words: tyro.cli(tables.Given, args=words),
+        "train/compare.py": lambda words: tyro.cli(compare.Compare, args=words),
+        "bench": lambda words: tyro.cli(functools.wraps(bench.__main__.main)(lambda *_, **__: None), args=words),
+    }
+
+
+@pytest.mark.parametrize("page", [page for page in pages.PAGES if pages.commands(page)], ids=named)
+def test_commands_can_be_given(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    known = parsers(monkeypatch)
+    for words in pages.commands(page):
+        said = " ".join(words)
+        while "=" in words[0]:  # variables of the environment
+            words = words[1:]
+        program, *words = words
+        if program == "torchrun":
+            words = words[next(n for n, word in enumerate(words) if word.endswith(".py")) :]
+            program = "python"
+        if program == "pip":
+            for option, value in zip(words, words[1:], strict=False):
+                assert option != "-r" or (ROOT / value).exists(), said
+        elif program == "python" and words[0] == "-m":
+            module, words = words[1], words[2:]
+            if module in known:
+                known[module](words)
+            else:
+                assert importlib.util.find_spec(module), said
+        elif program == "python" and not words[0].startswith("-"):
+            script, *words = words
+            assert (ROOT / script).exists(), said
+            if script in known:
+                known[script](words)
