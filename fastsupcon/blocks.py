@@ -1,4 +1,4 @@
-"""The quantities of rows that meet several blocks of columns: a batch and a queue, a batch and its class centres, a batch and the next."""
+"""The quantities of rows that meet several blocks of columns: a batch and a queue, a batch and its prototypes, a batch and the next."""
 
 from __future__ import annotations
 
