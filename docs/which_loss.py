@@ -47,7 +47,7 @@ STEPS = [
     Step("Few rows of a class\nin a batch?", "many classes, small batches", "PSCLoss", "or SupConLoss with queue=", "its prototype"),
     Step("Else", "labels, features to train", "SupConLoss", "beta= hard negatives\nqueue= small batches", "rows of its class"),
 ]
-WIDTH, LEFT, RIGHT, GAP, MARGIN = 7.2, 3.05, 3.45, 0.46, 0.12  # of the figure, its two columns, between them, around
+WIDTH, LEFT, RIGHT, MARGIN = 7.2, 3.05, 3.45, 0.12  # of the figure, its two columns, around them
 BOX, STEP = 1.34, 1.78  # heights: of a box, from one to the next
 LINE = 0.3  # of large text
 WRITTEN = {"va": "center", "linespacing": 1.15}
