@@ -51,10 +51,10 @@ def terms(pairs: Pairs, row_names: tuple[str, ...], column_names: tuple[str, ...
 
 def loss(pairs: Pairs, line: Line, *, backend: str = "auto") -> Tensor:
     """``line`` over the problem's rows: 0-d, or [N] with reduction="none", in the sum dtype."""
-    names = names_of(line)
     if traced(pairs) or torch._C._functorch.peek_interpreter_stack() is not None:
+        names = names_of(line)
         return reference.line(names, terms(pairs, names, backend=backend)[0], line)
-    outcome: Tensor = _apply(_Loss, pairs, names, line, backend)
+    outcome: Tensor = _apply(_Loss, pairs, line.names, line, backend)
     return outcome
 
 

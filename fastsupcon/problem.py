@@ -96,10 +96,12 @@ class Line(NamedTuple):
     @property
     def names(self) -> tuple[str, ...]:
         """The quantities that it needs: those with a coefficient, and count."""
-        return names_of(self)
+        return _kept_names(self)
 
 
-@functools.lru_cache(maxsize=256)  # not for ever: a temperature that changes changes the factor
 def names_of(line: Line) -> tuple[str, ...]:
-    """Line.names, for what torch.compile sees: that of torch 2.6 knows no properties of a NamedTuple."""
+    """Line.names, for what torch.compile sees: it warns of caches, and that of torch 2.6 knows no properties of a NamedTuple."""
     return tuple(name for name in QUANTITIES if name == "count" or getattr(line, name))
+
+
+_kept_names = functools.lru_cache(maxsize=256)(names_of)  # not for ever: a temperature that changes changes the factor
