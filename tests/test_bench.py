@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,11 +22,14 @@ import torch.nn.functional as F
 from tests import naive
 
 for package in ("matplotlib", "rich", "tyro"):
-    pytest.importorskip(package, reason=f"{package} (of the [bench] extra) is not installed")
+    pytest.importorskip(package, reason=f"{package} (pip install -r bench/requirements.txt) is not installed")
 
-from bench import gpu, measure, report  # noqa: E402
-from bench.__main__ import cpu_cases, gpu_cases, quick_cases, run  # noqa: E402
+import tyro  # noqa: E402
+
+from bench import gpu, measure, page, report, suite  # noqa: E402
+from bench.cases import cpu_cases, gpu_cases, quick_cases  # noqa: E402
 from bench.contenders import CONTENDERS, OPERATORS, ROWS, Case, at_once  # noqa: E402
+from bench.suite import run  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = sorted((ROOT / "bench/results").glob("[cg]pu-*.json"))  # of python -m bench
@@ -65,9 +69,9 @@ def test_a_run_is_recorded_and_reported(tmp_path, capsys):
 
 
 def test_the_cases_of_the_presets_are_rows_of_the_table():
-    presets = [cpu_cases(), gpu_cases(), quick_cases("cpu"), quick_cases("cuda")]
+    presets = [cpu_cases(2), gpu_cases(), quick_cases("cpu"), quick_cases("cuda")]
     assert all(case.loss in ROWS for cases in presets for case in cases)
-    assert {case.loss for case in cpu_cases()} == set(ROWS) - {"clip"}
+    assert {case.loss for case in cpu_cases(2)} == set(ROWS) - {"clip"}
 
 
 @pytest.mark.parametrize("loss", list(ROWS))
@@ -140,7 +144,39 @@ def test_the_reports_command_reads_earlier_results(results, tmp_path):
     out = Path(shutil.copy(results, tmp_path / "results.json"))
     written = subprocess.run([sys.executable, "-m", "bench.report", str(out)], cwd=ROOT, capture_output=True, text=True)
     assert written.returncode == 0, written.stderr
-    assert len(written.stdout.split()) == 4 and (tmp_path / "results-time.png").read_bytes().startswith(b"\x89PNG")
+    kinds = ["time", *(["graph"] if results.stem.startswith("gpu") else []), "memory"]
+    assert [Path(name).name for name in written.stdout.split()[2:]] == [f"results-{kind}.png" for kind in kinds]
+    assert all((tmp_path / f"results-{kind}.png").read_bytes().startswith(b"\x89PNG") for kind in kinds)
+    assert (tmp_path / "results.md").read_text(encoding="utf-8") == results.with_suffix(".md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", page.PAGES)
+def test_a_pages_tables_are_those_of_the_results(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert page.filled(text) == text, f"{name} has other tables than bench/results: python -m bench.page"
+
+
+def test_the_benchmark_page_has_every_table():
+    text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    assert {name for _, name, *_ in page.BLOCK.findall(text)} == set(page.TABLES) - {"readme"}
+    assert (
+        page.filled("a\n<!-- table: readme -->\nold\n<!-- end -->\nb") == f"a\n<!-- table: readme -->\n\n{page.readme()}\n\n<!-- end -->\nb"
+    )
+    with pytest.raises(SystemExit, match="no table is called x; there are readme, "):
+        page.filled("<!-- table: x -->\n<!-- end -->")
+
+
+@pytest.mark.parametrize("name", page.NOW)
+def test_the_command_beside_a_figure_measures_its_case_alone(name, monkeypatch, tmp_path):
+    found, asked = page.results(name), []
+    monkeypatch.setattr(suite, "run", lambda cases, *rest, **options: asked.append(cases))
+    monkeypatch.setattr(suite, "cores", lambda: found["machine"]["cores"])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for entry in found["cases"]:
+        words = shlex.split(page.command(entry["case"], found["machine"]["cores"]))
+        assert words[:3] == ["python", "-m", "bench"]
+        tyro.cli(suite.main, args=[*words[3:], "--out", str(tmp_path / "none.json")])
+    assert asked == [[Case(**entry["case"])] for entry in found["cases"]]
 
 
 @pytest.mark.parametrize("rows", [1, 5, 41, 100])
@@ -189,7 +225,7 @@ class Faulty(measure.Worker):
 @pytest.mark.skipif(sys.platform == "win32", reason="stops processes by signals")
 @pytest.mark.parametrize("keep", [False, True])
 def test_a_worker_that_fails_costs_its_own_figures_alone(tmp_path, monkeypatch, capsys, keep):
-    monkeypatch.setattr("bench.__main__.Worker", Faulty)
+    monkeypatch.setattr("bench.suite.Worker", Faulty)
     monkeypatch.setattr(Faulty, "started", [])
     out = tmp_path / "results.json"
     run([dataclasses.replace(TINY[0], only=("chunked",)), TINY[1]], ("naive", "chunked"), out, rounds=2, keep=keep)
@@ -218,7 +254,7 @@ def test_a_worker_that_fails_costs_its_own_figures_alone(tmp_path, monkeypatch, 
 
 def test_processes_kept_for_all_cases_are_replaced_where_they_failed(tmp_path, monkeypatch):
     """naive dies in a turn of the first case and chunked, which only refuses one, is replaced as well; the others stay."""
-    monkeypatch.setattr("bench.__main__.Worker", Faulty)
+    monkeypatch.setattr("bench.suite.Worker", Faulty)
     monkeypatch.setattr(Faulty, "started", [])
     monkeypatch.setitem(FAULTS, ("simclr", "naive", "forward"), "dies")
     monkeypatch.setitem(FAULTS, ("simclr", "chunked", "forward"), "refuses")
