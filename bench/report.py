@@ -130,6 +130,23 @@ def summary(entries: list[dict]) -> str:
     return table(header, rows)
 
 
+def in_a_line(entry: dict) -> str:
+    """A case's figures as they come: of all who were timed, and how ours compare with the naive loss and with the floor."""
+    timed = [(name, median(entry, name)) for name in COLOURS if median(entry, name)]
+    said = [f"{name} {milliseconds(seconds)}" for name, seconds in timed]
+    line = f"{title(entry['case'])}: {f'{BOTH}, ms: ' + ', '.join(said) if said else 'nobody was timed'}"
+    mine = ours(entry)
+    if mine is None:
+        return line
+    seconds, naive = median(entry, mine), median(entry, "naive")
+    line += f"; {mine}: {mebibytes(extra_bytes(entry, mine))} MiB"
+    share = percent_of_floor(entry, BOTH, seconds)
+    line += "" if share == "–" else f", {share} % of the floor's rate"
+    if naive:
+        line += f"; naive: {mebibytes(extra_bytes(entry, 'naive'))} MiB, {times_longer(naive, seconds)} times as long"
+    return line
+
+
 def ratio_row(entry: dict, peers: list[str], mode: str) -> list[str]:
     mine = ours(entry)
     spread = of(entry, mine)["seconds"][mode]

@@ -30,12 +30,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastsupcon.backends._extension import module as extension
 
 from . import report
+from . import share as sharing
 from .cases import cores, cpu_cases, gpu_cases, quick_cases
-from .contenders import CONTENDERS, PRESETS, ROWS, Case, absent, at_once
-from .measure import PRODUCT, REFERENCE, Ended, Worker
+from .contenders import CONTENDERS, NOT_ASKED, PRESETS, ROWS, Case, absent, at_once
+from .measure import PRODUCT, REFERENCE, TURN, Ended, Worker
 from .report import AFTER, BOTH
 
 ROUNDS = 9  # turns of each contender in each mode
+START = 3  # seconds, to foretell how long it takes: on a CPU, until a process has loaded torch and prepared its step;
+FIRST, EACH = 30, 13  # on a GPU, until all have, and a case, as on an H200
 SLOW, SLOW_ROUNDS = {"cpu": 1.0, "cuda": 0.1}, 3  # seconds a step; from there on fewer turns
 
 
@@ -43,6 +46,7 @@ def main(
     preset: tyro.conf.Positional[Literal["auto", "cpu", "gpu"]] = "auto",
     *,
     quick: bool = False,
+    share: bool = False,
     rows: tuple[int, ...] = (),
     depth: tuple[int, ...] = (),
     prototypes: tuple[int, ...] = (),
@@ -58,6 +62,8 @@ def main(
     Args:
         preset: the cases of a CPU or of a GPU; auto: the GPU's where there is one.
         quick: three small cases on a CPU, in about a minute; the twelve that matter most on a GPU, in about three.
+        share: as with --quick, and what was measured is written once more into a file of its own, <out>-share.json, to attach to a report:
+            with what ``python -m fastsupcon`` says, without names of people or machines and without paths.
         rows: only the cases of these N.
         depth: only the cases of these D.
         prototypes: only the cases of so many prototypes or, of cross and clip, columns; 0: those without.
@@ -66,7 +72,8 @@ def main(
         threads: only the cases of these numbers of threads.
         contenders: only these; default: all of the preset.
         seconds: no case is begun later than so many seconds after the first.
-        out: the JSON file, added to where it exists; the table and plots are written beside it. Default: runs/bench/<preset>.json.
+        out: the JSON file, added to where it exists; the table and plots are written beside it. Default: runs/bench/<preset>.json, and
+            runs/bench/quick.json with --quick or --share.
     """
     for option, names, known in (("loss", loss, ROWS), ("contenders", contenders, CONTENDERS)):
         if unknown := set(names) - set(known):
@@ -75,7 +82,7 @@ def main(
         preset = "gpu" if torch.cuda.is_available() else "cpu"
     if preset == "gpu" and not torch.cuda.is_available():
         raise SystemExit("--preset gpu needs a CUDA device, and torch sees none")
-    device = "cuda" if preset == "gpu" else "cpu"
+    device, quick = "cuda" if preset == "gpu" else "cpu", quick or share
     cases = quick_cases(device) if quick else gpu_cases() if preset == "gpu" else cpu_cases(cores())
     chosen = (("rows", rows), ("depth", depth), ("prototypes", prototypes), ("loss", loss), ("dtype", dtype), ("threads", threads))
     cases = [case for case in cases if all(not values or getattr(case, key) in values for key, values in chosen)]
@@ -84,20 +91,31 @@ def main(
     out = out or Path("runs/bench") / f"{'quick' if quick else preset}.json"
     rounds = 3 if quick and device == "cpu" else ROUNDS
     try:
-        run(cases, contenders or PRESETS[preset], out, rounds, keep=device == "cuda", seconds=seconds)
+        measured = run(cases, contenders or PRESETS[preset], out, rounds, keep=device == "cuda", seconds=seconds)
+    except KeyboardInterrupt:
+        told = f"{out} holds the cases that were complete" if out.exists() else "no case was complete"
+        print(f"interrupted: {told}{', nothing was written to be shared' * share}", file=sys.stderr, flush=True)
+        raise
     finally:  # also of what there is when it is interrupted
         for path in report.write(out) if out.exists() else ():
             print(path)
+    if share and not measured:
+        raise SystemExit(f"--share: no case was measured in --seconds {seconds:g}, so there is nothing to share")
+    if share:
+        file = out.with_name(f"{out.stem}-share.json")
+        sharing.write(file, machine(device), measured)
+        print(f"{file}: attach this file to an issue. It holds versions, the processor or card and the figures, no name of a person or")
+        print("machine and no path; look into it before you send it.")
 
 
-def run(cases: list[Case], names: tuple[str, ...], out: Path, rounds: int, *, keep: bool = False, seconds: float = math.inf) -> None:
-    """Measure the cases and merge each, as soon as it is complete, into the JSON file ``out``.
+def run(cases: list[Case], names: tuple[str, ...], out: Path, rounds: int, *, keep: bool = False, seconds: float = math.inf) -> list[dict]:
+    """Measure the cases and merge each, as soon as it is complete, into the JSON file ``out``. Returned are those measured now.
 
     With ``keep`` a contender keeps its process for all cases, and all prepare at the same time. On a CPU they do not: a process's peak of
     memory would hide in what an earlier case left to it, and they would take the cores from each other.
     """
     here = machine(cases[0].device)
-    results = json.loads(out.read_text()) if out.exists() else {"machine": here, "cases": []}
+    results = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"machine": here, "cases": []}
     for key in ("processor", "cores", "device"):
         if results["machine"][key] != here[key]:
             raise SystemExit(f"{out} holds figures of another {key}, {results['machine'][key]} and not {here[key]}: name another file")
@@ -107,27 +125,60 @@ def run(cases: list[Case], names: tuple[str, ...], out: Path, rounds: int, *, ke
     bars = Progress(*columns, console=console, disable=not console.is_terminal)
     end = time.monotonic() + seconds
     workers: dict[str, Worker] = {}
+    measured: list[dict] = []
     with tempfile.TemporaryDirectory() as scratch, bars as progress:
         bar = progress.add_task("", total=len(cases) * (len(names) + rounds))
 
+        def say(text: str) -> None:
+            if console.is_terminal:  # above the bar
+                console.print(text, highlight=False, markup=False, soft_wrap=True)
+            else:
+                print(f"{datetime.datetime.now():%H:%M:%S} {text}", file=sys.stderr, flush=True)
+
         def step(text: str, done: int = 1) -> None:
             if not console.is_terminal and text != progress.tasks[bar].description:  # what shows no bar shows a line
-                print(f"{datetime.datetime.now():%H:%M:%S} {text}", file=sys.stderr, flush=True)
+                say(text)
             progress.update(bar, description=text, advance=done)
 
+        for line in (*foretold(cases, names, rounds), f"results: {out}, after each case"):
+            say(line)
         try:
-            for case in cases:
+            for number, case in enumerate(cases, 1):
                 if time.monotonic() >= end:
-                    print(f"not begun in {seconds:g} s: {report.title(asdict(case))}", file=sys.stderr, flush=True)
+                    say(f"not begun in {seconds:g} s: {report.title(asdict(case))}")
                     continue
                 result = run_case(case, names, rounds, Path(scratch), workers, keep, step)
                 kept = [other for other in results["cases"] if other["case"] != result["case"]]
                 results["cases"] = sorted([*kept, result], key=lambda entry: [str(value).rjust(9) for value in entry["case"].values()])
                 report.write_whole(out, json.dumps(results, indent=1, ensure_ascii=False).encode())
+                say(f"{number} of {len(cases)}: {report.in_a_line(result)}")
+                measured.append(result)
                 if not keep:
                     dismiss(workers, *workers)
         finally:
             dismiss(workers, *workers)
+    return measured
+
+
+def foretold(cases: list[Case], names: tuple[str, ...], rounds: int) -> list[str]:
+    """What will be measured, by whom, about how long it takes; and who has no part, but for those who were not asked."""
+    present = [[name for name in names if absent(name, case) is None] for case in cases]
+    losses = ", ".join(dict.fromkeys(case.loss.upper() for case in cases))
+    counts = sorted({case.rows for case in cases})
+    sizes = f"{counts[0]:,} to {counts[-1]:,} rows" if len(counts) > 1 else f"{counts[0]:,} rows"
+    if cases[0].device == "cuda":
+        seconds = FIRST + EACH * len(cases)
+    else:  # processes start one after the other; each has a turn in two modes, or three on several threads
+        modes = [3 if case.threads > 1 else 2 for case in cases]
+        seconds = sum((len(who) + 2) * START + rounds * len(who) * of * TURN["cpu"] for who, of in zip(present, modes, strict=True))
+    minutes = f"about {seconds / 60:.0f} minutes" if seconds >= 90 else "about a minute"
+    lines = [f"{len(cases)} case{'s' * (len(cases) > 1)} ({losses}; {sizes}), {minutes}, longer where a step takes seconds"]
+    lines += [f"measured: {', '.join(name for name in names if any(name in who for who in present)) or 'nobody'}"]
+    for name in names:
+        reasons = {absent(name, case) for case in cases}
+        if None not in reasons and reasons != {NOT_ASKED}:
+            lines.append(f"left out: {name}: {'; '.join(sorted(reasons - {NOT_ASKED}))}")
+    return lines
 
 
 def dismiss(workers: dict[str, Worker], *names: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import platform
 import shlex
 import shutil
 import signal
@@ -26,10 +27,11 @@ for package in ("matplotlib", "rich", "tyro"):
 
 import tyro  # noqa: E402
 
-from bench import gpu, measure, page, report, suite  # noqa: E402
+from bench import gpu, measure, page, report, share, suite  # noqa: E402
 from bench.cases import cpu_cases, gpu_cases, quick_cases  # noqa: E402
 from bench.contenders import CONTENDERS, OPERATORS, ROWS, Case, at_once  # noqa: E402
 from bench.suite import run  # noqa: E402
+from fastsupcon.__main__ import facts  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = sorted((ROOT / "bench/results").glob("[cg]pu-*.json"))  # of python -m bench
@@ -41,7 +43,13 @@ def test_a_run_is_recorded_and_reported(tmp_path, capsys):
     out = tmp_path / "results.json"
     run([TINY[0], dataclasses.replace(TINY[1], threads=2)], ("naive", "chunked", "inf-cl"), out, rounds=2)
     said = capsys.readouterr().err.splitlines()
-    assert [line.split(": ")[-1] for line in said if "SCL" in line][1:] == ["reference", "naive", "chunked", "product", "2 rounds"]
+    assert "2 cases (SCL, PSC; 40 to 64 rows), about a minute" in said[0] and said[1].endswith("measured: naive, chunked")
+    assert "left out: inf-cl: " in said[2] and said[3].endswith(f"results: {out}, after each case")
+    steps = [line.split(": ")[-1] for line in said if " SCL 64 × 128, float32, 1 thread: " in line and " of 2: " not in line]
+    assert steps == ["reference", "naive", "chunked", "product", "2 rounds"]
+    figures = [line.split(" of 2: ")[1] for line in said if " of 2: " in line]
+    assert figures == [report.in_a_line(entry) for entry in reversed(json.loads(out.read_text())["cases"])]
+    assert "forward+backward, ms: naive " in figures[0]
     entries = json.loads(out.read_text())["cases"]
     assert [(entry["case"]["loss"], entry["case"]["rows"]) for entry in entries] == [("psc", 40), ("scl", 64)]
     for entry in entries:
@@ -276,18 +284,82 @@ def test_no_case_is_begun_without_time(tmp_path, capsys):
     assert capsys.readouterr().err.count("not begun in 0 s") == 2 and not (tmp_path / "results.json").exists()
 
 
+def test_what_is_shared_is_whole_and_names_nobody(tmp_path, monkeypatch, capsys):
+    entry = page.results("cpu-avx2-zen3")["cases"][0]
+    failure = f"OSError: {Path.home()}/private/a.py and '{ROOT}/b.so' and C:\\Users\\me\\c.dll; 12 GB/s"
+    entry = entry | {"contenders": entry["contenders"] | {"chunked": {"absent": failure}}}
+    asked = []
+
+    def measured(cases, names, out, rounds, **options):
+        asked.append((cases, rounds))
+        return [entry]
+
+    monkeypatch.setattr(suite, "run", measured)
+    suite.main("cpu", share=True, rows=(256,), out=tmp_path / "mine.json")
+    assert asked == [([case for case in quick_cases("cpu") if case.rows == 256], 3)]  # --share is --quick, and no option is ignored
+    shared = json.loads((tmp_path / "mine-share.json").read_text(encoding="utf-8"))
+    assert shared["fastsupcon"] == share.without_folders(facts()) and shared["fastsupcon"]["devices"][0]["dtypes"]["float32"]["auto"]
+    assert shared["machine"] == suite.machine("cpu") and shared["cases"][0]["floor_flops"] == entry["floor_flops"]
+    assert shared["cases"][0]["contenders"]["chunked"] == {"absent": "OSError: …/a.py and '…/b.so' and …/c.dll; 12 GB/s"}
+    text = (tmp_path / "mine-share.json").read_text(encoding="utf-8")
+    assert not [name for name in (str(Path.home()), str(ROOT), platform.node()) if len(name) > 1 and name in text]
+    assert f"{tmp_path / 'mine-share.json'}: attach this file" in capsys.readouterr().out
+
+    monkeypatch.setattr(suite, "run", lambda *rest, **options: [])
+    with pytest.raises(SystemExit, match="--share: no case was measured in --seconds 0"):
+        suite.main("cpu", share=True, seconds=0, out=tmp_path / "none.json")
+    monkeypatch.setattr(suite, "run", lambda *rest, **options: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        suite.main("cpu", share=True, out=tmp_path / "none.json")
+    assert "interrupted: no case was complete, nothing was written to be shared" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine-share.json"]
+
+
+def test_what_is_missing_is_named_in_a_line():
+    code = "import runpy, sys; sys.modules['tyro'] = None; runpy.run_module('bench', run_name='__main__')"
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert said.returncode == 1 and said.stderr.splitlines()[1:] == [
+        "python -m bench needs tyro, which is not installed: pip install -r bench/requirements.txt"
+    ]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes of a shell")
+def test_a_reader_that_goes_ends_it_quietly(tmp_path):
+    """`python -m bench 2>&1 | head -2`: what it would say next finds nobody."""
+    command = [
+        sys.executable,
+        "-m",
+        "bench",
+        "cpu",
+        "--loss",
+        "scl",
+        "--rows",
+        "256",
+        "--contenders",
+        "chunked",
+        "--out",
+        tmp_path / "a.json",
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout.readline() == "python -m bench: loading torch …\n"
+    process.stdout.close()
+    assert process.wait(120) == 141
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="stops processes by signals")
 def test_an_interrupted_run_reports_what_it_has(tmp_path):
     """By a signal to all of its processes, as a terminal sends it."""
     out = tmp_path / "results.json"
     command = [sys.executable, "-m", "bench", "cpu", "--loss", "scl", "--rows", "256", "512", "--threads", "1", "--contenders", "chunked"]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # else a process started here ignores it where this one does
-    process = subprocess.Popen([*command, "--out", str(out)], cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([*command, "--out", str(out)], cwd=ROOT, start_new_session=True, **pipes)
     while not out.exists() and process.poll() is None:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode != 0 and "results.md" in said
+    said, complained = process.communicate(timeout=60)
+    assert process.returncode == 130 and "results.md" in said
+    assert "Traceback" not in complained and complained.splitlines()[-1] == f"interrupted: {out} holds the cases that were complete"
     assert len(json.loads(out.read_text())["cases"]) == 1 and out.with_suffix(".md").exists()
 
 
