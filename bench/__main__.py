@@ -14,7 +14,7 @@ def main() -> None:
         from . import suite
     except ModuleNotFoundError as missing:
         raise SystemExit(f"python -m bench needs {missing.name}, which is not installed: pip install -r bench/requirements.txt") from None
-    tyro.cli(suite.main)
+    tyro.cli(suite.main, prog="python -m bench", config=(tyro.conf.FlagCreatePairsOff,))  # no --no-quick, which --share would overrule
 
 
 if __name__ == "__main__":  # not in the processes that it starts, which import this module by another name
