@@ -21,6 +21,7 @@ from tests.table import LOSSES, Row, unit
 
 TEMPERATURE = 0.1
 CLASSES = 8  # where there are labels but no prototypes
+NOT_ASKED = "not asked for at this size"
 FITS = {"cpu": 0.5, "cuda": 0.75}  # the share of the memory that a contender's matrices may take
 
 
@@ -253,7 +254,7 @@ def absent(name: str, case: Case) -> str | None:
     """Why this contender has no part in this case, or None."""
     contender = CONTENDERS[name]
     if case.only and name not in case.only:
-        return "not asked for at this size"
+        return NOT_ASKED
     if reason := contender.absent(case):
         return reason
     if (bytes_needed := need(name, case)) > FITS[case.device] * memory(case.device):

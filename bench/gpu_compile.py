@@ -11,7 +11,7 @@ from multiprocessing import get_context
 
 import torch
 
-from .__main__ import quick_cases
+from .cases import quick_cases
 from .contenders import CONTENDERS, PRESETS, Case, absent, need
 from .measure import differentiable, one_line
 

@@ -36,6 +36,7 @@ ANCHORS = 256  # and above naive again, for so many of the rows
 BLOCK = 2**27  # similarities that PSC's reference holds at once: 1 GiB a matrix in float64
 TURN = {"cpu": 0.1, "cuda": 0.02}  # seconds of runs a contender makes when its turn comes, at least one
 ANSWER = {"cpu": 3600, "cuda": 60}  # seconds a worker has for one answer, its start and its compiling included
+LEAKS = "ignore::UserWarning:multiprocessing.resource_tracker"  # what a process that is killed leaves is cleaned up, in silence
 JOIN = 5  # seconds it has to end by itself
 KEPT = 4 * 2**30  # bytes of a GPU that a worker may keep cached while the others take their turns,
 GRAPH = 1 / 8  # and the share of a GPU that its graph may, which gives nothing back
@@ -287,8 +288,13 @@ class Worker:
         self.limit, self.failed = ANSWER[device], False
         self.pipe, other = context.Pipe()
         self.process = context.Process(target=serve, args=(name, device, other), daemon=True)
-        environment = {"OMP_NUM_THREADS": str(threads), **(CONTENDERS[name].environment if name in CONTENDERS else {})}
-        with _environment(environment):
+        quiet = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), LEAKS]))
+        environment = {
+            "OMP_NUM_THREADS": str(threads),
+            "PYTHONWARNINGS": quiet,
+            **(CONTENDERS[name].environment if name in CONTENDERS else {}),
+        }
+        with _environment(environment), _uninterrupted():
             self.process.start()
         other.close()
 
@@ -317,13 +323,24 @@ class Worker:
         return answer
 
     def end(self) -> None:
+        self.process.kill()  # before its pipe is closed, of which it would complain
         self.pipe.close()
-        self.process.kill()
         self.process.join(JOIN)  # not for good: a driver that hangs keeps even a killed process
 
     @property
     def ended(self) -> bool:
         return self.pipe.closed
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """A process begun here gets no interrupt, also not before it has come to say so: it is for the parent, whom it reaches afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]) if hasattr(signal, "pthread_sigmask") else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

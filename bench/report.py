@@ -1,4 +1,4 @@
-"""The tables and the two plots, from the JSON that ``python -m bench`` wrote: ``python -m bench.report FILE``."""
+"""The tables and the plots, from the JSON that ``python -m bench`` wrote: ``python -m bench.report FILE``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 COLOURS = {
@@ -27,6 +29,7 @@ COLOURS = {
 OURS = ("cuda", "triton", "cpu")  # fastest first: the one the others are compared with
 BOTH = "forward+backward"
 AFTER = "after a parallel operator"  # the same, on more than one thread of a CPU
+SPOKEN = {"graph": f"{BOTH} replayed as a CUDA graph"}
 
 
 def title(case: dict) -> str:
@@ -34,6 +37,10 @@ def title(case: dict) -> str:
     prototypes = f", {columns} = {case['prototypes']:,}" if case["prototypes"] else ""
     threads = f", {case['threads']} thread{'s' * (case['threads'] > 1)}" if case["device"] == "cpu" else ""
     return f"{case['loss'].upper()} {case['rows']:,} × {case['depth']}{prototypes}, {case['dtype']}{threads}"
+
+
+def spoken(name: str) -> str:
+    return f"fastsupcon: {name}" if name in (*OURS, "chunked") else name
 
 
 def of(entry: dict, name: str) -> dict:
@@ -64,7 +71,7 @@ def ours(entry: dict) -> str | None:
 
 
 def milliseconds(seconds: float | None) -> str:
-    return "–" if seconds is None else f"{seconds * 1000:.3g}" if seconds < 1 else f"{seconds * 1000:,.0f}"
+    return "–" if seconds is None else f"{seconds * 1000:#.3g}".rstrip(".") if seconds < 0.9995 else f"{seconds * 1000:,.0f}"
 
 
 def mebibytes(size: float | None) -> str:
@@ -86,7 +93,7 @@ def tables(results: dict) -> str:
         timed = [entry for entry in entries if any(median(entry, name, mode) for name in names)]
         if not timed:
             continue
-        spoken = {"graph": f"{BOTH} replayed as a CUDA graph"}.get(mode, mode)
+        spoken = SPOKEN.get(mode, mode)
         rows = [
             [title(e["case"]), milliseconds(floor_seconds(e, mode)), *(milliseconds(median(e, name, mode)) for name in names)]
             for e in timed
@@ -123,6 +130,23 @@ def summary(entries: list[dict]) -> str:
     return table(header, rows)
 
 
+def in_a_line(entry: dict) -> str:
+    """A case's figures as they come: of all who were timed, and how ours compare with the naive loss and with the floor."""
+    timed = [(name, median(entry, name)) for name in COLOURS if median(entry, name)]
+    said = [f"{name} {milliseconds(seconds)}" for name, seconds in timed]
+    line = f"{title(entry['case'])}: {f'{BOTH}, ms: ' + ', '.join(said) if said else 'nobody was timed'}"
+    mine = ours(entry)
+    if mine is None:
+        return line
+    seconds, naive = median(entry, mine), median(entry, "naive")
+    line += f"; {mine}: {mebibytes(extra_bytes(entry, mine))} MiB"
+    share = percent_of_floor(entry, BOTH, seconds)
+    line += "" if share == "–" else f", {share} % of the floor's rate"
+    if naive:
+        line += f"; naive: {mebibytes(extra_bytes(entry, 'naive'))} MiB, {times_longer(naive, seconds)} times as long"
+    return line
+
+
 def ratio_row(entry: dict, peers: list[str], mode: str) -> list[str]:
     mine = ours(entry)
     spread = of(entry, mine)["seconds"][mode]
@@ -133,7 +157,11 @@ def ratio_row(entry: dict, peers: list[str], mode: str) -> list[str]:
 
 def percent_of_floor(entry: dict, mode: str, seconds: float) -> str:
     floor = floor_seconds(entry, mode)
-    return "–" if floor is None else f"{100 * floor / seconds:.0f}"
+    return "–" if floor is None else digits(100 * floor / seconds)
+
+
+def digits(percent: float) -> str:
+    return f"{percent:.0f}" if percent >= 1 else f"{percent:.1g}"
 
 
 def after(entry: dict, name: str) -> str:
@@ -166,15 +194,31 @@ def heading(results: dict) -> str:
     sets = sorted({entry["instruction_set"] for entry in entries if entry["instruction_set"]})
     loads = [entry["load"] for entry in entries if entry.get("load")]
     load = f" Load average when a case ended: {min(loads):.1f}–{max(loads):.1f} (1 per thread on a quiet machine)." if loads else ""
+    driver = f" {gpu_spoken(machine['gpu'])}." if "gpu" in machine else ""
     used = f" Instruction set in use: {', '.join(sets)}." if sets else ""
     return (
         f"{machine['processor']}, {machine['cores']} cores; device {machine['device']}. {'; '.join(versions)}. {'; '.join(runs)}."
-        f"{used}{load}\n\nThe rate of the floor is that of {rate_of(entries)}: {'; '.join(spoken)}."
+        f"{driver}{used}{load}\n\nThe rate of the floor is that of {rate_of(entries)}: {'; '.join(spoken)}."
     )
+
+
+def gpu_spoken(queried: str) -> str:
+    """``name,name: value, value; more``, as ``python -m bench`` records it."""
+    found, *more = queried.split("; ")
+    keys, values = (part.split(",") for part in found.split(": ", 1))
+    return ", ".join([*(f"{key} {value.strip()}" for key, value in zip(keys, values, strict=False)), *more])
 
 
 def rate_of(entries: list[dict]) -> str:
     return ", or ".join(sorted({entry["product"]["what"] for entry in having_floor(entries)})) or "no product"
+
+
+def floor_spoken(entry: dict) -> str:
+    """Of a case of SCL: its flops, and at whose rate."""
+    if "absent" in entry["product"]:
+        return "no floor"
+    times = entry["floor_flops"][BOTH] / entry["case"]["rows"] ** 2 / entry["case"]["depth"]
+    return f"floor: {times:g}N²D flops at the\nrate of {entry['product']['what']}"
 
 
 def having_floor(entries: list[dict]) -> list[dict]:
@@ -195,7 +239,7 @@ def errors(found: dict) -> str:
 # ------------------------------------------------------------------------------------------------------------------------------ plots
 
 
-def plot(results: dict, value, label: str, floor, floor_label: str) -> bytes | None:
+def plot(results: dict, value, label: str, what: str, floor, floor_label: Callable[[dict], str]) -> bytes | None:
     """One quantity over N, both axes logarithmic: SCL at D = 128, on one thread or the GPU, in the dtype with most cases."""
     import matplotlib
 
@@ -208,21 +252,21 @@ def plot(results: dict, value, label: str, floor, floor_label: str) -> bytes | N
     single = [e for e in entries if e["case"]["threads"] == 1 and any(value(e, name) for name in COLOURS)]
     if not single:
         return None
-    figure, axes = plt.subplots(figsize=(6.4, 4.4), dpi=120, layout="constrained")
+    figure, axes = plt.subplots(figsize=(8.4, 4.4), dpi=120, layout="constrained")
     for name, colour in COLOURS.items():
         points = sorted((e["case"]["rows"], found) for e in single if (found := value(e, name)))
         if points:
-            axes.plot(*zip(*points, strict=True), "o-", ms=4, lw=2 if name in OURS else 1.2, color=colour, label=name)
+            axes.plot(*zip(*points, strict=True), "o-", ms=4, lw=2 if name in OURS else 1.2, color=colour, label=spoken(name))
     rows = sorted({e["case"]["rows"] for e in single})
     floors = sorted((e["case"]["rows"], found) for e in single if (found := floor(e)))
-    axes.plot([n for n, _ in floors], [found for _, found in floors], "k--", lw=1, label=floor_label)
+    axes.plot([n for n, _ in floors], [found for _, found in floors], "k--", lw=1.2, label=floor_label(single[0]))
     where = results["machine"]["processor"] + ", 1 thread" if single[0]["case"]["device"] == "cpu" else results["machine"]["device"]
     axes.set(xscale="log", yscale="log", xlabel="rows N", ylabel=label)
     axes.set_xticks(rows, [f"{n:,}" for n in rows])
     axes.minorticks_off()
-    axes.set_title(f"SCL, D = 128, {single[0]['case']['dtype']}, {BOTH}\n{where}", fontsize=10)
+    axes.set_title(f"SCL, D = 128, {single[0]['case']['dtype']}, {what}\n{where}", fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, frameon=False)
+    figure.legend(fontsize=8, frameon=False, loc="outside right upper")
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     plt.close(figure)
@@ -249,13 +293,14 @@ def write(results_path: Path) -> list[Path]:
     written = [results_path, results_path.with_suffix(".md")]
     write_whole(written[1], tables(results).encode())
     quantities = {
-        "time": (median, "seconds", floor_seconds, f"floor at the rate of {rate_of(results['cases'])}"),
-        "memory": (extra_bytes, "peak bytes over the inputs", gradient_bytes, "the gradient alone"),
+        "time": (median, "seconds", BOTH, floor_seconds, floor_spoken),
+        "graph": (partial(median, mode="graph"), "seconds", SPOKEN["graph"], floor_seconds, floor_spoken),
+        "memory": (extra_bytes, "peak bytes over the inputs", BOTH, gradient_bytes, lambda entry: "the gradient alone"),
     }
     try:
         pictures = {kind: plot(results, *quantity) for kind, quantity in quantities.items()}
     except ImportError as missing:
-        print(f"no plots: {missing}", file=sys.stderr)
+        print(f"no plots: {missing.name} is not installed: pip install -r bench/requirements.txt", file=sys.stderr)
         return written
     for kind, picture in pictures.items():
         if picture:

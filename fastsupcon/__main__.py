@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from typing import Any
 
 import torch
 
@@ -31,23 +32,38 @@ def _built() -> str:
     return f"extension {cuda}; CPU instruction sets usable here: {sets}; in use: {used}, on {extension.cpu.threads()}"
 
 
-def main() -> None:
-    print(f"fastsupcon {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}")
-    print(f"built: {_built()}")
+def facts() -> dict[str, Any]:
+    """What :func:`main` says, as data: also what ``python -m bench --share`` sends along."""
+    devices = []
     for device in _devices():
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-        print(f"\n{device} ({name}), rows of dimension {DEPTH}")
+        dtypes: dict[str, dict[str, Any]] = {}
         refusals: dict[tuple[str, str], list[str]] = {}  # (backend, reason) -> dtypes
         for dtype in DTYPES:
             short = str(dtype).removeprefix("torch.")
             reasons = {known: module.unusable(device, dtype, DEPTH) for known, module in BACKENDS.items()}
             usable = [known for known, reason in reasons.items() if reason is None]
-            print(f"  {short:9} auto = {select('auto', device, dtype, DEPTH)}; usable: {', '.join(usable)}")
+            dtypes[short] = {"auto": select("auto", device, dtype, DEPTH), "usable": usable}
             for known, reason in reasons.items():
                 if reason is not None:
                     refusals.setdefault((known, reason), []).append(short)
-        for (known, reason), dtypes in refusals.items():
-            print(f"  not {known}{'' if len(dtypes) == len(DTYPES) else ' for ' + ', '.join(dtypes)}: {reason}")
+        refused = [{"backend": known, "reason": reason, "dtypes": of} for (known, reason), of in refusals.items()]
+        devices.append({"device": str(device), "name": name, "dtypes": dtypes, "refusals": refused})
+    versions = {"fastsupcon": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    return {**versions, "machine": platform.machine(), "built": _built(), "dimension": DEPTH, "devices": devices}
+
+
+def main() -> None:
+    found = facts()
+    print(f"fastsupcon {found['fastsupcon']}, torch {found['torch']}, Python {found['python']}, {found['machine']}")
+    print(f"built: {found['built']}")
+    for device in found["devices"]:
+        print(f"\n{device['device']} ({device['name']}), rows of dimension {found['dimension']}")
+        for dtype, served in device["dtypes"].items():
+            print(f"  {dtype:9} auto = {served['auto']}; usable: {', '.join(served['usable'])}")
+        for refused in device["refusals"]:
+            of = refused["dtypes"]
+            print(f"  not {refused['backend']}{'' if len(of) == len(DTYPES) else ' for ' + ', '.join(of)}: {refused['reason']}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import platform
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,11 +23,15 @@ import torch.nn.functional as F
 from tests import naive
 
 for package in ("matplotlib", "rich", "tyro"):
-    pytest.importorskip(package, reason=f"{package} (of the [bench] extra) is not installed")
+    pytest.importorskip(package, reason=f"{package} (pip install -r bench/requirements.txt) is not installed")
 
-from bench import gpu, measure, report  # noqa: E402
-from bench.__main__ import cpu_cases, gpu_cases, quick_cases, run  # noqa: E402
+import tyro  # noqa: E402
+
+from bench import gpu, measure, page, report, share, suite  # noqa: E402
+from bench.cases import cpu_cases, gpu_cases, quick_cases  # noqa: E402
 from bench.contenders import CONTENDERS, OPERATORS, ROWS, Case, at_once  # noqa: E402
+from bench.suite import run  # noqa: E402
+from fastsupcon.__main__ import facts  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = sorted((ROOT / "bench/results").glob("[cg]pu-*.json"))  # of python -m bench
@@ -37,7 +43,13 @@ def test_a_run_is_recorded_and_reported(tmp_path, capsys):
     out = tmp_path / "results.json"
     run([TINY[0], dataclasses.replace(TINY[1], threads=2)], ("naive", "chunked", "inf-cl"), out, rounds=2)
     said = capsys.readouterr().err.splitlines()
-    assert [line.split(": ")[-1] for line in said if "SCL" in line][1:] == ["reference", "naive", "chunked", "product", "2 rounds"]
+    assert "2 cases (SCL, PSC; 40 to 64 rows), about a minute" in said[0] and said[1].endswith("measured: naive, chunked")
+    assert "left out: inf-cl: " in said[2] and said[3].endswith(f"results: {out}, after each case")
+    steps = [line.split(": ")[-1] for line in said if " SCL 64 × 128, float32, 1 thread: " in line and " of 2: " not in line]
+    assert steps == ["reference", "naive", "chunked", "product", "2 rounds"]
+    figures = [line.split(" of 2: ")[1] for line in said if " of 2: " in line]
+    assert figures == [report.in_a_line(entry) for entry in reversed(json.loads(out.read_text())["cases"])]
+    assert "forward+backward, ms: naive " in figures[0]
     entries = json.loads(out.read_text())["cases"]
     assert [(entry["case"]["loss"], entry["case"]["rows"]) for entry in entries] == [("psc", 40), ("scl", 64)]
     for entry in entries:
@@ -65,9 +77,9 @@ def test_a_run_is_recorded_and_reported(tmp_path, capsys):
 
 
 def test_the_cases_of_the_presets_are_rows_of_the_table():
-    presets = [cpu_cases(), gpu_cases(), quick_cases("cpu"), quick_cases("cuda")]
+    presets = [cpu_cases(2), gpu_cases(), quick_cases("cpu"), quick_cases("cuda")]
     assert all(case.loss in ROWS for cases in presets for case in cases)
-    assert {case.loss for case in cpu_cases()} == set(ROWS) - {"clip"}
+    assert {case.loss for case in cpu_cases(2)} == set(ROWS) - {"clip"}
 
 
 @pytest.mark.parametrize("loss", list(ROWS))
@@ -140,7 +152,39 @@ def test_the_reports_command_reads_earlier_results(results, tmp_path):
     out = Path(shutil.copy(results, tmp_path / "results.json"))
     written = subprocess.run([sys.executable, "-m", "bench.report", str(out)], cwd=ROOT, capture_output=True, text=True)
     assert written.returncode == 0, written.stderr
-    assert len(written.stdout.split()) == 4 and (tmp_path / "results-time.png").read_bytes().startswith(b"\x89PNG")
+    kinds = ["time", *(["graph"] if results.stem.startswith("gpu") else []), "memory"]
+    assert [Path(name).name for name in written.stdout.split()[2:]] == [f"results-{kind}.png" for kind in kinds]
+    assert all((tmp_path / f"results-{kind}.png").read_bytes().startswith(b"\x89PNG") for kind in kinds)
+    assert (tmp_path / "results.md").read_text(encoding="utf-8") == results.with_suffix(".md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", page.PAGES)
+def test_a_pages_tables_are_those_of_the_results(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert page.filled(text) == text, f"{name} has other tables than bench/results: python -m bench.page"
+
+
+def test_the_benchmark_page_has_every_table():
+    text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    assert {name for _, name, *_ in page.BLOCK.findall(text)} == set(page.TABLES)
+    assert (
+        page.filled("a\n<!-- table: readme -->\nold\n<!-- end -->\nb") == f"a\n<!-- table: readme -->\n\n{page.readme()}\n\n<!-- end -->\nb"
+    )
+    with pytest.raises(SystemExit, match="no table is called x; there are readme, "):
+        page.filled("<!-- table: x -->\n<!-- end -->")
+
+
+@pytest.mark.parametrize("name", page.NOW)
+def test_the_command_beside_a_figure_measures_its_case_alone(name, monkeypatch, tmp_path):
+    found, asked = page.results(name), []
+    monkeypatch.setattr(suite, "run", lambda cases, *rest, **options: asked.append(cases))
+    monkeypatch.setattr(suite, "cores", lambda: found["machine"]["cores"])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for entry in found["cases"]:
+        words = shlex.split(page.command(entry["case"], found["machine"]["cores"]))
+        assert words[:3] == ["python", "-m", "bench"]
+        tyro.cli(suite.main, args=[*words[3:], "--out", str(tmp_path / "none.json")])
+    assert asked == [[Case(**entry["case"])] for entry in found["cases"]]
 
 
 @pytest.mark.parametrize("rows", [1, 5, 41, 100])
@@ -189,7 +233,7 @@ class Faulty(measure.Worker):
 @pytest.mark.skipif(sys.platform == "win32", reason="stops processes by signals")
 @pytest.mark.parametrize("keep", [False, True])
 def test_a_worker_that_fails_costs_its_own_figures_alone(tmp_path, monkeypatch, capsys, keep):
-    monkeypatch.setattr("bench.__main__.Worker", Faulty)
+    monkeypatch.setattr("bench.suite.Worker", Faulty)
     monkeypatch.setattr(Faulty, "started", [])
     out = tmp_path / "results.json"
     run([dataclasses.replace(TINY[0], only=("chunked",)), TINY[1]], ("naive", "chunked"), out, rounds=2, keep=keep)
@@ -218,7 +262,7 @@ def test_a_worker_that_fails_costs_its_own_figures_alone(tmp_path, monkeypatch, 
 
 def test_processes_kept_for_all_cases_are_replaced_where_they_failed(tmp_path, monkeypatch):
     """naive dies in a turn of the first case and chunked, which only refuses one, is replaced as well; the others stay."""
-    monkeypatch.setattr("bench.__main__.Worker", Faulty)
+    monkeypatch.setattr("bench.suite.Worker", Faulty)
     monkeypatch.setattr(Faulty, "started", [])
     monkeypatch.setitem(FAULTS, ("simclr", "naive", "forward"), "dies")
     monkeypatch.setitem(FAULTS, ("simclr", "chunked", "forward"), "refuses")
@@ -240,18 +284,82 @@ def test_no_case_is_begun_without_time(tmp_path, capsys):
     assert capsys.readouterr().err.count("not begun in 0 s") == 2 and not (tmp_path / "results.json").exists()
 
 
+def test_what_is_shared_is_whole_and_names_nobody(tmp_path, monkeypatch, capsys):
+    entry = page.results("cpu-avx2-zen3")["cases"][0]
+    failure = f"OSError: {Path.home()}/private/a.py and '{ROOT}/b.so' and C:\\Users\\me\\c.dll; 12 GB/s"
+    entry = entry | {"contenders": entry["contenders"] | {"chunked": {"absent": failure}}}
+    asked = []
+
+    def measured(cases, names, out, rounds, **options):
+        asked.append((cases, rounds))
+        return [entry]
+
+    monkeypatch.setattr(suite, "run", measured)
+    suite.main("cpu", share=True, rows=(256,), out=tmp_path / "mine.json")
+    assert asked == [([case for case in quick_cases("cpu") if case.rows == 256], 3)]  # --share is --quick, and no option is ignored
+    shared = json.loads((tmp_path / "mine-share.json").read_text(encoding="utf-8"))
+    assert shared["fastsupcon"] == share.without_folders(facts()) and shared["fastsupcon"]["devices"][0]["dtypes"]["float32"]["auto"]
+    assert shared["machine"] == suite.machine("cpu") and shared["cases"][0]["floor_flops"] == entry["floor_flops"]
+    assert shared["cases"][0]["contenders"]["chunked"] == {"absent": "OSError: …/a.py and '…/b.so' and …/c.dll; 12 GB/s"}
+    text = (tmp_path / "mine-share.json").read_text(encoding="utf-8")
+    assert not [name for name in (str(Path.home()), str(ROOT), platform.node()) if len(name) > 1 and name in text]
+    assert f"{tmp_path / 'mine-share.json'}: attach this file" in capsys.readouterr().out
+
+    monkeypatch.setattr(suite, "run", lambda *rest, **options: [])
+    with pytest.raises(SystemExit, match="--share: no case was measured in --seconds 0"):
+        suite.main("cpu", share=True, seconds=0, out=tmp_path / "none.json")
+    monkeypatch.setattr(suite, "run", lambda *rest, **options: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        suite.main("cpu", share=True, out=tmp_path / "none.json")
+    assert "interrupted: no case was complete, nothing was written to be shared" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine-share.json"]
+
+
+def test_what_is_missing_is_named_in_a_line():
+    code = "import runpy, sys; sys.modules['tyro'] = None; runpy.run_module('bench', run_name='__main__')"
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert said.returncode == 1 and said.stderr.splitlines()[1:] == [
+        "python -m bench needs tyro, which is not installed: pip install -r bench/requirements.txt"
+    ]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes of a shell")
+def test_a_reader_that_goes_ends_it_quietly(tmp_path):
+    """`python -m bench 2>&1 | head -2`: what it would say next finds nobody."""
+    command = [
+        sys.executable,
+        "-m",
+        "bench",
+        "cpu",
+        "--loss",
+        "scl",
+        "--rows",
+        "256",
+        "--contenders",
+        "chunked",
+        "--out",
+        tmp_path / "a.json",
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout.readline() == "python -m bench: loading torch …\n"
+    process.stdout.close()
+    assert process.wait(120) == 141
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="stops processes by signals")
 def test_an_interrupted_run_reports_what_it_has(tmp_path):
     """By a signal to all of its processes, as a terminal sends it."""
     out = tmp_path / "results.json"
     command = [sys.executable, "-m", "bench", "cpu", "--loss", "scl", "--rows", "256", "512", "--threads", "1", "--contenders", "chunked"]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # else a process started here ignores it where this one does
-    process = subprocess.Popen([*command, "--out", str(out)], cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([*command, "--out", str(out)], cwd=ROOT, start_new_session=True, **pipes)
     while not out.exists() and process.poll() is None:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode != 0 and "results.md" in said
+    said, complained = process.communicate(timeout=60)
+    assert process.returncode == 130 and "results.md" in said
+    assert "Traceback" not in complained and complained.splitlines()[-1] == f"interrupted: {out} holds the cases that were complete"
     assert len(json.loads(out.read_text())["cases"]) == 1 and out.with_suffix(".md").exists()
 
 

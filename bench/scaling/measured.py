@@ -21,7 +21,7 @@ from fastsupcon.functional import supcon_loss
 from fastsupcon.problem import Pairs
 from fastsupcon.ranks import Ranks
 
-from ..__main__ import processor, provenance, spread
+from ..suite import processor, provenance, spread
 
 TEMPERATURE, CLASSES = 0.1, 8
 NAMES = ("all", "similarity", "count")
