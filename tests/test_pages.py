@@ -51,7 +51,7 @@ def parsers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[[list[str]], 
     import settings
     import tables
 
-    import bench.__main__
+    import bench.suite
 
     monkeypatch.setattr(command_line, "check_root", lambda *_: None)
     monkeypatch.setattr(data, "check_root", lambda *_: None)
@@ -62,7 +62,7 @@ def parsers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[[list[str]], 
         "train/features.py": features.parse,
         "train/tables.py": lambda words: tyro.cli(tables.Given, args=words),
         "train/compare.py": lambda words: tyro.cli(compare.Compare, args=words),
-        "bench": lambda words: tyro.cli(functools.wraps(bench.__main__.main)(lambda *_, **__: None), args=words),
+        "bench": lambda words: tyro.cli(functools.wraps(bench.suite.main)(lambda *_, **__: None), args=words),
     }
 
 
