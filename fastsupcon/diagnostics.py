@@ -22,6 +22,7 @@ from torch import Tensor
 from . import _checks, operators
 from .backends._dtypes import no_autocast
 from .losses._frame import class_labels, rows_of
+from .options import Backend
 from .problem import Pairs
 from .rows import wide_rows
 
@@ -32,7 +33,7 @@ LEAST_ROWS = 64  # or those of so many rows, about as much as the features thems
 
 
 @torch.no_grad()
-def diagnose(features: Tensor, labels: Tensor | None = None, *, t: float = 2.0, backend: str = "auto") -> dict[str, Tensor]:
+def diagnose(features: Tensor, labels: Tensor | None = None, *, t: float = 2.0, backend: Backend = "auto") -> dict[str, Tensor]:
     """All figures of this module by name, 0-d tensors beside the features: alignment, uniformity, positive_similarity,
     negative_similarity, lone_share (of rows, views included) and contrastive_top1.
 
@@ -71,7 +72,7 @@ def alignment(features: Tensor, labels: Tensor | None = None) -> Tensor:
 
 
 @torch.no_grad()
-def uniformity(features: Tensor, t: float = 2.0, *, backend: str = "auto") -> Tensor:
+def uniformity(features: Tensor, t: float = 2.0, *, backend: Backend = "auto") -> Tensor:
     """The log of the mean of exp(-t |x - y|^2) over all pairs of rows: 0 where all rows are one, lower the more evenly they are spread.
 
     Wang & Isola 2020, L_uniform (section 4.1). One forward of the operator: N^2 D flops, O(N D) memory.

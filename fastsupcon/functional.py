@@ -18,6 +18,7 @@ from .losses.paco import paco_loss
 from .losses.prototypes import prototype_cross_entropy
 from .losses.psc import psc_loss
 from .losses.supcon import supcon_loss
+from .options import Across, Backend
 from .problem import Pairs
 from .rows import wide_number
 
@@ -38,7 +39,7 @@ __all__ = [
 
 
 def self_logsumexp(
-    z: Tensor, *, scale: float | Tensor = 1.0, group: ProcessGroup | None = None, across: str = "gather", backend: str = "auto"
+    z: Tensor, *, scale: float | Tensor = 1.0, group: ProcessGroup | None = None, across: Across = "gather", backend: Backend = "auto"
 ) -> Tensor:
     """log sum over j != i of exp(z_i . z_j * scale).
 
@@ -81,8 +82,8 @@ def cross_logsumexp(
     row_labels: Tensor | None = None,
     column_labels: Tensor | None = None,
     group: ProcessGroup | None = None,
-    across: str = "gather",
-    backend: str = "auto",
+    across: Across = "gather",
+    backend: Backend = "auto",
 ) -> Tensor:
     """log sum over the columns j allowed for row i of exp(a_i . b_j * scale + bias_j), with gradients for a, b, bias and scale.
 

@@ -6,6 +6,7 @@ Tested with lightly 1.6.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from .. import _checks
 from ..losses._frame import Loss
 from ..losses.ntxent import nt_xent_loss
 from ..losses.supcon import supcon_loss
+from ..options import Backend
 from ..queue import NOBODY, MemoryQueue
 from ._world import world
 
@@ -51,7 +53,7 @@ class NTXentLoss(Loss):
     temperature: float | Tensor
     memory_bank_size: int | Sequence[int]
     gather_distributed: bool
-    backend: str
+    backend: Backend
 
     def __init__(
         self,
@@ -59,7 +61,7 @@ class NTXentLoss(Loss):
         memory_bank_size: int | Sequence[int] = 0,
         gather_distributed: bool = False,
         *,
-        backend: str = "auto",
+        backend: Backend = "auto",
     ) -> None:
         _checks.temperature("temperature", temperature)
         super().__init__(temperature=temperature, memory_bank_size=memory_bank_size, gather_distributed=gather_distributed, backend=backend)
@@ -71,6 +73,9 @@ class NTXentLoss(Loss):
             self.queue.train(out0.requires_grad)
         group = world(self.gather_distributed)
         return nt_xent_loss(out0, out1, temperature=self.temperature, queue=self.queue, group=group, backend=self.backend)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 class SupConLoss(Loss):
@@ -90,9 +95,9 @@ class SupConLoss(Loss):
 
     temperature: float | Tensor
     gather_distributed: bool
-    backend: str
+    backend: Backend
 
-    def __init__(self, temperature: float | Tensor = 0.1, gather_distributed: bool = False, *, backend: str = "auto") -> None:
+    def __init__(self, temperature: float | Tensor = 0.1, gather_distributed: bool = False, *, backend: Backend = "auto") -> None:
         _checks.temperature("temperature", temperature)
         super().__init__(temperature=temperature, gather_distributed=gather_distributed, backend=backend)
 
@@ -107,6 +112,9 @@ class SupConLoss(Loss):
         _checks.vector("labels", labels, len(out0), out0.device)
         out = torch.cat([out0, out1])
         return supcon_loss(out, labels.repeat(2), temperature=self.temperature, normalize=True, group=group, backend=self.backend)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 def _random_queue(size: int | Sequence[int]) -> MemoryQueue | None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from ..backends._dtypes import no_autocast
 from ..losses._contrast import shared
 from ..losses._frame import Loss, ranks_of, reduce, said
 from ..losses.infonce import single_positives
+from ..options import Backend
 from ..problem import Pairs
 from ..ranks import Ranks
 from ..rows import wide_number
@@ -66,8 +66,7 @@ class ClipLoss(Loss):
     rank: int
     world_size: int
     use_horovod: bool
-    backend: str
-    __call__: Callable[..., Any]  # to a tensor, or to a dict as output_dict says
+    backend: Backend
 
     def __init__(
         self,
@@ -78,7 +77,7 @@ class ClipLoss(Loss):
         world_size: int = 1,
         use_horovod: bool = False,
         *,
-        backend: str = "auto",
+        backend: Backend = "auto",
     ) -> None:
         if use_horovod and world_size != 1:
             raise NotImplementedError(
@@ -141,6 +140,41 @@ class ClipLoss(Loss):
             if logit_bias is not None:  # so that it gets a gradient, for which DistributedDataParallel waits, and shows if it is not finite
                 loss = loss + 0 * wide_number(logit_bias, image_features)
         return {"contrastive_loss": loss} if output_dict else loss
+
+    if TYPE_CHECKING:  # output_dict says which it gives
+
+        @overload
+        def __call__(
+            self,
+            image_features: Tensor,
+            text_features: Tensor,
+            logit_scale: float | Tensor,
+            logit_bias: float | Tensor | None = None,
+            output_dict: Literal[False] = False,
+        ) -> Tensor: ...
+
+        @overload
+        def __call__(
+            self,
+            image_features: Tensor,
+            text_features: Tensor,
+            logit_scale: float | Tensor,
+            logit_bias: float | Tensor | None = None,
+            *,
+            output_dict: Literal[True],
+        ) -> dict[str, Tensor]: ...
+
+        @overload
+        def __call__(
+            self,
+            image_features: Tensor,
+            text_features: Tensor,
+            logit_scale: float | Tensor,
+            logit_bias: float | Tensor | None = None,
+            output_dict: bool = False,
+        ) -> Tensor | dict[str, Tensor]: ...
+
+        def __call__(self, *arguments: Any, **options: Any) -> Any: ...
 
     def _ranks(self) -> Ranks | None:
         if self.world_size == 1:

@@ -23,6 +23,7 @@ from ..backends._dtypes import no_autocast
 from ..blocks import terms
 from ..losses._contrast import shared
 from ..losses._frame import HasGroup, check_backend, class_labels, ranks_of, said
+from ..options import Across, Backend
 from ..problem import Pairs
 from ..ranks import Ranks
 from ..rows import wide_number, wide_rows
@@ -79,8 +80,8 @@ class SupConLoss(HasGroup, losses.SupConLoss):
         temperature: float | Tensor = 0.1,
         *,
         group: ProcessGroup | None = None,
-        across: str = "gather",
-        backend: str = "auto",
+        across: Across = "gather",
+        backend: Backend = "auto",
         **options: Any,
     ) -> None:
         _checks.temperature("temperature", temperature)

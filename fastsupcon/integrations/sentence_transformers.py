@@ -29,6 +29,7 @@ from ..blocks import logaddexp, terms
 from ..losses import supcon
 from ..losses._contrast import numbers, shared
 from ..losses._frame import check_backend, ranks_of, said
+from ..options import Backend
 from ..problem import Line, Pairs
 from ..ranks import Ranks
 from ..rows import wide_number, wide_rows
@@ -46,7 +47,7 @@ class _Ranking:
     hardness_mode: str | None
     hardness_strength: float
 
-    def __init__(self, *arguments: Any, backend: str = "auto", **options: Any) -> None:
+    def __init__(self, *arguments: Any, backend: Backend = "auto", **options: Any) -> None:
         check_backend(backend)
         super().__init__(*arguments, **options)
         self.backend = backend

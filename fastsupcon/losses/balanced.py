@@ -11,6 +11,7 @@ from .. import _checks
 from ..backends import sum_dtype
 from ..backends._dtypes import no_autocast
 from ..blocks import Block, logaddexp, quantities
+from ..options import Across, Backend, Reduction
 from ..problem import Pairs
 from ..rows import wide_number
 from ._contrast import numbers, shared
@@ -28,10 +29,10 @@ def balanced_supcon_loss(
     *,
     temperature: float | Tensor = 0.1,
     normalize: bool = True,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     group: ProcessGroup | None = None,
-    across: str = "gather",
-    backend: str = "auto",
+    across: Across = "gather",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Balanced contrastive loss of Zhu et al. (CVPR 2022): SCL whose denominator is a sum over classes of means over their members.
 
@@ -100,10 +101,10 @@ class BalancedSupConLoss(PrototypeLoss):
     >>> balanced(features, labels).backward()  # features [B, V, 128]
     """
 
-    reduction: str
+    reduction: Reduction
     group: ProcessGroup | None
-    across: str
-    backend: str
+    across: Across
+    backend: Backend
 
     def __init__(
         self,
@@ -112,10 +113,10 @@ class BalancedSupConLoss(PrototypeLoss):
         temperature: float | Tensor = 0.1,
         *,
         normalize: bool = True,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         group: ProcessGroup | None = None,
-        across: str = "gather",
-        backend: str = "auto",
+        across: Across = "gather",
+        backend: Backend = "auto",
     ) -> None:
         check_options(temperature, reduction)
         ranks_of(group, across)
@@ -132,3 +133,6 @@ class BalancedSupConLoss(PrototypeLoss):
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         return balanced_supcon_loss(features, labels, self.prototypes, **self.options)
+
+    if TYPE_CHECKING:
+        __call__ = forward

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import _checks, operators
 from ..backends._dtypes import no_autocast
 from ..blocks import Block, join, logaddexp, terms
+from ..options import Across, Backend, Reduction
 from ..problem import Line, Pairs
 from ..queue import NOBODY, MemoryQueue
 from ..rows import wide_number
@@ -30,11 +31,11 @@ def info_nce_loss(
     temperature: float | Tensor = 0.07,
     symmetric: bool = True,
     normalize: bool = True,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     queue: MemoryQueue | None = None,
     group: ProcessGroup | None = None,
-    across: str = "gather",
-    backend: str = "auto",
+    across: Across = "gather",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Row i of ``a`` and row i of ``b`` belong together (image and caption, query and document), and each has to find the other.
 
@@ -121,7 +122,7 @@ def info_nce_loss(
     return loss
 
 
-def single_positives(pairs: Block, more: list[Block], symmetric: bool, backend: str) -> Tensor:
+def single_positives(pairs: Block, more: list[Block], symmetric: bool, backend: Backend) -> Tensor:
     """[N], where keys are the numbers of the pairs: the column that is a row's one positive has it too, so both share its similarity."""
     (everything, similarity), of_columns = terms(pairs, ("all", "similarity"), ("all",) if symmetric else (), backend=backend)
     for block in more:
@@ -132,7 +133,7 @@ def single_positives(pairs: Block, more: list[Block], symmetric: bool, backend: 
     return losses
 
 
-def _several_positives(pairs: Block, more: list[Block], symmetric: bool, backend: str) -> Tensor:
+def _several_positives(pairs: Block, more: list[Block], symmetric: bool, backend: Backend) -> Tensor:
     """[N]; every row and every column has a positive, its own pair."""
     names = ("all", "similarity", "count")
     of_rows, of_columns = terms(pairs, names, names[:2] if symmetric else (), backend=backend)
@@ -160,11 +161,11 @@ class InfoNCELoss(Loss):
     temperature: float | Tensor
     symmetric: bool
     normalize: bool
-    reduction: str
+    reduction: Reduction
     queue: MemoryQueue | None
     group: ProcessGroup | None
-    across: str
-    backend: str
+    across: Across
+    backend: Backend
 
     def __init__(
         self,
@@ -172,11 +173,11 @@ class InfoNCELoss(Loss):
         symmetric: bool = True,
         *,
         normalize: bool = True,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         queue: MemoryQueue | None = None,
         group: ProcessGroup | None = None,
-        across: str = "gather",
-        backend: str = "auto",
+        across: Across = "gather",
+        backend: Backend = "auto",
     ) -> None:
         check_options(temperature, reduction, queue)
         ranks_of(group, across)
@@ -193,6 +194,9 @@ class InfoNCELoss(Loss):
 
     def forward(self, a: Tensor, b: Tensor, keys: Tensor | None = None, negatives: Tensor | None = None) -> Tensor:
         return info_nce_loss(a, b, keys, negatives, **self.options)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def chance_level(self, pairs: int) -> float:
         """The loss of so many pairs whose similarities are all equal: log(pairs), in a's direction log(pairs + rows in the queue)."""

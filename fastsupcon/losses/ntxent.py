@@ -12,6 +12,7 @@ from .. import _checks, operators
 from ..backends import select
 from ..backends._dtypes import no_autocast
 from ..blocks import logaddexp, quantities, terms
+from ..options import Across, Backend, Reduction
 from ..problem import Line, Pairs
 from ..queue import NOBODY, MemoryQueue
 from ..rows import wide_number, wide_rows
@@ -28,11 +29,11 @@ def nt_xent_loss(
     *,
     temperature: float | Tensor = 0.5,
     normalize: bool = True,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     queue: MemoryQueue | None = None,
     group: ProcessGroup | None = None,
-    across: str = "gather",
-    backend: str = "auto",
+    across: Across = "gather",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Two views of the same samples: each of the 2 B rows has to find its other view among the 2 B - 1 others.
 
@@ -123,22 +124,22 @@ class NTXentLoss(Loss):
 
     temperature: float | Tensor
     normalize: bool
-    reduction: str
+    reduction: Reduction
     queue: MemoryQueue | None
     group: ProcessGroup | None
-    across: str
-    backend: str
+    across: Across
+    backend: Backend
 
     def __init__(
         self,
         temperature: float | Tensor = 0.5,
         *,
         normalize: bool = True,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         queue: MemoryQueue | None = None,
         group: ProcessGroup | None = None,
-        across: str = "gather",
-        backend: str = "auto",
+        across: Across = "gather",
+        backend: Backend = "auto",
     ) -> None:
         check_options(temperature, reduction, queue)
         ranks_of(group, across)
@@ -154,6 +155,9 @@ class NTXentLoss(Loss):
 
     def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
         return nt_xent_loss(z0, z1, **self.options)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def chance_level(self, rows: int) -> float:
         """The loss of ``rows`` rows, 2 B of B samples, whose similarities are all equal: log(rows - 1); with a queue log(1 + its rows)."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import _checks
 from ..backends._dtypes import no_autocast
 from ..blocks import logaddexp, quantities
+from ..options import Across, Backend, Reduction
 from ..problem import Pairs
 from ..queue import MemoryQueue
 from ..rows import wide_number, wide_rows
@@ -39,10 +40,10 @@ def paco_loss(
     class_temperature: float | Tensor = 1.0,
     normalize: bool = True,
     queue: MemoryQueue | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     group: ProcessGroup | None = None,
-    across: str = "gather",
-    backend: str = "auto",
+    across: Across = "gather",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Parametric contrastive loss of Cui et al. (PaCo, ICCV 2021; GPaCo, TPAMI 2023): learned class prototypes among the contrasted rows.
 
@@ -201,10 +202,10 @@ class PaCoLoss(PrototypeLoss):
     label_smoothing: float
     class_temperature: float | Tensor
     queue: MemoryQueue | None
-    reduction: str
+    reduction: Reduction
     group: ProcessGroup | None
-    across: str
-    backend: str
+    across: Across
+    backend: Backend
 
     def __init__(
         self,
@@ -220,10 +221,10 @@ class PaCoLoss(PrototypeLoss):
         class_temperature: float | Tensor = 1.0,
         normalize: bool = True,
         queue: MemoryQueue | None = None,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         group: ProcessGroup | None = None,
-        across: str = "gather",
-        backend: str = "auto",
+        across: Across = "gather",
+        backend: Backend = "auto",
     ) -> None:
         _check_options(alpha, beta, gamma, label_smoothing, temperature, class_temperature, queue, reduction)
         ranks_of(group, across)
@@ -250,6 +251,9 @@ class PaCoLoss(PrototypeLoss):
     ) -> Tensor:
         given = features, labels, self.prototypes, momentum_features, class_features
         return paco_loss(*given, class_counts=self.class_counts, **self.options)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def logits(self, features: Tensor) -> Tensor:
         """x_i . p_c / tau_c of class features [N, dim] -> [N, num_classes]."""

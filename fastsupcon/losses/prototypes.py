@@ -16,6 +16,7 @@ from torch.nn.functional import softplus
 from .. import _checks
 from ..backends._dtypes import no_autocast
 from ..blocks import quantities
+from ..options import Across, Backend, Reduction
 from ..problem import Pairs
 from ..rows import wide_number
 from ._frame import check_options, class_labels, reduce, said
@@ -37,11 +38,11 @@ def prototype_cross_entropy(
     angular_margin: float = 0.0,
     normalize: bool = True,
     ignore_index: int | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     group: ProcessGroup | None = None,
-    across: str = "gather",
+    across: Across = "gather",
     sharded: bool = False,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Cross-entropy of cosine logits, with class priors and with margins on the own logit; the [N, C] logits are never held.
 
@@ -161,11 +162,11 @@ class PrototypeCrossEntropyLoss(ShardableLoss):
     margin: float
     angular_margin: float
     ignore_index: int | None
-    reduction: str
+    reduction: Reduction
     group: ProcessGroup | None
-    across: str
+    across: Across
     sharded: bool
-    backend: str
+    backend: Backend
 
     def __init__(
         self,
@@ -178,11 +179,11 @@ class PrototypeCrossEntropyLoss(ShardableLoss):
         temperature: float | Tensor = 1 / 64,
         normalize: bool = True,
         ignore_index: int | None = None,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         group: ProcessGroup | None = None,
-        across: str = "gather",
+        across: Across = "gather",
         sharded: bool = False,
-        backend: str = "auto",
+        backend: Backend = "auto",
     ) -> None:
         _check_options(temperature, margin, angular_margin, normalize, ignore_index, reduction)
         _checks.size("num_classes", num_classes, 2)
@@ -206,3 +207,6 @@ class PrototypeCrossEntropyLoss(ShardableLoss):
         if self.sharded:
             self._check_apart()
         return prototype_cross_entropy(features, labels, self.prototypes, class_counts=self.class_counts, **self.options)
+
+    if TYPE_CHECKING:
+        __call__ = forward

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import _checks, operators
 from ..backends._dtypes import no_autocast
 from ..blocks import quantities
+from ..options import DENOMINATORS, Across, Backend, Denominator, Reduction
 from ..positives import own_prototypes
 from ..problem import Line, Pairs
 from ..ranks import Ranks
@@ -31,13 +32,13 @@ def psc_loss(
     *,
     temperature: float | Tensor = 0.1,
     prototypes_per_class: int = 1,
-    denominator: str = "negatives",
+    denominator: Denominator = "negatives",
     normalize: bool = True,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     group: ProcessGroup | None = None,
-    across: str = "gather",
+    across: Across = "gather",
     sharded: bool = False,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Prototypical supervised contrastive loss of Wang et al. 2021 (section 3.4): anchors against learned class prototypes.
 
@@ -107,13 +108,13 @@ def _psc_loss(
     *,
     temperature: float | Tensor,
     prototypes_per_class: int,
-    denominator: str,
+    denominator: Denominator,
     normalize: bool,
-    reduction: str,
+    reduction: Reduction,
     group: ProcessGroup | None,
-    across: str,
+    across: Across,
     sharded: bool,
-    backend: str,
+    backend: Backend,
 ) -> Tensor:
     """``classes`` are made once by the module: on a GPU making them is a launch of its own."""
     ranks = ranks_of_shards(group, across, sharded)
@@ -175,7 +176,7 @@ def _positive_of_shards(equal: Tensor, pairs: Pairs, p: Tensor, labels: Tensor, 
 
 def _check_options(temperature: float | Tensor, denominator: object, reduction: object) -> None:
     check_options(temperature, reduction)
-    _checks.one_of("denominator", denominator, ("negatives", "all"))
+    _checks.one_of("denominator", denominator, DENOMINATORS)
 
 
 class PSCLoss(ShardableLoss):
@@ -192,12 +193,12 @@ class PSCLoss(ShardableLoss):
     """
 
     prototypes_per_class: int
-    denominator: str
-    reduction: str
+    denominator: Denominator
+    reduction: Reduction
     group: ProcessGroup | None
-    across: str
+    across: Across
     sharded: bool
-    backend: str
+    backend: Backend
     classes: Tensor
 
     def __init__(
@@ -207,13 +208,13 @@ class PSCLoss(ShardableLoss):
         temperature: float | Tensor = 0.1,
         *,
         prototypes_per_class: int = 1,
-        denominator: str = "negatives",
+        denominator: Denominator = "negatives",
         normalize: bool = True,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         group: ProcessGroup | None = None,
-        across: str = "gather",
+        across: Across = "gather",
         sharded: bool = False,
-        backend: str = "auto",
+        backend: Backend = "auto",
     ) -> None:
         _check_options(temperature, denominator, reduction)
         _checks.size("num_classes", num_classes, 2)
@@ -247,6 +248,9 @@ class PSCLoss(ShardableLoss):
         if self.sharded:
             self._check_apart()
         return _psc_loss(features, labels, self.prototypes, self.classes, **self.options)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def chance_level(self) -> float:
         """The loss of rows whose similarities are all equal: log((C - 1) M), with denominator="all" log(C M)."""

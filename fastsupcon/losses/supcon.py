@@ -12,6 +12,7 @@ from .. import operators
 from ..backends import select, sum_dtype
 from ..backends._dtypes import no_autocast
 from ..blocks import Block, Quantities, logaddexp, quantities
+from ..options import Across, Backend, ContrastMode, Denominator, Form, LoneAnchors, Reduction
 from ..positives import listed_positives, mask_positives, shared_label_positives
 from ..problem import Line, Pairs
 from ..queue import MemoryQueue
@@ -35,20 +36,20 @@ def supcon_loss(
     key_labels: Tensor | None = None,
     temperature: float | Tensor = 0.07,
     base_temperature: float | None = None,
-    contrast_mode: str = "all",
-    form: str = "out",
-    denominator: str = "all",
+    contrast_mode: ContrastMode = "all",
+    form: Form = "out",
+    denominator: Denominator = "all",
     beta: float = 0.0,
     ignore_index: int | None = None,
     class_weights: Tensor | None = None,
     anchor_weights: Tensor | None = None,
     queue: MemoryQueue | None = None,
     normalize: bool = False,
-    reduction: str = "mean",
-    lone_anchors: str = "zero",
+    reduction: Reduction = "mean",
+    lone_anchors: LoneAnchors = "zero",
     group: ProcessGroup | None = None,
-    across: str = "gather",
-    backend: str = "auto",
+    across: Across = "gather",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Supervised contrastive loss: L_out of Khosla et al. 2020 (eq. 2), the SC loss of Wang et al. 2021.
 
@@ -199,7 +200,7 @@ def _is_one(blocks: list[Block], ranks: Ranks | None) -> TypeGuard[list[Pairs]]:
     return len(blocks) == 1 and ranks is None
 
 
-def _by_keys(blocks: list[Block], form: str, denominator: str, beta: float, backend: str) -> tuple[Tensor, Tensor]:
+def _by_keys(blocks: list[Block], form: Form, denominator: Denominator, beta: float, backend: Backend) -> tuple[Tensor, Tensor]:
     """The losses of anchors, finite where the input is, and which of them have a positive and something in the denominator."""
     names = ["count", "similarity" if form == "out" else "equal"]
     if not beta:
@@ -217,7 +218,7 @@ def _by_keys(blocks: list[Block], form: str, denominator: str, beta: float, back
     return _finite(log_sum) - positive, (q.count > 0) & (log_sum != -torch.inf)
 
 
-def _hard_negatives(blocks: list[Block], q: Quantities, beta: float, backend: str) -> Tensor:
+def _hard_negatives(blocks: list[Block], q: Quantities, beta: float, backend: Backend) -> Tensor:
     """log of n times the mean of e^t over the n negatives, each weighted by e^(beta t)."""
     harder, hard = (quantities([scaled(block, by) for block in blocks], "different", backend=backend).different for by in (1 + beta, beta))
     negatives = (pairs_of_each(blocks) - q.count).clamp_min(1)
@@ -241,39 +242,39 @@ class SupConLoss(Loss):
     """
 
     temperature: float | Tensor
-    contrast_mode: str
+    contrast_mode: ContrastMode
     base_temperature: float | None
-    form: str
-    denominator: str
+    form: Form
+    denominator: Denominator
     beta: float
     ignore_index: int | None
     class_weights: Tensor | None
     queue: MemoryQueue | None
     normalize: bool
-    reduction: str
-    lone_anchors: str
+    reduction: Reduction
+    lone_anchors: LoneAnchors
     group: ProcessGroup | None
-    across: str
-    backend: str
+    across: Across
+    backend: Backend
 
     def __init__(
         self,
         temperature: float | Tensor = 0.07,
-        contrast_mode: str = "all",
+        contrast_mode: ContrastMode = "all",
         base_temperature: float | None = 0.07,
         *,
-        form: str = "out",
-        denominator: str = "all",
+        form: Form = "out",
+        denominator: Denominator = "all",
         beta: float = 0.0,
         ignore_index: int | None = None,
         class_weights: Tensor | None = None,
         queue: MemoryQueue | None = None,
         normalize: bool = False,
-        reduction: str = "mean",
-        lone_anchors: str = "zero",
+        reduction: Reduction = "mean",
+        lone_anchors: LoneAnchors = "zero",
         group: ProcessGroup | None = None,
-        across: str = "gather",
-        backend: str = "auto",
+        across: Across = "gather",
+        backend: Backend = "auto",
     ) -> None:
         check_options(temperature, contrast_mode, base_temperature, form, denominator, beta, reduction, lone_anchors, queue)
         ranks_of(group, across)
@@ -316,6 +317,9 @@ class SupConLoss(Loss):
             anchor_weights=anchor_weights,
             **self.options,
         )
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def chance_level(self, rows: int) -> float:
         """The loss of ``rows`` rows, V B of V views, whose similarities are all equal: log(rows - 1) times temperature / base_temperature.
