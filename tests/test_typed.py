@@ -191,6 +191,36 @@ def test_options_are_what_the_checks_take():
         SupConLoss(lone_anchors="drop")
 
 
+def _described(text: str | None) -> set[str]:
+    """Names that a docstring has an entry for under "Args:"."""
+    _, _, after = inspect.cleandoc(text or "").partition("\nArgs:\n")
+    entries = after.split("\n\n")[0]
+    return set(re.findall(r"^ {4}\*{0,2}(\w+): ", entries, re.MULTILINE))
+
+
+def _expected(function) -> set[str]:
+    return {name for name in inspect.signature(function).parameters if name != "self"}
+
+
+@pytest.mark.parametrize("name", [name for name in fastsupcon.__all__ if name.endswith("Loss")])
+def test_help_of_a_loss(name):
+    """``help`` names the function of which a loss holds the options, and one of the two says what each argument means."""
+    kind = getattr(fastsupcon, name)
+    (named,) = set(re.findall(r"^``fastsupcon\.functional\.(\w+)``", kind.__doc__))
+    function = getattr(fastsupcon.functional, named)
+    assert _described(kind.__doc__) <= _expected(kind) <= _described(kind.__doc__) | _described(function.__doc__)
+    forward = kind.__dict__["forward"]
+    assert _described(forward.__doc__) == _expected(forward) and "Returns:" in forward.__doc__
+
+
+@pytest.mark.parametrize("module", ["functional", "diagnostics"])
+def test_help_of_a_function(module):
+    for name in getattr(fastsupcon, module).__all__:
+        function = getattr(getattr(fastsupcon, module), name)
+        assert _described(function.__doc__) == _expected(function), name
+        assert "Returns:" in function.__doc__ and "Raises:" in function.__doc__, name
+
+
 #: What an editor offers at the end of a line of code: names, or the parameters of a call.
 COMPLETED = {
     "import fastsupcon\nfastsupcon.functional.": PUBLIC["fastsupcon.functional"],

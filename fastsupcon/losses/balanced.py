@@ -53,8 +53,10 @@ def balanced_supcon_loss(
         temperature: tau, a number or a 0-d tensor, which may require grad.
         normalize: bring features and prototypes to unit length first.
         reduction: "mean" over anchors, "sum", or "none": [N].
-        group, across: see :func:`fastsupcon.functional.supcon_loss`. Prototypes are the same on all ranks.
-        backend: see :func:`fastsupcon.functional.self_logsumexp`.
+        group: the process group whose ranks' rows meet, see ``fastsupcon.functional.supcon_loss``. Prototypes are
+            the same on all ranks. None: this process alone.
+        across: how rows of other ranks come: "gather" them all, or a rank's at a time by a "ring".
+        backend: "auto", the fastest that serves these rows, or one by name.
 
     Returns:
         The loss in float32, for float64 features in float64. Gradients have the dtype of their tensor.
@@ -93,12 +95,18 @@ def balanced_supcon_loss(
 
 
 class BalancedSupConLoss(PrototypeLoss):
-    """:func:`fastsupcon.functional.balanced_supcon_loss` with learned ``prototypes`` [num_classes, dim].
+    """``fastsupcon.functional.balanced_supcon_loss`` with learned ``prototypes`` [num_classes, dim].
 
     Hand the prototypes to the optimiser with the network's parameters: ``[*model.parameters(), *loss.parameters()]``.
 
-    >>> balanced = BalancedSupConLoss(num_classes=10, dim=128, temperature=0.1)
-    >>> balanced(features, labels).backward()  # features [B, V, 128]
+    Args:
+        num_classes: C.
+        dim: D, that of the features and prototypes.
+        temperature: as the other options, that of the function.
+
+    Examples:
+        >>> balanced = BalancedSupConLoss(num_classes=10, dim=128, temperature=0.1)
+        >>> balanced(features, labels).backward()  # features [B, V, 128]
     """
 
     reduction: Reduction
@@ -132,6 +140,15 @@ class BalancedSupConLoss(PrototypeLoss):
         )
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            features: [N, D], or [B, V, ...] of V views.
+            labels: integer [N] or [B], in [0, C).
+
+        Returns:
+            0-d, or [N] with reduction="none"; float32, for float64 features float64.
+        """
         return balanced_supcon_loss(features, labels, self.prototypes, **self.options)
 
     if TYPE_CHECKING:

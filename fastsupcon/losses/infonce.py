@@ -61,9 +61,10 @@ def info_nce_loss(
         queue: earlier rows of b, without gradient: more columns for a's direction, and for the same reason not for b's. With ``keys`` those
             of equal keys are positives, without they are all negatives. In training mode b is put in afterwards. MoCo is
             symmetric=False with b from the momentum encoder; for both directions add two such losses, with a queue for each encoder.
-        group, across: see :func:`fastsupcon.functional.supcon_loss`: each rank has pairs of its own, whose rows meet those of all ranks,
-            and the negatives of all ranks. A queue takes in all ranks' rows.
-        backend: see :func:`fastsupcon.functional.self_logsumexp`.
+        group: the process group whose ranks' rows meet, see ``fastsupcon.functional.supcon_loss``: each rank has pairs of its own, whose
+            rows meet those of all ranks, and the negatives of all ranks. A queue takes in all ranks' rows. None: this process alone.
+        across: how rows of other ranks come: "gather" them all, or a rank's at a time by a "ring".
+        backend: "auto", the fastest that serves these rows, or one by name.
 
     Returns:
         The loss in float32, for float64 rows in float64. Gradients have the dtype of their tensor. At equal similarities the loss is
@@ -150,12 +151,13 @@ def _several_positives(pairs: Block, more: list[Block], symmetric: bool, backend
 
 
 class InfoNCELoss(Loss):
-    """:func:`fastsupcon.functional.info_nce_loss` with its options held.
+    """``fastsupcon.functional.info_nce_loss`` with its options held: its help says what each argument means.
 
     A learned temperature is an ``nn.Parameter`` of 0 dimensions; hand it to the optimiser with the network's parameters.
 
-    >>> loss = InfoNCELoss(temperature=0.07)(image_features, text_features)  # [N, D] each
-    >>> loss = InfoNCELoss(0.05, symmetric=False)(queries, passages, negatives=hard_negatives)  # [N, D], [N, D], [K, D]
+    Examples:
+        >>> loss = InfoNCELoss(temperature=0.07)(image_features, text_features)  # [N, D] each
+        >>> loss = InfoNCELoss(0.05, symmetric=False)(queries, passages, negatives=hard_negatives)  # [N, D], [N, D], [K, D]
     """
 
     temperature: float | Tensor
@@ -193,6 +195,17 @@ class InfoNCELoss(Loss):
         )
 
     def forward(self, a: Tensor, b: Tensor, keys: Tensor | None = None, negatives: Tensor | None = None) -> Tensor:
+        """The loss of a batch of pairs.
+
+        Args:
+            a: [N, D].
+            b: [N, D]; row i belongs to row i of a.
+            keys: integer [N]: pairs of equal keys are each other's positives too.
+            negatives: [K, D], further candidates for the rows of a.
+
+        Returns:
+            0-d, or [N] with reduction="none"; float32, for float64 rows float64.
+        """
         return info_nce_loss(a, b, keys, negatives, **self.options)
 
     if TYPE_CHECKING:

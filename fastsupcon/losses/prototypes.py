@@ -73,11 +73,12 @@ def prototype_cross_entropy(
         normalize: bring features and prototypes to unit length first.
         ignore_index: rows of this label contribute 0 and leave the mean (which is 0 without any other).
         reduction: "mean", "sum" or "none": [N].
-        group, across: the ranks whose losses are averaged together, see :func:`fastsupcon.functional.supcon_loss`. The prototypes are the
-            same on all of them, and their gradient is for DistributedDataParallel to average; no features travel.
-        sharded: the prototypes are shared out among the ranks, see :func:`fastsupcon.functional.psc_loss`: ``prototypes`` and
-            ``class_counts`` are this rank's.
-        backend: see :func:`fastsupcon.functional.self_logsumexp`.
+        group: the process group whose losses are averaged together, see ``fastsupcon.functional.supcon_loss``. The prototypes are the same
+            on all ranks, and their gradient is for DistributedDataParallel to average; no features travel. None: this process alone.
+        across: how features of other ranks come where the prototypes are shared out: "gather" them all, or a rank's at a time by a "ring".
+        sharded: the prototypes are shared out among the ranks, see ``fastsupcon.functional.psc_loss``: ``prototypes`` and ``class_counts``
+            are this rank's.
+        backend: "auto", the fastest that serves these rows, or one by name.
 
     Returns:
         The loss in float32, for float64 features in float64. Gradients have the dtype of their tensor; that of the angle at cosines of +-1,
@@ -146,17 +147,22 @@ def _check_options(
 
 
 class PrototypeCrossEntropyLoss(ShardableLoss):
-    """:func:`fastsupcon.functional.prototype_cross_entropy` with learned ``prototypes`` [num_classes, dim].
+    """``fastsupcon.functional.prototype_cross_entropy`` with learned ``prototypes`` [num_classes, dim].
 
     Hand the prototypes to the optimiser with the network's parameters: ``[*model.parameters(), *loss.parameters()]``.
 
-    With a ``group`` and ``sharded=True`` each rank has its part of the classes' prototypes: see
-    :class:`~fastsupcon.losses._shards.ShardableLoss` for which, how they are saved, and that DistributedDataParallel must not wrap them.
+    With a ``group`` and ``sharded=True`` each rank has its part of the classes' prototypes, as ``PSCLoss`` has and says.
 
-    >>> arcface = PrototypeCrossEntropyLoss(num_classes=1_000_000, dim=128, angular_margin=0.5)
-    >>> arcface(features, labels).backward()  # features [N, 128]
-    >>> balanced = PrototypeCrossEntropyLoss(10, 128, class_counts=[5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50], temperature=0.1)
-    >>> balanced.logits(features).argmax(1)  # the nearest prototype's class, without margin and prior
+    Args:
+        num_classes: C.
+        dim: D, that of the features and prototypes.
+        class_counts: as the other options, that of the function; any sequence of numbers. Held as a buffer.
+
+    Examples:
+        >>> arcface = PrototypeCrossEntropyLoss(num_classes=1_000_000, dim=128, angular_margin=0.5)
+        >>> arcface(features, labels).backward()  # features [N, 128]
+        >>> balanced = PrototypeCrossEntropyLoss(4, 128, class_counts=[5000, 1077, 232, 50], temperature=0.1)
+        >>> balanced.logits(features).argmax(1)  # the nearest prototype's class, without margin and prior
     """
 
     margin: float
@@ -204,6 +210,15 @@ class PrototypeCrossEntropyLoss(ShardableLoss):
         )
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            features: [N, D].
+            labels: integer [N], in [0, C).
+
+        Returns:
+            0-d, or [N] with reduction="none"; float32, for float64 features float64.
+        """
         if self.sharded:
             self._check_apart()
         return prototype_cross_entropy(features, labels, self.prototypes, class_counts=self.class_counts, **self.options)

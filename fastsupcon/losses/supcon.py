@@ -65,9 +65,6 @@ def supcon_loss(
         beta > 0                  D_i(1) becomes log n_i + D_i(1 + beta) - D_i(beta): hard negatives weigh more (Robinson et al. 2021,
                                   eq. 4, with tau+ = 0)
 
-    Cost, with M columns: 2 N M D flops forward (half of it where the rows meet themselves), 4 to 6 N M D backward, O((N + M) D) memory;
-    with ``beta`` three times this.
-
     Args:
         features: [N, D], or [B, V, ...] with V views of B samples: trailing dimensions are flattened, views become rows view-major
             (N = V B).
@@ -84,7 +81,9 @@ def supcon_loss(
         temperature: tau, a number or a tensor of one element, which may require grad.
         base_temperature: the loss is multiplied by temperature / base_temperature; None: by 1.
         contrast_mode: "all": every view is an anchor; "one": the first view only. All rows are contrasted with in both.
-        form: "out" or "in". ``denominator``: "all" or "negatives". ``beta``: >= 0.
+        form: "out": the mean over positives stands outside of the log, or "in": inside.
+        denominator: "all" other rows, or the "negatives" alone.
+        beta: at least 0, how much more hard negatives weigh.
         ignore_index: rows of this label are no anchors and nobody's positives, but negatives.
         class_weights: floating [C], >= 0, for labels in [0, C): each anchor's loss is weighted by its class's.
         anchor_weights: floating [B] or [A], >= 0: each anchor's loss is weighted. The mean is over the weights.
@@ -94,10 +93,10 @@ def supcon_loss(
         reduction: "mean" over anchors, "sum", or "none": [N], or [B] with contrast_mode="one".
         lone_anchors: an anchor without a positive (with denominator="negatives": or without a negative) contributes "zero" and counts in
             the mean; is left out of it ("skip"); or is an "error" (ValueError; on a GPU this waits for the device).
-        group: the process group whose ranks each call with rows of their own, as many as they have: the loss of all rows together
-            (:mod:`fastsupcon.distributed`). None: this process alone.
+        group: the process group whose ranks each call with rows of their own, as many as they have: the loss of all rows together.
+            None: this process alone.
         across: how rows of other ranks come: "gather" them all, or a rank's at a time by a "ring", in O(N D / ranks) memory.
-        backend: see :func:`fastsupcon.functional.self_logsumexp`.
+        backend: "auto", the fastest that serves these rows, or one by name.
 
     Returns:
         The loss in float32, for float64 features in float64. Gradients have the dtype of ``features``.
@@ -112,6 +111,9 @@ def supcon_loss(
     With a group: labels, weights and views are those of this rank's rows, and a rank may have none (B = 0). Masks and lists of positives,
     which name rows by number, are refused. "mean" and "sum" are over all ranks' anchors and come out the same on every rank, a NaN too;
     "none" is of this rank's. Gradients are for DistributedDataParallel or FSDP to average. A queue takes in all ranks' rows.
+
+    Cost: N^2 D flops forward, as a pair of rows is visited once, and 3 to 4 N^2 D backward; with M other columns 2 N M D and 6 N M D.
+    With ``beta`` three times this. Memory O((N + M) D).
     """
     ranks = ranks_of(group, across)
     least = 1 if ranks is None else 0
@@ -231,14 +233,16 @@ def _finite(log_sum: Tensor) -> Tensor:
 
 
 class SupConLoss(Loss):
-    """:func:`fastsupcon.functional.supcon_loss` with its options held; positional arguments and defaults are those of SupContrast.
+    """``fastsupcon.functional.supcon_loss`` with its options held: its help says what each argument means.
 
-    Note ``base_temperature``: the loss is multiplied by temperature / base_temperature. For the loss of the paper set both alike, or None.
+    Positional arguments and defaults are those of SupContrast. Note ``base_temperature``, which is None in the function: the loss is
+    multiplied by temperature / base_temperature. For the loss of the paper set both alike, or None.
 
     A temperature that changes: a number is set anew (``loss.temperature = 0.05``), a tensor, which is a buffer of the module, is written
     to (``loss.temperature.fill_(0.05)``), an nn.Parameter is learned. torch.compile compiles once for any number, at its second one.
 
-    >>> loss = SupConLoss(temperature=0.1, base_temperature=0.1, normalize=True)(features, labels)  # features [B, V, D]
+    Examples:
+        >>> loss = SupConLoss(temperature=0.1, base_temperature=0.1, normalize=True)(features, labels)  # features [B, V, D]
     """
 
     temperature: float | Tensor
@@ -307,6 +311,20 @@ class SupConLoss(Loss):
         key_labels: Tensor | None = None,
         anchor_weights: Tensor | None = None,
     ) -> Tensor:
+        """The loss of a batch. At most one of ``labels``, ``mask`` and ``positives`` says who is whose positive; none: the views do.
+
+        Args:
+            features: [N, D], or [B, V, ...] of V views.
+            labels: integer [N] or [B], any values; or [B, C], several or soft.
+            mask: [B, B], >= 0.
+            positives: integer [A, K] for A anchors, numbers of columns, -1 for none.
+            keys: [M, D], other columns than the rows themselves.
+            key_labels: integer [M], theirs.
+            anchor_weights: floating [B] or [A], >= 0.
+
+        Returns:
+            0-d, or [A] with reduction="none"; float32, for float64 features float64.
+        """
         return supcon_loss(
             features,
             labels,
