@@ -22,6 +22,7 @@ from torch import Tensor
 from . import _checks, operators
 from .backends._dtypes import no_autocast
 from .losses._frame import class_labels, rows_of
+from .options import Backend
 from .problem import Pairs
 from .rows import wide_rows
 
@@ -32,12 +33,23 @@ LEAST_ROWS = 64  # or those of so many rows, about as much as the features thems
 
 
 @torch.no_grad()
-def diagnose(features: Tensor, labels: Tensor | None = None, *, t: float = 2.0, backend: str = "auto") -> dict[str, Tensor]:
-    """All figures of this module by name, 0-d tensors beside the features: alignment, uniformity, positive_similarity,
-    negative_similarity, lone_share (of rows, views included) and contrastive_top1.
+def diagnose(features: Tensor, labels: Tensor | None = None, *, t: float = 2.0, backend: Backend = "auto") -> dict[str, Tensor]:
+    """All figures of this module by name: one call for what is to be watched.
 
-    Args and errors are those of :func:`contrastive_top1` and :func:`uniformity`. Cost: one forward of a loss and 2 N^2 D flops in plain
-    PyTorch; O(N D) memory.
+    Args:
+        features: [N, D] or [B, V, ...].
+        labels: integer [B] (or [B, 1], or [1, B]), any values. None: the other views of a sample are its positives.
+        t: positive, that of ``uniformity``.
+        backend: "auto", the fastest that serves these rows, or one by name.
+
+    Returns:
+        alignment, uniformity, positive_similarity, negative_similarity, lone_share (of rows, views included) and contrastive_top1: 0-d
+        tensors beside the features.
+
+    Raises:
+        TypeError, ValueError: as ``alignment`` and ``uniformity``.
+
+    Cost: one forward of a loss and 2 N^2 D flops in plain PyTorch; memory O(N D).
     """
     z, keys = _unit_rows(features, labels)
     positive, negative = _half_distances(z, keys)
@@ -71,7 +83,7 @@ def alignment(features: Tensor, labels: Tensor | None = None) -> Tensor:
 
 
 @torch.no_grad()
-def uniformity(features: Tensor, t: float = 2.0, *, backend: str = "auto") -> Tensor:
+def uniformity(features: Tensor, t: float = 2.0, *, backend: Backend = "auto") -> Tensor:
     """The log of the mean of exp(-t |x - y|^2) over all pairs of rows: 0 where all rows are one, lower the more evenly they are spread.
 
     Wang & Isola 2020, L_uniform (section 4.1). One forward of the operator: N^2 D flops, O(N D) memory.
@@ -79,7 +91,7 @@ def uniformity(features: Tensor, t: float = 2.0, *, backend: str = "auto") -> Te
     Args:
         features: [N, D] or [B, V, ...], whose views are rows like others.
         t: positive.
-        backend: see :func:`fastsupcon.functional.self_logsumexp`.
+        backend: "auto", the fastest that serves these rows, or one by name.
 
     Returns:
         0-d; NaN for a single row.
@@ -98,10 +110,17 @@ def uniformity(features: Tensor, t: float = 2.0, *, backend: str = "auto") -> Te
 def similarities(features: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The mean cosine x . y of the pairs of positives, and that of all other pairs. O(N D) work and memory.
 
-    Args and errors are those of :func:`alignment`, which is 2 less twice the first.
+    ``alignment`` is 2 less twice the first.
+
+    Args:
+        features: [N, D] or [B, V, ...].
+        labels: integer [B] (or [B, 1], or [1, B]), any values. None: the other views of a sample are its positives.
 
     Returns:
         0-d each; NaN where there is no such pair.
+
+    Raises:
+        TypeError, ValueError: as ``alignment``.
     """
     positive, negative = _half_distances(*_unit_rows(features, labels))
     return 1 - positive, 1 - negative
@@ -135,10 +154,15 @@ def contrastive_top1(features: Tensor, labels: Tensor | None = None) -> Tensor:
     Of rows that are equally near the first counts, so rows that are all alike score as guessing does. A lone anchor is a miss: 1 -
     lone_share is the most there can be. 2 N^2 D flops in row blocks of plain PyTorch, O(N D) memory.
 
-    Args and errors are those of :func:`alignment`.
+    Args:
+        features: [N, D] or [B, V, ...].
+        labels: integer [B] (or [B, 1], or [1, B]), any values. None: the other views of a sample are its positives.
 
     Returns:
         0-d.
+
+    Raises:
+        TypeError, ValueError: as ``alignment``.
     """
     return _top1(*_unit_rows(features, labels))
 

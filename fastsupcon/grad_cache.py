@@ -25,19 +25,6 @@ def grad_cache(encoder: Callable[..., _Output], *inputs: Any, chunk: int, **opti
     the parameters (Gao et al. 2021, arXiv 2101.06983, section 3). It costs one forward more. Losses, their learned parameters, sums of
     losses, GradScaler and gradient accumulation need no change, as nothing but the encoder's call is replaced.
 
-    >>> network = nn.Sequential(nn.Linear(512, 2048), nn.ReLU(), nn.Dropout(0.1), nn.Linear(2048, 128))
-    >>> criterion = SupConLoss(temperature=0.1, normalize=True)
-    >>> features = grad_cache(network, images, chunk=64)  # instead of network(images); images [4096, 512]
-    >>> criterion(features, labels).backward()
-
-    Two views of a sample are rows of one batch; two encoders, as CLIP's, are two calls, whose chunks may differ:
-
-    >>> rows = grad_cache(network, views.flatten(0, 1), chunk=64)  # views [B, V, ...]
-    >>> criterion(rows.unflatten(0, views.shape[:2]), labels).backward()
-    >>> a = grad_cache(clip.encode_image, images, chunk=64)
-    >>> b = grad_cache(clip.encode_text, texts, chunk=256)
-    >>> InfoNCELoss(temperature=0.07, symmetric=True)(a, b).backward()
-
     The gradient is that of ``torch.cat([encoder(part) for part in images.split(chunk)])``. So a batch norm in training mode takes the
     statistics of a chunk. Random numbers (dropout), autocast and all buffers are in the second pass what they were in the first, and
     running statistics go on once. Other state that a forward changes, as a counter in Python, changes twice.
@@ -50,10 +37,10 @@ def grad_cache(encoder: Callable[..., _Output], *inputs: Any, chunk: int, **opti
     Args:
         encoder: an nn.Module, or a method of one: what belongs to it (buffers, DistributedDataParallel) has to be found. Of each row it
             makes a row, of every output.
-        inputs: tensors [N, ...] that are cut along their first dimension; also in tuples, lists and dicts. A tensor of no dimensions
+        *inputs: tensors [N, ...] that are cut along their first dimension; also in tuples, lists and dicts. A tensor of no dimensions
             and what is no tensor goes to every chunk. Gradients reach inputs that require them.
         chunk: rows that the encoder takes at once. The last chunk may have fewer.
-        options: as ``inputs``, handed on by name.
+        **options: as ``inputs``, handed on by name.
 
     Returns:
         What the encoder returns, with N rows: a tensor, or tensors in tuples, lists and dicts.
@@ -62,6 +49,20 @@ def grad_cache(encoder: Callable[..., _Output], *inputs: Any, chunk: int, **opti
         TypeError, ValueError: an argument, or what the encoder returned, is not of this form; the text names it.
         RuntimeError: in the backward, where parameters were changed in place since the forward, where torch.autograd.grad or
             backward(inputs=...) ask for gradients (those of the parameters are added to their ``grad``), and for a second derivative.
+
+    Examples:
+        >>> network = nn.Sequential(nn.Linear(512, 2048), nn.ReLU(), nn.Dropout(0.1), nn.Linear(2048, 128))
+        >>> criterion = SupConLoss(temperature=0.1, normalize=True)
+        >>> features = grad_cache(network, images, chunk=64)  # instead of network(images); images [4096, 512]
+        >>> criterion(features, labels).backward()
+
+        Two views of a sample are rows of one batch; two encoders, as CLIP's, are two calls, whose chunks may differ:
+
+        >>> rows = grad_cache(network, views.flatten(0, 1), chunk=64)  # views [B, V, ...]
+        >>> criterion(rows.unflatten(0, views.shape[:2]), labels).backward()
+        >>> a = grad_cache(clip.encode_image, images, chunk=64)
+        >>> b = grad_cache(clip.encode_text, texts, chunk=256)
+        >>> InfoNCELoss(temperature=0.07, symmetric=True)(a, b).backward()
     """
     module = encoder if isinstance(encoder, nn.Module) else getattr(encoder, "__self__", None)
     if not isinstance(module, nn.Module):

@@ -33,9 +33,6 @@ class MemoryQueue(nn.Module):
     call the loss outside, or fill the queue first, with random rows as MoCo does:
     ``queue.put(torch.randn(size, dim), torch.full((size,), fastsupcon.queue.NOBODY))``.
 
-    >>> loss = SupConLoss(temperature=0.1, normalize=True, queue=MemoryQueue(4096, 128))
-    >>> loss(features, labels).backward()
-
     Args:
         size: most rows that are kept.
         dim: their dimension.
@@ -43,6 +40,10 @@ class MemoryQueue(nn.Module):
 
     Raises:
         TypeError, ValueError: an argument, or rows that come, have the wrong type, shape or device; the text names it.
+
+    Examples:
+        >>> loss = SupConLoss(temperature=0.1, normalize=True, queue=MemoryQueue(4096, 128))
+        >>> loss(features, labels).backward()
     """
 
     rows: Tensor
@@ -68,7 +69,17 @@ class MemoryQueue(nn.Module):
         self._length, self._version = int(self.filled), self.filled._version
 
     def columns(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows that are filled, in the dtype of ``like`` [N, D], and their keys. May be none."""
+        """The rows that are filled, and their keys. May be none.
+
+        Args:
+            like: [N, D], whose dtype the rows get and whose device they must be on.
+
+        Returns:
+            [length, D] and int64 [length].
+
+        Raises:
+            ValueError: the queue has another dimension or is on another device.
+        """
         if like.shape[1] != self.rows.shape[1]:
             raise ValueError(f"queue holds rows of dimension {self.rows.shape[1]}, got features of dimension {like.shape[1]}")
         if like.device != self.rows.device:
@@ -78,7 +89,15 @@ class MemoryQueue(nn.Module):
 
     @torch.no_grad()
     def put(self, rows: Tensor, keys: Tensor) -> None:
-        """``rows`` [N, D] and their integer ``keys`` [N] come first."""
+        """Puts rows in front of those that are there; the oldest fall out.
+
+        Args:
+            rows: [N, D], of any floating dtype; the first ``size`` of them stay.
+            keys: integer [N]; ``fastsupcon.queue.NOBODY`` for rows that are nobody's positives.
+
+        Raises:
+            TypeError, ValueError: they have the wrong type, dtype, shape or device.
+        """
         size = self.rows.shape[0]
         _checks.rows("rows", rows, columns=self.rows.shape[1])
         _checks.on_device("rows", rows, self.rows.device)

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-ACROSS = ("gather", "ring")
+from .options import ACROSS, Across
+
 _COUNTS, _TEXT = 8, 960  # numbers and bytes in which a rank says what it was called with
 
 
@@ -43,7 +44,7 @@ class Ranks:
     ``across`` says how rows of other ranks are met: "gather" brings all of them here, "ring" a rank's at a time.
     """
 
-    def __init__(self, group: dist.ProcessGroup, across: str) -> None:
+    def __init__(self, group: dist.ProcessGroup, across: Across) -> None:
         if not isinstance(group, dist.ProcessGroup):
             raise TypeError(f"group must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
         if across not in ACROSS:

@@ -7,13 +7,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from torch import nn
 
 import fastsupcon
-from fastsupcon.backends import _extension
+from fastsupcon import SupConLoss, options
+from fastsupcon.backends import BACKENDS, _extension
 from fastsupcon.losses._frame import Loss
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -177,6 +179,69 @@ def test_options_are_annotated(name):
     options = kind(*(3 for p in given.values() if p.default is p.empty)).options
     annotated = {name: text for base in reversed(kind.__mro__) for name, text in vars(base).get("__annotations__", {}).items()}
     assert {name: annotated.get(name) for name in options} == {name: given[name].annotation for name in options}
+
+
+def test_options_are_what_the_checks_take():
+    """The types and the checks share one list; the backends have one of their own."""
+    assert get_args(options.Backend)[0] == "auto" and set(get_args(options.Backend)[1:]) == set(BACKENDS)
+    for name, values in (("Reduction", options.REDUCTIONS), ("LoneAnchors", options.LONE_ANCHORS), ("Across", options.ACROSS)):
+        assert values == get_args(getattr(options, name))
+    SupConLoss(contrast_mode="one", form="in", denominator="negatives", reduction="none", lone_anchors="skip", backend="chunked")
+    with pytest.raises(ValueError, match=r"^lone_anchors must be one of 'zero', 'skip', 'error', got 'drop'$"):
+        SupConLoss(lone_anchors="drop")
+
+
+def _described(text: str | None) -> set[str]:
+    """Names that a docstring has an entry for under "Args:"."""
+    _, _, after = inspect.cleandoc(text or "").partition("\nArgs:\n")
+    entries = after.split("\n\n")[0]
+    return set(re.findall(r"^ {4}\*{0,2}(\w+): ", entries, re.MULTILINE))
+
+
+def _expected(function) -> set[str]:
+    return {name for name in inspect.signature(function).parameters if name != "self"}
+
+
+@pytest.mark.parametrize("name", [name for name in fastsupcon.__all__ if name.endswith("Loss")])
+def test_help_of_a_loss(name):
+    """``help`` names the function of which a loss holds the options, and one of the two says what each argument means."""
+    kind = getattr(fastsupcon, name)
+    (named,) = set(re.findall(r"^``fastsupcon\.functional\.(\w+)``", kind.__doc__))
+    function = getattr(fastsupcon.functional, named)
+    assert _described(kind.__doc__) <= _expected(kind) <= _described(kind.__doc__) | _described(function.__doc__)
+    forward = kind.__dict__["forward"]
+    assert _described(forward.__doc__) == _expected(forward) and "Returns:" in forward.__doc__
+
+
+@pytest.mark.parametrize("module", ["functional", "diagnostics"])
+def test_help_of_a_function(module):
+    for name in getattr(fastsupcon, module).__all__:
+        function = getattr(getattr(fastsupcon, module), name)
+        assert _described(function.__doc__) == _expected(function), name
+        assert "Returns:" in function.__doc__ and "Raises:" in function.__doc__, name
+
+
+#: What an editor offers at the end of a line of code: names, or the parameters of a call.
+COMPLETED = {
+    "import fastsupcon\nfastsupcon.functional.": PUBLIC["fastsupcon.functional"],
+    "import fastsupcon\nfastsupcon.SupConLoss(": "temperature contrast_mode base_temperature form denominator beta ignore_index "
+    "class_weights queue normalize reduction lone_anchors group across backend",
+    "from fastsupcon import SupConLoss\nloss = SupConLoss(0.1)\nloss(": "features labels mask positives keys key_labels anchor_weights",
+    "from fastsupcon import PaCoLoss\nloss = PaCoLoss(8, 16)\nloss(": "features labels momentum_features class_features",
+    "from fastsupcon.integrations.lightly import SupConLoss\nloss = SupConLoss(0.1)\nloss(": "out0 out1 labels",
+}
+
+
+@pytest.mark.parametrize("code", COMPLETED)
+def test_completion(code):
+    """By jedi, which IPython and many editors complete with; pyright, behind others, resolves what mypy does."""
+    jedi = pytest.importorskip("jedi")
+    script = jedi.Script(code, project=jedi.Project(ROOT))
+    if code.endswith("."):
+        assert {completion.name for completion in script.complete()} >= set(COMPLETED[code])
+    else:
+        (signature,) = script.get_signatures()
+        assert " ".join(p.name for p in signature.params if p.name != "*") == COMPLETED[code]
 
 
 def test_the_package_says_that_it_is_typed():

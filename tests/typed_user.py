@@ -9,6 +9,7 @@ from fastsupcon import BalancedSupConLoss, InfoNCELoss, MemoryQueue, NTXentLoss,
 from fastsupcon import functional as F
 from fastsupcon.integrations.lightly import NTXentLoss as LightlyNTXentLoss
 from fastsupcon.integrations.open_clip import ClipLoss
+from fastsupcon.options import Denominator, Reduction
 
 features, labels = torch.randn(8, 16), torch.arange(8)
 
@@ -28,13 +29,31 @@ NTXentLoss()(features)  # type: ignore[call-arg]
 SupConLoss(tau=0.1)  # type: ignore[call-arg]
 InfoNCELoss(reduction=None)  # type: ignore[arg-type]
 
+# An option that has names takes these and no others; where the name comes from elsewhere, its type says so.
+SupConLoss(contrast_mode="some")  # type: ignore[arg-type]
+SupConLoss(form="outer")  # type: ignore[arg-type]
+SupConLoss(denominator="positives")  # type: ignore[arg-type]
+SupConLoss(lone_anchors="drop")  # type: ignore[arg-type]
+NTXentLoss(reduction="avg")  # type: ignore[arg-type]
+NTXentLoss(across="star")  # type: ignore[arg-type]
+PSCLoss(8, 16, backend="tritn")  # type: ignore[arg-type]
+F.supcon_loss(features, labels, reduction="avg")  # type: ignore[arg-type]
+F.self_logsumexp(features, backend="tritn")  # type: ignore[arg-type]
+named_elsewhere: str = "sum"
+SupConLoss(reduction=named_elsewhere)  # type: ignore[arg-type]
+reduction: Reduction = "sum"
+assert_type(SupConLoss(reduction=reduction)(features, labels), Tensor)
+
 # open_clip's may be a dict, as output_dict says.
-clip: Tensor = ClipLoss()(features, features, 10.0)
-named: dict[str, Tensor] = ClipLoss()(features, features, 10.0, output_dict=True)
+assert_type(ClipLoss()(features, features, 10.0), Tensor)
+assert_type(ClipLoss()(features, features, 10.0, output_dict=True), dict[str, Tensor])
+ClipLoss()(features)  # type: ignore[call-overload]
 
 # Options are what they were given as.
 assert_type(SupConLoss().temperature, float | Tensor)
-assert_type(SupConLoss().reduction, str)
+assert_type(SupConLoss().reduction, Reduction)
+assert_type(SupConLoss().queue, MemoryQueue | None)
+assert_type(PSCLoss(8, 16).denominator, Denominator)
 assert_type(NTXentLoss().queue, MemoryQueue | None)
 assert_type(PSCLoss(8, 16).prototypes, nn.Parameter)
 assert_type(PSCLoss(8, 16).logits(features), Tensor)

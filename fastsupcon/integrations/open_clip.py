@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from ..backends._dtypes import no_autocast
 from ..losses._contrast import shared
 from ..losses._frame import Loss, ranks_of, reduce, said
 from ..losses.infonce import single_positives
+from ..options import Backend
 from ..problem import Pairs
 from ..ranks import Ranks
 from ..rows import wide_number
@@ -42,22 +42,23 @@ class ClipLoss(Loss):
     gradient nothing but numbers of O(N); each rank computes its own rows of the logits, whatever ``local_loss`` says. Ranks may have
     unlike numbers of pairs, which open_clip cannot gather; L_r is weighted then, so that L remains the average.
 
-    >>> loss = ClipLoss(cache_labels=True, rank=args.rank, world_size=args.world_size)
-    >>> loss(image_features, text_features, logit_scale).backward()
-
     Args:
         local_loss: whether to return L_r instead of L, the same gradient with it.
         gather_with_grad: either way the gradient is the whole one.
         cache_labels: keep the numbers of the pairs from call to call, for each device: one launch less on a GPU.
-        rank, world_size: of torch.distributed's default group, if ``world_size`` is above 1; else features of this process are contrasted
-            alone.
+        rank: this process's number in torch.distributed's default group.
+        world_size: that group's size; with 1, features of this process are contrasted alone.
         use_horovod: with ``world_size`` above 1 an error; else it says nothing, in open_clip neither.
-        backend: see :func:`fastsupcon.functional.self_logsumexp`.
+        backend: "auto", the fastest that serves these rows, or one by name.
 
     Raises:
         NotImplementedError: features are to be gathered by Horovod.
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value, or ``rank`` and ``world_size`` are not those
             of the default group; the text names it.
+
+    Examples:
+        >>> loss = ClipLoss(cache_labels=True, rank=args.rank, world_size=args.world_size)
+        >>> loss(image_features, text_features, logit_scale).backward()
     """
 
     local_loss: bool
@@ -66,8 +67,7 @@ class ClipLoss(Loss):
     rank: int
     world_size: int
     use_horovod: bool
-    backend: str
-    __call__: Callable[..., Any]  # to a tensor, or to a dict as output_dict says
+    backend: Backend
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class ClipLoss(Loss):
         world_size: int = 1,
         use_horovod: bool = False,
         *,
-        backend: str = "auto",
+        backend: Backend = "auto",
     ) -> None:
         if use_horovod and world_size != 1:
             raise NotImplementedError(
@@ -103,13 +103,17 @@ class ClipLoss(Loss):
         logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        """The loss, 0-d, in float32 or for float64 features in float64; with ``output_dict`` under the name "contrastive_loss".
+        """The loss of a batch of pairs.
 
         Args:
             image_features: [N, D].
             text_features: [N, D], of the same dtype and on the same device.
             logit_scale: 1 / temperature, a number or a tensor of one element, which may require grad.
             logit_bias: the same, or None. It moves no softmax, so that it changes neither the loss nor another gradient, and its own is 0.
+            output_dict: whether to return a dict, with the loss under the name "contrastive_loss".
+
+        Returns:
+            0-d, in float32, for float64 features in float64.
         """
         ranks = self._ranks()
         least = 1 if ranks is None else 0
@@ -141,6 +145,41 @@ class ClipLoss(Loss):
             if logit_bias is not None:  # so that it gets a gradient, for which DistributedDataParallel waits, and shows if it is not finite
                 loss = loss + 0 * wide_number(logit_bias, image_features)
         return {"contrastive_loss": loss} if output_dict else loss
+
+    if TYPE_CHECKING:  # output_dict says which it gives
+
+        @overload
+        def __call__(
+            self,
+            image_features: Tensor,
+            text_features: Tensor,
+            logit_scale: float | Tensor,
+            logit_bias: float | Tensor | None = None,
+            output_dict: Literal[False] = False,
+        ) -> Tensor: ...
+
+        @overload
+        def __call__(
+            self,
+            image_features: Tensor,
+            text_features: Tensor,
+            logit_scale: float | Tensor,
+            logit_bias: float | Tensor | None = None,
+            *,
+            output_dict: Literal[True],
+        ) -> dict[str, Tensor]: ...
+
+        @overload
+        def __call__(
+            self,
+            image_features: Tensor,
+            text_features: Tensor,
+            logit_scale: float | Tensor,
+            logit_bias: float | Tensor | None = None,
+            output_dict: bool = False,
+        ) -> Tensor | dict[str, Tensor]: ...
+
+        def __call__(self, *arguments: Any, **options: Any) -> Any: ...
 
     def _ranks(self) -> Ranks | None:
         if self.world_size == 1:

@@ -23,6 +23,7 @@ from ..backends._dtypes import no_autocast
 from ..blocks import terms
 from ..losses._contrast import shared
 from ..losses._frame import HasGroup, check_backend, class_labels, ranks_of, said
+from ..options import Across, Backend
 from ..problem import Pairs
 from ..ranks import Ranks
 from ..rows import wide_number, wide_rows
@@ -52,21 +53,22 @@ class SupConLoss(HasGroup, losses.SupConLoss):
     Gradients are for DistributedDataParallel to average. A regularizer sees this rank's rows. It is instead of the library's
     DistributedLossWrapper, and not to be put into it.
 
-    >>> loss = SupConLoss(temperature=0.1)
-    >>> loss(embeddings, labels).backward()
-
     Args:
         temperature: a number or a 0-d tensor, which may require grad.
         group: the process group whose ranks' rows meet; None: this process alone. With one, an ``indices_tuple`` that lists pairs and a
             ``ClassWeightedReducer``, which name rows of one process by number, are a ValueError.
-        across: "gather" or "ring", see :func:`fastsupcon.functional.supcon_loss`.
-        backend: see :func:`fastsupcon.functional.self_logsumexp`.
+        across: "gather" or "ring", see ``fastsupcon.functional.supcon_loss``.
+        backend: "auto", the fastest that serves these rows, or one by name.
         **options: ``reducer``, ``distance`` (CosineSimilarity, the default, or DotProductSimilarity), ``embedding_regularizer``,
             ``embedding_reg_weight``, ``collect_stats``.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value, or ``distance`` is no dot product; the text
             names it.
+
+    Examples:
+        >>> loss = SupConLoss(temperature=0.1)
+        >>> loss(embeddings, labels).backward()
     """
 
     temperature: float | Tensor
@@ -79,8 +81,8 @@ class SupConLoss(HasGroup, losses.SupConLoss):
         temperature: float | Tensor = 0.1,
         *,
         group: ProcessGroup | None = None,
-        across: str = "gather",
-        backend: str = "auto",
+        across: Across = "gather",
+        backend: Backend = "auto",
         **options: Any,
     ) -> None:
         _checks.temperature("temperature", temperature)
@@ -206,8 +208,9 @@ class CrossBatchMemory(losses.CrossBatchMemory):
     Of a SupConLoss with a ``group`` each rank's memory holds its own rows, and is met by all ranks' batches: R ranks have R memories of
     ``memory_size`` together. In the library's DistributedLossWrapper each rank's memory holds all ranks' rows.
 
-    >>> loss = CrossBatchMemory(SupConLoss(temperature=0.1), embedding_size=128, memory_size=4096)
-    >>> loss(embeddings, labels).backward()
+    Examples:
+        >>> loss = CrossBatchMemory(SupConLoss(temperature=0.1), embedding_size=128, memory_size=4096)
+        >>> loss(embeddings, labels).backward()
     """
 
     def create_indices_tuple(

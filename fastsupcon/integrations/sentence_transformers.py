@@ -29,6 +29,7 @@ from ..blocks import logaddexp, terms
 from ..losses import supcon
 from ..losses._contrast import numbers, shared
 from ..losses._frame import check_backend, ranks_of, said
+from ..options import Backend
 from ..problem import Line, Pairs
 from ..ranks import Ranks
 from ..rows import wide_number, wide_rows
@@ -46,7 +47,7 @@ class _Ranking:
     hardness_mode: str | None
     hardness_strength: float
 
-    def __init__(self, *arguments: Any, backend: str = "auto", **options: Any) -> None:
+    def __init__(self, *arguments: Any, backend: Backend = "auto", **options: Any) -> None:
         check_backend(backend)
         super().__init__(*arguments, **options)
         self.backend = backend
@@ -93,41 +94,42 @@ class MultipleNegativesRankingLoss(_Ranking, losses.MultipleNegativesRankingLoss
     Rows travel once, and of the gradient nothing but numbers of O(N + M). Ranks may have unlike numbers of queries, which the library
     cannot gather; the value is weighted then, so that the average over ranks is the mean over all queries.
 
-    >>> loss = MultipleNegativesRankingLoss(model)  # then as any loss of SentenceTransformerTrainer
+    The arguments are the library's. ``gather_across_devices`` without a process group when the loss is called is a warning, once, as in the
+    library. ``similarity_fct`` may be ``cos_sim`` (the default) or ``dot_score`` of sentence_transformers.util; others are a ValueError.
 
     Args:
-        model, scale, directions, partition_mode, hardness_mode, hardness_strength: the library's.
-        gather_across_devices: whether all ranks' rows are contrasted. Where no process group is initialised when the loss is called, a
-            warning, once, as in the library.
-        similarity_fct: ``cos_sim`` (the default) or ``dot_score`` of sentence_transformers.util. Others are a ValueError.
-        backend: see :func:`fastsupcon.functional.self_logsumexp`.
+        backend: "auto", the fastest that serves these rows, or one by name.
+
+    Examples:
+        >>> loss = MultipleNegativesRankingLoss(model)  # then as any loss of SentenceTransformerTrainer
     """
 
 
 class CachedMultipleNegativesRankingLoss(_Cached, _Ranking, losses.CachedMultipleNegativesRankingLoss):
-    """:class:`MultipleNegativesRankingLoss` behind GradCache: options, values and gradients of the library's class of this name.
+    """``MultipleNegativesRankingLoss`` behind GradCache: options, values and gradients of the library's class of this name.
 
     ``mini_batch_size`` bounds what the model needs, and nothing else: the loss is one call over the whole batch.
     """
 
 
 class SupConLoss(nn.Module):
-    """:class:`fastsupcon.SupConLoss` of sentences with class labels, brought to unit length.
+    """``fastsupcon.SupConLoss`` of sentences with class labels, brought to unit length.
 
     A dataset of one text column and a ``label`` column of integers; further text columns are further views of the sample. Batches should
     hold several samples of a class: ``BatchSamplers.GROUP_BY_LABEL``.
-
-    >>> loss = SupConLoss(model, temperature=0.1)  # then as any loss of SentenceTransformerTrainer
 
     Args:
         model: SentenceTransformer.
         temperature: a number or a 0-d tensor, which may require grad.
         gather_across_devices: the loss of all ranks' rows, the same on each, of torch.distributed's default group at the time of a call:
-            the trainer may initialise it after this is made. Else as for :class:`MultipleNegativesRankingLoss`.
-        **options: of :class:`fastsupcon.SupConLoss`, with the defaults ``base_temperature=None`` and ``normalize=True``.
+            the trainer may initialise it after this is made. Else as for ``MultipleNegativesRankingLoss``.
+        **options: of ``fastsupcon.SupConLoss``, with the defaults ``base_temperature=None`` and ``normalize=True``.
 
     Raises:
         ValueError: both ``gather_across_devices`` and a ``group`` are given.
+
+    Examples:
+        >>> loss = SupConLoss(model, temperature=0.1)  # then as any loss of SentenceTransformerTrainer
     """
 
     def __init__(
@@ -156,10 +158,10 @@ class SupConLoss(nn.Module):
 
 
 class CachedSupConLoss(_Cached, CachedLossMixin, SupConLoss):
-    """:class:`SupConLoss` behind GradCache: a batch as large as the loss wants it, in the memory of ``mini_batch_size`` sentences.
+    """``SupConLoss`` behind GradCache: a batch as large as the loss wants it, in the memory of ``mini_batch_size`` sentences.
 
     Args:
-        model, temperature, gather_across_devices, **options: of :class:`SupConLoss`.
+        model: as ``temperature``, ``gather_across_devices`` and ``options``, that of ``SupConLoss``.
         mini_batch_size: sentences that go through the model at a time.
         mini_batch_num_tokens: instead of it, most tokens at a time.
         show_progress_bar: of the mini-batches.

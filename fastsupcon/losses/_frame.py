@@ -10,14 +10,12 @@ from torch import Tensor, nn
 
 from .. import _checks
 from ..backends import BACKENDS, sum_dtype
+from ..options import REDUCTIONS, Across, Reduction
 from ..queue import MemoryQueue
 from ..ranks import Ranks
 
-REDUCTIONS = ("mean", "sum", "none")
-LONE_ANCHORS = ("zero", "skip", "error")
 
-
-def ranks_of(group: ProcessGroup | None, across: str) -> Ranks | None:
+def ranks_of(group: ProcessGroup | None, across: Across) -> Ranks | None:
     """Those that the loss is taken over, or None for this process alone."""
     if group is None and across != "gather":
         raise ValueError(f"across={across!r} needs a group, got None: this process meets no other")
@@ -102,7 +100,7 @@ def weights_of(
     return weights
 
 
-def reduce(losses: Tensor, reduction: str, weights: Tensor | None = None, ranks: Ranks | None = None) -> Tensor:
+def reduce(losses: Tensor, reduction: Reduction, weights: Tensor | None = None, ranks: Ranks | None = None) -> Tensor:
     """Of losses [N], each times its weight; the mean is over the weights, which may be all 0 and may be bools: who counts in the mean.
 
     Over all ranks' losses where there are several, the same on each.
@@ -204,13 +202,13 @@ class Loss(HasGroup):
     Options that are other tensors, a temperature or weights, are buffers, which are not saved. They go where the module goes and keep
     their dtype and their values: a temperature of 0.07 would be 0.0698 in a module brought to bfloat16.
 
-    Subclasses annotate their options: to a type checker, an attribute of a module is otherwise a tensor or a module.
+    Subclasses annotate their options: to a type checker, an attribute of a module is otherwise a tensor or a module. And they say that
+    their call is their forward: mypy and pyright know it from here, but not jedi, which completes in IPython and many editors.
     """
 
     if TYPE_CHECKING:  # nn.Module says of its call that it takes and gives anything; a loss takes and gives what its forward does
 
-        @property
-        def __call__(self: _Module[_Arguments, _Result]) -> Callable[_Arguments, _Result]: ...  # type: ignore[override]  # no property
+        def __call__(self: _Module[_Arguments, _Result], *arguments: _Arguments.args, **options: _Arguments.kwargs) -> _Result: ...
 
     def __init__(self, **options: Any) -> None:
         check_backend(options["backend"])

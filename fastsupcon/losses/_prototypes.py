@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import _checks
 from ..backends import sum_dtype
 from ..backends._dtypes import no_autocast
+from ..options import Reduction
 from ..ranks import Ranks
 from ..rows import wide_number, wide_rows
 from ._frame import Loss, said
@@ -35,7 +36,7 @@ def meet_with_prototypes(
     features: Tensor,
     prototypes: Tensor,
     temperature: float | Tensor,
-    reduction: str,
+    reduction: Reduction,
     counts: dict[str, int] | None = None,
     sharded: bool = False,
     **alike: object,

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import _checks
 from ..backends import sum_dtype
 from ..distributed import Shared
+from ..options import Across
 from ..problem import Pairs
 from ..ranks import Ranks, outside_of_graphs
 from ._frame import ranks_of
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-def ranks_of_shards(group: ProcessGroup | None, across: str, sharded: bool) -> Ranks | None:
+def ranks_of_shards(group: ProcessGroup | None, across: Across, sharded: bool) -> Ranks | None:
     """ranks_of, for a loss whose prototypes may be shards."""
     if not isinstance(sharded, bool):
         raise TypeError(f"sharded must be a bool, got {type(sharded).__name__}")
@@ -77,7 +78,7 @@ class ShardableLoss(PrototypeLoss):
     """
 
     group: ProcessGroup | None
-    across: str
+    across: Across
     sharded: bool
 
     def __init__(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from ..options import CONTRAST_MODES, DENOMINATORS, FORMS, LONE_ANCHORS, Denominator, Form
 from . import _frame
 
 
@@ -69,8 +70,8 @@ def check_together(
     by_keys: bool,
     classes: Tensor | None,
     positives: Tensor | None,
-    form: str,
-    denominator: str,
+    form: Form,
+    denominator: Denominator,
     beta: float,
     keys: Tensor | None,
     key_labels: object,
@@ -119,8 +120,8 @@ def check_options(
     _frame.check_options(temperature, reduction, queue)
     if base_temperature is not None:
         _checks.temperature("base_temperature", base_temperature)
-    _checks.one_of("contrast_mode", contrast_mode, ("all", "one"))
-    _checks.one_of("form", form, ("out", "in"))
-    _checks.one_of("denominator", denominator, ("all", "negatives"))
-    _checks.one_of("lone_anchors", lone_anchors, _frame.LONE_ANCHORS)
+    _checks.one_of("contrast_mode", contrast_mode, CONTRAST_MODES)
+    _checks.one_of("form", form, FORMS)
+    _checks.one_of("denominator", denominator, DENOMINATORS)
+    _checks.one_of("lone_anchors", lone_anchors, LONE_ANCHORS)
     _checks.number("beta", beta, 0, math.inf)

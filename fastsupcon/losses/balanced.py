@@ -11,6 +11,7 @@ from .. import _checks
 from ..backends import sum_dtype
 from ..backends._dtypes import no_autocast
 from ..blocks import Block, logaddexp, quantities
+from ..options import Across, Backend, Reduction
 from ..problem import Pairs
 from ..rows import wide_number
 from ._contrast import numbers, shared
@@ -28,10 +29,10 @@ def balanced_supcon_loss(
     *,
     temperature: float | Tensor = 0.1,
     normalize: bool = True,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     group: ProcessGroup | None = None,
-    across: str = "gather",
-    backend: str = "auto",
+    across: Across = "gather",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Balanced contrastive loss of Zhu et al. (CVPR 2022): SCL whose denominator is a sum over classes of means over their members.
 
@@ -52,8 +53,10 @@ def balanced_supcon_loss(
         temperature: tau, a number or a 0-d tensor, which may require grad.
         normalize: bring features and prototypes to unit length first.
         reduction: "mean" over anchors, "sum", or "none": [N].
-        group, across: see :func:`fastsupcon.functional.supcon_loss`. Prototypes are the same on all ranks.
-        backend: see :func:`fastsupcon.functional.self_logsumexp`.
+        group: the process group whose ranks' rows meet, see ``fastsupcon.functional.supcon_loss``. Prototypes are
+            the same on all ranks. None: this process alone.
+        across: how rows of other ranks come: "gather" them all, or a rank's at a time by a "ring".
+        backend: "auto", the fastest that serves these rows, or one by name.
 
     Returns:
         The loss in float32, for float64 features in float64. Gradients have the dtype of their tensor.
@@ -92,18 +95,24 @@ def balanced_supcon_loss(
 
 
 class BalancedSupConLoss(PrototypeLoss):
-    """:func:`fastsupcon.functional.balanced_supcon_loss` with learned ``prototypes`` [num_classes, dim].
+    """``fastsupcon.functional.balanced_supcon_loss`` with learned ``prototypes`` [num_classes, dim].
 
     Hand the prototypes to the optimiser with the network's parameters: ``[*model.parameters(), *loss.parameters()]``.
 
-    >>> balanced = BalancedSupConLoss(num_classes=10, dim=128, temperature=0.1)
-    >>> balanced(features, labels).backward()  # features [B, V, 128]
+    Args:
+        num_classes: C.
+        dim: D, that of the features and prototypes.
+        temperature: as the other options, that of the function.
+
+    Examples:
+        >>> balanced = BalancedSupConLoss(num_classes=10, dim=128, temperature=0.1)
+        >>> balanced(features, labels).backward()  # features [B, V, 128]
     """
 
-    reduction: str
+    reduction: Reduction
     group: ProcessGroup | None
-    across: str
-    backend: str
+    across: Across
+    backend: Backend
 
     def __init__(
         self,
@@ -112,10 +121,10 @@ class BalancedSupConLoss(PrototypeLoss):
         temperature: float | Tensor = 0.1,
         *,
         normalize: bool = True,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         group: ProcessGroup | None = None,
-        across: str = "gather",
-        backend: str = "auto",
+        across: Across = "gather",
+        backend: Backend = "auto",
     ) -> None:
         check_options(temperature, reduction)
         ranks_of(group, across)
@@ -131,4 +140,16 @@ class BalancedSupConLoss(PrototypeLoss):
         )
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            features: [N, D], or [B, V, ...] of V views.
+            labels: integer [N] or [B], in [0, C).
+
+        Returns:
+            0-d, or [N] with reduction="none"; float32, for float64 features float64.
+        """
         return balanced_supcon_loss(features, labels, self.prototypes, **self.options)
+
+    if TYPE_CHECKING:
+        __call__ = forward

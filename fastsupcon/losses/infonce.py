@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import _checks, operators
 from ..backends._dtypes import no_autocast
 from ..blocks import Block, join, logaddexp, terms
+from ..options import Across, Backend, Reduction
 from ..problem import Line, Pairs
 from ..queue import NOBODY, MemoryQueue
 from ..rows import wide_number
@@ -30,11 +31,11 @@ def info_nce_loss(
     temperature: float | Tensor = 0.07,
     symmetric: bool = True,
     normalize: bool = True,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     queue: MemoryQueue | None = None,
     group: ProcessGroup | None = None,
-    across: str = "gather",
-    backend: str = "auto",
+    across: Across = "gather",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Row i of ``a`` and row i of ``b`` belong together (image and caption, query and document), and each has to find the other.
 
@@ -60,9 +61,10 @@ def info_nce_loss(
         queue: earlier rows of b, without gradient: more columns for a's direction, and for the same reason not for b's. With ``keys`` those
             of equal keys are positives, without they are all negatives. In training mode b is put in afterwards. MoCo is
             symmetric=False with b from the momentum encoder; for both directions add two such losses, with a queue for each encoder.
-        group, across: see :func:`fastsupcon.functional.supcon_loss`: each rank has pairs of its own, whose rows meet those of all ranks,
-            and the negatives of all ranks. A queue takes in all ranks' rows.
-        backend: see :func:`fastsupcon.functional.self_logsumexp`.
+        group: the process group whose ranks' rows meet, see ``fastsupcon.functional.supcon_loss``: each rank has pairs of its own, whose
+            rows meet those of all ranks, and the negatives of all ranks. A queue takes in all ranks' rows. None: this process alone.
+        across: how rows of other ranks come: "gather" them all, or a rank's at a time by a "ring".
+        backend: "auto", the fastest that serves these rows, or one by name.
 
     Returns:
         The loss in float32, for float64 rows in float64. Gradients have the dtype of their tensor. At equal similarities the loss is
@@ -121,7 +123,7 @@ def info_nce_loss(
     return loss
 
 
-def single_positives(pairs: Block, more: list[Block], symmetric: bool, backend: str) -> Tensor:
+def single_positives(pairs: Block, more: list[Block], symmetric: bool, backend: Backend) -> Tensor:
     """[N], where keys are the numbers of the pairs: the column that is a row's one positive has it too, so both share its similarity."""
     (everything, similarity), of_columns = terms(pairs, ("all", "similarity"), ("all",) if symmetric else (), backend=backend)
     for block in more:
@@ -132,7 +134,7 @@ def single_positives(pairs: Block, more: list[Block], symmetric: bool, backend: 
     return losses
 
 
-def _several_positives(pairs: Block, more: list[Block], symmetric: bool, backend: str) -> Tensor:
+def _several_positives(pairs: Block, more: list[Block], symmetric: bool, backend: Backend) -> Tensor:
     """[N]; every row and every column has a positive, its own pair."""
     names = ("all", "similarity", "count")
     of_rows, of_columns = terms(pairs, names, names[:2] if symmetric else (), backend=backend)
@@ -149,22 +151,23 @@ def _several_positives(pairs: Block, more: list[Block], symmetric: bool, backend
 
 
 class InfoNCELoss(Loss):
-    """:func:`fastsupcon.functional.info_nce_loss` with its options held.
+    """``fastsupcon.functional.info_nce_loss`` with its options held: its help says what each argument means.
 
     A learned temperature is an ``nn.Parameter`` of 0 dimensions; hand it to the optimiser with the network's parameters.
 
-    >>> loss = InfoNCELoss(temperature=0.07)(image_features, text_features)  # [N, D] each
-    >>> loss = InfoNCELoss(0.05, symmetric=False)(queries, passages, negatives=hard_negatives)  # [N, D], [N, D], [K, D]
+    Examples:
+        >>> loss = InfoNCELoss(temperature=0.07)(image_features, text_features)  # [N, D] each
+        >>> loss = InfoNCELoss(0.05, symmetric=False)(queries, passages, negatives=hard_negatives)  # [N, D], [N, D], [K, D]
     """
 
     temperature: float | Tensor
     symmetric: bool
     normalize: bool
-    reduction: str
+    reduction: Reduction
     queue: MemoryQueue | None
     group: ProcessGroup | None
-    across: str
-    backend: str
+    across: Across
+    backend: Backend
 
     def __init__(
         self,
@@ -172,11 +175,11 @@ class InfoNCELoss(Loss):
         symmetric: bool = True,
         *,
         normalize: bool = True,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         queue: MemoryQueue | None = None,
         group: ProcessGroup | None = None,
-        across: str = "gather",
-        backend: str = "auto",
+        across: Across = "gather",
+        backend: Backend = "auto",
     ) -> None:
         check_options(temperature, reduction, queue)
         ranks_of(group, across)
@@ -192,7 +195,21 @@ class InfoNCELoss(Loss):
         )
 
     def forward(self, a: Tensor, b: Tensor, keys: Tensor | None = None, negatives: Tensor | None = None) -> Tensor:
+        """The loss of a batch of pairs.
+
+        Args:
+            a: [N, D].
+            b: [N, D]; row i belongs to row i of a.
+            keys: integer [N]: pairs of equal keys are each other's positives too.
+            negatives: [K, D], further candidates for the rows of a.
+
+        Returns:
+            0-d, or [N] with reduction="none"; float32, for float64 rows float64.
+        """
         return info_nce_loss(a, b, keys, negatives, **self.options)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def chance_level(self, pairs: int) -> float:
         """The loss of so many pairs whose similarities are all equal: log(pairs), in a's direction log(pairs + rows in the queue)."""

@@ -12,6 +12,7 @@ from .. import _checks, operators
 from ..backends import select
 from ..backends._dtypes import no_autocast
 from ..blocks import logaddexp, quantities, terms
+from ..options import Across, Backend, Reduction
 from ..problem import Line, Pairs
 from ..queue import NOBODY, MemoryQueue
 from ..rows import wide_number, wide_rows
@@ -28,11 +29,11 @@ def nt_xent_loss(
     *,
     temperature: float | Tensor = 0.5,
     normalize: bool = True,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     queue: MemoryQueue | None = None,
     group: ProcessGroup | None = None,
-    across: str = "gather",
-    backend: str = "auto",
+    across: Across = "gather",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Two views of the same samples: each of the 2 B rows has to find its other view among the 2 B - 1 others.
 
@@ -47,7 +48,7 @@ def nt_xent_loss(
         L_i = log( exp(z0_i . z1_i / tau) + sum_{q in queue} exp(z0_i . q / tau) ) - z0_i . z1_i / tau
 
     In training mode z1 is put into the queue afterwards. A queue starts empty, and an empty one has no negatives: the first step's loss
-    is 0. (lightly's starts full, of random rows; :class:`fastsupcon.integrations.lightly.NTXentLoss` has that.) The gradient of z1 is that
+    is 0. (lightly's starts full, of random rows; ``fastsupcon.integrations.lightly.NTXentLoss`` has that.) The gradient of z1 is that
     of the positive; where z1 comes from a momentum encoder, detach it.
 
     Args:
@@ -57,8 +58,10 @@ def nt_xent_loss(
         normalize: bring the rows to unit length first. Without it the caller's rows are used as they are.
         reduction: "mean", "sum", or "none": [2 B], the rows of z0 first; with ``queue`` [B].
         queue: a MemoryQueue of rows of D.
-        group, across: see :func:`fastsupcon.functional.supcon_loss`. A queue takes in all ranks' rows.
-        backend: see :func:`fastsupcon.functional.self_logsumexp`.
+        group: the process group whose ranks' rows meet, see ``fastsupcon.functional.supcon_loss``. A queue takes in
+            all ranks' rows. None: this process alone.
+        across: how rows of other ranks come: "gather" them all, or a rank's at a time by a "ring".
+        backend: "auto", the fastest that serves these rows, or one by name.
 
     Returns:
         The loss in float32, for float64 rows in float64. Gradients have the dtype of their tensor. At equal similarities the loss is
@@ -115,30 +118,31 @@ def nt_xent_loss(
 
 
 class NTXentLoss(Loss):
-    """:func:`fastsupcon.functional.nt_xent_loss` with its options held.
+    """``fastsupcon.functional.nt_xent_loss`` with its options held: its help says what each argument means.
 
-    >>> loss = NTXentLoss(temperature=0.5)(z0, z1)  # SimCLR; [B, D] each
-    >>> loss = NTXentLoss(temperature=0.2, queue=MemoryQueue(65536, 128))(queries, keys.detach())  # MoCo
+    Examples:
+        >>> loss = NTXentLoss(temperature=0.5)(z0, z1)  # SimCLR; [B, D] each
+        >>> loss = NTXentLoss(temperature=0.2, queue=MemoryQueue(65536, 128))(queries, keys.detach())  # MoCo
     """
 
     temperature: float | Tensor
     normalize: bool
-    reduction: str
+    reduction: Reduction
     queue: MemoryQueue | None
     group: ProcessGroup | None
-    across: str
-    backend: str
+    across: Across
+    backend: Backend
 
     def __init__(
         self,
         temperature: float | Tensor = 0.5,
         *,
         normalize: bool = True,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         queue: MemoryQueue | None = None,
         group: ProcessGroup | None = None,
-        across: str = "gather",
-        backend: str = "auto",
+        across: Across = "gather",
+        backend: Backend = "auto",
     ) -> None:
         check_options(temperature, reduction, queue)
         ranks_of(group, across)
@@ -153,7 +157,19 @@ class NTXentLoss(Loss):
         )
 
     def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
+        """The loss of two views of a batch.
+
+        Args:
+            z0: [B, D], the first view of each sample.
+            z1: [B, D], the second.
+
+        Returns:
+            0-d, or with reduction="none" [2 B], with a queue [B]; float32, for float64 rows float64.
+        """
         return nt_xent_loss(z0, z1, **self.options)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def chance_level(self, rows: int) -> float:
         """The loss of ``rows`` rows, 2 B of B samples, whose similarities are all equal: log(rows - 1); with a queue log(1 + its rows)."""

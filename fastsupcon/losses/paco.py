@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import _checks
 from ..backends._dtypes import no_autocast
 from ..blocks import logaddexp, quantities
+from ..options import Across, Backend, Reduction
 from ..problem import Pairs
 from ..queue import MemoryQueue
 from ..rows import wide_number, wide_rows
@@ -39,10 +40,10 @@ def paco_loss(
     class_temperature: float | Tensor = 1.0,
     normalize: bool = True,
     queue: MemoryQueue | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     group: ProcessGroup | None = None,
-    across: str = "gather",
-    backend: str = "auto",
+    across: Across = "gather",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Parametric contrastive loss of Cui et al. (PaCo, ICCV 2021; GPaCo, TPAMI 2023): learned class prototypes among the contrasted rows.
 
@@ -69,14 +70,16 @@ def paco_loss(
         gamma: weight of the rows in the denominator; 0 leaves a classifier whose targets are drawn to positives.
         class_counts: integer or floating [C], of each class's samples; None: pi is left out. A class without any counts as 1e-9 of all.
         label_smoothing: share of the other classes in q, in [0, 1]; GPaCo's, over C - 1 classes.
-        temperature, class_temperature: tau and tau_c, each a number or a 0-d tensor, which may require grad.
+        temperature: tau, a number or a 0-d tensor, which may require grad.
+        class_temperature: tau_c, the same.
         normalize: bring features, momentum features and the queue's rows to unit length first.
         queue: rows of earlier batches. In training mode the batch is put into it afterwards: the momentum features, without them the last
             view. It begins empty (the authors' with random rows).
         reduction: "mean" over anchors, "sum", or "none": [N].
-        group, across: see :func:`fastsupcon.functional.supcon_loss`. Prototypes are the same on all ranks, a queue
-            takes in all ranks' rows.
-        backend: see :func:`fastsupcon.functional.self_logsumexp`.
+        group: the process group whose ranks' rows meet, see ``fastsupcon.functional.supcon_loss``. Prototypes are
+            the same on all ranks, a queue takes in all ranks' rows. None: this process alone.
+        across: how rows of other ranks come: "gather" them all, or a rank's at a time by a "ring".
+        backend: "auto", the fastest that serves these rows, or one by name.
 
     Returns:
         The loss in float32, for float64 features in float64. Gradients have the dtype of their tensor.
@@ -182,17 +185,23 @@ def _check_options(
 
 
 class PaCoLoss(PrototypeLoss):
-    """:func:`fastsupcon.functional.paco_loss` with learned ``prototypes`` [num_classes, dim], which are the classifier.
+    """``fastsupcon.functional.paco_loss`` with learned ``prototypes`` [num_classes, dim], which are the classifier.
 
     Hand the prototypes to the optimiser with the network's parameters: ``[*model.parameters(), *loss.parameters()]``.
 
-    >>> paco = PaCoLoss(num_classes=1000, dim=2048, class_counts=counts, queue=MemoryQueue(8192, 128))
-    >>> paco(projected, labels, momentum_projected, backbone).backward()  # [B, 128], [B], [B, 128], [B, 2048]
-    >>> paco.logits(backbone).argmax(1)  # the class, without the prior
+    Args:
+        num_classes: C.
+        dim: E, that of the prototypes and of what meets them: the class features, else the features.
+        class_counts: as the other options, that of the function; any sequence of numbers. Held as a buffer.
 
-    GPaCo, of two views of each sample:
+    Examples:
+        >>> paco = PaCoLoss(num_classes=1000, dim=2048, class_counts=counts, queue=MemoryQueue(8192, 128))
+        >>> paco(projected, labels, momentum_projected, backbone).backward()  # [B, 128], [B], [B, 128], [B, 2048]
+        >>> paco.logits(backbone).argmax(1)  # the class, without the prior
 
-    >>> paco(projected, labels, class_features=backbone).backward()  # [B, 2, 128], [B], [B, 2, 2048]
+        GPaCo, of two views of each sample:
+
+        >>> paco(projected, labels, class_features=backbone).backward()  # [B, 2, 128], [B], [B, 2, 2048]
     """
 
     alpha: float
@@ -201,10 +210,10 @@ class PaCoLoss(PrototypeLoss):
     label_smoothing: float
     class_temperature: float | Tensor
     queue: MemoryQueue | None
-    reduction: str
+    reduction: Reduction
     group: ProcessGroup | None
-    across: str
-    backend: str
+    across: Across
+    backend: Backend
 
     def __init__(
         self,
@@ -220,10 +229,10 @@ class PaCoLoss(PrototypeLoss):
         class_temperature: float | Tensor = 1.0,
         normalize: bool = True,
         queue: MemoryQueue | None = None,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         group: ProcessGroup | None = None,
-        across: str = "gather",
-        backend: str = "auto",
+        across: Across = "gather",
+        backend: Backend = "auto",
     ) -> None:
         _check_options(alpha, beta, gamma, label_smoothing, temperature, class_temperature, queue, reduction)
         ranks_of(group, across)
@@ -248,8 +257,22 @@ class PaCoLoss(PrototypeLoss):
     def forward(
         self, features: Tensor, labels: Tensor, momentum_features: Tensor | None = None, class_features: Tensor | None = None
     ) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            features: [N, D], or [B, V, ...] of V views: the anchors.
+            labels: integer [N] or [B], in [0, C).
+            momentum_features: [B, D] or [B, V, ...], contrasted with and no anchors.
+            class_features: [B, E] or [B, V, ...], what of the anchors meets the prototypes; None: the features.
+
+        Returns:
+            0-d, or [N] with reduction="none"; float32, for float64 features float64.
+        """
         given = features, labels, self.prototypes, momentum_features, class_features
         return paco_loss(*given, class_counts=self.class_counts, **self.options)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def logits(self, features: Tensor) -> Tensor:
         """x_i . p_c / tau_c of class features [N, dim] -> [N, num_classes]."""

@@ -16,6 +16,7 @@ from torch.nn.functional import softplus
 from .. import _checks
 from ..backends._dtypes import no_autocast
 from ..blocks import quantities
+from ..options import Across, Backend, Reduction
 from ..problem import Pairs
 from ..rows import wide_number
 from ._frame import check_options, class_labels, reduce, said
@@ -37,11 +38,11 @@ def prototype_cross_entropy(
     angular_margin: float = 0.0,
     normalize: bool = True,
     ignore_index: int | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     group: ProcessGroup | None = None,
-    across: str = "gather",
+    across: Across = "gather",
     sharded: bool = False,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Cross-entropy of cosine logits, with class priors and with margins on the own logit; the [N, C] logits are never held.
 
@@ -72,11 +73,12 @@ def prototype_cross_entropy(
         normalize: bring features and prototypes to unit length first.
         ignore_index: rows of this label contribute 0 and leave the mean (which is 0 without any other).
         reduction: "mean", "sum" or "none": [N].
-        group, across: the ranks whose losses are averaged together, see :func:`fastsupcon.functional.supcon_loss`. The prototypes are the
-            same on all of them, and their gradient is for DistributedDataParallel to average; no features travel.
-        sharded: the prototypes are shared out among the ranks, see :func:`fastsupcon.functional.psc_loss`: ``prototypes`` and
-            ``class_counts`` are this rank's.
-        backend: see :func:`fastsupcon.functional.self_logsumexp`.
+        group: the process group whose losses are averaged together, see ``fastsupcon.functional.supcon_loss``. The prototypes are the same
+            on all ranks, and their gradient is for DistributedDataParallel to average; no features travel. None: this process alone.
+        across: how features of other ranks come where the prototypes are shared out: "gather" them all, or a rank's at a time by a "ring".
+        sharded: the prototypes are shared out among the ranks, see ``fastsupcon.functional.psc_loss``: ``prototypes`` and ``class_counts``
+            are this rank's.
+        backend: "auto", the fastest that serves these rows, or one by name.
 
     Returns:
         The loss in float32, for float64 features in float64. Gradients have the dtype of their tensor; that of the angle at cosines of +-1,
@@ -145,27 +147,32 @@ def _check_options(
 
 
 class PrototypeCrossEntropyLoss(ShardableLoss):
-    """:func:`fastsupcon.functional.prototype_cross_entropy` with learned ``prototypes`` [num_classes, dim].
+    """``fastsupcon.functional.prototype_cross_entropy`` with learned ``prototypes`` [num_classes, dim].
 
     Hand the prototypes to the optimiser with the network's parameters: ``[*model.parameters(), *loss.parameters()]``.
 
-    With a ``group`` and ``sharded=True`` each rank has its part of the classes' prototypes: see
-    :class:`~fastsupcon.losses._shards.ShardableLoss` for which, how they are saved, and that DistributedDataParallel must not wrap them.
+    With a ``group`` and ``sharded=True`` each rank has its part of the classes' prototypes, as ``PSCLoss`` has and says.
 
-    >>> arcface = PrototypeCrossEntropyLoss(num_classes=1_000_000, dim=128, angular_margin=0.5)
-    >>> arcface(features, labels).backward()  # features [N, 128]
-    >>> balanced = PrototypeCrossEntropyLoss(10, 128, class_counts=[5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50], temperature=0.1)
-    >>> balanced.logits(features).argmax(1)  # the nearest prototype's class, without margin and prior
+    Args:
+        num_classes: C.
+        dim: D, that of the features and prototypes.
+        class_counts: as the other options, that of the function; any sequence of numbers. Held as a buffer.
+
+    Examples:
+        >>> arcface = PrototypeCrossEntropyLoss(num_classes=1_000_000, dim=128, angular_margin=0.5)
+        >>> arcface(features, labels).backward()  # features [N, 128]
+        >>> balanced = PrototypeCrossEntropyLoss(4, 128, class_counts=[5000, 1077, 232, 50], temperature=0.1)
+        >>> balanced.logits(features).argmax(1)  # the nearest prototype's class, without margin and prior
     """
 
     margin: float
     angular_margin: float
     ignore_index: int | None
-    reduction: str
+    reduction: Reduction
     group: ProcessGroup | None
-    across: str
+    across: Across
     sharded: bool
-    backend: str
+    backend: Backend
 
     def __init__(
         self,
@@ -178,11 +185,11 @@ class PrototypeCrossEntropyLoss(ShardableLoss):
         temperature: float | Tensor = 1 / 64,
         normalize: bool = True,
         ignore_index: int | None = None,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         group: ProcessGroup | None = None,
-        across: str = "gather",
+        across: Across = "gather",
         sharded: bool = False,
-        backend: str = "auto",
+        backend: Backend = "auto",
     ) -> None:
         _check_options(temperature, margin, angular_margin, normalize, ignore_index, reduction)
         _checks.size("num_classes", num_classes, 2)
@@ -203,6 +210,18 @@ class PrototypeCrossEntropyLoss(ShardableLoss):
         )
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            features: [N, D].
+            labels: integer [N], in [0, C).
+
+        Returns:
+            0-d, or [N] with reduction="none"; float32, for float64 features float64.
+        """
         if self.sharded:
             self._check_apart()
         return prototype_cross_entropy(features, labels, self.prototypes, class_counts=self.class_counts, **self.options)
+
+    if TYPE_CHECKING:
+        __call__ = forward

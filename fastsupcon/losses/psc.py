@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import _checks, operators
 from ..backends._dtypes import no_autocast
 from ..blocks import quantities
+from ..options import DENOMINATORS, Across, Backend, Denominator, Reduction
 from ..positives import own_prototypes
 from ..problem import Line, Pairs
 from ..ranks import Ranks
@@ -31,13 +32,13 @@ def psc_loss(
     *,
     temperature: float | Tensor = 0.1,
     prototypes_per_class: int = 1,
-    denominator: str = "negatives",
+    denominator: Denominator = "negatives",
     normalize: bool = True,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     group: ProcessGroup | None = None,
-    across: str = "gather",
+    across: Across = "gather",
     sharded: bool = False,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Prototypical supervised contrastive loss of Wang et al. 2021 (section 3.4): anchors against learned class prototypes.
 
@@ -57,14 +58,15 @@ def psc_loss(
             cosine logits.
         normalize: bring features and prototypes to unit length first.
         reduction: "mean", "sum" or "none".
-        group, across: the ranks whose losses are averaged together, see :func:`fastsupcon.functional.supcon_loss`. The prototypes are the
-            same on all of them, and their gradient is for DistributedDataParallel to average; no features travel.
+        group: the process group whose losses are averaged together, see ``fastsupcon.functional.supcon_loss``. The prototypes are the same
+            on all ranks, and their gradient is for DistributedDataParallel to average; no features travel. None: this process alone.
+        across: how features of other ranks come where the prototypes are shared out: "gather" them all, or a rank's at a time by a "ring".
         sharded: the prototypes are shared out among the ranks of ``group``, for more classes than one of them has memory for.
             ``prototypes`` are this rank's, of the classes that follow those of the rank before it, as many as it has, or none. Labels
             number the classes of all ranks. Here all features travel (``across``). The prototypes' gradient is that of one process, and
             nobody must average it; those of the features and of the temperature are for DistributedDataParallel to average, as without.
             With reduction="none" it is that of the average over ranks of what they make of their losses.
-        backend: see :func:`fastsupcon.functional.self_logsumexp`.
+        backend: "auto", the fastest that serves these rows, or one by name.
 
     Returns:
         The loss in float32, for float64 features in float64. Gradients have the dtype of their tensor.
@@ -72,6 +74,8 @@ def psc_loss(
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the text names it. On a GPU and under
             torch.compile a label out of range makes the loss NaN: reading it back would wait for the device.
+
+    Cost: 2 N C M D flops forward, 6 N C M D backward; memory O((N + C M) D).
     """
     classes = prototype_classes(prototypes, prototypes_per_class, least=int(not sharded))
     return _psc_loss(
@@ -107,13 +111,13 @@ def _psc_loss(
     *,
     temperature: float | Tensor,
     prototypes_per_class: int,
-    denominator: str,
+    denominator: Denominator,
     normalize: bool,
-    reduction: str,
+    reduction: Reduction,
     group: ProcessGroup | None,
-    across: str,
+    across: Across,
     sharded: bool,
-    backend: str,
+    backend: Backend,
 ) -> Tensor:
     """``classes`` are made once by the module: on a GPU making them is a launch of its own."""
     ranks = ranks_of_shards(group, across, sharded)
@@ -175,29 +179,37 @@ def _positive_of_shards(equal: Tensor, pairs: Pairs, p: Tensor, labels: Tensor, 
 
 def _check_options(temperature: float | Tensor, denominator: object, reduction: object) -> None:
     check_options(temperature, reduction)
-    _checks.one_of("denominator", denominator, ("negatives", "all"))
+    _checks.one_of("denominator", denominator, DENOMINATORS)
 
 
 class PSCLoss(ShardableLoss):
-    """:func:`fastsupcon.functional.psc_loss` with learned prototypes, ``prototypes`` [num_classes * prototypes_per_class, embedding_dim].
+    """``fastsupcon.functional.psc_loss`` with learned ``prototypes`` [num_classes * prototypes_per_class, embedding_dim].
 
     Hand the prototypes to the optimiser with the network's parameters: ``[*model.parameters(), *loss.parameters()]``.
 
-    With a ``group`` and ``sharded=True`` each rank has its part of the classes' prototypes: see
-    :class:`~fastsupcon.losses._shards.ShardableLoss` for which, how they are saved, and that DistributedDataParallel must not wrap them.
+    With a ``group`` and ``sharded=True`` rank r of R has the prototypes of the classes num_classes r // R up to num_classes (r + 1) // R
+    alone, those that one process with the same seed would begin with. Their gradient is that of one process, and nobody must average it:
+    keep the module out of what DistributedDataParallel or FSDP wraps. ``state_dict()`` has this rank's, ``whole_state_dict()`` those of
+    all, and ``load_state_dict`` takes either, with any number of ranks.
 
-    >>> psc = PSCLoss(num_classes=10, embedding_dim=128, temperature=0.1)
-    >>> psc(features, labels).backward()  # features [N, 128]
-    >>> psc.logits(features).argmax(1)  # the nearest prototype's class
+    Args:
+        num_classes: C.
+        embedding_dim: D, that of the features and prototypes.
+        temperature: as the other options, that of the function.
+
+    Examples:
+        >>> psc = PSCLoss(num_classes=10, embedding_dim=128, temperature=0.1)
+        >>> psc(features, labels).backward()  # features [N, 128]
+        >>> psc.logits(features).argmax(1)  # the nearest prototype's class
     """
 
     prototypes_per_class: int
-    denominator: str
-    reduction: str
+    denominator: Denominator
+    reduction: Reduction
     group: ProcessGroup | None
-    across: str
+    across: Across
     sharded: bool
-    backend: str
+    backend: Backend
     classes: Tensor
 
     def __init__(
@@ -207,13 +219,13 @@ class PSCLoss(ShardableLoss):
         temperature: float | Tensor = 0.1,
         *,
         prototypes_per_class: int = 1,
-        denominator: str = "negatives",
+        denominator: Denominator = "negatives",
         normalize: bool = True,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         group: ProcessGroup | None = None,
-        across: str = "gather",
+        across: Across = "gather",
         sharded: bool = False,
-        backend: str = "auto",
+        backend: Backend = "auto",
     ) -> None:
         _check_options(temperature, denominator, reduction)
         _checks.size("num_classes", num_classes, 2)
@@ -244,9 +256,21 @@ class PSCLoss(ShardableLoss):
         return prototype_classes(self.prototypes, self.prototypes_per_class, least=int(not self.sharded))
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            features: [N, D].
+            labels: integer [N], in [0, C).
+
+        Returns:
+            0-d, or [N] with reduction="none"; float32, for float64 features float64.
+        """
         if self.sharded:
             self._check_apart()
         return _psc_loss(features, labels, self.prototypes, self.classes, **self.options)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def chance_level(self) -> float:
         """The loss of rows whose similarities are all equal: log((C - 1) M), with denominator="all" log(C M)."""

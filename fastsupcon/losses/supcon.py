@@ -12,6 +12,7 @@ from .. import operators
 from ..backends import select, sum_dtype
 from ..backends._dtypes import no_autocast
 from ..blocks import Block, Quantities, logaddexp, quantities
+from ..options import Across, Backend, ContrastMode, Denominator, Form, LoneAnchors, Reduction
 from ..positives import listed_positives, mask_positives, shared_label_positives
 from ..problem import Line, Pairs
 from ..queue import MemoryQueue
@@ -35,20 +36,20 @@ def supcon_loss(
     key_labels: Tensor | None = None,
     temperature: float | Tensor = 0.07,
     base_temperature: float | None = None,
-    contrast_mode: str = "all",
-    form: str = "out",
-    denominator: str = "all",
+    contrast_mode: ContrastMode = "all",
+    form: Form = "out",
+    denominator: Denominator = "all",
     beta: float = 0.0,
     ignore_index: int | None = None,
     class_weights: Tensor | None = None,
     anchor_weights: Tensor | None = None,
     queue: MemoryQueue | None = None,
     normalize: bool = False,
-    reduction: str = "mean",
-    lone_anchors: str = "zero",
+    reduction: Reduction = "mean",
+    lone_anchors: LoneAnchors = "zero",
     group: ProcessGroup | None = None,
-    across: str = "gather",
-    backend: str = "auto",
+    across: Across = "gather",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Supervised contrastive loss: L_out of Khosla et al. 2020 (eq. 2), the SC loss of Wang et al. 2021.
 
@@ -63,9 +64,6 @@ def supcon_loss(
         denominator="negatives"   the sum over k is D_i(1): positives leave it (decoupled; Yeh et al. 2022, eq. 6)
         beta > 0                  D_i(1) becomes log n_i + D_i(1 + beta) - D_i(beta): hard negatives weigh more (Robinson et al. 2021,
                                   eq. 4, with tau+ = 0)
-
-    Cost, with M columns: 2 N M D flops forward (half of it where the rows meet themselves), 4 to 6 N M D backward, O((N + M) D) memory;
-    with ``beta`` three times this.
 
     Args:
         features: [N, D], or [B, V, ...] with V views of B samples: trailing dimensions are flattened, views become rows view-major
@@ -83,7 +81,9 @@ def supcon_loss(
         temperature: tau, a number or a tensor of one element, which may require grad.
         base_temperature: the loss is multiplied by temperature / base_temperature; None: by 1.
         contrast_mode: "all": every view is an anchor; "one": the first view only. All rows are contrasted with in both.
-        form: "out" or "in". ``denominator``: "all" or "negatives". ``beta``: >= 0.
+        form: "out": the mean over positives stands outside of the log, or "in": inside.
+        denominator: "all" other rows, or the "negatives" alone.
+        beta: at least 0, how much more hard negatives weigh.
         ignore_index: rows of this label are no anchors and nobody's positives, but negatives.
         class_weights: floating [C], >= 0, for labels in [0, C): each anchor's loss is weighted by its class's.
         anchor_weights: floating [B] or [A], >= 0: each anchor's loss is weighted. The mean is over the weights.
@@ -93,10 +93,10 @@ def supcon_loss(
         reduction: "mean" over anchors, "sum", or "none": [N], or [B] with contrast_mode="one".
         lone_anchors: an anchor without a positive (with denominator="negatives": or without a negative) contributes "zero" and counts in
             the mean; is left out of it ("skip"); or is an "error" (ValueError; on a GPU this waits for the device).
-        group: the process group whose ranks each call with rows of their own, as many as they have: the loss of all rows together
-            (:mod:`fastsupcon.distributed`). None: this process alone.
+        group: the process group whose ranks each call with rows of their own, as many as they have: the loss of all rows together.
+            None: this process alone.
         across: how rows of other ranks come: "gather" them all, or a rank's at a time by a "ring", in O(N D / ranks) memory.
-        backend: see :func:`fastsupcon.functional.self_logsumexp`.
+        backend: "auto", the fastest that serves these rows, or one by name.
 
     Returns:
         The loss in float32, for float64 features in float64. Gradients have the dtype of ``features``.
@@ -111,6 +111,9 @@ def supcon_loss(
     With a group: labels, weights and views are those of this rank's rows, and a rank may have none (B = 0). Masks and lists of positives,
     which name rows by number, are refused. "mean" and "sum" are over all ranks' anchors and come out the same on every rank, a NaN too;
     "none" is of this rank's. Gradients are for DistributedDataParallel or FSDP to average. A queue takes in all ranks' rows.
+
+    Cost: N^2 D flops forward, as a pair of rows is visited once, and 3 to 4 N^2 D backward; with M other columns 2 N M D and 6 N M D.
+    With ``beta`` three times this. Memory O((N + M) D).
     """
     ranks = ranks_of(group, across)
     least = 1 if ranks is None else 0
@@ -199,7 +202,7 @@ def _is_one(blocks: list[Block], ranks: Ranks | None) -> TypeGuard[list[Pairs]]:
     return len(blocks) == 1 and ranks is None
 
 
-def _by_keys(blocks: list[Block], form: str, denominator: str, beta: float, backend: str) -> tuple[Tensor, Tensor]:
+def _by_keys(blocks: list[Block], form: Form, denominator: Denominator, beta: float, backend: Backend) -> tuple[Tensor, Tensor]:
     """The losses of anchors, finite where the input is, and which of them have a positive and something in the denominator."""
     names = ["count", "similarity" if form == "out" else "equal"]
     if not beta:
@@ -217,7 +220,7 @@ def _by_keys(blocks: list[Block], form: str, denominator: str, beta: float, back
     return _finite(log_sum) - positive, (q.count > 0) & (log_sum != -torch.inf)
 
 
-def _hard_negatives(blocks: list[Block], q: Quantities, beta: float, backend: str) -> Tensor:
+def _hard_negatives(blocks: list[Block], q: Quantities, beta: float, backend: Backend) -> Tensor:
     """log of n times the mean of e^t over the n negatives, each weighted by e^(beta t)."""
     harder, hard = (quantities([scaled(block, by) for block in blocks], "different", backend=backend).different for by in (1 + beta, beta))
     negatives = (pairs_of_each(blocks) - q.count).clamp_min(1)
@@ -230,50 +233,52 @@ def _finite(log_sum: Tensor) -> Tensor:
 
 
 class SupConLoss(Loss):
-    """:func:`fastsupcon.functional.supcon_loss` with its options held; positional arguments and defaults are those of SupContrast.
+    """``fastsupcon.functional.supcon_loss`` with its options held: its help says what each argument means.
 
-    Note ``base_temperature``: the loss is multiplied by temperature / base_temperature. For the loss of the paper set both alike, or None.
+    Positional arguments and defaults are those of SupContrast. Note ``base_temperature``, which is None in the function: the loss is
+    multiplied by temperature / base_temperature. For the loss of the paper set both alike, or None.
 
     A temperature that changes: a number is set anew (``loss.temperature = 0.05``), a tensor, which is a buffer of the module, is written
     to (``loss.temperature.fill_(0.05)``), an nn.Parameter is learned. torch.compile compiles once for any number, at its second one.
 
-    >>> loss = SupConLoss(temperature=0.1, base_temperature=0.1, normalize=True)(features, labels)  # features [B, V, D]
+    Examples:
+        >>> loss = SupConLoss(temperature=0.1, base_temperature=0.1, normalize=True)(features, labels)  # features [B, V, D]
     """
 
     temperature: float | Tensor
-    contrast_mode: str
+    contrast_mode: ContrastMode
     base_temperature: float | None
-    form: str
-    denominator: str
+    form: Form
+    denominator: Denominator
     beta: float
     ignore_index: int | None
     class_weights: Tensor | None
     queue: MemoryQueue | None
     normalize: bool
-    reduction: str
-    lone_anchors: str
+    reduction: Reduction
+    lone_anchors: LoneAnchors
     group: ProcessGroup | None
-    across: str
-    backend: str
+    across: Across
+    backend: Backend
 
     def __init__(
         self,
         temperature: float | Tensor = 0.07,
-        contrast_mode: str = "all",
+        contrast_mode: ContrastMode = "all",
         base_temperature: float | None = 0.07,
         *,
-        form: str = "out",
-        denominator: str = "all",
+        form: Form = "out",
+        denominator: Denominator = "all",
         beta: float = 0.0,
         ignore_index: int | None = None,
         class_weights: Tensor | None = None,
         queue: MemoryQueue | None = None,
         normalize: bool = False,
-        reduction: str = "mean",
-        lone_anchors: str = "zero",
+        reduction: Reduction = "mean",
+        lone_anchors: LoneAnchors = "zero",
         group: ProcessGroup | None = None,
-        across: str = "gather",
-        backend: str = "auto",
+        across: Across = "gather",
+        backend: Backend = "auto",
     ) -> None:
         check_options(temperature, contrast_mode, base_temperature, form, denominator, beta, reduction, lone_anchors, queue)
         ranks_of(group, across)
@@ -306,6 +311,20 @@ class SupConLoss(Loss):
         key_labels: Tensor | None = None,
         anchor_weights: Tensor | None = None,
     ) -> Tensor:
+        """The loss of a batch. At most one of ``labels``, ``mask`` and ``positives`` says who is whose positive; none: the views do.
+
+        Args:
+            features: [N, D], or [B, V, ...] of V views.
+            labels: integer [N] or [B], any values; or [B, C], several or soft.
+            mask: [B, B], >= 0.
+            positives: integer [A, K] for A anchors, numbers of columns, -1 for none.
+            keys: [M, D], other columns than the rows themselves.
+            key_labels: integer [M], theirs.
+            anchor_weights: floating [B] or [A], >= 0.
+
+        Returns:
+            0-d, or [A] with reduction="none"; float32, for float64 features float64.
+        """
         return supcon_loss(
             features,
             labels,
@@ -316,6 +335,9 @@ class SupConLoss(Loss):
             anchor_weights=anchor_weights,
             **self.options,
         )
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def chance_level(self, rows: int) -> float:
         """The loss of ``rows`` rows, V B of V views, whose similarities are all equal: log(rows - 1) times temperature / base_temperature.
