@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 for package in ("matplotlib", "rich", "tyro"):
-    pytest.importorskip(package, reason=f"{package} (of the [bench] extra) is not installed")
+    pytest.importorskip(package, reason=f"{package} (of bench/requirements.txt) is not installed")
 
 from bench.scaling import measured, model, report  # noqa: E402
 from fastsupcon import distributed, operators, ranks  # noqa: E402
