@@ -79,7 +79,9 @@ class cpu:  # these two are modules
     @staticmethod
     def line_backward(line: Line, sum: Scalar, rows: int, values: Quantities, grad: int, grads: Quantities, /) -> None: ...
 
-class cuda:  # missing where no nvcc was found at build time
+without_cuda: str  # why there is no cuda; empty where there is
+
+class cuda:
     class Plan:
         @property
         def bytes(self) -> int: ...

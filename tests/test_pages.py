@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pages
@@ -21,8 +22,10 @@ def named(page: Path) -> str:
 
 @pytest.mark.parametrize("page", [page for page in pages.PAGES if pages.python_blocks(page)], ids=named)
 def test_python_blocks_run(page, tmp_path, monkeypatch):
-    """In their order, in one namespace. What a missing package leaves out is told as a skip, after the others have run."""
+    """In their order, in one namespace. What a missing package leaves out is told as a skip, after the others ran."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT)  # for what lies in tests/ and train/
+    torch.manual_seed(0)
     names, missing = {"__name__": page.stem}, set()
     for source, needs in pages.python_blocks(page):
         absent = {name for name in needs if not (torch.cuda.is_available() if name == "cuda" else importlib.util.find_spec(name))}
@@ -79,7 +82,7 @@ def test_commands_can_be_given(page, monkeypatch):
             words = words[next(n for n, word in enumerate(words) if word.endswith(".py")) :]
             program = "python"
         if program == "pip":
-            for option, value in zip(words, words[1:], strict=False):
+            for option, value in pairwise(words):
                 assert option != "-r" or (ROOT / value).exists(), said
         elif program == "python" and words[0] == "-m":
             module, words = words[1], words[2:]

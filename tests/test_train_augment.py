@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-pytest.importorskip("numpy", reason="needs the [train] extra")
+pytest.importorskip("numpy", reason="needs train/requirements.txt")
 
 import augment
 import numpy as np

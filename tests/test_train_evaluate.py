@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("sklearn", reason="needs the [train] extra")
-pytest.importorskip("matplotlib", reason="needs the [train] extra")
+pytest.importorskip("sklearn", reason="needs train/requirements.txt")
+pytest.importorskip("matplotlib", reason="needs train/requirements.txt")
 
 import checkpoint
 import evaluate

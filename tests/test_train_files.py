@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("pooch", reason="needs the [train] extra")
-pytest.importorskip("sklearn", reason="needs the [train] extra")
+pytest.importorskip("pooch", reason="needs train/requirements.txt")
+pytest.importorskip("sklearn", reason="needs train/requirements.txt")
 
 import check
 import checkpoint

@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-pytest.importorskip("pooch", reason="needs the [train] extra")
-pytest.importorskip("sklearn", reason="needs the [train] extra")
+pytest.importorskip("pooch", reason="needs train/requirements.txt")
+pytest.importorskip("sklearn", reason="needs train/requirements.txt")
 
 import hybrid
 from data import Source, load

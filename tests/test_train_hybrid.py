@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("tyro", reason="needs the [train] extra")
-pytest.importorskip("rich", reason="needs the [train] extra")
-pytest.importorskip("sklearn", reason="needs the [train] extra")
-pytest.importorskip("matplotlib", reason="needs the [train] extra")
+pytest.importorskip("tyro", reason="needs train/requirements.txt")
+pytest.importorskip("rich", reason="needs train/requirements.txt")
+pytest.importorskip("sklearn", reason="needs train/requirements.txt")
+pytest.importorskip("matplotlib", reason="needs train/requirements.txt")
 
 import checkpoint
 import compare
@@ -494,7 +494,7 @@ def test_progress_fits_80_columns(monkeypatch):
 
 
 def test_tensorboard_has_every_epoch(tmp_path):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="needs the [train-extra] extra")
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="needs train/requirements-extra.txt")
     run_tiny(tmp_path / "run", log_to=("tensorboard",))
     events = accumulator.EventAccumulator(str(tmp_path / "run")).Reload()
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
@@ -520,7 +520,7 @@ def test_what_is_not_finite_ends_the_run(tmp_path):
 
 
 def test_command_line_from_seeds_to_pictures(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("safetensors", reason="needs the [train-extra] extra")
+    pytest.importorskip("safetensors", reason="needs train/requirements-extra.txt")
     out = tmp_path / "two"
     flags = ["--pictures", "--method", "hybrid-psc", "--epochs", "1", "--seeds", "2", "--seed", "5", "--export", "safetensors"]
     hybrid.main(command(*flags, "--out", str(out))[2:])

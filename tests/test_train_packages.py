@@ -11,17 +11,24 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_packages_are_those_of_the_extras():
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    for extra in ("train", "train-extra"):
-        stated = set(re.findall(r'"([\w-]+>=[\d.]+)"', re.search(rf"^{extra} = \[(.*)\]$", text, re.M)[1]))
-        assert stated == {f"{package}>={least}" for package, least, own in packages.PACKAGES.values() if own == extra and least}
+@pytest.mark.parametrize("file", [packages.BASE, packages.EXTRA])
+def test_the_packages_are_those_of_the_requirement_files(file):
+    lines = [line for line in (ROOT / "train" / file).read_text().splitlines() if not line.startswith("#")]
+    assert sorted(lines) == sorted(f"{package}>={least}" for package, least, own in packages.PACKAGES.values() if own == file)
+
+
+def test_a_file_is_named_as_it_is_typed_here(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    for folder, shown in ((ROOT, "train/requirements-extra.txt"), (ROOT / "tests", ROOT / "train" / "requirements-extra.txt")):
+        monkeypatch.chdir(folder)
+        with pytest.raises(ValueError, match=re.escape(f"pip install -r {shown} or pip install 'timm>=1.0'")):
+            packages.need("timm", "network 'resnet50'")
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "not installed: pip install '.[train-extra]' in the checkout or pip install 'timm>=1.0'"),
+        (None, "requirements-extra.txt or pip install 'timm>=1.0'"),
         ("__version__ = '0.6.13'", "timm 1.0 or newer, and 0.6.13 is installed: pip install"),
         ("raise RuntimeError('operator torchvision::nms does not exist\\n')", "the torchvision that is installed does not fit torch "),
         (

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("sklearn", reason="needs the [train] extra")
-pytest.importorskip("matplotlib", reason="needs the [train] extra")
-pytest.importorskip("rich", reason="needs the [train] extra")
-pytest.importorskip("tyro", reason="needs the [train] extra")
+pytest.importorskip("sklearn", reason="needs train/requirements.txt")
+pytest.importorskip("matplotlib", reason="needs train/requirements.txt")
+pytest.importorskip("rich", reason="needs train/requirements.txt")
+pytest.importorskip("tyro", reason="needs train/requirements.txt")
 
 import compare
 import evaluate

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("tyro", reason="needs the [train] extra")
-pytest.importorskip("rich", reason="needs the [train] extra")
-pytest.importorskip("sklearn", reason="needs the [train] extra")
-pytest.importorskip("matplotlib", reason="needs the [train] extra")
-pytest.importorskip("safetensors", reason="needs the [train-extra] extra")
+pytest.importorskip("tyro", reason="needs train/requirements.txt")
+pytest.importorskip("rich", reason="needs train/requirements.txt")
+pytest.importorskip("sklearn", reason="needs train/requirements.txt")
+pytest.importorskip("matplotlib", reason="needs train/requirements.txt")
+pytest.importorskip("safetensors", reason="needs train/requirements-extra.txt")
 
 import checkpoint
 import data as datasets
@@ -419,7 +419,7 @@ def test_safetensors_stand_in_for_the_checkpoints(finished, tmp_path, name):
 
 def test_a_missing_package_is_said_before_training(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(ValueError, match=r"export 'onnx' needs onnx, which is not installed: pip install .*train-extra"):
+    with pytest.raises(ValueError, match=r"export 'onnx' needs onnx, which is not installed: pip install .*requirements-extra"):
         configure("digits", "ce", export=("torch", "onnx"))
     with pytest.raises(ValueError, match="export must be some of safetensors, torch, onnx, got 'tflite'"):
         exports.check(["tflite"])

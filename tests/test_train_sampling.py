@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-pytest.importorskip("numpy", reason="needs the [train] extra")
+pytest.importorskip("numpy", reason="needs train/requirements.txt")
 
 from sampling import Sampler
 from schedule import branch_weights, learning_rate, switch_epoch

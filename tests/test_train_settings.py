@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("tyro", reason="needs the [train] extra")
-pytest.importorskip("rich", reason="needs the [train] extra")
-pytest.importorskip("sklearn", reason="needs the [train] extra")
-pytest.importorskip("matplotlib", reason="needs the [train] extra")
+pytest.importorskip("tyro", reason="needs train/requirements.txt")
+pytest.importorskip("rich", reason="needs train/requirements.txt")
+pytest.importorskip("sklearn", reason="needs train/requirements.txt")
+pytest.importorskip("matplotlib", reason="needs train/requirements.txt")
 
 import settings
 import terminal
@@ -188,7 +188,7 @@ def test_paper_is_the_optimiser_and_the_augmentation_of_the_methods_paper():
         ({"network": "nonsense"}, "nonsense.*resnet8|resnet8.*nonsense"),
         ({"export": ("safetensors",)}, r"export 'safetensors' needs .*safetensors"),
         ({"export": ("nonsense",)}, "export must be a tuple, each one of safetensors, torch, onnx, got"),
-        ({"log_to": ("tensorboard",)}, "log_to 'tensorboard' needs tensorboard, which is not installed: pip install .*train-extra"),
+        ({"log_to": ("tensorboard",)}, "log_to 'tensorboard' needs tensorboard, which is not installed: pip install .*requirements-extra"),
     ],
     ids=lambda value: "-".join(f"{k}-{v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )

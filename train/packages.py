@@ -4,30 +4,34 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Iterable
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from types import ModuleType
 
-# By the name of its import: the package, the least version that will do (None: any), and the extra in pyproject.toml that brings it.
+HERE = Path(__file__).resolve().parent
+BASE, EXTRA = "requirements.txt", "requirements-extra.txt"  # beside this file
+# By the name of its import: the package, the least version that will do (None: any), and the requirement file that brings it.
 PACKAGES: dict[str, tuple[str, str | None, str | None]] = {
-    "fastsupcon": ("fastsupcon", None, "train"),
-    "tyro": ("tyro", "0.9", "train"),
-    "rich": ("rich", "14.1", "train"),
-    "numpy": ("numpy", "1.26", "train"),
-    "sklearn": ("scikit-learn", "1.4", "train"),
-    "PIL": ("pillow", "10.1", "train"),  # before those that import it
-    "matplotlib": ("matplotlib", "3.8", "train"),
-    "pooch": ("pooch", "1.8", "train"),
-    "tqdm": ("tqdm", "4.60", "train"),
-    "joblib": ("joblib", "1.2", "train"),
-    "timm": ("timm", "1.0", "train-extra"),
-    "tensorboard": ("tensorboard", "2.15", "train-extra"),
-    "safetensors": ("safetensors", "0.4", "train-extra"),
-    "onnx": ("onnx", "1.17", "train-extra"),
-    "onnxscript": ("onnxscript", "0.2", "train-extra"),
+    "fastsupcon": ("fastsupcon", None, None),
+    "tyro": ("tyro", "0.9", BASE),
+    "rich": ("rich", "14.1", BASE),
+    "numpy": ("numpy", "1.26", BASE),
+    "sklearn": ("scikit-learn", "1.4", BASE),
+    "PIL": ("pillow", "10.1", BASE),  # before those that import it
+    "matplotlib": ("matplotlib", "3.8", BASE),
+    "pooch": ("pooch", "1.8", BASE),
+    "tqdm": ("tqdm", "4.60", BASE),
+    "joblib": ("joblib", "1.2", BASE),
+    "timm": ("timm", "1.0", EXTRA),
+    "tensorboard": ("tensorboard", "2.15", EXTRA),
+    "safetensors": ("safetensors", "0.4", EXTRA),
+    "onnx": ("onnx", "1.17", EXTRA),
+    "onnxscript": ("onnxscript", "0.2", EXTRA),
     "wandb": ("wandb", None, None),
     "mlflow": ("mlflow", None, None),
 }
@@ -39,9 +43,10 @@ class Unusable(ValueError, ImportError):
 
 def need(name: str, what: str) -> ModuleType:
     """The package imported for ``what``, or an error that says why it cannot be, and what to do."""
-    package, least, extra = PACKAGES[name]
-    ways = ([f"pip install '.[{extra}]' in the checkout"] if extra else []) + ([f"pip install '{package}>={least}'"] if least else [])
-    remedy = " or ".join(ways) or f"pip install {package}"
+    package, least, file = PACKAGES[name]
+    remedy = f"pip install -r {_path(HERE / file)} or pip install '{package}>={least}'" if file else f"pip install {package}"
+    if name == "fastsupcon":
+        remedy = f"pip install {_path(HERE.parent)}"
     try:
         module = import_module(name)
     except Exception as error:  # what a package that is broken, or does not fit another, raises as it is imported
@@ -57,7 +62,7 @@ def need(name: str, what: str) -> ModuleType:
     return module
 
 
-TRAINING = tuple(name for name, (_, _, extra) in PACKAGES.items() if extra == "train")
+TRAINING = ("fastsupcon", *(name for name, (_, _, file) in PACKAGES.items() if file == BASE))
 
 
 def start(script: str, names: Iterable[str] = TRAINING) -> None:
@@ -78,6 +83,12 @@ def start(script: str, names: Iterable[str] = TRAINING) -> None:
         raise SystemExit(f"error: {error}") from None
     if heeds:
         signal.signal(signal.SIGINT, lambda number, _: sys.exit(128 + number))
+
+
+def _path(path: Path) -> str:
+    """As it is typed where the user is."""
+    here = Path.cwd()
+    return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
 
 
 def _version(module: ModuleType, package: str) -> str | None:

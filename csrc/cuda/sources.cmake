@@ -1,11 +1,6 @@
-# The CUDA kernels, linked into _C. Included from CMakeLists.txt where a CUDA compiler was found.
+# The CUDA kernels, linked into _C. Included from CMakeLists.txt where find.cmake found a CUDA compiler.
 #
 # sm_80 machine code serves 8.x, sm_90a (with TMA and wgmma) Hopper; the PTX of compute_80 is compiled by the driver of anything newer.
-enable_language(CUDA)
-if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.0)  # no wgmma, no tensor maps
-  message(STATUS "fastsupcon: nvcc ${CMAKE_CUDA_COMPILER_VERSION} is older than 12.0, building the CPU kernels alone")
-  return()
-endif()
 find_package(CUDAToolkit REQUIRED)
 message(STATUS "fastsupcon: CUDA kernels are built with ${CMAKE_CUDA_COMPILER}")
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
+import platform
 import warnings
+from importlib.metadata import distributions
 
 import torch
 from torch import Tensor
@@ -13,13 +15,24 @@ from ..problem import QUANTITIES, Line, Pairs, Side
 
 __all__ = ["SCALARS", "address", "incoming", "line", "mask", "missing", "module", "problem", "quantities"]
 
+
+def _left_out() -> bool:
+    """Whether fastsupcon was installed as a wheel for every system, as FASTSUPCON_NO_EXTENSION=1 makes one."""
+    return any("Root-Is-Purelib: true" in (found.read_text("WHEEL") or "") for found in distributions(name="fastsupcon"))
+
+
 missing: str | None = None
 try:
     import fastsupcon._C as module
 except ImportError as error:
     module = None  # type: ignore[assignment]  # nobody asks it for anything: a backend that needs it says that it is missing
-    missing = f"the compiled extension cannot be imported ({error})"
-    warnings.warn(f"fastsupcon runs without its C++ and CUDA kernels: {missing}", RuntimeWarning, stacklevel=2)
+    if error.name == "fastsupcon._C" and _left_out():
+        missing = "this installation is without the compiled extension (FASTSUPCON_NO_EXTENSION, or a wheel for every system)"
+    else:
+        missing = f"the compiled extension cannot be imported ({error})"
+        if error.name == "fastsupcon._C":
+            missing = f"no compiled extension for Python {platform.python_version()} lies beside the package: pip install builds it"
+        warnings.warn(f"fastsupcon runs without its C++ and CUDA kernels: {missing}", RuntimeWarning, stacklevel=2)
 
 
 SCALARS = (
