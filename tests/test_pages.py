@@ -24,7 +24,7 @@ def named(page: Path) -> str:
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     """In their order, in one namespace. What a missing package leaves out is told as a skip, after the others ran."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(ROOT)  # for what lies in tests/ and train/
+    monkeypatch.syspath_prepend(ROOT)
     torch.manual_seed(0)
     names, missing = {"__name__": page.stem}, set()
     for source, needs in pages.python_blocks(page):
