@@ -42,7 +42,7 @@ def test_links_lead_to_files(page):
 
 
 def parsers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[[list[str]], object]]:
-    """What reads the arguments of each program, and ends or raises where one is wrong. Data and runs that a command names need not exist."""
+    """What reads the arguments of each program, and ends or raises where one is wrong. Data and runs that they name need not exist."""
     tyro = pytest.importorskip("tyro")
     pytest.importorskip("rich")
     sys.path[:0] = [str(ROOT / "train"), str(ROOT)]
@@ -72,7 +72,7 @@ def parsers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[[list[str]], 
 @pytest.mark.parametrize("page", [page for page in pages.PAGES if pages.commands(page)], ids=named)
 def test_commands_can_be_given(page, monkeypatch):
     monkeypatch.chdir(ROOT)
-    known = parsers(monkeypatch)
+    known, missing = parsers(monkeypatch), ""
     for words in pages.commands(page):
         said = " ".join(words)
         while "=" in words[0]:  # variables of the environment
@@ -93,5 +93,9 @@ def test_commands_can_be_given(page, monkeypatch):
         elif program == "python" and not words[0].startswith("-"):
             script, *words = words
             assert (ROOT / script).exists(), said
-            if script in known:
-                known[script](words)
+            try:
+                known.get(script, list)(words)
+            except ImportError as error:  # a network of timm's where that is not installed
+                missing = f"{said}: {error}"
+    if missing:
+        pytest.skip(missing)
