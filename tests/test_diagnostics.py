@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench.measure import extra_bytes
-from fastsupcon import PSCLoss, diagnostics
+from fastsupcon import InfoNCELoss, NTXentLoss, PSCLoss, SupConLoss, diagnostics
 from fastsupcon.diagnostics import alignment, contrastive_top1, diagnose, lone_share, similarities, uniformity
 
 FIGURES = ("alignment", "uniformity", "positive_similarity", "negative_similarity", "lone_share", "contrastive_top1")
@@ -269,3 +269,9 @@ Z, LABELS = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)
 def test_errors_name_what_came(call, error, message):
     with pytest.raises(error, match=re.escape(message)):
         call()
+
+
+@pytest.mark.parametrize(("loss", "of", "least"), [(SupConLoss(), "rows", 2), (NTXentLoss(), "rows", 2), (InfoNCELoss(), "pairs", 1)])
+def test_the_chance_level_of_too_few(loss, of, least):
+    with pytest.raises(ValueError, match=rf"^{of} must be an int of at least {least}, got {least - 1}$"):
+        loss.chance_level(least - 1)

@@ -213,5 +213,6 @@ class InfoNCELoss(Loss):
 
     def chance_level(self, pairs: int) -> float:
         """The loss of so many pairs whose similarities are all equal: log(pairs), in a's direction log(pairs + rows in the queue)."""
+        _checks.size("pairs", pairs, least=1)
         of_a = math.log(pairs + (0 if self.queue is None else len(self.queue)))
         return (of_a + math.log(pairs)) / 2 if self.symmetric else of_a

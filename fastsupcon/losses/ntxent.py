@@ -173,4 +173,5 @@ class NTXentLoss(Loss):
 
     def chance_level(self, rows: int) -> float:
         """The loss of ``rows`` rows, 2 B of B samples, whose similarities are all equal: log(rows - 1); with a queue log(1 + its rows)."""
+        _checks.size("rows", rows, least=2)
         return math.log(rows - 1 if self.queue is None else 1 + len(self.queue))

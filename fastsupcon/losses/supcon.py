@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeGuard
 import torch
 from torch import Tensor
 
-from .. import operators
+from .. import _checks, operators
 from ..backends import select, sum_dtype
 from ..backends._dtypes import no_autocast
 from ..blocks import Block, Quantities, logaddexp, quantities
@@ -345,6 +345,7 @@ class SupConLoss(Loss):
         Of both forms, where every anchor has a positive and meets the batch alone. With another ``denominator`` or ``beta`` it depends on
         the labels, with a queue on what is in it: a ValueError.
         """
+        _checks.size("rows", rows, least=2)
         if self.denominator != "all" or self.beta or self.queue is not None:
             raise ValueError("chance_level is known for denominator='all', beta=0 and no queue alone: else it depends on the labels")
         factor = 1.0 if self.base_temperature is None else float(self.temperature) / float(self.base_temperature)
