@@ -235,6 +235,8 @@ def _finite(log_sum: Tensor) -> Tensor:
 class SupConLoss(Loss):
     """``fastsupcon.functional.supcon_loss`` with its options held: its help says what each argument means.
 
+    The names that an option can have are types in ``fastsupcon.options``.
+
     Positional arguments and defaults are those of SupContrast. Note ``base_temperature``, which is None in the function: the loss is
     multiplied by temperature / base_temperature. For the loss of the paper set both alike, or None.
 
