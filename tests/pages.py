@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
+import sys
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "bench").glob("*.md")])
@@ -39,3 +43,20 @@ def files_linked_to(page: Path) -> list[Path]:
     text = re.sub(r"`[^`\n]*`", "", BLOCK.sub("", read(page)))
     targets = [target.partition("#")[0] for target in LINK.findall(text) if "://" not in target]
     return [page.parent / target for target in targets if target]
+
+
+def run(page: Path) -> set[str]:
+    """The python blocks of a page in their order, in one namespace. Returns the packages that are not here, whose blocks are left out."""
+    torch.manual_seed(0)
+    names: dict = {"__name__": page.stem}
+    missing: set[str] = set()
+    for source, needs in python_blocks(page):
+        absent = {name for name in needs if not (torch.cuda.is_available() if name == "cuda" else importlib.util.find_spec(name))}
+        missing |= absent
+        if not absent:
+            exec(compile(source, str(page), "exec"), names)
+    return missing
+
+
+if __name__ == "__main__":  # in a process of its own, so that a page can change nothing for another
+    print("missing:", *sorted(run(Path(sys.argv[1]))))
