@@ -55,7 +55,7 @@ def remedy(output: str) -> str:
     """What to do about a build that failed, in a line, by what CMake and ninja said."""
     if re.search("CMAKE_CXX_COMPILER|environment variable CXX", output):
         return f"no C++ compiler was found: install one that knows C++17 (CXX names one), or {WITHOUT}"
-    if re.search(r"FAILED: .*\.cu\.o|nvcc does not work", output):
+    if re.search(r"FAILED: .*\.cu\.o|nvcc does not work|CMAKE_CUDA_COMPILER", output):
         return f"nvcc failed (see above): CMAKE_ARGS=-DFASTSUPCON_NO_CUDA=ON leaves the CUDA kernels out, {WITHOUT}"
     return f"the compiled kernels could not be built (see above): {WITHOUT}"
 

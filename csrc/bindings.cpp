@@ -89,7 +89,7 @@ PYBIND11_MODULE(_C, m) {
     cpu::line_backward(l, sum, rows, constant(values), pointer(grad), grads);
   });
 
-  m.attr("without_cuda") = FASTSUPCON_WITHOUT_CUDA;  // why there are no CUDA kernels, or an empty text
+  m.def("without_cuda", [] { return FASTSUPCON_WITHOUT_CUDA; }, "Why there are no CUDA kernels, or an empty text.");
 #ifdef FASTSUPCON_CUDA
   fastsupcon::cuda::bind(m.def_submodule("cuda"));
 #endif

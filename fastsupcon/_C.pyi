@@ -79,9 +79,9 @@ class cpu:  # these two are modules
     @staticmethod
     def line_backward(line: Line, sum: Scalar, rows: int, values: Quantities, grad: int, grads: Quantities, /) -> None: ...
 
-without_cuda: str  # why there is no cuda; empty where there is
+def without_cuda() -> str: ...
 
-class cuda:
+class cuda:  # where without_cuda() is empty
     class Plan:
         @property
         def bytes(self) -> int: ...

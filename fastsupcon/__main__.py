@@ -27,7 +27,7 @@ def _devices() -> list[torch.device]:
 def _built() -> str:
     if missing:
         return missing
-    cuda = f"without CUDA kernels ({extension.without_cuda})" if extension.without_cuda else "with CUDA kernels"
+    cuda = f"without CUDA kernels ({why})" if (why := extension.without_cuda()) else "with CUDA kernels"
     sets, used = ", ".join(extension.cpu.instruction_sets()), extension.cpu.instruction_set()
     return f"extension {cuda}; CPU instruction sets usable here: {sets}; in use: {used}, on {extension.cpu.threads()}"
 

@@ -28,7 +28,8 @@ def test_a_second_build_compiles_nothing(tmp_path):
         pytest.skip("cmake, ninja or setup.py are not here")
     checkout = tmp_path / "checkout"
     (checkout / "fastsupcon").mkdir(parents=True)
-    shutil.copy(SETUP, checkout)
+    for name in (SETUP.name, "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(SETUP.with_name(name), checkout)
     (checkout / "CMakeLists.txt").write_text(CMAKE)
     (checkout / "small.cpp").write_text("#include <pybind11/detail/common.h>\n")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -96,21 +97,37 @@ def test_newer_generations_get_ptx():
     assert "sm_80.ptx" in cuobjdump("-lptx")
 
 
+def configure(build: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    cmake, pybind11 = shutil.which("cmake"), pytest.importorskip("pybind11")
+    if cmake is None or shutil.which("ninja") is None or not SOURCES.is_dir():
+        pytest.skip("cmake, ninja or the sources are not here")
+    command = [cmake, f"-S{SOURCES.parents[1]}", f"-B{build}", "-GNinja", f"-DPython_EXECUTABLE={sys.executable}"]
+    command += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", *options]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=100)
+
+
+def test_an_nvcc_that_does_not_work_is_an_error(tmp_path):
+    broken = tmp_path / "nvcc"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    configured = configure(tmp_path / "build", CUDACXX=str(broken))
+    assert configured.returncode == 1 and f"fastsupcon: {broken} does not work" in " ".join(configured.stderr.split())
+
+
 def test_an_nvcc_that_is_too_old_leaves_the_cpu_kernels(tmp_path):
     """With 11.8 there is no wgmma: the installation must not fail for that."""
-    nvcc, cmake, pybind11 = shutil.which("nvcc"), shutil.which("cmake"), pytest.importorskip("pybind11")
-    if nvcc is None or cmake is None or shutil.which("ninja") is None or not SOURCES.is_dir():
-        pytest.skip("nvcc, cmake, ninja or the sources are not here")
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("there is no nvcc")
     older = tmp_path / "nvcc"  # CMake reads the version out of a program that it compiles
     edit = r"sed -i 's/compiler_version\[[0-9]*\.[0-9]*/compiler_version[00000011.00000008/' a.out"
     older.write_text(f'#!/bin/sh\n{nvcc} "$@" || exit\n[ ! -f a.out ] || {edit}\n')
     older.chmod(0o755)
-    command = [cmake, f"-S{SOURCES.parents[1]}", f"-B{tmp_path / 'build'}", "-GNinja", f"-DPython_EXECUTABLE={sys.executable}"]
-    command += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DCMAKE_CUDA_COMPILER={older}"]
-    configured = subprocess.run(command, capture_output=True, text=True)
+    configured = configure(tmp_path / "build", f"-DCMAKE_CUDA_COMPILER={older}")
     assert configured.returncode == 0, configured.stderr
-    assert re.search(r"nvcc 11\.8\.\d+ is older than 12\.0, building the CPU kernels alone", configured.stdout)
-    assert "fastsupcon_cuda" not in (tmp_path / "build" / "build.ninja").read_text()
+    assert re.search(r"the CPU kernels alone: nvcc 11\.8\.\d+ was found at build time, older than 12\.0", configured.stdout)
+    rules = (tmp_path / "build" / "build.ninja").read_text()
+    assert "fastsupcon_cuda" not in rules and "nvcc 11.8" in rules  # which the extension is told
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver")

@@ -153,3 +153,30 @@ def test_requirement_files():
                 assert (ROOT / file).parent.joinpath(line[3:]).is_file()
             elif not line.startswith("#"):
                 assert requirements.Requirement(line).specifier or line == "ninja"
+
+
+def test_a_copy_for_the_kernel_hub(tmp_path):
+    """Loaded from disk as the Hub's loader does, under a name of its own, beside the package: the same loss and gradient."""
+    done = command("docs/kernel_hub.py", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    variant = tmp_path / "build" / "torch-universal"
+    script = """
+import importlib.util, json, sys, torch, fastsupcon
+from pathlib import Path
+variant = Path(sys.argv[1])
+unique = json.loads((variant / "metadata.json").read_text())["id"]
+spec = importlib.util.spec_from_file_location(unique, variant / "__init__.py")
+copy = sys.modules[unique] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(copy)
+rows = torch.randn(16, 2, 8, requires_grad=True)
+found = []
+for package in (fastsupcon, copy):
+    loss = package.SupConLoss(temperature=0.1, normalize=True, backend="chunked")(rows, torch.arange(16) % 3)
+    found.append((loss, *torch.autograd.grad(loss, rows)))
+torch.testing.assert_close(*found)
+assert hasattr(torch.ops, unique) and copy.SupConLoss is not fastsupcon.SupConLoss
+print(copy.__version__)
+"""
+    told = command("-W", "error::RuntimeWarning", "-c", script, str(variant))
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.strip() == re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.M)[1]

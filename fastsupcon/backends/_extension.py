@@ -16,21 +16,26 @@ from ..problem import QUANTITIES, Line, Pairs, Side
 __all__ = ["SCALARS", "address", "incoming", "line", "mask", "missing", "module", "problem", "quantities"]
 
 
+_PACKAGE = __name__.partition(".")[0]
+
+
 def _left_out() -> bool:
-    """Whether fastsupcon was installed as a wheel for every system, as FASTSUPCON_NO_EXTENSION=1 makes one."""
-    return any("Root-Is-Purelib: true" in (found.read_text("WHEEL") or "") for found in distributions(name="fastsupcon"))
+    """Whether this is a wheel for every system, as FASTSUPCON_NO_EXTENSION=1 makes one, or a copy of another name (docs/kernel_hub.py)."""
+    wheels = (found.read_text("WHEEL") or "" for found in distributions(name="fastsupcon"))
+    return _PACKAGE != "fastsupcon" or any("Root-Is-Purelib: true" in wheel for wheel in wheels)
 
 
 missing: str | None = None
 try:
-    import fastsupcon._C as module
+    from .. import _C as module
 except ImportError as error:
     module = None  # type: ignore[assignment]  # nobody asks it for anything: a backend that needs it says that it is missing
-    if error.name == "fastsupcon._C" and _left_out():
+    absent = error.name == _PACKAGE  # which lacks the name
+    if absent and _left_out():
         missing = "this installation is without the compiled extension (FASTSUPCON_NO_EXTENSION, or a wheel for every system)"
     else:
         missing = f"the compiled extension cannot be imported ({error})"
-        if error.name == "fastsupcon._C":
+        if absent:
             missing = f"no compiled extension for Python {platform.python_version()} lies beside the package: pip install builds it"
         warnings.warn(f"fastsupcon runs without its C++ and CUDA kernels: {missing}", RuntimeWarning, stacklevel=2)
 

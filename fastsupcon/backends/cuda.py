@@ -27,8 +27,8 @@ _MINIMUM_CAPABILITY = (8, 0)
 def unusable(device: torch.device, dtype: torch.dtype, depth: int) -> str | None:
     if extension_missing:
         return extension_missing
-    if _C.without_cuda:
-        return f"the compiled extension has no CUDA kernels: {_C.without_cuda}"
+    if why := _C.without_cuda():
+        return f"the compiled extension has no CUDA kernels: {why}"
     if device.type != "cuda":
         return f"runs on cuda tensors, not {device.type}"
     if torch.version.cuda is None:
