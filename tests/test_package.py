@@ -180,3 +180,11 @@ print(copy.__version__)
     told = command("-W", "error::RuntimeWarning", "-c", script, str(variant))
     assert told.returncode == 0, told.stderr
     assert told.stdout.strip() == re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.M)[1]
+
+
+def test_the_version_is_the_same_everywhere():
+    version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    newest = re.search(r"^## (\S+) – (\S+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    cited = [re.search(rf"^{name}: (.*)$", citation, re.MULTILINE)[1] for name in ("version", "date-released")]
+    assert [version, newest[2]] == [newest[1], cited[1]] and cited[0] == version
