@@ -61,7 +61,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Formulas as MathML, which browsers draw by themselves: no script, and no other server is asked. Pictures lead to themselves, whole."""
+    """Formulas as MathML, which browsers draw by themselves: no script, and no other server is asked. Pictures link to themselves."""
 
     def mathml(found: re.Match) -> str:
         return convert(html.unescape(found[2]).strip(), display="block" if found[1] == "div" else "inline")
