@@ -22,6 +22,7 @@ CARRIED = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "bench/*.md", "bench/
 PICTURES = ("bench/results/**/*.png", "train/results/*.png")
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]+)(#[^)]*)?\)")
 CODE = re.compile(r"(^```.*?^```$|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
+PICTURE = re.compile(r'(<img [^>]*src="([^"]+)"[^>]*>)')
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -60,9 +61,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Formulas as MathML, which browsers draw by themselves: no script, and no other server is asked."""
+    """Formulas as MathML, which browsers draw by themselves: no script, and no other server is asked. Pictures link to themselves."""
 
     def mathml(found: re.Match) -> str:
         return convert(html.unescape(found[2]).strip(), display="block" if found[1] == "div" else "inline")
 
-    return FORMULA.sub(mathml, content)
+    return PICTURE.sub(r'<a href="\2">\1</a>', FORMULA.sub(mathml, content))

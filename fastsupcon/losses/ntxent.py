@@ -71,7 +71,7 @@ def nt_xent_loss(
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the text names it.
 
     Cost: 4 B^2 D flops forward, as a pair of rows is visited once, and 12 to 16 B^2 D backward; memory O(B D), of which [z0; z1] is the
-    one copy of the rows. With K rows in the queue 2 B K D and 6 B K D flops, and O(B D) memory beside the queue.
+    one copy of the rows. With K rows in the queue 2 B K D and 4 B K D flops, and O(B D) memory beside the queue.
     """
     check_options(temperature, reduction, queue)
     ranks = ranks_of(group, across)
