@@ -26,7 +26,7 @@ def setup():
 
 
 def command(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
-    variables = {name: value for name, value in os.environ.items() if not name.startswith(("FASTSUPCON_", "GITHUB_"))} | environment
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("FASTSUPCON_")} | environment
     return subprocess.run([sys.executable, *arguments], cwd=cwd, env=variables, capture_output=True, text=True, timeout=100)
 
 
