@@ -27,10 +27,8 @@ def without_extension() -> bool:
 
 
 def project_address() -> str | None:
-    """FASTSUPCON_REPOSITORY, or what a forge's runner says of itself: nothing else knows where the project lies."""
+    """By FASTSUPCON_REPOSITORY. A runner's own variables do not count: they name the project of whoever installs there."""
     stated = os.environ.get("FASTSUPCON_REPOSITORY", "")
-    if not stated and os.environ.get("GITHUB_REPOSITORY"):
-        stated = f"{os.environ.get('GITHUB_SERVER_URL', '')}/{os.environ['GITHUB_REPOSITORY']}"
     if stated and not re.fullmatch(r"https://[^\s/]+/\S*[^\s/]", stated):
         raise SystemExit(f"error: FASTSUPCON_REPOSITORY must be of the form https://HOST/OWNER/NAME, got {stated!r}")
     return stated or None

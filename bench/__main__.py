@@ -13,7 +13,7 @@ def main() -> None:
 
         from . import suite
     except ModuleNotFoundError as missing:
-        raise SystemExit(f"python -m bench needs {missing.name}, which is not installed: pip install -r bench/requirements.txt") from None
+        raise SystemExit(f"python -m bench needs {missing.name}, which is not installed: pip install . -r bench/requirements.txt") from None
     tyro.cli(suite.main, prog="python -m bench", config=(tyro.conf.FlagCreatePairsOff,))  # no --no-quick, which --share would overrule
 
 

@@ -289,7 +289,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def write(results_path: Path) -> list[Path]:
     """The table, then the plots where matplotlib is installed, beside the JSON."""
-    results = json.loads(results_path.read_text())
+    results = json.loads(results_path.read_text(encoding="utf-8"))
     written = [results_path, results_path.with_suffix(".md")]
     write_whole(written[1], tables(results).encode())
     quantities = {

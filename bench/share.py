@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -12,11 +13,12 @@ from .report import write_whole
 
 # From its root or a drive on, but for the last name: messages of failures hold some, and they hold the names of people and machines.
 FOLDERS = re.compile(r"(?<![\w.:/\\])(?:[A-Za-z]:)?(?:~?[/\\][^/\\\s'\":,;()<>]+)+(?=[/\\])[/\\]")
+HOME = os.path.expanduser("~")  # goes first: the name of a person may hold a blank, where FOLDERS sees an end
 
 
 def without_folders(found: object) -> object:
     if isinstance(found, str):
-        return FOLDERS.sub("…/", found)
+        return FOLDERS.sub("…/", found.replace(HOME, "~") if len(HOME) > 1 else found)
     if isinstance(found, dict):
         return {key: without_folders(value) for key, value in found.items()}
     return [without_folders(value) for value in found] if isinstance(found, list) else found

@@ -81,7 +81,7 @@ def main(
     if preset == "auto":
         preset = "gpu" if torch.cuda.is_available() else "cpu"
     if preset == "gpu" and not torch.cuda.is_available():
-        raise SystemExit("--preset gpu needs a CUDA device, and torch sees none")
+        raise SystemExit("preset gpu needs a CUDA device, and torch sees none")
     device, quick = "cuda" if preset == "gpu" else "cpu", quick or share
     cases = quick_cases(device) if quick else gpu_cases() if preset == "gpu" else cpu_cases(cores())
     chosen = (("rows", rows), ("depth", depth), ("prototypes", prototypes), ("loss", loss), ("dtype", dtype), ("threads", threads))

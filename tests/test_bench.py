@@ -34,6 +34,7 @@ from bench.suite import run  # noqa: E402
 from fastsupcon.__main__ import facts  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
+AWAY = "/home/Jo Doe"  # a home with a blank
 RESULTS = sorted((ROOT / "bench/results").glob("[cg]pu-*.json"))  # of python -m bench
 TINY = [Case("scl", 64, 128), Case("psc", 40, 128, 12)]
 ONE_POSITIVE = Case("psc all", 40, 128, 12)
@@ -285,8 +286,9 @@ def test_no_case_is_begun_without_time(tmp_path, capsys):
 
 
 def test_what_is_shared_is_whole_and_names_nobody(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(share, "HOME", AWAY)
     entry = page.results("cpu-avx2-zen3")["cases"][0]
-    failure = f"OSError: {Path.home()}/private/a.py and '{ROOT}/b.so' and C:\\Users\\me\\c.dll; 12 GB/s"
+    failure = f"OSError: {Path.home()}/private/a.py and '{ROOT}/b.so' and C:\\Users\\me\\c.dll; 12 GB/s; {AWAY}/private/d.so"
     entry = entry | {"contenders": entry["contenders"] | {"chunked": {"absent": failure}}}
     asked = []
 
@@ -300,7 +302,7 @@ def test_what_is_shared_is_whole_and_names_nobody(tmp_path, monkeypatch, capsys)
     shared = json.loads((tmp_path / "mine-share.json").read_text(encoding="utf-8"))
     assert shared["fastsupcon"] == share.without_folders(facts()) and shared["fastsupcon"]["devices"][0]["dtypes"]["float32"]["auto"]
     assert shared["machine"] == suite.machine("cpu") and shared["cases"][0]["floor_flops"] == entry["floor_flops"]
-    assert shared["cases"][0]["contenders"]["chunked"] == {"absent": "OSError: …/a.py and '…/b.so' and …/c.dll; 12 GB/s"}
+    assert shared["cases"][0]["contenders"]["chunked"] == {"absent": "OSError: …/a.py and '…/b.so' and …/c.dll; 12 GB/s; …/d.so"}
     text = (tmp_path / "mine-share.json").read_text(encoding="utf-8")
     assert not [name for name in (str(Path.home()), str(ROOT), platform.node()) if len(name) > 1 and name in text]
     assert f"{tmp_path / 'mine-share.json'}: attach this file" in capsys.readouterr().out
@@ -319,7 +321,7 @@ def test_what_is_missing_is_named_in_a_line():
     code = "import runpy, sys; sys.modules['tyro'] = None; runpy.run_module('bench', run_name='__main__')"
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert said.returncode == 1 and said.stderr.splitlines()[1:] == [
-        "python -m bench needs tyro, which is not installed: pip install -r bench/requirements.txt"
+        "python -m bench needs tyro, which is not installed: pip install . -r bench/requirements.txt"
     ]
 
 

@@ -106,11 +106,13 @@ def configure(build: Path, *options: str, **environment: str) -> subprocess.Comp
     return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=100)
 
 
-def test_an_nvcc_that_does_not_work_is_an_error(tmp_path):
+@pytest.mark.parametrize("by", ["CUDACXX", "PATH"])
+def test_an_nvcc_that_does_not_work_is_an_error(tmp_path, by):
     broken = tmp_path / "nvcc"
     broken.write_text("#!/bin/sh\nexit 1\n")
     broken.chmod(0o755)
-    configured = configure(tmp_path / "build", CUDACXX=str(broken))
+    found = {"CUDACXX": str(broken)} if by == "CUDACXX" else {"CUDACXX": "", "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    configured = configure(tmp_path / "build", **found)
     assert configured.returncode == 1 and f"fastsupcon: {broken} does not work" in " ".join(configured.stderr.split())
 
 

@@ -118,7 +118,7 @@ PSC = [
     ((z(), ids(), z(2, 3).long()), {}, TypeError, f"prototypes must have dtype {DTYPES}, got torch.int64"),
     ((z(), None, z(2)), {}, TypeError, "labels must be a torch.Tensor of an integer dtype, got NoneType"),
     ((z(), ids(3), z(2)), {}, ValueError, "labels must have shape [4], got [3]"),
-    ((z(), ids(), z(2)), {"denominator": "own"}, ValueError, "denominator must be one of 'negatives', 'all', got 'own'"),
+    ((z(), ids(), z(2)), {"denominator": "own"}, ValueError, "denominator must be one of 'all', 'negatives', got 'own'"),
     (
         (z(), ids(), z(5)),
         {"prototypes_per_class": 2},

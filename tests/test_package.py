@@ -16,9 +16,13 @@ ROOT = Path(__file__).resolve().parents[1]
 ADDRESS = "https://forge.example/somebody/fastsupcon"
 
 
+def needs_setuptools():
+    pytest.importorskip("setuptools", minversion="77", reason="needs tests/requirements.txt")
+
+
 @pytest.fixture(scope="module")
 def setup():
-    pytest.importorskip("setuptools", reason="needs tests/requirements.txt")
+    needs_setuptools()
     spec = importlib.util.spec_from_file_location("fastsupcon_setup", ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -26,13 +30,14 @@ def setup():
 
 
 def command(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
-    variables = {name: value for name, value in os.environ.items() if not name.startswith(("FASTSUPCON_", "GITHUB_"))} | environment
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("FASTSUPCON_")} | environment
     return subprocess.run([sys.executable, *arguments], cwd=cwd, env=variables, capture_output=True, text=True, timeout=100)
 
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
     """What a build needs, without csrc: nothing here compiles."""
+    needs_setuptools()
     to = tmp_path_factory.mktemp("package")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, to)
@@ -133,7 +138,7 @@ def test_without_the_extension_the_wheel_is_for_every_system(copy):
 def test_the_sdist_holds_what_git_holds(tmp_path):
     if shutil.which("git") is None or not (ROOT / ".git").exists():
         pytest.skip("this is no checkout")
-    pytest.importorskip("setuptools", reason="needs tests/requirements.txt")
+    needs_setuptools()
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split("\0")

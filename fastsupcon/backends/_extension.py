@@ -15,8 +15,7 @@ from ..problem import QUANTITIES, Line, Pairs, Side
 
 __all__ = ["SCALARS", "address", "incoming", "line", "mask", "missing", "module", "problem", "quantities"]
 
-
-_PACKAGE = __name__.partition(".")[0]
+_PACKAGE = __name__.removesuffix(".backends._extension")
 
 
 def _left_out() -> bool:

@@ -109,7 +109,7 @@ def nt_xent_loss(
         if len(negatives):
             ((of_queue,), _) = terms(Pairs(z0, negatives, scale, normalize), ("all",), backend=backend)
             everything = logaddexp(positive, of_queue)
-        else:
+        elif not torch.compiler.is_compiling():  # which would trace how a backend is found
             select(backend, z0.device, z0.dtype, z0.shape[1])  # which refuses a backend that could not serve the next step
         loss = reduce(everything - positive, reduction, ranks=ranks)
     if queue.training:

@@ -172,7 +172,8 @@ def supcon_loss(
     else:
         with no_autocast(z):
             if not blocks:  # nobody to meet: the log of an empty sum would be -inf; a zero that still shows a NaN
-                select(backend, z.device, z.dtype, z.shape[1])
+                if not torch.compiler.is_compiling():  # which would trace how a backend is found
+                    select(backend, z.device, z.dtype, z.shape[1])
                 losses, paired = (z * 0).sum(1, dtype=sum_dtype(z.dtype)), torch.zeros(len(z), dtype=torch.bool, device=z.device)
             elif by_keys:
                 losses, paired = _by_keys(blocks, form, denominator, beta, backend)
