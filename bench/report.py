@@ -283,6 +283,7 @@ def write_whole(path: Path, content: bytes) -> None:
             os.chmod(file.name, 0o644)
             os.replace(file.name, path)
         except BaseException:
+            file.close()  # Windows keeps what is open
             os.unlink(file.name)
             raise
 

@@ -81,7 +81,10 @@ def main() -> None:
         (1.6, ROWS, "gradient\n[N, D]"),
     )
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=0.99, hspace=0.03)
-    figure.savefig(Path(__file__).with_name("operator.png"), dpi=150, facecolor=PAPER)
+    path = Path(__file__).with_name("operator.png")
+    part = path.with_suffix(".part")
+    figure.savefig(part, format="png", dpi=150, facecolor=PAPER)
+    part.replace(part.with_suffix(".png"))
 
 
 if __name__ == "__main__":

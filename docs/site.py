@@ -47,9 +47,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         if "://" in target:
             return found[0]
         path = Path(os.path.normpath(source.parent / target))
-        if not path.exists():
+        if not path.exists() or not path.is_relative_to(ROOT):
             return found[0]  # which mkdocs reports
-        if path.is_relative_to(ROOT) and files.get_file_from_path(place(path)) is not None:
+        if files.get_file_from_path(place(path)) is not None:
             to = os.path.relpath(place(path), PurePosixPath(page.file.src_uri).parent)
             return f"{picture}[{text}]({Path(to).as_posix()}{anchor})"
         if config.repo_url:

@@ -36,7 +36,8 @@ def facts() -> dict[str, Any]:
     """What :func:`main` says, as data: also what ``python -m bench --share`` sends along."""
     devices = []
     for device in _devices():
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        name = f"{torch.get_num_threads()} threads" if device.type == "cpu" else name
         dtypes: dict[str, dict[str, Any]] = {}
         refusals: dict[tuple[str, str], list[str]] = {}  # (backend, reason) -> dtypes
         for dtype in DTYPES:
@@ -55,15 +56,16 @@ def facts() -> dict[str, Any]:
 
 def main() -> None:
     found = facts()
-    print(f"fastsupcon {found['fastsupcon']}, torch {found['torch']}, Python {found['python']}, {found['machine']}")
-    print(f"built: {found['built']}")
+    lines = [f"fastsupcon {found['fastsupcon']}, torch {found['torch']}, Python {found['python']}, {found['machine']}"]
+    lines += [f"built: {found['built']}"]
     for device in found["devices"]:
-        print(f"\n{device['device']} ({device['name']}), rows of dimension {found['dimension']}")
+        lines += ["", f"{device['device']} ({device['name']}), rows of dimension {found['dimension']}"]
         for dtype, served in device["dtypes"].items():
-            print(f"  {dtype:9} auto = {served['auto']}; usable: {', '.join(served['usable'])}")
+            lines += [f"  {dtype:9} auto = {served['auto']}; usable: {', '.join(served['usable'])}"]
         for refused in device["refusals"]:
             of = refused["dtypes"]
-            print(f"  not {refused['backend']}{'' if len(of) == len(DTYPES) else ' for ' + ', '.join(of)}: {refused['reason']}")
+            lines += [f"  not {refused['backend']}{'' if len(of) == len(DTYPES) else ' for ' + ', '.join(of)}: {refused['reason']}"]
+    print("\n".join(lines))  # in one piece: `| head` may close the pipe after a line
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The picture of docs/which-loss.md: python docs/which_loss.py writes docs/which-loss.png, whole or not at all.
+"""The picture of docs/which-loss.md: python docs/which_loss_picture.py writes docs/which-loss.png, whole or not at all.
 
 A phone shows the figure's 7.2 inches on about 360 points, so that 16 pt are 11 of a phone's. It has a ground of its own, as pages may be
 white or dark.
