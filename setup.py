@@ -51,9 +51,9 @@ def description(readme: str, address: str | None, ref: str) -> str:
 
 def remedy(output: str) -> str:
     """What to do about a build that failed, in a line, by what CMake and ninja said."""
-    if re.search("CMAKE_CXX_COMPILER|environment variable CXX", output):
-        return f"no C++ compiler was found: install one that knows C++17 (CXX names one), or {WITHOUT}"
-    if re.search(r"FAILED: .*\.cu\.o|nvcc does not work|CMAKE_CUDA_COMPILER", output):
+    if re.search("CMAKE_CXX_COMPILER|environment variable CXX|C\\+\\+ compiler\\s+.*\\s+is not able to compile", output):
+        return f"no C++ compiler that works was found: install one that knows C++17 (CXX names one), or {WITHOUT}"
+    if re.search(r"FAILED: .*\.cu\.o|fastsupcon: .* does not work|CMAKE_CUDA_COMPILER", output):
         return f"nvcc failed (see above): CMAKE_ARGS=-DFASTSUPCON_NO_CUDA=ON leaves the CUDA kernels out, {WITHOUT}"
     return f"the compiled kernels could not be built (see above): {WITHOUT}"
 
@@ -92,7 +92,8 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, extension: Extension) -> None:
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
-        build = Path(self.build_temp).resolve()
+        # Not self.build_temp, which an editable install throws away: the next would compile everything anew.
+        build = ROOT / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         # The cache names the ninja of the last build, which went with pip's build environment, and keeps options that nobody asks for now.
         (build / "CMakeCache.txt").unlink(missing_ok=True)
         run(

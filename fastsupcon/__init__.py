@@ -31,3 +31,8 @@ __all__ = [
     "functional",
     "grad_cache",
 ]
+
+
+def __dir__() -> list[str]:
+    """What completion offers."""
+    return __all__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ def facts() -> dict[str, Any]:
 def main() -> None:
     found = facts()
     lines = [f"fastsupcon {found['fastsupcon']}, torch {found['torch']}, Python {found['python']}, {found['machine']}"]
-    lines += [f"built: {found['built']}"]
+    lines += [f"built: {found['built']}", f"from: {Path(__file__).resolve().parent}"]
     for device in found["devices"]:
         lines += ["", f"{device['device']} ({device['name']}), rows of dimension {found['dimension']}"]
         for dtype, served in device["dtypes"].items():

@@ -38,6 +38,11 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    """What completion offers."""
+    return __all__
+
+
 def self_logsumexp(
     z: Tensor, *, scale: float | Tensor = 1.0, group: ProcessGroup | None = None, across: Across = "gather", backend: Backend = "auto"
 ) -> Tensor:

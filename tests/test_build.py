@@ -21,7 +21,8 @@ message(STATUS "option: ${OPTION}")
 
 
 def test_a_second_build_compiles_nothing(tmp_path):
-    """Though pip's build environment, with the ninja and the pybind11 of the first, is gone. Nor does it keep the first's options."""
+    """Though pip's build environment, with the ninja and the pybind11 of the first, is gone, and so is the folder that an editable install
+    gives for what is compiled. Nor does it keep the first's options."""
     pybind11, ninja = pytest.importorskip("pybind11"), shutil.which("ninja")
     pytest.importorskip("setuptools")
     if ninja is None or shutil.which("cmake") is None or not SETUP.exists():
@@ -39,7 +40,7 @@ def test_a_second_build_compiles_nothing(tmp_path):
         (overlay / "ninja").symlink_to(ninja)
         environment = os.environ | {"PYTHONPATH": str(overlay), "CMAKE_ARGS": arguments}
         environment["PATH"] = f"{overlay}{os.pathsep}{os.environ['PATH']}"
-        command = [sys.executable, "setup.py", "build_ext"]
+        command = [sys.executable, "setup.py", "build_ext", f"--build-temp={overlay}/thrown-away"]
         done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
         shutil.rmtree(overlay)
         assert done.returncode == 0, done.stdout + done.stderr

@@ -69,11 +69,16 @@ def test_no_link_of_the_readme_is_relative(setup, address):
 @pytest.mark.parametrize(
     ("output", "said"),
     [
-        ("CMake Error:\n  No CMAKE_CXX_COMPILER could be found.\n", "no C++ compiler was found: install one"),
+        ("CMake Error:\n  No CMAKE_CXX_COMPILER could be found.\n", "no C++ compiler that works was found: install one"),
         (
             "  The CMAKE_CXX_COMPILER:\n\n    /none/g++\n\n  is not a full path to an existing compiler tool.\n",
-            "no C++ compiler was found: install",
+            "no C++ compiler that works was found: install",
         ),
+        (
+            '  The C++ compiler\n\n    "/none/c++"\n\n  is not able to compile a simple test program.\n',
+            "no C++ compiler that works was found: install",
+        ),
+        ("CMake Error: fastsupcon: /none/nvcc does not work: CMakeFiles/", "nvcc failed (see above): CMAKE_ARGS="),
         (
             "FAILED: [code=1] CMakeFiles/x.dir/csrc/cuda/plan.cu.o \nnvcc ...",
             "nvcc failed (see above): CMAKE_ARGS=-DFASTSUPCON_NO_CUDA=ON leaves",
@@ -97,7 +102,7 @@ def test_without_a_compiler_the_build_ends_in_a_line(copy):
     (copy / "CMakeLists.txt").write_text("cmake_minimum_required(VERSION 3.24)\nproject(p LANGUAGES CXX)\n")
     done = command("setup.py", "build_ext", cwd=copy, CXX="/none/g++")
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error: no C++ compiler was found: install one that knows C++17")
+    assert done.stderr.splitlines()[-1].startswith("error: no C++ compiler that works was found: install one that knows C++17")
 
 
 def test_odd_values_are_refused():

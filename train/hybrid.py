@@ -223,6 +223,8 @@ def perform(config: Config, asked: Command) -> None:
     groups = several.by_method(runs, results)
     if records.against:
         several.show_comparison(groups, own, records.against, out)
+        if config.images.data == "digits":
+            say("what to expect of these figures, and what six seeds say: docs/long-tail.md")
     else:
         show(groups[own], classes)
     say(f"written to {out}")
