@@ -120,8 +120,6 @@ def run(cases: list[Case], names: tuple[str, ...], out: Path, rounds: int, *, ke
         if results["machine"][key] != here[key]:
             raise SystemExit(f"{out} holds figures of another {key}, {results['machine'][key]} and not {here[key]}: name another file")
     results["machine"] = here
-    if hasattr(os, "getloadavg") and (load := os.getloadavg()[0]) > 0.5 * here["cores"]:
-        print(f"this machine is busy (a load of {load:.1f} on {here['cores']} cores): times will be too long", file=sys.stderr, flush=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     bars = Progress(*columns, console=console, disable=not console.is_terminal)
@@ -144,6 +142,8 @@ def run(cases: list[Case], names: tuple[str, ...], out: Path, rounds: int, *, ke
 
         for line in (*foretold(cases, names, rounds), f"results: {out}, after each case"):
             say(line)
+        if hasattr(os, "getloadavg") and (load := os.getloadavg()[0]) > 0.5 * here["cores"]:
+            say(f"this machine is busy (a load of {load:.1f} on {here['cores']} cores): times will be too long")
         try:
             for number, case in enumerate(cases, 1):
                 if time.monotonic() >= end:

@@ -11,6 +11,7 @@ PYBIND11_MODULE(emulated, m) {
   using namespace fastsupcon::cuda;
   bind(m.def_submodule("cuda"));
   m.def("set_device", [](int multiprocessors, int capability) { emulated_device() = {multiprocessors, capability}; });
+  m.def("without_cuda", [] { return ""; });
   m.def("set_driver_fault", [](const std::string& text) { driver_fault() = text; });
   m.def("panel_offset", &panel_offset);
   m.def("tma_offset", [](int row, int byte) { return ptx::swizzled(static_cast<ptx::Address>(row * kPanelBytes + byte)); });
