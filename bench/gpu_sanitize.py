@@ -31,7 +31,7 @@ def keys_of(rows: int, count: int) -> torch.Tensor:
 
 def each_pair_once(count: int, depth: int, dtype: torch.dtype) -> None:
     line = Line(all=1, similarity=-1)
-    BACKENDS["cuda"].loss(Pairs(rows(count, depth, dtype), None, 10.0, True, None, keys_of(count, count)), line.names, line)
+    BACKENDS["cuda"].loss(Pairs(rows(count, depth, dtype), None, 10.0, True, None, keys_of(count, count)), line.names, line, False)
 
 
 def call(name: str, count: int, depth: int, dtype: torch.dtype, offset: int = 0) -> None:
@@ -54,7 +54,7 @@ def call(name: str, count: int, depth: int, dtype: torch.dtype, offset: int = 0)
         backend.backward(pairs, *sides, terms.norms, terms.kept, needs)
         for reduction in ("mean", "none") if hasattr(backend, "loss") else ():
             line = Line(all=1, similarity=-1, lone="skip", reduction=reduction)
-            loss, kept = backend.loss(pairs, line.names, line)
+            loss, kept = backend.loss(pairs, line.names, line, False)
             backend.loss_backward(pairs, line.names, line, kept, torch.ones_like(loss), needs)
     if hasattr(backend, "line"):
         line = Line(all=1, similarity=-1, lone="skip")

@@ -81,13 +81,21 @@ PYBIND11_MODULE(_C, m) {
         cpu::backward(p, rows, columns, pointer(norms), pointer(kept), out, threads);
       },
       py::call_guard<py::gil_scoped_release>());
-  cpu.def("line", [](const Line& l, Scalar sum, std::int64_t rows, const Quantities<void*>& values, Address loss) {
-    cpu::line(l, sum, rows, constant(values), pointer(loss));
-  });
-  cpu.def("line_backward", [](const Line& l, Scalar sum, std::int64_t rows, const Quantities<void*>& values, Address grad,
-                              const Quantities<void*>& grads) {
-    cpu::line_backward(l, sum, rows, constant(values), pointer(grad), grads);
-  });
+  cpu.def(
+      "loss",
+      [](const Problem& p, const Line& of, unsigned mask, Address kept, Address exponentials, Address loss, int threads) {
+        const Kept to(p, mask, kept);
+        cpu::loss(p, of, to.values, to.norms, pointer(exponentials), pointer(loss), threads);
+      },
+      py::call_guard<py::gil_scoped_release>());
+  cpu.def(
+      "loss_backward",
+      [](const Problem& p, const Line& of, unsigned mask, Address kept, Address exponentials, Address grad, const Outgoing& out,
+         int threads) {
+        const Kept from(p, mask, kept);
+        cpu::loss_backward(p, of, constant(from.values), from.norms, pointer(exponentials), pointer(grad), out, threads);
+      },
+      py::call_guard<py::gil_scoped_release>());
 
   m.def("without_cuda", [] { return FASTSUPCON_WITHOUT_CUDA; }, "Why there are no CUDA kernels, or an empty text.");
 #ifdef FASTSUPCON_CUDA

@@ -144,7 +144,7 @@ def _loss_forward(pairs: Pairs, names: tuple[str, ...], line: Line, backend: str
     """The loss, and what _loss_backward needs of its forward."""
     module, pairs = _backend(backend, pairs.rows), _contiguous(pairs)
     if hasattr(module, "loss"):
-        return module.loss(pairs, names, line)
+        return module.loss(pairs, names, line, keep)
     terms = module.forward(pairs, names, (), keep)
     return module.line(names, terms.rows, line), terms
 

@@ -190,7 +190,7 @@ def check(backend, case: Case, device: torch.device) -> None:
         assert off <= allowed, f"gradient of {name}: off by {off:.2e}, allowed {allowed:.2e}, of {want.norm():.2e}"
 
 
-def check_loss(backend, case: Case, line: Line, device: torch.device) -> None:
+def check_loss(backend, case: Case, line: Line, device: torch.device, keep: bool = False) -> None:
     """A backend's own loss, and its gradients, on rows of which three are lone."""
     pairs = problem(case, device)
     pairs.row_keys[:3] = torch.tensor([100, 101, 102], device=device)
@@ -202,9 +202,9 @@ def check_loss(backend, case: Case, line: Line, device: torch.device) -> None:
     sides = Side(case.rows, values, reference.line_backward(case.rows, values, grad, line)), Side((), nothing, nothing)
     needs = (True, case.m is not None, case.bias, case.learned)
     expected = reference.backward(wide, *sides, norms, kept, needs)
-    loss, mine = backend.loss(pairs, case.rows, line)
+    loss, mine = backend.loss(pairs, case.rows, line, keep)
     torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-5, equal_nan=True)
-    found = backend.loss_backward(pairs, case.rows, line, mine, grad.float(), needs)
+    found = backend.loss_backward(pairs, case.rows, line, mine, grad.to(loss.dtype), needs)
     for name, got, exact, need in zip(found._fields, found, expected, needs, strict=True):
         assert (got is not None) == need
         if not need:

@@ -50,6 +50,7 @@ LOSS_CASES = [
     Case(70, d=24, bias=True, learned=True),
     Case(70, 41, d=24),
     Case(33, 200, d=24, own=True, scale=100.0, dtype=torch.float16),
+    Case(70, 41, d=24, dtype=torch.float64),
 ]
 
 
@@ -60,7 +61,10 @@ def test_losses(backend, case, line, device):
     module = BACKENDS[backend]
     if not hasattr(module, "loss"):
         pytest.skip(f"{backend} makes a loss from its terms: test_lines")
-    check_loss(module, replace(case, rows=line.names, keys="few"), line, device)
+    if reason := unusable(backend, case, device):
+        pytest.skip(f"{backend}: {reason}")
+    for keep in (False, True) if backend == "cpu" else (False,):
+        check_loss(module, replace(case, rows=line.names, keys="few"), line, device, keep)
 
 
 @pytest.mark.parametrize("keys", ["", "few"])

@@ -147,7 +147,7 @@ def test_each_pair_once(on, emulated, monkeypatch, n, depth, keys, group):
     assert names(emulated) == ["prepare_forward", kernel, "combine_triangle"]
     exact = reference.forward(pairs._replace(rows=pairs.rows.double()), SCL, (), False).rows
     torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=2e-6 * n**0.5)
-    loss, (kept,) = backend.loss(pairs, SCL, line)
+    loss, (kept,) = backend.loss(pairs, SCL, line, False)
     assert torch.equal(kept[: 3 * n].view(3, n), found), "the same bits every time"
     torch.testing.assert_close(loss.double(), reference.line(SCL, exact, line), rtol=1e-6, atol=1e-6)
 
@@ -297,7 +297,7 @@ def test_launches_of_a_step(on, emulated, capability, dtype, loss, learned, unit
     pairs, expected = problem(case, HOST), 5 + (not unit) + 2 * (capability == WGMMA and (learned or not unit))
     emulated.set_dry(True)
     for _ in range(2):
-        _, kept = backend.loss(pairs, line.names, line)
+        _, kept = backend.loss(pairs, line.names, line, False)
         backend.loss_backward(pairs, line.names, line, kept, torch.ones(()), (True, loss == "PSC", False, learned))
         launches = names(emulated)
         assert len(launches) == expected, launches
@@ -363,7 +363,7 @@ def test_a_loss_in_one_call_is_its_parts(on, capability, dtype, m, line):
     backend = on(capability, multiprocessors=16)
     case = Case(90, m, d=24, dtype=dtype, keys="few", learned=m is None, bias=m is not None, rows=line.names)
     pairs, needs = problem(case, HOST), (True, m is not None, m is not None, m is None)
-    loss, kept = backend.loss(pairs, line.names, line)
+    loss, kept = backend.loss(pairs, line.names, line, False)
     terms = backend.forward(pairs, line.names, (), False)
     want = backend.line(line.names, terms.rows, line)
     assert loss.shape == want.shape

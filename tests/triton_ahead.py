@@ -109,7 +109,7 @@ def step(form: Form, dtype: torch.dtype, depth: int) -> None:
     needs = (True, bool(form.m), form.bias, form.learned)
     if not form.columns and "count" in form.rows:
         line = Line(**{name: 1.0 for name in LOG_SUMS if name in form.rows}, similarity=-1.0)
-        _, kept = backend.loss(pairs, line.names, line)
+        _, kept = backend.loss(pairs, line.names, line, False)
         backend.loss_backward(pairs, line.names, line, kept, empty(), needs)
     else:
         terms = backend.forward(pairs, form.rows, form.columns, False)

@@ -105,23 +105,21 @@ class Gradient {
     face.fresh = turn.round == 0;
   }
 
-  // Joins the copies, and those of `more`, and makes the gradient of them. along: x̂·∂x̂, for the gradient of the scale, is wanted.
-  void finish(Team& team, const Gradient* more, double scale, double power, bool along) {
+  // Joins a block's copies, and those of `more`, and makes the gradient of them. along: x̂·∂x̂, for the gradient of the scale, is wanted.
+  void finish(std::int64_t block, const Gradient* more, double scale, double power, bool along) {
     if (!wanted) return;
     const double held = std::min(power, std::ldexp(1.0, std::numeric_limits<Sum>::max_exponent - 1));  // the largest power that Sum holds
-    team.each(side_.blocks, [&](std::int64_t block) {
-      const std::int64_t first = block * side_.block, rows = side_.size(block), begin = first * side_.depth;
-      Sum* const sums = copy(0) + begin;
-      const auto join = [&](const Sum* from) {
-        for (std::int64_t k = 0; k < rows * side_.depth; ++k) sums[k] += from[k];
-      };
-      for (std::int64_t index = 1; index < copies_; ++index) join(copy(index) + begin);
-      for (std::int64_t index = 0; more && index < more->copies_; ++index) join(more->copy(index) + begin);
-      void* const elements = output_ ? static_cast<char*>(output_) + first * side_.row_bytes : nullptr;
-      const Sum* const inverse_norms = side_.inverse_norms ? side_.inverse_norms + first : nullptr;
-      along_[block] = side_.kernels.finish(side_.rows(block), rows, side_.depth, inverse_norms, along, sums, Sum(scale * (power / held)),
-                                           Sum(held), elements);
-    });
+    const std::int64_t first = block * side_.block, rows = side_.size(block), begin = first * side_.depth;
+    Sum* const sums = copy(0) + begin;
+    const auto join = [&](const Sum* from) {
+      for (std::int64_t k = 0; k < rows * side_.depth; ++k) sums[k] += from[k];
+    };
+    for (std::int64_t index = 1; index < copies_; ++index) join(copy(index) + begin);
+    for (std::int64_t index = 0; more && index < more->copies_; ++index) join(more->copy(index) + begin);
+    void* const elements = output_ ? static_cast<char*>(output_) + first * side_.row_bytes : nullptr;
+    const Sum* const inverse_norms = side_.inverse_norms ? side_.inverse_norms + first : nullptr;
+    along_[block] = side_.kernels.finish(side_.rows(block), rows, side_.depth, inverse_norms, along, sums, Sum(scale * (power / held)),
+                                         Sum(held), elements);
   }
 
   // Σ_i x̂_i·∂x̂_i / (scale · power)

@@ -1,7 +1,8 @@
-// Losses that are linear in the quantities of their rows.
+// Losses that are linear in the quantities of their rows: one call forward, one backward, for a call takes as long as hundreds of rows do.
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <vector>
 
 #include "pairs.h"
 
@@ -49,20 +50,26 @@ void line_backward_of(const Line& line, std::int64_t rows, const Quantities<cons
     if (grads.different) of(grads.different)[i] = Sum(g * line.different);
     if (grads.equal) of(grads.equal)[i] = Sum(g * line.equal);
     if (grads.similarity) of(grads.similarity)[i] = Sum(g * line.similarity / std::max(count[i], Sum(1)));
-    if (grads.count) of(grads.count)[i] = 0;
   }
 }
 
 }  // namespace
 
-void line(const Line& line, Scalar sum, std::int64_t rows, const Quantities<const void*>& values, void* loss) {
-  sum == Scalar::f64 ? line_of(line, rows, values, static_cast<double*>(loss)) : line_of(line, rows, values, static_cast<float*>(loss));
+void loss(const Problem& problem, const Line& line, const Quantities<void*>& values, void* norms, void* kept, void* loss, int threads) {
+  forward(problem, values, {}, norms, kept, threads);
+  with_sum(problem.scalar, [&](auto sum) { line_of(line, problem.rows, constant(values), static_cast<decltype(sum)*>(loss)); });
 }
 
-void line_backward(const Line& line, Scalar sum, std::int64_t rows, const Quantities<const void*>& values, const void* grad,
-                   const Quantities<void*>& grads) {
-  sum == Scalar::f64 ? line_backward_of(line, rows, values, static_cast<const double*>(grad), grads)
-                     : line_backward_of(line, rows, values, static_cast<const float*>(grad), grads);
+void loss_backward(const Problem& problem, const Line& line, const Quantities<const void*>& values, const void* norms, const void* kept,
+                   const void* grad, const Outgoing& out, int threads) {
+  with_sum(problem.scalar, [&](auto sum) {
+    using Sum = decltype(sum);
+    std::vector<Sum> memory(4 * problem.rows);
+    const auto there = [&](const void* value, int index) { return value ? memory.data() + index * problem.rows : nullptr; };
+    const Quantities<void*> grads{there(values.all, 0), there(values.different, 1), there(values.equal, 2), there(values.similarity, 3), nullptr};
+    line_backward_of(line, problem.rows, values, static_cast<const Sum*>(grad), grads);
+    backward(problem, {values, constant(grads)}, {}, norms, kept, out, threads);
+  });
 }
 
 }  // namespace fastsupcon::cpu

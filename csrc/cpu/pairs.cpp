@@ -29,12 +29,6 @@ const Kernels<Sum>& kernels_for(Scalar scalar) {
   }
 }
 
-// Calls f with a Sum of the scalar's sum type.
-template <class F>
-auto with_sum(Scalar scalar, const F& f) {
-  return scalar == Scalar::f64 ? f(double()) : f(float());
-}
-
 // Threads worth waking: each gets at least 1 M multiply-adds (about 30 µs), and there are no more of them than tasks.
 int threads_for(int allowed, double multiply_adds, std::int64_t tasks) {
   return int(std::max(1.0, std::min({double(allowed), multiply_adds / 1e6, double(tasks)})));
@@ -70,6 +64,7 @@ class Run {
         columns_(kernels_, problem.b && !swapped_ ? problem.b : problem.a, swapped_ ? problem.rows : problem.columns, problem.depth,
                  problem.scalar),
         schedule_(self_ ? Schedule::self(rows_.blocks) : Schedule::cross(rows_.blocks, columns_.blocks)),
+        passing_(self_ ? nullptr : schedule_.long_rows() ? &rows_ : &columns_),
         kept_(doubled_ ? nullptr : static_cast<Sum*>(const_cast<void*>(kept))),
         largest_squares_(rows_.blocks + columns_.blocks) {
     call_.depth = problem.depth;
@@ -91,14 +86,15 @@ class Run {
     call_.both = all + different + equal > 1;
     call_.first = call_.both || different ? kDifferent : equal ? kEqual : kAll;
     call_.similarity = of_rows.similarity || of_columns.similarity;
+    count_threads(1);
     want_panels();
     Sum* twice;  // a doubled problem's norms, which both sides measure
     workspace_.want(twice, doubled_ && problem_.unit ? problem_.rows : 0);
     const Sums<Sum> row_sums(workspace_, rows_, schedule_.row_copies());
     const Sums<Sum> column_sums(workspace_, columns_, self_ ? 0 : schedule_.column_copies());
     const Sums<Sum>& other_sums = self_ ? row_sums : column_sums;
-    const auto tile = [&](const Visit& visit) {
-      Tile<Sum> tile = bare_tile(visit);
+    const auto tile = [&](const Visit& visit, int member) {
+      Tile<Sum> tile = bare_tile(visit, member);
       row_sums.add_to(tile.rows, visit.rows.accumulator);
       other_sums.add_to(tile.columns, visit.columns.accumulator);
       const void *const i = tile.rows.panels, *const j = tile.columns.panels;
@@ -111,7 +107,7 @@ class Run {
       if (twice) columns_.inverse_norms = twice;
     };
     const Quantities<void*>&to_rows = swapped_ ? of_columns : of_rows, &to_columns = swapped_ ? of_rows : of_columns;
-    run(1, true, kernels_.forward, tile, begin, [](Team&) {}, [&](Team& team) {
+    run(true, kernels_.forward, tile, begin, [](Team&) {}, [](std::int64_t) {}, [&](Team& team) {
       row_sums.finish(team, call_, to_rows);
       if (!self_) column_sums.finish(team, call_, to_columns);
     });
@@ -127,9 +123,10 @@ class Run {
     Gradient<Sum> row_gradient(workspace_, rows_, schedule_.row_copies(), out_rows, rows_wanted);
     Gradient<Sum> column_gradient(workspace_, columns_, schedule_.column_copies(), out_columns, out_columns || (doubled_ && rows_wanted));
     Gradient<Sum>& other_gradient = self_ ? row_gradient : column_gradient;
+    count_threads(3);
     if (!kept_) want_panels();
-    workspace_.want(rows_.elements, other_gradient.wanted ? rows_.padded() * rows_.packed_depth : 0);
-    workspace_.want(columns_.elements, !self_ && row_gradient.wanted ? columns_.padded() * columns_.packed_depth : 0);
+    workspace_.want(rows_.elements, other_gradient.wanted ? slots(rows_) * rows_.block * rows_.packed_depth : 0);
+    workspace_.want(columns_.elements, !self_ && row_gradient.wanted ? slots(columns_) * columns_.block * columns_.packed_depth : 0);
     const Weights<Sum> row_weights(workspace_, rows_, swapped_ ? of_columns : of_rows);
     const Weights<Sum> column_weights(workspace_, columns_, swapped_ ? of_rows : of_columns);
     const Weights<Sum>& other_weights = self_ ? row_weights : column_weights;
@@ -138,8 +135,8 @@ class Run {
     Sum* bias_sums;
     workspace_.want(bias_sums, bias_size);
 
-    const auto tile = [&](const Visit& visit) {
-      Tile<Sum> tile = bare_tile(visit);
+    const auto tile = [&](const Visit& visit, int member) {
+      Tile<Sum> tile = bare_tile(visit, member);
       row_weights.read_by(tile.rows);
       other_weights.read_by(tile.columns);
       row_gradient.add_to(tile.rows, visit.rows);
@@ -154,9 +151,17 @@ class Run {
       row_weights.fill(team, call_, power);
       if (!self_) column_weights.fill(team, call_, power);
     };
-    run(3, !problem_.unit, kernels_.backward, tile, [&] { std::fill_n(bias_sums, bias_size, Sum(0)); }, weigh, [&](Team& team) {
-      row_gradient.finish(team, doubled_ ? &column_gradient : nullptr, call_.scale, power, along_rows);
-      if (!self_ && !doubled_) column_gradient.finish(team, nullptr, call_.scale, power, along_columns);
+    const auto finish_rows = [&](std::int64_t block) {
+      row_gradient.finish(block, doubled_ ? &column_gradient : nullptr, call_.scale, power, along_rows);
+    };
+    const auto finish_columns = [&](std::int64_t block) { column_gradient.finish(block, nullptr, call_.scale, power, along_columns); };
+    const Side<Sum>* const early = doubled_ ? nullptr : passing_;  // a doubled problem's gradient is of both of its sides
+    const auto passed = [&](std::int64_t block) {
+      if (early) early == &rows_ ? finish_rows(block) : finish_columns(block);
+    };
+    run(!problem_.unit, kernels_.backward, tile, [&] { std::fill_n(bias_sums, bias_size, Sum(0)); }, weigh, passed, [&](Team& team) {
+      if (early != &rows_) team.each(rows_.blocks, finish_rows);
+      if (early != &columns_ && !self_ && !doubled_) team.each(columns_.blocks, finish_columns);
     });
     const double along = (along_rows ? row_gradient : column_gradient).along() * power;
     if (out.scale) *static_cast<Sum*>(out.scale) = Sum(self_ || doubled_ ? along / 2 : along);
@@ -168,9 +173,18 @@ class Run {
   }
 
  private:
+  // A tile has `products` products.
+  void count_threads(int products) {
+    const double multiply_adds = double(products) * rows_.count * columns_.count * problem_.depth / (self_ ? 2 : 1);
+    threads_ = threads_for(threads_, multiply_adds, schedule_.tasks());
+  }
+
+  // How many of a side's blocks are packed at a time: of the passing side that of each thread, which takes the next one's place.
+  std::int64_t slots(const Side<Sum>& side) const { return &side == passing_ ? threads_ : side.blocks; }
+
   void want_panels() {
-    workspace_.want(rows_.panels, rows_.padded() * problem_.depth);
-    workspace_.want(columns_.panels, self_ ? 0 : columns_.padded() * problem_.depth);
+    workspace_.want(rows_.panels, slots(rows_) * rows_.block * problem_.depth);
+    workspace_.want(columns_.panels, self_ ? 0 : slots(columns_) * columns_.block * problem_.depth);
   }
 
   // Without keys all pairs are different.
@@ -210,11 +224,12 @@ class Run {
     }
   }
 
-  Tile<Sum> bare_tile(const Visit& visit) const {
-    Tile<Sum> tile{call_, rows_.face(visit.i), columns_.face(visit.j), self_ && visit.i == visit.j, nullptr, rows_.block, {}};
+  Tile<Sum> bare_tile(const Visit& visit, int member) const {
+    const auto face = [&](const Side<Sum>& side, std::int64_t index) { return side.face(index, &side == passing_ ? member : index); };
+    Tile<Sum> tile{call_, face(rows_, visit.i), face(columns_, visit.j), self_ && visit.i == visit.j, nullptr, rows_.block, {}};
     if (self_) {
-      tile.columns.panels = rows_.face(visit.j).panels;
-      tile.columns.elements = rows_.face(visit.j).elements;
+      tile.columns.panels = face(rows_, visit.j).panels;
+      tile.columns.elements = face(rows_, visit.j).elements;
     }
     if (kept_) {
       const std::int64_t index = self_ ? visit.j * (visit.j + 1) / 2 + visit.i : visit.i * columns_.blocks + visit.j;
@@ -224,15 +239,14 @@ class Run {
   }
 
   // Allocates what was asked for and calls begin(); packs the rows, decides on the shift, calls prepare(team); makes all visits; calls
-  // finish(team). tile(visit) makes a tile that has what it reads itself as what to fetch. A tile has `products` products.
-  template <class MakeTile, class Begin, class Prepare, class Finish>
-  void run(int products, bool measured, void (*kernel)(const Tile<Sum>&, void*), const MakeTile& make_tile, const Begin& begin,
-           const Prepare& prepare, const Finish& finish) {
-    const double multiply_adds = double(products) * rows_.count * columns_.count * problem_.depth / (self_ ? 2 : 1);
-    const int threads = threads_for(threads_, multiply_adds, schedule_.tasks());
+  // finish(team). The passing side's blocks are packed as their task begins, while they are in the caches, and passed(block) is called as it
+  // ends. tile(visit, member) makes a tile that has what it reads itself as what to fetch.
+  template <class MakeTile, class Begin, class Prepare, class Passed, class Finish>
+  void run(bool measured, void (*kernel)(const Tile<Sum>&, void*), const MakeTile& make_tile, const Begin& begin, const Prepare& prepare,
+           const Passed& passed, const Finish& finish) {
     const std::int64_t scratch_bytes = ceil_div(kernels_.scratch_bytes, 64) * 64;
     char* scratch;
-    workspace_.want(scratch, threads * scratch_bytes);
+    workspace_.want(scratch, threads_ * scratch_bytes);
     workspace_.allocate();
     number_keys();
     number_columns();
@@ -240,29 +254,40 @@ class Run {
     Rounds row_rounds(schedule_.row_copies() * (rows_.blocks + 1)), column_rounds(schedule_.column_copies() * (columns_.blocks + 1));
     Rounds& other_rounds = self_ ? row_rounds : column_rounds;
     const auto present = [&](const Visit& visit) { return visit.i < rows_.blocks && visit.j < columns_.blocks; };
-    Team::run(threads, [&](Team& team, int member) {
+    const bool late = measured && problem_.unit;  // the shift does not depend on norms, so they may be taken as blocks are packed
+    const auto ready = [&](const Side<Sum>& side, std::int64_t block) {
+      const double largest = measured && !(late && &side == passing_) ? side.measure(block) : 0;
+      if (&side != passing_) side.pack(block, block);
+      return largest;
+    };
+    Team::run(threads_, [&](Team& team, int member) {
       team.each(rows_.blocks + (self_ ? 0 : columns_.blocks), [&](std::int64_t block) {
-        largest_squares_[block] = block < rows_.blocks ? rows_.pack(block, measured) : columns_.pack(block - rows_.blocks, measured);
+        largest_squares_[block] = block < rows_.blocks ? ready(rows_, block) : ready(columns_, block - rows_.blocks);
       });
       team.each(1, [&](std::int64_t) { decide(); });
       prepare(team);
       team.each(schedule_.tasks(), [&](std::int64_t task) {
+        if (passing_) {
+          if (late) passing_->measure(task);
+          passing_->pack(task, member);
+        }
         for (std::int64_t step = 0; step < schedule_.steps(); ++step) {
           const Visit visit = schedule_.visit(task, step);
           const bool diagonal = self_ && visit.i == visit.j;
           row_rounds.wait(team, visit.rows);
           if (!diagonal) other_rounds.wait(team, visit.columns);
           if (present(visit)) {
-            Tile<Sum> tile = make_tile(visit);
+            Tile<Sum> tile = make_tile(visit, member);
             const bool last = step + 1 == schedule_.steps();
             const std::int64_t next_task = last ? std::min(task + team.size(), schedule_.tasks() - 1) : task;  // most likely this thread's
             const Visit next = schedule_.visit(next_task, last ? 0 : step + 1);
-            if (present(next)) tile.ahead = make_tile(next).ahead;
+            if (present(next)) tile.ahead = make_tile(next, member).ahead;
             kernel(tile, scratch + member * scratch_bytes);
           }
           row_rounds.finish(visit.rows);
           if (!diagonal) other_rounds.finish(visit.columns);
         }
+        passed(task);
       });
       finish(team);
     });
@@ -292,9 +317,10 @@ class Run {
   const Problem& problem_;
   const Kernels<Sum>& kernels_;
   const bool self_, doubled_, swapped_;
-  const int threads_;
+  int threads_;
   Side<Sum> rows_, columns_;  // the tiles'. In the self shape the columns have nothing of their own but the numbers of keys
   const Schedule schedule_;
+  const Side<Sum>* const passing_;  // the longer side of a cross shape, of which a task has one block to itself
   Sum* const kept_;
   std::vector<double> largest_squares_;  // by block, of rows and then of columns
   std::int64_t keys_ = 0;                // numbers of keys lie below it
@@ -308,7 +334,7 @@ std::int64_t kept_size(std::int64_t rows, std::int64_t columns, std::int64_t dep
   const std::int64_t row_block = block_of(rows), column_block = block_of(columns);
   const std::int64_t row_blocks = ceil_div(rows, row_block), column_blocks = ceil_div(columns, column_block);
   const std::int64_t size = row_block * column_block * (self ? row_blocks * (row_blocks + 1) / 2 : row_blocks * column_blocks);
-  return size <= (rows + columns) * depth + (1 << 16) ? size : 0;
+  return size <= 2 * (self ? rows : rows + columns) * depth + (1 << 16) ? size : 0;
 }
 
 void forward(const Problem& problem, const Quantities<void*>& rows, const Quantities<void*>& columns, void* norms, void* kept,

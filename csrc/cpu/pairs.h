@@ -8,10 +8,16 @@
 
 namespace fastsupcon::cpu {
 
+// Calls f with a Sum of the scalar's sum type.
+template <class F>
+auto with_sum(Scalar scalar, const F& f) {
+  return scalar == Scalar::f64 ? f(double()) : f(float());
+}
+
 std::vector<std::string> instruction_sets();
 std::string instruction_set();
 
-// How many exponentials (Sum) the forward can keep for the backward: 0 where they are more numbers than the rows and columns.
+// How many exponentials (Sum) the forward can keep for the backward: 0 where they are more than twice as many numbers as the rows and columns.
 std::int64_t kept_size(std::int64_t rows, std::int64_t columns, std::int64_t depth, bool self);
 
 // Columns' quantities are for the cross shape. norms [rows], cross [rows + columns] Sum where problem.unit, written for the backward.
@@ -25,10 +31,11 @@ void forward(const Problem& problem, const Quantities<void*>& rows, const Quanti
 void backward(const Problem& problem, const Incoming& rows, const Incoming& columns, const void* norms, const void* kept,
               const Outgoing& out, int threads);
 
-// A loss from the quantities of `rows` rows: one Sum (f32 or f64), or [rows] without reduction. And back, from its gradient.
-void line(const Line& line, Scalar sum, std::int64_t rows, const Quantities<const void*>& values, void* loss);
-void line_backward(const Line& line, Scalar sum, std::int64_t rows, const Quantities<const void*>& values, const void* grad,
-                   const Quantities<void*>& grads);
+// A loss, one Sum or [rows] without reduction, in one call, and its gradients in another. values: the quantities it needs and the count;
+// norms and kept as above.
+void loss(const Problem& problem, const Line& line, const Quantities<void*>& values, void* norms, void* kept, void* loss, int threads);
+void loss_backward(const Problem& problem, const Line& line, const Quantities<const void*>& values, const void* norms, const void* kept,
+                   const void* grad, const Outgoing& out, int threads);
 
 // For benchmarks: `times` rounds of the micro-kernel in each thread, its operands in L1. Returns the multiply-adds of all.
 double micro_kernel(Scalar scalar, std::int64_t times, int threads);

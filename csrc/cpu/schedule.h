@@ -42,6 +42,8 @@ class Schedule {
     return Schedule(false, row_blocks, column_blocks, tasks, steps, long_rows ? 1 : groups, long_rows ? groups : 1);
   }
 
+  // Whether the longer side of a cross shape are the rows. Task t works on its block t, and no other task does.
+  bool long_rows() const { return row_blocks_ >= column_blocks_; }
   std::int64_t tasks() const { return tasks_; }
   std::int64_t steps() const { return steps_; }  // visits of a task
   std::int64_t row_copies() const { return row_copies_; }
@@ -49,10 +51,9 @@ class Schedule {
 
   Visit visit(std::int64_t task, std::int64_t step) const {
     if (self_) return meeting(task);
-    const bool long_rows = row_blocks_ >= column_blocks_;
     const std::int64_t groups = row_copies_ * column_copies_;
     const Turn of_long{task, step}, of_short{task % groups * steps_ + step, task / groups};
-    return long_rows ? Visit{task, step, of_long, of_short} : Visit{step, task, of_short, of_long};
+    return long_rows() ? Visit{task, step, of_long, of_short} : Visit{step, task, of_short, of_long};
   }
 
  private:

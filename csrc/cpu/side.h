@@ -46,28 +46,31 @@ struct Side {
   std::int64_t size(std::int64_t index) const { return std::min(block, count - index * block); }
   const char* rows(std::int64_t index) const { return data + index * block * row_bytes; }
 
-  Face<Sum> face(std::int64_t index) const {
-    const std::int64_t first = index * block;
-    const auto at = [&](auto* array, std::int64_t width) { return array ? array + first * width : nullptr; };
+  // The block `index`, which is packed in the slot's place.
+  Face<Sum> face(std::int64_t index, std::int64_t slot) const {
+    const auto at = [&](auto* array, std::int64_t place, std::int64_t width) { return array ? array + place * block * width : nullptr; };
     Face<Sum> face{};
-    face.first = first;
+    face.first = index * block;
     face.count = size(index);
-    face.panels = at(panels, depth);
-    face.elements = at(elements, packed_depth);
-    face.keys = at(keys, 1);
-    face.own = at(own, 1);
-    face.bias = at(bias, 1);
+    face.panels = at(panels, slot, depth);
+    face.elements = at(elements, slot, packed_depth);
+    face.keys = at(keys, index, 1);
+    face.own = at(own, index, 1);
+    face.bias = at(bias, index, 1);
     return face;
   }
 
-  // Packs a block, and returns the largest |x|² in it if it is to be measured, with the inverse norms.
-  double pack(std::int64_t index, bool measured) const {
-    const Face<Sum> packed = face(index);
-    Sum* const inverse = inverse_norms ? inverse_norms + packed.first : nullptr;
-    const double largest = measured ? kernels.measure(rows(index), packed.count, depth, inverse) : 0;
-    kernels.pack(rows(index), packed.count, depth, inverse, const_cast<Sum*>(packed.panels), const_cast<Sum*>(packed.elements));
-    return largest;
+  // Returns the largest |x|² of a block. Writes the inverse norms, if there are to be any.
+  double measure(std::int64_t index) const { return kernels.measure(rows(index), size(index), depth, inverse_norms_of(index)); }
+
+  void pack(std::int64_t index, std::int64_t slot) const {
+    const Face<Sum> packed = face(index, slot);
+    kernels.pack(rows(index), packed.count, depth, inverse_norms_of(index), const_cast<Sum*>(packed.panels),
+                 const_cast<Sum*>(packed.elements));
   }
+
+ private:
+  Sum* inverse_norms_of(std::int64_t index) const { return inverse_norms ? inverse_norms + index * block : nullptr; }
 };
 
 }  // namespace fastsupcon::cpu

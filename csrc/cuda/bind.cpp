@@ -9,27 +9,8 @@ namespace py = pybind11;
 
 namespace fastsupcon::cuda {
 
-namespace {
-
-// What a loss's forward keeps for its backward, one array of floats: the quantities of the mask's bits, [rows] each, the norms, and the
-// number of rows with a pair of equal keys.
-struct Kept {
-  Quantities<void*> values;
-  void *norms, *paired;
-
-  Kept(const Problem& problem, unsigned mask, Address first) {
-    const std::int64_t step = problem.rows * static_cast<std::int64_t>(sizeof(float));
-    values = make_quantities(first, step, mask);
-    for (unsigned bits = mask; bits; bits &= bits - 1) first += step;
-    norms = pointer(first);
-    first += sizeof(float) * (problem.unit ? problem.rows + (problem.b ? problem.columns : 0) : 1);
-    paired = pointer(first);
-  }
-};
-
-}  // namespace
-
-// Arguments are by position: names would cost a microsecond a call.
+// Arguments are by position: names would cost a microsecond a call. A loss keeps, beside what Kept names, the number of rows with a pair of
+// equal keys.
 void bind(py::module_ m) {
   m.doc() = "Kernels for NVIDIA GPUs. A forward or backward is planned, then run with `bytes` of scratch memory on a device's stream.";
   m.def("unusable", &unusable, "Why no kernel can run on this device, or an empty text. Makes it the runtime's current one.");
@@ -45,12 +26,12 @@ void bind(py::module_ m) {
                        bool allow_tf32, int device) { return backward(problem, rows, columns, pointer(norms), out, allow_tf32, device); });
   m.def("loss", [](const Problem& problem, const Line& of, unsigned mask, Address kept, Address loss, bool allow_tf32, int device) {
     const Kept to(problem, mask, kept);
-    return cuda::loss(problem, of, to.values, to.norms, to.paired, pointer(loss), allow_tf32, device);
+    return cuda::loss(problem, of, to.values, to.norms, to.rest, pointer(loss), allow_tf32, device);
   });
   m.def("loss_backward", [](const Problem& problem, const Line& of, unsigned mask, Address kept, Address grad, const Outgoing& out,
                             bool allow_tf32, int device) {
     const Kept from(problem, mask, kept);
-    return loss_backward(problem, of, constant(from.values), from.norms, from.paired, pointer(grad), out, allow_tf32, device);
+    return loss_backward(problem, of, constant(from.values), from.norms, from.rest, pointer(grad), out, allow_tf32, device);
   });
   m.def("line", [](const Line& of, std::int64_t rows, const Quantities<void*>& values, Address loss, int device, Address stream) {
     line(of, rows, constant(values), pointer(loss), {device, pointer(stream)});

@@ -50,10 +50,10 @@ class LineBackend(Backend, Protocol):
 
 
 class LossBackend(Backend, Protocol):
-    """A loss is one call, and its gradients are: where a Python call takes longer than a kernel of few rows."""
+    """A loss is one call, and its gradients are: where calls take longer than the kernels of few rows."""
 
-    def loss(self, pairs: Pairs, names: tuple[str, ...], line: Line) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The loss, and what ``loss_backward`` needs of it, in a form of the backend's own."""
+    def loss(self, pairs: Pairs, names: tuple[str, ...], line: Line, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The loss, and what ``loss_backward`` needs of it, in a form of the backend's own; ``keep`` as for ``forward``."""
 
     def loss_backward(
         self,
@@ -67,9 +67,9 @@ class LossBackend(Backend, Protocol):
         """Gradients of rows, columns, bias and scale, each where ``needs`` says so, from that of the loss."""
 
 
-_LOSS_BACKENDS: dict[str, LossBackend] = {"cuda": cuda, "triton": triton}  # cuda is a LineBackend as well
+_LOSS_BACKENDS: dict[str, LossBackend] = {"cuda": cuda, "triton": triton, "cpu": cpu}  # cuda is a LineBackend as well
 #: Every backend by name. ``backend="auto"`` tries those of :data:`FASTEST_FIRST`.
-BACKENDS: dict[str, LineBackend | LossBackend] = {**_LOSS_BACKENDS, "cpu": cpu, "chunked": chunked, "reference": reference}
+BACKENDS: dict[str, LineBackend | LossBackend] = {**_LOSS_BACKENDS, "chunked": chunked, "reference": reference}
 FASTEST_FIRST = ("cuda", "cpu", "triton", "chunked")  # on the CPU, Triton is its interpreter
 
 

@@ -7,13 +7,14 @@ import math
 import platform
 import warnings
 from importlib.metadata import distributions
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..problem import QUANTITIES, Line, Pairs, Side
+from ..problem import QUANTITIES, Gradients, Line, Pairs, Side
 
-__all__ = ["SCALARS", "address", "incoming", "line", "mask", "missing", "module", "problem", "quantities"]
+__all__ = ["SCALARS", "address", "incoming", "line", "mask", "missing", "module", "outgoing", "problem", "quantities"]
 
 _PACKAGE = __name__.removesuffix(".backends._extension")
 
@@ -78,6 +79,19 @@ def mask(names: tuple[str, ...]) -> int:
 
 def incoming(side: Side) -> module.Incoming:
     return module.Incoming(quantities(side.names, side.values), quantities(side.names, side.grads))
+
+
+def outgoing(pairs: Pairs, needs: tuple[bool, bool, bool, bool]) -> tuple[Gradients, module.Outgoing]:
+    """Gradients of what needs them, yet without values, and where they stand."""
+    rows, columns, bias, scale = needs
+    of: Any = pairs  # what a gradient is needed of is a tensor
+    out = Gradients(
+        torch.empty_like(of.rows) if rows else None,
+        torch.empty_like(of.columns) if columns else None,
+        torch.empty_like(of.bias) if bias else None,
+        torch.empty_like(of.scale) if scale else None,
+    )
+    return out, module.Outgoing(address(out.rows), address(out.columns), address(out.bias), address(out.scale))
 
 
 @functools.lru_cache(maxsize=256)

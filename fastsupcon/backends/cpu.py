@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..problem import Gradients, Line, Pairs, Side, Terms
 from ._dtypes import sum_dtype
-from ._extension import SCALARS, address, incoming, problem, quantities
+from ._extension import incoming, mask, outgoing, problem, quantities
 from ._extension import line as make_line
 from ._extension import missing as extension_missing
 from ._extension import module as _C
@@ -26,7 +26,7 @@ def unusable(device: torch.device, dtype: torch.dtype, depth: int) -> str | None
 
 
 def kept_size(rows: int, columns: int, depth: int, self_shape: bool) -> int:
-    """How many exponentials the forward can keep for the backward; 0 where they would be more numbers than rows and columns have."""
+    """How many exponentials the forward can keep for the backward; 0 where they would be more than twice as many numbers as the rows and columns."""
     return 0 if extension_missing else _C.cpu.kept_size(rows, columns, depth, self_shape)
 
 
@@ -46,25 +46,32 @@ def forward(pairs: Pairs, row_names: tuple[str, ...], column_names: tuple[str, .
 
 
 def backward(pairs: Pairs, rows: Side, columns: Side, norms: Tensor, kept: Tensor, needs: tuple[bool, bool, bool, bool]) -> Gradients:
-    wanted: tuple[Any, ...] = (pairs.rows, pairs.columns, pairs.bias, pairs.scale)  # what a gradient is needed of is a tensor
-    out = Gradients(*(torch.empty_like(x) if need else None for x, need in zip(wanted, needs, strict=True)))
-    addresses = _C.Outgoing(*(address(x) for x in out))
+    out, addresses = outgoing(pairs, needs)
     _C.cpu.backward(problem(pairs), incoming(rows), incoming(columns), _or_null(norms), _or_null(kept), addresses, torch.get_num_threads())
     return out
 
 
-def line(names: tuple[str, ...], values: Tensor, line: Line) -> Tensor:
-    rows = values.shape[1]
-    loss = values.new_empty(rows if line.reduction == "none" else ())
-    _C.cpu.line(make_line(line), SCALARS[values.dtype], rows, quantities(names, values), loss.data_ptr())
-    return loss
+def loss(pairs: Pairs, names: tuple[str, ...], line: Line, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """What is kept are the quantities [len(names), N] with the norms after them, in one array, and the exponentials."""
+    n, m, depth = pairs.shape
+    like, dtype, self_shape = pairs.rows, sum_dtype(pairs.rows.dtype), pairs.columns is None
+    norms = (n if self_shape else n + m) if pairs.unit else 1
+    kept = like.new_empty(len(names) * n + norms, dtype=dtype)
+    exponentials = like.new_empty(kept_size(n, m, depth, self_shape) if keep else 0, dtype=dtype)
+    loss = like.new_empty(n if line.reduction == "none" else (), dtype=dtype)
+    to = kept.data_ptr(), _or_null(exponentials), loss.data_ptr()
+    _C.cpu.loss(problem(pairs), make_line(line), mask(names), *to, torch.get_num_threads())
+    return loss, (kept, exponentials)
 
 
-def line_backward(names: tuple[str, ...], values: Tensor, grad: Tensor, line: Line) -> Tensor:
-    grads, grad = torch.empty_like(values), grad.contiguous()
-    of_values, of_grads = quantities(names, values), quantities(names, grads)
-    _C.cpu.line_backward(make_line(line), SCALARS[values.dtype], values.shape[1], of_values, grad.data_ptr(), of_grads)
-    return grads
+def loss_backward(
+    pairs: Pairs, names: tuple[str, ...], line: Line, kept: Sequence[Tensor], grad: Tensor, needs: tuple[bool, bool, bool, bool]
+) -> Gradients:
+    all_kept, exponentials = kept
+    out, addresses = outgoing(pairs, needs)
+    given = all_kept.data_ptr(), _or_null(exponentials), grad.data_ptr()
+    _C.cpu.loss_backward(problem(pairs), make_line(line), mask(names), *given, addresses, torch.get_num_threads())
+    return out
 
 
 def _or_null(tensor: Tensor) -> int:

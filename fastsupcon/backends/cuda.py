@@ -8,14 +8,13 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..problem import Gradients, Line, Pairs, Side, Terms
 from ._dtypes import tf32_allowed
-from ._extension import address, incoming, mask, problem, quantities
+from ._extension import incoming, mask, outgoing, problem, quantities
 from ._extension import line as make_line
 from ._extension import missing as extension_missing
 from ._extension import module as _C
@@ -84,26 +83,14 @@ def forward(pairs: Pairs, row_names: tuple[str, ...], column_names: tuple[str, .
 
 
 def backward(pairs: Pairs, rows: Side, columns: Side, norms: Tensor, kept: Tensor, needs: tuple[bool, bool, bool, bool]) -> Gradients:
-    out, addresses = _outgoing(pairs, needs)
+    out, addresses = outgoing(pairs, needs)
     device, _ = _where(norms)
     plan = _C.cuda.backward(problem(pairs), incoming(rows), incoming(columns), norms.data_ptr(), addresses, _tf32(pairs), device)
     _run(plan, norms)
     return out
 
 
-def _outgoing(pairs: Pairs, needs: tuple[bool, bool, bool, bool]) -> tuple[Gradients, _C.Outgoing]:
-    rows, columns, bias, scale = needs
-    of: Any = pairs  # what a gradient is needed of is a tensor
-    out = Gradients(
-        torch.empty_like(of.rows) if rows else None,
-        torch.empty_like(of.columns) if columns else None,
-        torch.empty_like(of.bias) if bias else None,
-        torch.empty_like(of.scale) if scale else None,
-    )
-    return out, _C.Outgoing(address(out.rows), address(out.columns), address(out.bias), address(out.scale))
-
-
-def loss(pairs: Pairs, names: tuple[str, ...], line: Line) -> tuple[Tensor, tuple[Tensor, ...]]:
+def loss(pairs: Pairs, names: tuple[str, ...], line: Line, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
     """What is kept is one array: the quantities [len(names), N], the norms, and the number of rows with a pair of equal keys."""
     n, m, _ = pairs.shape
     device = pairs.rows.device
@@ -119,7 +106,7 @@ def loss_backward(
     pairs: Pairs, names: tuple[str, ...], line: Line, kept: Sequence[Tensor], grad: Tensor, needs: tuple[bool, bool, bool, bool]
 ) -> Gradients:
     (all_kept,) = kept
-    out, addresses = _outgoing(pairs, needs)
+    out, addresses = outgoing(pairs, needs)
     given = problem(pairs), make_line(line), mask(names), all_kept.data_ptr(), grad.data_ptr()
     _run(_C.cuda.loss_backward(*given, addresses, _tf32(pairs), _where(all_kept)[0]), all_kept)
     return out

@@ -138,8 +138,7 @@ def _psc_loss(
     if per_class == 1 and ranks is None:
         line = Line(**{log_sum: 1.0}, similarity=-1, lone="nan", reduction=reduction)
         loss = operators.loss(pairs, line, backend=backend)
-        values = _checks.readable(loss)
-        if values is not None and values.isnan().any():  # a label out of range makes it so
+        if _checks.readable_nan(loss):  # a label out of range makes it so
             _checks.within("labels", labels, 0, count)
         return loss
     _checks.within("labels", labels, 0, count)

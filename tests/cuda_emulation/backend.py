@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 import torch
 
 from fastsupcon.backends import cuda
-from fastsupcon.backends._extension import module as extension
+from fastsupcon.backends._extension import outgoing
 
 
 def emulated_backend(emulated: ModuleType) -> ModuleType:
@@ -24,8 +24,15 @@ def emulated_backend(emulated: ModuleType) -> ModuleType:
         plan.run(start, 0, 0)
         assert (scratch[start - scratch.data_ptr() + plan.bytes :] == 0xFF).all(), "written past the scratch memory"
 
-    module._C = SimpleNamespace(cuda=emulated.cuda, Outgoing=extension.Outgoing)
-    module._run = run
+    def outgoing_of_nan(pairs, needs):
+        out, addresses = outgoing(pairs, needs)
+        for gradient in out:
+            if gradient is not None:
+                gradient.fill_(torch.nan)
+        return out, addresses
+
+    module._C = SimpleNamespace(cuda=emulated.cuda)
+    module._run, module.outgoing = run, outgoing_of_nan
     module._where = lambda like: (0, 0)
     module._on = lambda like: contextlib.nullcontext()
     module.torch = _TorchOfTheHost()

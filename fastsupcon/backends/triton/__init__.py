@@ -127,7 +127,7 @@ def backward(pairs: Pairs, rows: Side, columns: Side, norms: Tensor, kept: Tenso
         return _gradients(pairs, backward_plan(_form(pairs), rows.names, columns.names, tuple(needs)), needs, values)
 
 
-def loss(pairs: Pairs, names: tuple[str, ...], line: Line) -> tuple[Tensor, tuple[Tensor, ...]]:
+def loss(pairs: Pairs, names: tuple[str, ...], line: Line, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
     """What is kept is one array, of what the gradient needs of each row and column (gradients.py)."""
     like, n = pairs.rows, pairs.shape[0]
     with _on(like.device):
