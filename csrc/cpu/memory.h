@@ -5,7 +5,6 @@
 // 1024 × 128.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -25,10 +24,11 @@ class Workspace {
     bytes_ += (size * std::int64_t(sizeof(T)) + 63) / 64 * 64;
   }
 
-  // Throws std::bad_alloc. A freed hole takes the next tensor only if that fits with its header and alignment, and small tensors come in
-  // between: with a little more than it needs, never touched, the block leaves a hole that takes one of its own size all the same.
+  // Throws std::bad_alloc. The block has more than it needs, never touched, for two reasons. Twice its size is to be more than what a step's
+  // tensors leave free at the heap's end, which would be given back and come anew (350 page faults a step of PSC, 1024 × 128, 100 classes).
+  // And a freed hole takes the next tensor only if that fits with its header and alignment, while small tensors come in between.
   void allocate() {
-    block_.reset(static_cast<char*>(::operator new(bytes_ + kLine + std::min<std::int64_t>(bytes_ / 8, 1 << 18))));
+    block_.reset(static_cast<char*>(::operator new(bytes_ + kLine + kSpare)));
     char* const first = block_.get() + (kLine - reinterpret_cast<std::uintptr_t>(block_.get()) % kLine) % kLine;
     for (const auto& [array, offset] : wanted_) {
       char* const place = first + offset;
@@ -37,6 +37,7 @@ class Workspace {
   }
 
  private:
+  static constexpr std::int64_t kSpare = 1 << 21;
   static constexpr std::int64_t kLine = 64;  // aligned by hand: glibc does not put an aligned block where it lay before
   struct Free {
     void operator()(char* p) const { ::operator delete(p); }
