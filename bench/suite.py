@@ -90,6 +90,7 @@ def main(
         raise SystemExit("no case is left: " + ", ".join(f"--{key} {values}" for key, values in chosen if values))
     out = out or Path("runs/bench") / f"{'quick' if quick else preset}.json"
     rounds = 3 if quick and device == "cpu" else ROUNDS
+    earlier(out, machine(device))  # another machine's file is refused before its table is made anew
     try:
         measured = run(cases, contenders or PRESETS[preset], out, rounds, keep=device == "cuda", seconds=seconds)
     except KeyboardInterrupt:
@@ -108,6 +109,15 @@ def main(
         print("machine and no path; look into it before you send it.")
 
 
+def earlier(out: Path, here: dict) -> dict:
+    """What the file holds, if there is one, which must be of this machine."""
+    results = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"machine": here, "cases": []}
+    for key in ("processor", "cores", "device"):
+        if results["machine"][key] != here[key]:
+            raise SystemExit(f"{out} holds figures of another {key}, {results['machine'][key]} and not {here[key]}: name another file")
+    return results
+
+
 def run(cases: list[Case], names: tuple[str, ...], out: Path, rounds: int, *, keep: bool = False, seconds: float = math.inf) -> list[dict]:
     """Measure the cases and merge each, as soon as it is complete, into the JSON file ``out``. Returned are those measured now.
 
@@ -115,10 +125,7 @@ def run(cases: list[Case], names: tuple[str, ...], out: Path, rounds: int, *, ke
     memory would hide in what an earlier case left to it, and they would take the cores from each other.
     """
     here = machine(cases[0].device)
-    results = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"machine": here, "cases": []}
-    for key in ("processor", "cores", "device"):
-        if results["machine"][key] != here[key]:
-            raise SystemExit(f"{out} holds figures of another {key}, {results['machine'][key]} and not {here[key]}: name another file")
+    results = earlier(out, here)
     results["machine"] = here
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     console = Console(stderr=True)

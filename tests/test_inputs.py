@@ -110,7 +110,7 @@ def test_supcon(arguments, options, error, text):
 
 
 PSC = [
-    ((z(), ids(), z(2, 4)), {}, ValueError, "prototypes must have shape [rows, 3], got [2, 4]"),
+    ((z(), ids(), z(2, 4)), {}, ValueError, "prototypes must have shape [classes, 3], as the features have 3 dimensions, got [2, 4]"),
     ((z(), ids(), z(0)), {}, ValueError, "prototypes must not be empty, got shape [0, 3]"),
     ((z(), ids(), z(3, 2)), {}, ValueError, "prototypes must have shape [classes, 3], the number of classes first, got [3, 2]"),
     ((z(), ids(4, 1), z(1)), {}, ValueError, "prototypes must hold at least 2 classes, got 1: there is no other to tell them from"),
@@ -148,7 +148,7 @@ def counts(*numbers):
 
 PROTOTYPES = [
     ((z(), ids(4, 1), z(1)), {}, ValueError, "prototypes must hold at least 2 classes, got 1: there is no other to tell them from"),
-    ((z(), ids(), z(2, 4)), {}, ValueError, "prototypes must have shape [rows, 3], got [2, 4]"),
+    ((z(), ids(), z(2, 4)), {}, ValueError, "prototypes must have shape [classes, 3], as the features have 3 dimensions, got [2, 4]"),
     ((z().long(), ids(), z(2)), {}, TypeError, f"features must have dtype {DTYPES}, got torch.int64"),
     ((z(), ids(3), z(2)), {}, ValueError, "labels must have shape [4], got [3]"),
     ((z(), ids(), z(2)), {"temperature": -1.0}, ValueError, "temperature must be positive and finite, got -1.0"),
@@ -173,7 +173,7 @@ def test_prototype_cross_entropy(arguments, options, error, text):
 
 BALANCED = [
     ((z()[0], ids(), z(2)), {}, ValueError, "features must have shape [N, D] or [B, V, ...], got [3]"),
-    ((z(), ids(), z(2, 4)), {}, ValueError, "prototypes must have shape [rows, 3], got [2, 4]"),
+    ((z(), ids(), z(2, 4)), {}, ValueError, "prototypes must have shape [classes, 3], as the features have 3 dimensions, got [2, 4]"),
     ((z(), None, z(2)), {}, TypeError, "labels must be a torch.Tensor of an integer dtype, got NoneType"),
     ((z()[:, None], ids(3), z(2)), {}, ValueError, "labels must have shape [4], got [3]"),
     ((z(), ids(), z(2)), {"temperature": 0.0}, ValueError, "temperature must be positive and finite, got 0.0"),
@@ -189,15 +189,20 @@ def test_balanced_supcon(arguments, options, error, text):
 
 PACO = [
     ((z(), ids(), None), {}, TypeError, "prototypes must be a torch.Tensor, got NoneType"),
-    ((z(), ids(), z()[0, 0]), {}, ValueError, "prototypes must have shape [rows, 3], got []"),
+    ((z(), ids(), z()[0, 0]), {}, ValueError, "prototypes must have shape [rows, dimension], got []"),
     ((z(), ids(), z(2)), {"queue": MemoryQueue(8, 2)}, ValueError, "queue holds rows of dimension 2, got features of dimension 3"),
-    ((z(), ids(), z(2, 4)), {}, ValueError, "prototypes must have shape [rows, 3], got [2, 4]"),
+    ((z(), ids(), z(2, 4)), {}, ValueError, "prototypes must have shape [classes, 3], as the features have 3 dimensions, got [2, 4]"),
     ((z(), ids(3), z(2)), {}, ValueError, "labels must have shape [4], got [3]"),
     ((z(), ids(), z(2), "x"), {}, TypeError, "momentum_features must be a torch.Tensor, got str"),
     ((z(), ids(), z(2), z(4, 2)), {}, ValueError, "momentum_features must have shape [rows, 3], got [4, 2]"),
     ((z(), ids(), z(2), z(8)), {}, ValueError, "momentum_features must be of 4 samples like the features, got 8"),
     ((z(), ids(), z(2, 5), None, z()[0]), {}, ValueError, "class_features must have shape [N, D] or [B, V, ...], got [3]"),
-    ((z(), ids(), z(2, 5), None, z()), {}, ValueError, "prototypes must have shape [rows, 3], got [2, 5]"),
+    (
+        (z(), ids(), z(2, 5), None, z()),
+        {},
+        ValueError,
+        "prototypes must have shape [classes, 3], as the features have 3 dimensions, got [2, 5]",
+    ),
     ((z()[:, None].expand(4, 2, 3), ids(), z(2), None, z()), {}, ValueError, "class_features must be 8 rows like the features, got 4"),
     ((z(), ids(), z(2), None, z().to("meta")), {}, ValueError, f"class_features must be on {DEVICE}"),
     ((z(), ids(), z(2)), {"alpha": -1}, ValueError, "alpha must be finite and lie in [0, inf], got -1"),

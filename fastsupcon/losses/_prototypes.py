@@ -26,7 +26,11 @@ def check_prototypes(prototypes: Tensor, rows: Tensor, name: str = "prototypes",
     if isinstance(prototypes, Tensor) and prototypes.ndim == 2 and prototypes.shape[1] != rows.shape[1] == prototypes.shape[0]:
         expected = f"[classes, {rows.shape[1]}]"
         raise ValueError(f"{name} must have shape {expected}, the number of classes first, got {list(prototypes.shape)}")
-    _checks.rows(name, prototypes, columns=rows.shape[1], least=least)
+    _checks.rows(name, prototypes, least=least)
+    if prototypes.shape[1] != rows.shape[1]:
+        raise ValueError(
+            f"{name} must have shape [classes, {rows.shape[1]}], as the features have {rows.shape[1]} dimensions, got {list(prototypes.shape)}"
+        )
     _checks.on_device(name, prototypes, rows.device)
 
 
