@@ -27,10 +27,9 @@ def check_prototypes(prototypes: Tensor, rows: Tensor, name: str = "prototypes",
         expected = f"[classes, {rows.shape[1]}]"
         raise ValueError(f"{name} must have shape {expected}, the number of classes first, got {list(prototypes.shape)}")
     _checks.rows(name, prototypes, least=least)
-    if prototypes.shape[1] != rows.shape[1]:
-        raise ValueError(
-            f"{name} must have shape [classes, {rows.shape[1]}], as the features have {rows.shape[1]} dimensions, got {list(prototypes.shape)}"
-        )
+    depth = rows.shape[1]
+    if prototypes.shape[1] != depth:
+        raise ValueError(f"{name} must have shape [classes, {depth}], as the features have {depth} dimensions, got {list(prototypes.shape)}")
     _checks.on_device(name, prototypes, rows.device)
 
 
