@@ -23,13 +23,12 @@ SHARE_OF_NONE = 1e-9
 
 def check_prototypes(prototypes: Tensor, rows: Tensor, name: str = "prototypes", *, least: int = 1) -> None:
     """[C, D] beside rows [N, D]."""
-    if isinstance(prototypes, Tensor) and prototypes.ndim == 2 and prototypes.shape[1] != rows.shape[1] == prototypes.shape[0]:
-        expected = f"[classes, {rows.shape[1]}]"
-        raise ValueError(f"{name} must have shape {expected}, the number of classes first, got {list(prototypes.shape)}")
-    _checks.rows(name, prototypes, least=least)
     depth = rows.shape[1]
-    if prototypes.shape[1] != depth:
-        raise ValueError(f"{name} must have shape [classes, {depth}], as the features have {depth} dimensions, got {list(prototypes.shape)}")
+    if isinstance(prototypes, Tensor) and prototypes.ndim == 2 and prototypes.shape[1] != depth:
+        swapped = prototypes.shape[0] == depth
+        why = "the number of classes first" if swapped else f"as the features have {depth} dimensions"
+        raise ValueError(f"{name} must have shape [classes, {depth}], {why}, got {list(prototypes.shape)}")
+    _checks.rows(name, prototypes, least=least)
     _checks.on_device(name, prototypes, rows.device)
 
 
