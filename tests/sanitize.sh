@@ -20,12 +20,13 @@ cmake -S "$root" -B "$work/build" -GNinja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFA
   > "$work/configure.log"
 cmake --build "$work/build" > "$work/build.log" || { tail -40 "$work/build.log"; exit 1; }
 
-cp "$root"/tests/{conftest,contract,test_contract,test_cpu}.py "$work"
+mkdir "$work/tests"
+cp "$root"/tests/{__init__,conftest,contract,processes,test_contract,test_cpu}.py "$work/tests"
 cd "$work"
 # The interpreter is not instrumented: the runtime is loaded first, with libstdc++ or it finds no exceptions to intercept; and what Python itself
 # leaks at exit is not counted.
-export ASAN_OPTIONS=detect_leaks=0:handle_segv=0 OMP_NUM_THREADS=1 PYTHONPATH=$work
+export ASAN_OPTIONS=detect_leaks=0:handle_segv=0 OMP_NUM_THREADS=1 PYTHONPATH=$work:$work/tests
 preload="$(${CXX:-g++} -print-file-name=libasan.so) $(${CXX:-g++} -print-file-name=libstdc++.so)"
 sanitized=(env LD_PRELOAD="$preload" "$python")
 "${sanitized[@]}" -c 'from fastsupcon import _C; print(*_C.cpu.instruction_sets(), sep="\n")' |
-  xargs -P 2 -I{} env FASTSUPCON_CPU={} "${sanitized[@]}" -m pytest -q -p no:cacheprovider --rootdir="$work" test_cpu.py test_contract.py -k cpu "$@"
+  xargs -P 2 -I{} env FASTSUPCON_CPU={} "${sanitized[@]}" -m pytest -q -p no:cacheprovider --rootdir="$work" tests/test_cpu.py tests/test_contract.py -k cpu "$@"
