@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import torch
@@ -58,5 +57,6 @@ def run(page: Path) -> set[str]:
     return missing
 
 
-if __name__ == "__main__":  # in a process of its own, so that a page can change nothing for another
-    print("missing:", *sorted(run(Path(sys.argv[1]))))
+def play(page: str) -> None:
+    """What a process that is a page's own does: the last line that it prints names the packages that are not here."""
+    print("missing:", *sorted(run(Path(page))))

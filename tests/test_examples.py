@@ -1,8 +1,6 @@
 """The examples run, and show what they say; GRACE's loss is NT-Xent."""
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fastsupcon import functional
+from tests.processes import Script
 
 ROOT = Path(__file__).parent.parent
 HANGS = 300  # seconds; an example takes less than a minute on two cores that are free
@@ -18,11 +17,10 @@ ON_LINUX = sys.platform == "linux"  # where the examples measure memory
 
 
 def printed(name: str) -> str:
-    path = os.pathsep.join(filter(None, sys.path))  # with the fastsupcon and on the threads of the tests
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    run = subprocess.run([sys.executable, str(ROOT / "examples" / name)], env=environment, capture_output=True, text=True, timeout=HANGS)
-    assert run.returncode == 0, run.stderr
-    return run.stdout
+    run = Script(ROOT / "examples" / name, apart=True)
+    text, errors = run.communicate(timeout=HANGS)
+    assert run.returncode == 0, errors
+    return text
 
 
 def numbers(pattern: str, text: str) -> list[float]:

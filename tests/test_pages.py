@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from itertools import pairwise
@@ -13,6 +11,8 @@ from pathlib import Path
 
 import pages
 import pytest
+
+from tests.processes import Script
 
 ROOT = pages.ROOT
 
@@ -23,11 +23,12 @@ def named(page: Path) -> str:
 
 @pytest.mark.parametrize("page", [page for page in pages.PAGES if pages.python_blocks(page)], ids=named)
 def test_python_blocks_run(page, tmp_path):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "train")))}
-    command = [sys.executable, "-m", "tests.pages", str(page)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    if missing := done.stdout.splitlines()[-1].split()[1:]:
+    done = Script(
+        pages.play, str(page), folder=tmp_path, apart=True
+    )  # in a process of its own, so that a page can change nothing for another
+    text, errors = done.communicate(timeout=300)
+    assert done.returncode == 0, errors
+    if missing := text.splitlines()[-1].split()[1:]:
         pytest.skip(f"not here: {', '.join(missing)}; the blocks that need none of these ran")
 
 
