@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import platform
+import runpy
 import shlex
 import shutil
 import signal
@@ -32,6 +33,7 @@ from bench.cases import cpu_cases, gpu_cases, quick_cases  # noqa: E402
 from bench.contenders import CONTENDERS, OPERATORS, ROWS, Case, at_once  # noqa: E402
 from bench.suite import run  # noqa: E402
 from fastsupcon.__main__ import facts  # noqa: E402
+from tests.processes import Script, warm  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 AWAY = "/home/Jo Doe"  # a home with a blank
@@ -40,7 +42,7 @@ TINY = [Case("scl", 64, 128), Case("psc", 40, 128, 12)]
 ONE_POSITIVE = Case("psc all", 40, 128, 12)
 
 
-def test_a_run_is_recorded_and_reported(tmp_path, capsys):
+def test_a_run_is_recorded_and_reported(tmp_path, capsys, forked):
     out = tmp_path / "results.json"
     run([TINY[0], dataclasses.replace(TINY[1], threads=2)], ("naive", "chunked", "inf-cl"), out, rounds=2)
     said = capsys.readouterr().err.splitlines()
@@ -148,13 +150,20 @@ def test_the_sampled_reference_is_that_of_its_anchors(name, monkeypatch):
     assert errors["value_error"] < 1e-6 and errors["gradient_error"] < 2e-6
 
 
+def report_of(results):
+    """``python -m bench.report results``, whose colours and fonts no other test has set."""
+    sys.argv = ["bench.report", results]
+    runpy.run_module("bench.report", run_name="__main__")
+
+
 @pytest.mark.parametrize("results", RESULTS, ids=lambda path: path.stem)
 def test_the_reports_command_reads_earlier_results(results, tmp_path):
     out = Path(shutil.copy(results, tmp_path / "results.json"))
-    written = subprocess.run([sys.executable, "-m", "bench.report", str(out)], cwd=ROOT, capture_output=True, text=True)
-    assert written.returncode == 0, written.stderr
+    written = Script(report_of, str(out), apart=True)
+    text, errors = written.communicate()
+    assert written.returncode == 0, errors
     kinds = ["time", *(["graph"] if results.stem.startswith("gpu") else []), "memory"]
-    assert [Path(name).name for name in written.stdout.split()[2:]] == [f"results-{kind}.png" for kind in kinds]
+    assert [Path(name).name for name in text.split()[2:]] == [f"results-{kind}.png" for kind in kinds]
     assert all((tmp_path / f"results-{kind}.png").read_bytes().startswith(b"\x89PNG") for kind in kinds)
     assert (tmp_path / "results.md").read_text(encoding="utf-8") == results.with_suffix(".md").read_text(encoding="utf-8")
 
@@ -209,6 +218,12 @@ FAULTS = {  # (loss, worker, what it is asked): one case loses everything, the o
 }
 
 
+@pytest.fixture
+def forked(monkeypatch):
+    """Workers that need not import torch. test_an_interrupted_run_reports_what_it_has has those that everybody has."""
+    monkeypatch.setattr(measure, "multiprocessing", types.SimpleNamespace(get_context=lambda method: warm()))
+
+
 class Faulty(measure.Worker):
     """A worker that does at a request what FAULTS says."""
 
@@ -233,7 +248,7 @@ class Faulty(measure.Worker):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="stops processes by signals")
 @pytest.mark.parametrize("keep", [False, True])
-def test_a_worker_that_fails_costs_its_own_figures_alone(tmp_path, monkeypatch, capsys, keep):
+def test_a_worker_that_fails_costs_its_own_figures_alone(tmp_path, monkeypatch, capsys, forked, keep):
     monkeypatch.setattr("bench.suite.Worker", Faulty)
     monkeypatch.setattr(Faulty, "started", [])
     out = tmp_path / "results.json"
@@ -261,7 +276,7 @@ def test_a_worker_that_fails_costs_its_own_figures_alone(tmp_path, monkeypatch, 
         assert reason in table
 
 
-def test_processes_kept_for_all_cases_are_replaced_where_they_failed(tmp_path, monkeypatch):
+def test_processes_kept_for_all_cases_are_replaced_where_they_failed(tmp_path, monkeypatch, forked):
     """naive dies in a turn of the first case and chunked, which only refuses one, is replaced as well; the others stay."""
     monkeypatch.setattr("bench.suite.Worker", Faulty)
     monkeypatch.setattr(Faulty, "started", [])
@@ -362,7 +377,10 @@ def test_an_interrupted_run_reports_what_it_has(tmp_path):
     said, complained = process.communicate(timeout=60)
     assert process.returncode == 130 and "results.md" in said
     assert "Traceback" not in complained and complained.splitlines()[-1] == f"interrupted: {out} holds the cases that were complete"
-    assert len(json.loads(out.read_text())["cases"]) == 1 and out.with_suffix(".md").exists()
+    (entry,) = json.loads(out.read_text())["cases"]
+    found = entry["contenders"]["chunked"]
+    assert found["gradient_error"] < 2e-6 and found["seconds"].keys() == {"forward", report.BOTH} and "seconds" in entry["product"]
+    assert out.with_suffix(".md").exists()
 
 
 def test_what_fits_into_memory_prepares_at_once(monkeypatch):
