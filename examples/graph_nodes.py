@@ -1,8 +1,10 @@
-"""GRACE (Zhu et al. 2020), contrastive learning on the nodes of a graph, without its N x N matrices: python examples/graph_nodes.py
+"""GRACE (Zhu et al. 2020), learning on the nodes of a graph, without its N x N matrices: python examples/graph_nodes.py [nodes]
 
 Its loss contrasts a node's two views with all nodes of both: NT-Xent over these 2 N rows, so `NTXentLoss` is the whole of it.
 Trains on a small graph, probes what came of it with five labels a class, then measures the loss of 20,000 nodes.
 """
+
+import sys
 
 import torch
 from memory import peak_bytes, shown
@@ -50,7 +52,7 @@ def probe(rows: Tensor, classes: Tensor, labelled: int = 5 * CLASSES) -> float:
     return (x[labelled:] @ weight).argmax(1).eq(classes[labelled:]).float().mean().item()
 
 
-def main() -> None:
+def main(nodes: int) -> None:
     torch.manual_seed(0)
     features, edges, classes = stochastic_block_model()
     encoder, head = GCN(), nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ELU(), nn.Linear(WIDTH, WIDTH))
@@ -68,7 +70,7 @@ def main() -> None:
     print(f"loss of {NODES:,} nodes: {value.item():.2f}, at chance {loss.chance_level(2 * NODES):.2f}")
     print(f"linear probe: raw features {raw:.1%}, untrained GCN {untrained:.1%}, trained GCN {trained:.1%}")
 
-    nodes, depth = 20_000, 128
+    depth = 128
     z0, z1 = (torch.randn(nodes, depth, requires_grad=True) for _ in range(2))
     peak = peak_bytes(lambda: loss(z0, z1).backward())
     plain = 4 * nodes**2 * z0.element_size()  # exponentials within and between views, from either view, are kept for the backward
@@ -76,4 +78,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 20_000)
