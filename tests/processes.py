@@ -126,6 +126,13 @@ def _play(
     sys.argv = [str(run), *arguments]
     sys.path.insert(0, str(Path(run).parent))
     multiprocessing.process._parent_process = None  # to the script it is the first process
+    if sys.version_info < (3, 14) and "forkserver" in multiprocessing.get_all_start_methods():
+        # Its own processes come off the same server. They are sent the same as new ones and import as much, from where it lies already.
+        from multiprocessing.forkserver import _forkserver as server
+
+        server.ensure_running = lambda: None  # else it would start another, though it knows this one's address
+        known = multiprocessing.get_context
+        multiprocessing.get_context = lambda method=None: known("forkserver" if method == "spawn" else method)
     runpy.run_path(str(run), run_name="__main__")
 
 

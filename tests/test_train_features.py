@@ -1,11 +1,8 @@
 """Features cached once: they are the network's, in order, and heads on them are heads on the network."""
 
 import json
-import os
 import pickle
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -29,6 +26,8 @@ from networks import Features, HybridNetwork, make_backbone
 from PIL import Image
 from run import Run, make_optimizer
 from test_train_hybrid import acting
+
+from tests.processes import Script
 
 ROOT = Path(__file__).parents[1]
 VIT = "vit_of_this_test"
@@ -205,10 +204,9 @@ def test_told_to_stop_it_leaves_parts_and_says_so(tmp_path):
     """A process of its own, on digits, in parts of 1,024: SIGTERM while it works."""
     random_weights("resnet8", tmp_path / "w.pt", channels=1)
     out = tmp_path / "f.npz"
-    command = [sys.executable, str(ROOT / "train" / "features.py"), "--data", "digits", "--network", "resnet8", "--workers", "0"]
+    command = [ROOT / "train" / "features.py", "--data", "digits", "--network", "resnet8", "--workers", "0"]
     command += ["--weights", str(tmp_path / "w.pt"), "--out", str(out), "--batch", "1", "--device", "cpu"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = Script(*command)
     parts, until = out.with_name("f.npz.parts"), time.monotonic() + 60
     while not (parts / "about.json").exists() and time.monotonic() < until:
         time.sleep(0.01)
@@ -217,7 +215,7 @@ def test_told_to_stop_it_leaves_parts_and_says_so(tmp_path):
     if process.returncode == 0:
         pytest.skip("it was done before the signal came")
     assert process.returncode == 128 + signal.SIGTERM and "the same command goes on" in said and not out.exists()
-    assert subprocess.run(command, env=environment, capture_output=True).returncode == 0 and out.exists() and not parts.exists()
+    assert Script(*command).wait(60) == 0 and out.exists() and not parts.exists()
 
 
 def test_parts_of_another_extraction_are_refused(photos, vit, tmp_path):

@@ -35,6 +35,8 @@ from rich.console import Console
 from run import Run
 from settings import Config
 
+from tests.processes import Script
+
 ROOT = Path(__file__).parents[1]
 # 58 images of digits, a network of a few thousand weights, two steps an epoch.
 TINY = {
@@ -230,13 +232,11 @@ def test_stopped_and_resumed_comes_to_the_same_bits(tmp_path, monkeypatch, chang
 def command(*arguments) -> list[str]:
     given = TINY | {"batch": 14, "eval_every": 60}
     flags = [word for name, value in given.items() if name != "pictures" for word in (f"--{name.replace('_', '-')}", str(value))]
-    return [sys.executable, str(ROOT / "train" / "hybrid.py"), "--no-pictures", *flags, *arguments]
+    return ["--no-pictures", *flags, *arguments]
 
 
-def start(arguments, new_session=False):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(arguments, cwd=ROOT, env=environment, start_new_session=new_session, **streams)
+def start(arguments, own_group=False) -> Script:
+    return Script(ROOT / "train" / "hybrid.py", *arguments, folder=ROOT, own_group=own_group)
 
 
 def wait_for(condition, process, seconds=60):
@@ -252,15 +252,12 @@ def test_killed_and_resumed_comes_to_the_same_bits(tmp_path):
     process = start(command("--epochs", "20", "--out", str(out)))
     wait_for(lambda: (out / "log.jsonl").exists() and len((out / "log.jsonl").read_text().splitlines()) >= 3, process)
     process.kill()
-    process.communicate()
     assert not (out / "metrics.json").exists()
     finished = len((out / "log.jsonl").read_text().splitlines())
     assert weights(out)["epoch"] in (finished, finished + 1)
-    resumed = subprocess.run(
-        [sys.executable, str(ROOT / "train" / "hybrid.py"), "--resume", str(out)],
-        capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert resumed.returncode == 0, resumed.stderr
+    resumed = start(["--resume", str(out)])
+    text = resumed.communicate()[0]
+    assert resumed.returncode == 0, text
     config = settings.change(settings.read(out), out=tmp_path / "whole")
     train(config, datasets.load(config.images))
     assert same(weights(out), weights(tmp_path / "whole"))
@@ -321,7 +318,7 @@ def test_a_stopped_command_says_how_to_go_on(tmp_path, monkeypatch, capsys, seed
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         stop, update = StopAfter(3), Run.update
         patch.setattr(Run, "update", lambda self, raw, labels: stop(raw, labels, lambda *batch: update(self, *batch)))
-        hybrid.main([*command("--out", str(out), *(["--seeds", str(seeds)] if seeds > 1 else []))[2:], "--epochs", "1"])
+        hybrid.main([*command("--out", str(out), *(["--seeds", str(seeds)] if seeds > 1 else [])), "--epochs", "1"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == f"go on with: python train/hybrid.py --resume '{out}'"
     assert lines[-2] == f"{out / 'seed-0' if seeds > 1 else out}: stopped in epoch 0"
@@ -523,7 +520,7 @@ def test_command_line_from_seeds_to_pictures(tmp_path, monkeypatch, capsys):
     pytest.importorskip("safetensors", reason="needs train/requirements-extra.txt")
     out = tmp_path / "two"
     flags = ["--pictures", "--method", "hybrid-psc", "--epochs", "1", "--seeds", "2", "--seed", "5", "--export", "safetensors"]
-    hybrid.main(command(*flags, "--out", str(out))[2:])
+    hybrid.main(command(*flags, "--out", str(out)))
     assert "mean" in capsys.readouterr().out
     run = out / "seed-6"
     for name in ("config.json", "environment.json", "metrics.json", "log.jsonl", "last.pt", "per_class.csv", "model.safetensors"):
@@ -625,7 +622,7 @@ def test_a_signal_to_the_whole_process_group_leaves_a_checkpoint(tmp_path):
     """As Ctrl-C in a terminal sends it: the workers go on decoding for the step at hand."""
     make_image_folder(tmp_path / "images")
     out, folder = tmp_path / "run", ["--data", "folder", "--root", str(tmp_path / "images"), "--network", "resnet8"]
-    process = start(command(*folder, "--image-size", "16", "--workers", "2", "--epochs", "1000", "--out", str(out)), new_session=True)
+    process = start(command(*folder, "--image-size", "16", "--workers", "2", "--epochs", "1000", "--out", str(out)), own_group=True)
     wait_for(lambda: (out / "log.jsonl").exists(), process)
     os.killpg(process.pid, signal.SIGTERM)
     text = process.communicate(timeout=60)[0]

@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -23,6 +20,8 @@ import tables
 from methods import METHODS
 from run import Run
 from tables import Given
+
+from tests.processes import Script
 
 ROOT = Path(__file__).parents[1]
 
@@ -59,16 +58,14 @@ def test_equal_images_and_equal_updates_are_equal(tmp_path):
 SMALL = ["--set", "lr", "0.05", "0.1", "--set", "nesterov", "True", "--method", "hybrid-psc", "--device", "cpu", "--seeds", "1"]
 
 
-def start(*arguments):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([sys.executable, str(ROOT / "train" / "tables.py"), *arguments], env=environment, **streams)
+def start(*arguments) -> Script:
+    return Script(ROOT / "train" / "tables.py", *arguments)
 
 
 def test_a_sweep_is_stopped_and_goes_on(tmp_path):
     """SIGTERM to the first process: both runs leave a checkpoint and go on from it."""
     out = tmp_path / "sweep"
-    process = start("sweep", *SMALL, "--jobs", "2", "--shorten", "0.5", "--out", str(out))
+    process = start("sweep", *SMALL, "--jobs", "2", "--shorten", "0.2", "--out", str(out))
     deadline = time.monotonic() + 120
     while len(logs := list(out.rglob("log.jsonl"))) < 2:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
@@ -77,16 +74,16 @@ def test_a_sweep_is_stopped_and_goes_on(tmp_path):
     text = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + signal.SIGTERM, text
     done = {log: log.read_text().splitlines() for log in logs}
-    assert any(len(lines) < 40 for lines in done.values()) and not (out / "results.md").exists()
-    again = start("sweep", *SMALL, "--jobs", "2", "--shorten", "0.5", "--out", str(out))
+    assert any(len(lines) < 16 for lines in done.values()) and not (out / "results.md").exists()
+    again = start("sweep", *SMALL, "--jobs", "2", "--shorten", "0.2", "--out", str(out))
     text = again.communicate(timeout=120)[0]
     assert again.returncode == 0, text
     for log, lines in done.items():
-        assert log.read_text().splitlines()[: len(lines)] == lines and len(log.read_text().splitlines()) == 40
+        assert log.read_text().splitlines()[: len(lines)] == lines and len(log.read_text().splitlines()) == 16
     found = json.loads((out / "results.json").read_text())["tables"]["hybrid-psc on digits"]
     assert list(found) == ["lr 0.05, nesterov True", "lr 0.1, nesterov True"]
     assert [one[0]["config"]["optimiser"]["lr"] for one in found.values()] == [0.05, 0.1]
-    assert "| lr 0.05, nesterov True | 200 | " in (out / "results.md").read_text()
+    assert "| lr 0.05, nesterov True | 80 | " in (out / "results.md").read_text()
     assert (out / "hybrid-psc-on-digits" / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
