@@ -18,6 +18,7 @@ for package in ("matplotlib", "rich", "tyro"):
 from bench.scaling import measured, model, report  # noqa: E402
 from fastsupcon import distributed, operators, ranks  # noqa: E402
 from fastsupcon.problem import Pairs  # noqa: E402
+from tests.processes import warm  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 RANKS, ROWS, DEPTH = 3, 4, 8
@@ -86,7 +87,7 @@ def test_bytes_and_flops_are_those_of_the_operator():
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")
+    context = warm()
     results = context.Queue()
     processes = [context.Process(target=count, args=(rank, port, results)) for rank in range(RANKS)]
     for process in processes:
@@ -100,7 +101,8 @@ def test_bytes_and_flops_are_those_of_the_operator():
     }  # of every rank alike; rows as they are: 4 bytes, whether they are bounded
 
 
-def test_what_is_measured_is_recorded(tmp_path):
+def test_what_is_measured_is_recorded(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.multiprocessing, "get_context", lambda method: warm())  # whose processes need not import torch
     (entry,) = measured.measure((64,), 16, rounds=2)
     assert entry["ranks"] == 2 and entry["backend"] == "gloo" and entry["commit"]
     assert len(entry["seconds"]) == 10 and all(0 < found["min"] <= found["median"] for found in entry["seconds"].values())
