@@ -120,12 +120,6 @@ def _play(
         os.close(file)
     os.chdir(folder)
     torch.set_num_threads(threads)
-    if callable(run):
-        run(*arguments)
-        return
-    sys.argv = [str(run), *arguments]
-    sys.path.insert(0, str(Path(run).parent))
-    multiprocessing.process._parent_process = None  # to the script it is the first process
     if sys.version_info < (3, 14) and "forkserver" in multiprocessing.get_all_start_methods():
         # Its own processes come off the same server. They are sent the same as new ones and import as much, from where it lies already.
         from multiprocessing.forkserver import _forkserver as server
@@ -133,6 +127,12 @@ def _play(
         server.ensure_running = lambda: None  # else it would start another, though it knows this one's address
         known = multiprocessing.get_context
         multiprocessing.get_context = lambda method=None: known("forkserver" if method == "spawn" else method)
+    if callable(run):
+        run(*arguments)
+        return
+    sys.argv = [str(run), *arguments]
+    sys.path.insert(0, str(Path(run).parent))
+    multiprocessing.process._parent_process = None  # to the script it is the first process
     runpy.run_path(str(run), run_name="__main__")
 
 

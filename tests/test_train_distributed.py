@@ -1,5 +1,4 @@
-"""Training by torchrun: two processes against one, at equal batches. One start of torchrun, and a restart, serve all tests;
-this file is its script."""
+"""Training by torchrun: two processes against one, at equal batches. One start of torchrun, and a restart, serve all tests."""
 
 import contextlib
 import dataclasses
@@ -8,8 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -30,6 +27,9 @@ from augment import Augmentation, Draws
 from hybrid import train
 from run import Run
 from settings import Config
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from tests.processes import Script, warm
 
 ROOT = Path(__file__).parents[1]
 TINY = {
@@ -155,6 +155,27 @@ def script(folder: Path, _asked: None = None) -> None:
             run_tiny(folder / "two" / "restarted", **STOPPED)
 
 
+def of_process(folder: Path) -> None:
+    """What each process does, and does when it is started again."""
+    output = os.open(folder / "output", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    if processes.restarts("RESTART_COUNT"):
+        (folder / "restart").write_text(str(time.time()))
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in (TINY | STOPPED).items() if name != "pictures"]
+        hybrid.main([*flags, "--no-pictures", "--out", str(folder / "two" / "restarted")])
+    else:
+        hybrid.parse, hybrid.command = (lambda *_: (folder, None)), script  # within main, for the words that an error ends with
+        hybrid.main([])
+
+
+def torchrun(folder: str) -> None:
+    """As ``torchrun --standalone --nproc-per-node=2 --max-restarts=1``, by processes that need not import torch."""
+    meet = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": "of these tests"}
+    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, max_restarts=1, start_method=warm().get_start_method(), **meet)
+    elastic_launch(config, of_process)(Path(folder))
+
+
 # ---- what pytest runs
 
 
@@ -162,17 +183,12 @@ def script(folder: Path, _asked: None = None) -> None:
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("torchrun")
     run_stopped(folder / "one" / "cut-then-two", rank=0)
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
-    paths = [str(ROOT / "train"), str(ROOT), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    started = subprocess.Popen([*line, "-m", "tests.test_train_distributed", str(folder)], cwd=ROOT, env=environment, **streams)
+    started = Script(torchrun, str(folder))
     for name, changes in (EPOCHS | ONE_STEP).items():  # meanwhile, by one process
         run_tiny(folder / "one" / name, **changes)
     run_tiny(folder / "one" / "whole", **STOPPED)
-    output = started.communicate(timeout=240)[0]
-    (folder / "output").write_text(output)
-    assert started.returncode == 0, output
+    said = started.communicate(timeout=240)[0]
+    assert started.returncode == 0, said + (folder / "output").read_text()
     return folder
 
 
@@ -363,14 +379,3 @@ def test_what_several_processes_cannot_do(as_one_of, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="device must be 'cuda' or 'cpu' under torchrun"):
         processes.device("cuda:0")
     assert processes.device("cuda") == torch.device("cuda:1") and processes.device("cpu") == torch.device("cpu")
-
-
-if __name__ == "__main__":
-    where = Path(sys.argv[1])
-    if processes.restarts("RESTART_COUNT"):
-        (where / "restart").write_text(str(time.time()))
-        flags = [f"--{name.replace('_', '-')}={value}" for name, value in (TINY | STOPPED).items() if name != "pictures"]
-        hybrid.main([*flags, "--no-pictures", "--out", str(where / "two" / "restarted")])
-    else:
-        hybrid.parse, hybrid.command = (lambda *_: (where, None)), script  # within main, for the words that an error ends with
-        hybrid.main([])
