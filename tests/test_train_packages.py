@@ -1,12 +1,14 @@
 """What is not installed, too old or broken ends in one line that says what needs it and what brings it."""
 
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
 import packages
 import pytest
+
+from tests.processes import Script
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,13 +53,19 @@ def test_a_package_that_cannot_be_used(tmp_path, monkeypatch, content, message):
     sys.modules.pop("timm", None)  # monkeypatch would put it back
 
 
+def beside(folder: str, script: str) -> None:
+    """Runs it where the packages of the folder come first; those that were imported and have images in them are imported anew."""
+    for name in list(sys.modules):
+        if name.partition(".")[0] in ("PIL", "matplotlib", "mpl_toolkits"):
+            del sys.modules[name]
+    sys.path.insert(0, folder)
+    runpy.run_path(script, run_name="__main__")
+
+
 @pytest.mark.parametrize("script", ["hybrid", "tables", "compare", "features", "predict"])
 def test_a_script_says_it_before_its_imports(tmp_path, script):
     (tmp_path / "PIL.py").write_text("__version__ = '9.5.0'")
-    command = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}, {str(ROOT / 'train')!r}]; import runpy; "
-    command += f"runpy.run_path({str(ROOT / 'train' / script)!r} + '.py', run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, timeout=100)
-    assert done.returncode == 1 and done.stderr.startswith(
-        f"error: python train/{script}.py needs pillow 10.1 or newer, and 9.5.0 is installed"
-    )
-    assert done.stderr.count("\n") == 1
+    done = Script(beside, str(tmp_path), str(ROOT / "train" / script) + ".py", apart=True)
+    said = done.communicate()[1]
+    assert done.returncode == 1 and said.startswith(f"error: python train/{script}.py needs pillow 10.1 or newer, and 9.5.0 is installed")
+    assert said.count("\n") == 1
