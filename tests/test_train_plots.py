@@ -53,7 +53,7 @@ def world(classes):
     return names, counts, labels, z, z @ centres.T
 
 
-@pytest.mark.parametrize("classes", [1, 2, 6, 10, 31, 1000])
+@pytest.mark.parametrize("classes", [1, 2, 10, 31, 1000])
 def test_pictures_of_any_number_of_classes(tmp_path, classes):
     names, counts, labels, z, logits = world(classes)
     found = evaluate.metrics(logits, labels, torch.tensor(counts), many=100, few=20)["per_class"]

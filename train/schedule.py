@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -42,6 +43,7 @@ def branch_weights(schedule: str, epoch: int, epochs: int, *, switch_at: float =
     return SCHEDULES[schedule](epoch / epochs, switch_at)
 
 
+@functools.cache  # a recipe asks for it at each of 1,000 epochs
 def switch_epoch(switch_at: float, epochs: int) -> int:
     """The first epoch of the classifier in "switch" and "two-stage", by their own comparison: ceil(switch_at * epochs) rounds otherwise."""
     return sum(epoch / epochs < switch_at for epoch in range(epochs))
