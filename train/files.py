@@ -330,6 +330,12 @@ class Batches:
                 raise checkpoint.Stopped
             yield images.to(self.device, non_blocking=True), self.labels[indices]
 
+    def end_workers(self) -> None:
+        """Left to Python's collector, which may close their queues first, each is waited for until it looks for itself: 5 s."""
+        if self.resident is None and (iterator := self.loader._iterator) is not None:
+            iterator._shutdown_workers()
+            self.loader._iterator = None
+
     def in_order(self, size: int, part: range | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Every image once, or every one of a part, for evaluation."""
         indices = torch.arange(len(self.labels)) if part is None else torch.arange(part.start, part.stop)

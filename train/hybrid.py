@@ -22,6 +22,7 @@ import packages
 if __name__ == "__main__":
     packages.start("python train/hybrid.py")
 
+import contextlib
 import functools
 import math
 import multiprocessing
@@ -52,11 +53,11 @@ from terminal import console, hint, printable, progress_bar, say, show, status
 @what_to_lower()
 def train(config: Config, data: datasets.Data, *, resume: bool = False) -> dict[str, Any]:
     """Train one network in the run's folder; returns its metrics. A stop signal ends the process after a checkpoint."""
-    with run_folder.alone(config.records.out):
-        return _train(config, data, resume=resume)
+    with run_folder.alone(config.records.out), contextlib.ExitStack() as at_the_end:
+        return _train(config, data, at_the_end, resume=resume)
 
 
-def _train(config: Config, data: datasets.Data, *, resume: bool) -> dict[str, Any]:
+def _train(config: Config, data: datasets.Data, at_the_end: contextlib.ExitStack, *, resume: bool) -> dict[str, Any]:
     records, epochs, writes = config.records, config.optimiser.epochs, processes.rank() == 0
     out = records.out
     if not resume and processes.told((out / "config.json").exists()):
@@ -70,6 +71,8 @@ def _train(config: Config, data: datasets.Data, *, resume: bool) -> dict[str, An
     with checkpoint.StopSignal() as stop, progress_bar() as progress:
         # One process may leave between two batches, in an evaluation too; several do so at a step, together.
         run = Run(config, data, stopped=lambda: stop.received is not None and processes.count() == 1)
+        for batches in run.batches.values():
+            at_the_end.callback(batches.end_workers)
         if resume and processes.told(run_folder.has_checkpoint(out)):
             run_folder.load(run)
         if writes:
