@@ -90,7 +90,8 @@ def main(
         raise SystemExit("no case is left: " + ", ".join(f"--{key} {values}" for key, values in chosen if values))
     out = out or Path("runs/bench") / f"{'quick' if quick else preset}.json"
     rounds = 3 if quick and device == "cpu" else ROUNDS
-    earlier(out, machine(device))  # another machine's file is refused before its table is made anew
+    if out.exists():
+        earlier(out, machine(device))  # another machine's file is refused before its table is made anew
     try:
         measured = run(cases, contenders or PRESETS[preset], out, rounds, keep=device == "cuda", seconds=seconds)
     except KeyboardInterrupt:

@@ -23,9 +23,7 @@ def named(page: Path) -> str:
 
 @pytest.mark.parametrize("page", [page for page in pages.PAGES if pages.python_blocks(page)], ids=named)
 def test_python_blocks_run(page, tmp_path):
-    done = Script(
-        pages.play, str(page), folder=tmp_path, apart=True
-    )  # in a process of its own, so that a page can change nothing for another
+    done = Script(pages.play, str(page), folder=tmp_path, apart=True)  # a process of its own, so that a page changes nothing for another
     text, errors = done.communicate(timeout=300)
     assert done.returncode == 0, errors
     if missing := text.splitlines()[-1].split()[1:]:
