@@ -13,8 +13,11 @@ if not torch.cuda.is_available():
 import pytest
 
 from fastsupcon.backends import BACKENDS
+from tests.interpreter import spare_repetitions
 from tests.processes import Pool
 
+if not torch.cuda.is_available():
+    spare_repetitions()
 if "PYTEST_XDIST_WORKER" in os.environ:  # the processes share the cores; tests of threads set their number themselves
     torch.set_num_threads(1)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
