@@ -4,6 +4,7 @@ Without a GPU, Triton's kernels run under its interpreter, which has to be chose
 """
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -32,6 +33,21 @@ def assert_same(got: torch.Tensor, want: torch.Tensor, *leaves: torch.Tensor, to
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
     for x, y in zip(*(torch.autograd.grad(value.sum(), leaves, retain_graph=True) for value in (got, want)), strict=True):
         torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
+
+
+def built_once(tmp_path_factory, name: str, build) -> Path:
+    """A folder that build(folder) fills: once a session, for all of xdist's processes."""
+    import fcntl
+
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / name
+    with open(folder.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+        if not (folder / "built").exists():
+            folder.mkdir(exist_ok=True)
+            build(folder)
+            (folder / "built").touch()
+    return folder
 
 
 @pytest.fixture(scope="session")
