@@ -78,7 +78,19 @@ def device() -> torch.device:
 
 
 def pytest_collection_modifyitems(items):
+    """What takes longest starts first, or one process ends with it alone while the others have nothing left to do."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With ``-n``, a process that has no tests left takes half of another's: by default each is given more than it may have time for."""
+    if config.getvalue("dist") == "load":
+        from xdist.scheduler import WorkStealingScheduling
+
+        return WorkStealingScheduling(config, log)
+    return None

@@ -11,19 +11,25 @@ def spare_repetitions() -> None:
 
     Each launch, and each call of one jitted function by another, searches the language for functions to replace by NumPy's, and most of
     the time goes there. The replacements are always the same: they are found once and put in place once a launch. And each sum and product
-    of integers is made in int64 too, for an assertion that is discarded without the option ``debug``.
+    of integers is made in int64 too, for an assertion that is discarded without the option ``debug``. NumPy's dtypes are looked up by name.
     """
     try:
         from triton import language
         from triton.runtime import interpreter
     except ImportError:
         return
-    if not all(hasattr(interpreter, name) for name in ("_LangPatchScope", "_patch_lang", "interpreter_builder")):
+    if not all(hasattr(interpreter, name) for name in ("_LangPatchScope", "_patch_lang", "_get_np_dtype", "interpreter_builder")):
         return
     builder, search = interpreter.interpreter_builder, interpreter._patch_lang
     if not builder.options.debug:
         builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    dtypes, numpy_dtype = {}, interpreter._get_np_dtype
     replacements, open_scopes = [], []
+
+    def known_dtype(dtype):
+        if dtype.name not in dtypes:
+            dtypes[dtype.name] = numpy_dtype(dtype)
+        return dtypes[dtype.name]
 
     class Scope(interpreter._LangPatchScope):
         def restore(self) -> None:
@@ -44,4 +50,4 @@ def spare_repetitions() -> None:
             scope.set_attr(*replacement)
         return scope
 
-    interpreter._patch_lang = patch
+    interpreter._patch_lang, interpreter._get_np_dtype = patch, known_dtype

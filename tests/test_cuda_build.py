@@ -65,6 +65,7 @@ def test_kernels_keep_to_registers():
         assert any(re.search(kernel, name) and size <= most for kernel, most in few.items()), (name, size)
 
 
+@pytest.mark.long  # the first of this file to ask for the machine code
 def test_wgmma_is_asynchronous(hopper):
     """At least four products for each wait: where ptxas serialises them, one waits for the other."""
     found = {name: code for name, code in hopper.items() if "wgmma" in name}
