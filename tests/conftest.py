@@ -17,8 +17,6 @@ from fastsupcon.backends import BACKENDS
 from tests.interpreter import spare_repetitions
 from tests.processes import Pool
 
-if not torch.cuda.is_available():
-    spare_repetitions()
 if "PYTEST_XDIST_WORKER" in os.environ:  # the processes share the cores; tests of threads set their number themselves
     torch.set_num_threads(1)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -84,6 +82,12 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_runtest_setup(item):
+    """Not at once: not every process of tests interprets kernels, and Triton takes a second to import."""
+    if "triton" in item.nodeid and not torch.cuda.is_available():
+        spare_repetitions()
 
 
 @pytest.hookimpl(optionalhook=True)

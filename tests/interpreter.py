@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from types import SimpleNamespace
 
 
+@functools.cache
 def spare_repetitions() -> None:
     """The interpreter of Triton 3.7 and newer; an older one is left as it is, and is slow.
 
