@@ -4,6 +4,7 @@ Without a GPU, Triton's kernels run under its interpreter, which has to be chose
 """
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -13,6 +14,7 @@ if not torch.cuda.is_available():
 import pytest
 
 from fastsupcon.backends import BACKENDS
+from tests.interpreter import spare_repetitions
 from tests.processes import Pool
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the processes share the cores; tests of threads set their number themselves
@@ -29,6 +31,21 @@ def assert_same(got: torch.Tensor, want: torch.Tensor, *leaves: torch.Tensor, to
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
     for x, y in zip(*(torch.autograd.grad(value.sum(), leaves, retain_graph=True) for value in (got, want)), strict=True):
         torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
+
+
+def built_once(tmp_path_factory, name: str, build) -> Path:
+    """A folder that build(folder) fills: once a session, for all of xdist's processes."""
+    import fcntl
+
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / name
+    with open(folder.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+        if not (folder / "built").exists():
+            folder.mkdir(exist_ok=True)
+            build(folder)
+            (folder / "built").touch()
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +76,25 @@ def device() -> torch.device:
 
 
 def pytest_collection_modifyitems(items):
+    """What takes longest starts first, or one process ends with it alone while the others have nothing left to do."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_runtest_setup(item):
+    """Not at once: not every process of tests interprets kernels, and Triton takes a second to import."""
+    if "triton" in item.nodeid and not torch.cuda.is_available():
+        spare_repetitions()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With ``-n``, a process that has no tests left takes half of another's: by default each is given more than it may have time for."""
+    if config.getvalue("dist") == "load":
+        from xdist.scheduler import WorkStealingScheduling
+
+        return WorkStealingScheduling(config, log)
+    return None

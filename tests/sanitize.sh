@@ -21,7 +21,7 @@ cmake -S "$root" -B "$work/build" -GNinja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFA
 cmake --build "$work/build" > "$work/build.log" || { tail -40 "$work/build.log"; exit 1; }
 
 mkdir "$work/tests"
-cp "$root"/tests/{__init__,conftest,contract,processes,test_contract,test_cpu}.py "$work/tests"
+cp "$root"/tests/{__init__,conftest,contract,interpreter,processes,test_contract,test_cpu}.py "$work/tests"
 cd "$work"
 # The interpreter is not instrumented: the runtime is loaded first, with libstdc++ or it finds no exceptions to intercept; and what Python itself
 # leaks at exit is not counted.

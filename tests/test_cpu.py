@@ -203,6 +203,7 @@ def test_the_environment_chose_this_instruction_set():
     assert cpu._C.cpu.instruction_set() == (chosen or cpu._C.cpu.instruction_sets()[0])
 
 
+@pytest.mark.long
 @pytest.mark.skipif("FASTSUPCON_CPU" in os.environ, reason="runs in the process that no instruction set was forced on")
 @pytest.mark.parametrize("name", [] if cpu.extension_missing else cpu._C.cpu.instruction_sets()[1:])
 def test_other_instruction_sets(name):

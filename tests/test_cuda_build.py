@@ -65,6 +65,8 @@ def test_kernels_keep_to_registers():
         assert any(re.search(kernel, name) and size <= most for kernel, most in few.items()), (name, size)
 
 
+# The tests of Hopper's machine code are all marked long: apart from each other, they would disassemble it anew.
+@pytest.mark.long
 def test_wgmma_is_asynchronous(hopper):
     """At least four products for each wait: where ptxas serialises them, one waits for the other."""
     found = {name: code for name, code in hopper.items() if "wgmma" in name}
@@ -75,6 +77,7 @@ def test_wgmma_is_asynchronous(hopper):
         assert ("backward" not in name) or ".tnspB" in code, name  # the second product's row-major operand
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("product", "instruction"), [(0, "HMMA.16816.F32"), (1, "HMMA.16816.F32.BF16"), (2, "HMMA.1688.F32.TF32"), (3, "HMMA.1688.F32.TF32")]
 )
@@ -84,6 +87,7 @@ def test_products_use_the_tensor_cores(hopper, product, instruction):
     assert all(instruction in code for code in found)
 
 
+@pytest.mark.long
 def test_single_precision_is_not_summed_in_the_tensor_cores(hopper):
     """One in six products starts a sum of its own (accumulator RZ): two steps of three, added to the long sum by FADD, to nearest."""
     for name, code in hopper.items():

@@ -316,7 +316,8 @@ def test_compile_fullgraph_forward_and_backward(device, name):
     module = row.module(inputs)
     torch._dynamo.reset()
     held = row.held(inputs)
-    torch.testing.assert_close(torch.compile(module, fullgraph=True, backend="aot_eager")(*held), module(*held), rtol=1e-5, atol=1e-6)
+    compiled = torch.compile(module, fullgraph=True, backend="eager")  # what is new in a module is for Dynamo to see; its gradient is above
+    torch.testing.assert_close(compiled(*held), module(*held), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", [*PLAIN, "scl hard", "infonce keys", "bcl", "paco"])
@@ -336,7 +337,9 @@ def test_compile_with_a_temperature_that_changes(device, name, compiler):
     if compiler == "inductor" and (device.type == "cpu") != (name == "scl raw rows"):
         pytest.skip("the one loss shows that Inductor keeps no old value; it compiles for seconds")
     row = LOSSES[name]
-    inputs, (function, method) = row.on(12, 8, device, torch.float32), (CompileCounterWithBackend(compiler) for _ in range(2))
+    inputs = row.on(12, 8, device, torch.float32)
+    # It is Dynamo that compiles anew: once it has traced the function's gradient too, the module's value is enough.
+    function, method = (CompileCounterWithBackend(each) for each in (compiler, "eager" if compiler == "aot_eager" else compiler))
     torch._dynamo.reset()
     compiled = torch.compile(row.ours, fullgraph=True, backend=function)
     for temperature in (0.5, 0.4, 0.3, 0.25, 0.2):
@@ -392,7 +395,9 @@ def test_the_same_bits_from_run_to_run_and_on_any_number_of_threads(backend, dev
     if not serves(backend, dtype, 32):
         pytest.skip(f"{backend} does not serve {dtype}")
     row = LOSSES[name]
-    inputs = row.on(60 if backend == "triton" and device.type == "cpu" else 500, 32, device, dtype)  # Triton's interpreter is slow
+    # Few rows where there are no threads to share them: in Triton's interpreter, which is slow too, and in the plain products.
+    few = device.type == "cpu" and backend != "cpu"
+    inputs = row.on(60 if few else 500, 32, device, dtype)
 
     def bits():
         value, gradients = step(row.ours, inputs, **row.options, backend=backend)

@@ -65,6 +65,9 @@ FORMS = {
 }
 
 
+PRODUCTS = ("forward_kernel", "gradient_kernel", "triangle_kernel")  # kernels that multiply rows by columns
+
+
 class Reading(NamedTuple):
     kernel: str
     registers: int  # a thread
@@ -75,7 +78,7 @@ class Reading(NamedTuple):
 
     @property
     def has_product(self) -> bool:
-        return self.kernel in ("forward_kernel", "gradient_kernel", "triangle_kernel")
+        return self.kernel in PRODUCTS
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 namespace emulation {
@@ -35,7 +36,8 @@ struct Copy {  // cp.async
 };
 
 struct Transaction {  // mbarrier
-  int arrivals = 0, pending = 0, bytes = 0, phase = 0;
+  int arrivals = 0, pending = 0, bytes = 0;
+  std::size_t phase = 0;
 };
 
 struct NamedBarrier {
@@ -52,13 +54,16 @@ struct Warpgroup {
   Meeting meeting;
   std::vector<Product> open;
   std::deque<std::vector<Product>> committed;
-  std::map<void*, std::vector<float>> shadow;  // accumulators in flight, by the address of the registers
+  std::unordered_map<void*, std::vector<float>> shadow;  // accumulators in flight, by the address of the registers
 };
 
 struct Fiber {
   jmp_buf context;
   bool started = false, finished = false;
   bool waited = false;  // for the kernels before (ptx::begin_kernel)
+  const std::size_t* watched = nullptr;  // a number that this fiber waits to see differ from seen: until then it is not resumed
+  std::size_t seen = 0;
+  std::vector<std::uint32_t> unfenced;  // words of shared memory that it wrote and the asynchronous proxy may not see yet
   std::vector<Copy> open;
   std::deque<std::vector<Copy>> committed;
 };
@@ -74,7 +79,7 @@ struct Block {
   std::map<int, NamedBarrier> named;
   std::map<std::uint32_t, Transaction> transactions;
   std::deque<std::function<void()>> in_flight;  // TMA
-  std::map<std::uint32_t, int> unfenced;        // words of shared memory that the asynchronous proxy may not see yet, and who wrote them
+  std::vector<int> unfenced;                    // of each word of shared memory, who wrote it without a fence since, or -1
 };
 
 extern Block* block;
@@ -85,9 +90,14 @@ void yield();
 [[noreturn]] void fail(const std::string& what);
 void run_grid(Index grid, int threads, int shared_bytes, const std::function<void()>& kernel);
 
-template <class Condition>
-void wait_until(Condition condition) {
-  while (!condition()) yield();
+inline void wait_for_change(const std::size_t& number, std::size_t old) {
+  Fiber& fiber = block->fibers[thread];
+  while (number == old) {
+    fiber.watched = &number;
+    fiber.seen = old;
+    yield();
+  }
+  fiber.watched = nullptr;
   ++progress;
 }
 
@@ -106,8 +116,36 @@ void meet(Meeting& meeting, std::size_t size, std::size_t place, const void* kin
     meeting.count = 0;
     ++meeting.generation;
   } else {
-    wait_until([&] { return meeting.generation != generation; });
+    wait_for_change(meeting.generation, generation);
   }
 }
+
+// What tensor cores give: the products and the accumulator in one sum, exact here, rounded once and toward zero. GPUs also cut bits off the
+// smaller terms as they align them, which differs between generations. Half the time of the tests goes here: emulator.cpp alone is compiled
+// with all optimisation.
+
+enum class Element { f16, bf16, tf32 };
+
+struct MmaOperands {  // of one lane
+  float* d;
+  const std::uint32_t* a;
+  std::uint32_t b[2];
+};
+void mma(const void* kind, Element element, MmaOperands mine);
+
+struct WgmmaForm {
+  int columns;
+  bool is_bf16, from_registers, is_row_major;  // where a comes from; how b lies
+};
+struct WgmmaOperands {  // of one thread
+  float* d;
+  std::uint32_t a[4];
+  std::uint64_t a_at, b_at;
+  bool accumulate;
+};
+void issue_wgmma(const void* kind, WgmmaForm form, WgmmaOperands mine);
+void wait_for_wgmma(const void* kind, int pending);
+
+inline std::uint32_t swizzled(std::uint32_t address) { return address ^ ((address >> 3) & 0x70); }  // of 128 bytes: bits 4-6 by bits 7-9
 
 }  // namespace emulation

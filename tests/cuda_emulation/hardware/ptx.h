@@ -40,7 +40,8 @@ inline std::uint32_t load_word(Address from) {
 }
 inline void store_word(Address to, std::uint32_t word) {
   std::memcpy(at(to), &word, 4);
-  em::block->unfenced[to] = em::thread;
+  em::block->unfenced[to / 4] = em::thread;
+  em::block->fibers[em::thread].unfenced.push_back(to / 4);
 }
 
 // ---- Threads together
@@ -83,7 +84,7 @@ inline void sync_named(int barrier, int threads) {
   auto& named = em::block->named[barrier];
   const std::size_t generation = named.generation;
   arrive_named(barrier, threads);
-  em::wait_until([&] { return named.generation != generation; });
+  em::wait_for_change(named.generation, generation);
 }
 inline bool any(bool of_lane) {
   static const char kind = 0;
@@ -176,20 +177,6 @@ inline std::uint16_t to_bf16(float x) {
 inline float from_bf16(std::uint16_t x) { return from_bits(static_cast<std::uint32_t>(x) << 16); }
 inline std::uint32_t pack_f16(float low, float high) { return to_f16(low) | static_cast<std::uint32_t>(to_f16(high)) << 16; }
 inline std::uint32_t pack_bf16(float low, float high) { return to_bf16(low) | static_cast<std::uint32_t>(to_bf16(high)) << 16; }
-template <bool BF16>
-float half_of(std::uint32_t word, int which) {
-  const auto half = static_cast<std::uint16_t>(word >> (16 * which));
-  return BF16 ? from_bf16(half) : from_f16(half);
-}
-
-// What tensor cores give: the products and the accumulator in one sum, exact here, rounded once and toward zero. GPUs also cut bits off the
-// smaller terms as they align them, which differs between generations.
-inline float round_toward_zero(double exact) {
-  const auto nearest = static_cast<float>(exact);
-  const bool too_far = std::isfinite(nearest) && std::abs(static_cast<double>(nearest)) > std::abs(exact);
-  return too_far ? std::nextafter(nearest, 0.0f) : nearest;
-}
-
 // ---- sm_80
 
 inline void copy_async_16_bytes(Address to, const void* from, bool valid) {
@@ -236,41 +223,17 @@ void load_matrices_as(std::uint32_t (&out)[4], Address row) {
 inline void load_matrices(std::uint32_t (&out)[4], Address row) { load_matrices_as<false>(out, row); }
 inline void load_matrices_transposed(std::uint32_t (&out)[4], Address row) { load_matrices_as<true>(out, row); }
 
-// Fragments of mma.m16n8kK, from the figures of the PTX ISA. K = 16: two elements per register; K = 8 (tf32): one.
-template <int K, class Element>
-void mma(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1, Element element) {
+inline void mma_f16(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
   static const char kind = 0;
-  struct Mine {
-    float* d;
-    const std::uint32_t* a;
-    std::uint32_t b[2];
-  } mine{d, a, {b0, b1}};
-  with_warp(&kind, mine, [&](auto& all) {
-    constexpr int per_word = K / 8;
-    float left[16][K], right[K][8];
-    for (int l = 0; l < 32; ++l) {
-      const auto& of = *static_cast<Mine*>(all[l]);
-      for (int i = 0; i < 4; ++i) {
-        for (int e = 0; e < per_word; ++e) left[l / 4 + 8 * (i % 2)][(l % 4) * per_word + e + (i / 2) * (K / 2)] = element(of.a[i], e);
-      }
-      for (int i = 0; i < 2; ++i) {
-        for (int e = 0; e < per_word; ++e) right[(l % 4) * per_word + e + i * (K / 2)][l / 4] = element(of.b[i], e);
-      }
-    }
-    for (int l = 0; l < 32; ++l) {
-      for (int e = 0; e < 4; ++e) {
-        const int row = l / 4 + 8 * (e / 2), column = 2 * (l % 4) + e % 2;
-        double sum = static_cast<Mine*>(all[l])->d[e];
-        for (int k = 0; k < K; ++k) sum += static_cast<double>(left[row][k]) * right[k][column];
-        static_cast<Mine*>(all[l])->d[e] = round_toward_zero(sum);
-      }
-    }
-  });
+  em::mma(&kind, em::Element::f16, {d, a, {b0, b1}});
 }
-inline void mma_f16(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) { mma<16>(d, a, b0, b1, half_of<false>); }
-inline void mma_bf16(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) { mma<16>(d, a, b0, b1, half_of<true>); }
+inline void mma_bf16(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+  static const char kind = 0;
+  em::mma(&kind, em::Element::bf16, {d, a, {b0, b1}});
+}
 inline void mma_tf32(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
-  mma<8>(d, a, b0, b1, [](std::uint32_t word, int) { return from_bits(word & ~0x1fffu); });  // the unit does not read the low 13 bits
+  static const char kind = 0;
+  em::mma(&kind, em::Element::tf32, {d, a, {b0, b1}});
 }
 
 // ---- sm_90a
@@ -311,11 +274,10 @@ inline void barrier_arrive_expecting(Address barrier, int bytes) {
 inline void barrier_arrive(Address barrier) { barrier_arrive_expecting(barrier, 0); }
 inline void barrier_wait(Address barrier, int parity) {
   auto& of = transaction(barrier);
-  em::wait_until([&] { return of.phase != parity; });
+  em::wait_for_change(of.phase, static_cast<std::size_t>(parity));
 }
 
-// The swizzle of 128 bytes permutes address bits 4-6 by bits 7-9.
-inline Address swizzled(Address address) { return address ^ ((address >> 3) & 0x70); }
+using em::swizzled;
 
 inline void copy_box_async(Address to, const TensorMap& map, int column, int row, Address barrier) {
   if (to % 1024) em::fail("a swizzled box must start at a multiple of 1024 bytes");
@@ -323,11 +285,13 @@ inline void copy_box_async(Address to, const TensorMap& map, int column, int row
   std::memset(at(to), 0xff, static_cast<std::size_t>(bytes));
   em::block->in_flight.push_back([=] {
     for (int r = 0; r < map.box_rows; ++r) {
-      for (int c = 0; c < 64; ++c) {
-        std::uint16_t element = 0;
+      for (int c = 0; c < 64; c += 8) {  // 16 bytes at a time, which the swizzle leaves together
+        std::uint16_t chunk[8] = {};
         const std::int64_t i = std::int64_t{row} + r, j = std::int64_t{column} + c;
-        if (i >= 0 && i < map.count && j >= 0 && j < map.depth) std::memcpy(&element, map.rows + (i * map.depth + j) * 2, 2);
-        std::memcpy(at(swizzled(to + static_cast<Address>(r * 128 + c * 2))), &element, 2);
+        for (int e = 0; e < 8; ++e) {
+          if (i >= 0 && i < map.count && j + e >= 0 && j + e < map.depth) std::memcpy(&chunk[e], map.rows + (i * map.depth + j + e) * 2, 2);
+        }
+        std::memcpy(at(swizzled(to + static_cast<Address>(r * 128 + c * 2))), chunk, 16);
       }
     }
     auto& of = transaction(barrier);
@@ -349,25 +313,12 @@ inline void copy_bulk_async(Address to, const void* from, int bytes, Address bar
   });
 }
 
-// Shared-memory operand of wgmma: element (k, mn) of the 16 × N or 16 × 64 slice a descriptor names.
-template <bool BF16>
-float operand_element(std::uint64_t descriptor, bool row_major, int k, int mn) {
-  if (descriptor >> 62 != 1) em::fail("only descriptors of the 128-byte swizzle are known");
-  if ((descriptor >> 49) & 7) em::fail("a base offset is not known");
-  const auto start = static_cast<Address>(descriptor & 0x3fff) << 4;
-  const auto leading = static_cast<Address>((descriptor >> 16) & 0x3fff) << 4, stride = static_cast<Address>((descriptor >> 32) & 0x3fff) << 4;
-  const Address linear = row_major ? start + mn / 64 * leading + k / 8 * stride + k % 8 * 128 + mn % 64 * 2
-                                   : start + mn / 8 * stride + mn % 8 * 128 + k * 2;
-  const Address place = swizzled(linear);
-  if (em::block->unfenced.count(place & ~Address{3})) em::fail("wgmma reads what was written without a fence for the asynchronous proxy");
-  std::uint16_t element;
-  std::memcpy(&element, at(place), 2);
-  return BF16 ? from_bf16(element) : from_f16(element);
-}
-
 inline void fence_async_proxy() {
-  auto& unfenced = em::block->unfenced;
-  for (auto word = unfenced.begin(); word != unfenced.end();) word = word->second == em::thread ? unfenced.erase(word) : std::next(word);
+  auto& mine = em::block->fibers[em::thread].unfenced;
+  for (const auto word : mine) {
+    if (em::block->unfenced[word] == em::thread) em::block->unfenced[word] = -1;
+  }
+  mine.clear();
 }
 
 inline void wgmma_fence() {}
@@ -383,91 +334,28 @@ inline void wgmma_commit() {
 template <int PENDING>
 void wgmma_wait() {
   static const char kind = 0;
-  int nothing = 0;
-  auto& group = em::block->warpgroups[em::thread / 128];
-  with_warpgroup(&kind, nothing, [&](auto&) {
-    for (; static_cast<int>(group.committed.size()) > PENDING; group.committed.pop_front()) {
-      for (auto& product : group.committed.front()) product.run();
-    }
-    for (auto shadow = group.shadow.begin(); shadow != group.shadow.end();) {  // hand back what nothing in flight adds to
-      bool busy = false;
-      for (const auto& products : group.committed) {
-        for (const auto& product : products) busy |= std::count(product.accumulators.begin(), product.accumulators.end(), shadow->first) > 0;
-      }
-      if (busy) {
-        ++shadow;
-        continue;
-      }
-      std::memcpy(shadow->first, shadow->second.data(), shadow->second.size() * sizeof(float));
-      shadow = group.shadow.erase(shadow);
-    }
-  });
+  em::wait_for_wgmma(&kind, PENDING);
 }
 template <class T, int N>
 void hold(T (&)[N][4]) {}
 
 template <bool BF16, int N>
 struct Wgmma {
-  struct Mine {
-    float* d;
-    std::uint32_t a[4];
-    std::uint64_t a_at, b_at;
-    bool accumulate;
-  };
-  // REGISTERS: where a comes from. ROW_MAJOR: b is.
-  template <bool REGISTERS, bool ROW_MAJOR>
-  static void issue(Mine mine) {
-    static const char kind = 0;
-    auto& group = em::block->warpgroups[em::thread / 128];
-    with_warpgroup(&kind, mine, [&](auto& all) {
-      std::vector<Mine> threads;
-      em::Product product;
-      for (int t = 0; t < 128; ++t) {
-        const Mine& of = *static_cast<Mine*>(all[t]);
-        if (of.a_at != threads.emplace_back(of).a_at || of.b_at != threads[0].b_at) em::fail("descriptors differ within a warpgroup");
-        product.accumulators.push_back(of.d);
-        if (!group.shadow.count(of.d)) {
-          group.shadow[of.d].assign(of.d, of.d + N / 2);
-          std::fill(of.d, of.d + N / 2, std::numeric_limits<float>::quiet_NaN());
-        }
-      }
-      product.run = [&group, threads] {
-        static float a[64][16], b[16][N];
-        for (int k = 0; k < 16; ++k) {
-          for (int n = 0; n < N; ++n) b[k][n] = operand_element<BF16>(threads[0].b_at, ROW_MAJOR, k, n);
-        }
-        for (int t = 0; t < 128; ++t) {
-          for (int i = 0; i < 4; ++i) {
-            for (int e = 0; e < 2; ++e) {
-              const int row = t / 32 * 16 + t % 32 / 4 + 8 * (i % 2), k = 2 * (t % 4) + e + 8 * (i / 2);
-              a[row][k] = REGISTERS ? half_of<BF16>(threads[t].a[i], e) : operand_element<BF16>(threads[t].a_at, false, k, row);
-            }
-          }
-        }
-        for (int t = 0; t < 128; ++t) {
-          auto& d = group.shadow.at(threads[t].d);
-          for (int i = 0; i < N / 2; ++i) {
-            const int row = t / 32 * 16 + t % 32 / 4 + 8 * (i / 2 % 2), column = i / 4 * 8 + 2 * (t % 4) + i % 2;
-            double sum = threads[t].accumulate ? d[i] : 0.0f;
-            for (int k = 0; k < 16; ++k) sum += static_cast<double>(a[row][k]) * b[k][column];
-            d[i] = round_toward_zero(sum);
-          }
-        }
-      };
-      group.open.push_back(std::move(product));
-    });
-  }
   static void shared(float (&d)[N / 8][4], std::uint64_t a, std::uint64_t b, bool accumulate) {
-    issue<false, false>({&d[0][0], {}, a, b, accumulate});
+    static const char kind = 0;
+    em::issue_wgmma(&kind, {N, BF16, false, false}, {&d[0][0], {}, a, b, accumulate});
   }
   static void shared_row_major(float (&d)[N / 8][4], std::uint64_t a, std::uint64_t b) {
-    issue<false, true>({&d[0][0], {}, a, b, true});
+    static const char kind = 0;
+    em::issue_wgmma(&kind, {N, BF16, false, true}, {&d[0][0], {}, a, b, true});
   }
   static void registers(float (&d)[N / 8][4], const std::uint32_t (&a)[4], std::uint64_t b) {
-    issue<true, false>({&d[0][0], {a[0], a[1], a[2], a[3]}, 0, b, true});
+    static const char kind = 0;
+    em::issue_wgmma(&kind, {N, BF16, true, false}, {&d[0][0], {a[0], a[1], a[2], a[3]}, 0, b, true});
   }
   static void registers_row_major(float (&d)[N / 8][4], const std::uint32_t (&a)[4], std::uint64_t b) {
-    issue<true, true>({&d[0][0], {a[0], a[1], a[2], a[3]}, 0, b, true});
+    static const char kind = 0;
+    em::issue_wgmma(&kind, {N, BF16, true, true}, {&d[0][0], {a[0], a[1], a[2], a[3]}, 0, b, true});
   }
 };
 
