@@ -363,6 +363,7 @@ def test_a_reader_that_goes_ends_it_quietly(tmp_path):
     assert process.wait(120) == 141
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="stops processes by signals")
 def test_an_interrupted_run_reports_what_it_has(tmp_path):
     """By a signal to all of its processes, as a terminal sends it."""

@@ -261,6 +261,7 @@ def test_scaler():
         assert any(not torch.equal(before[name], p) for name, p in module.state_dict().items()) == moves
 
 
+@pytest.mark.long
 def test_compiled_encoder():
     """Its random numbers are the compiler's, and repeat too."""
     x, compiled = torch.randn(16, WIDTH), torch.compile(mlp(torch.float32, dropout=0.5))

@@ -596,6 +596,7 @@ def test_what_cannot_be_trained_beside_is_told_before_anything_is_trained(tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_hybrid_beats_guessing_by_far(tmp_path):
     """The whole recipe in a quarter of its epochs, three seeds: a loose bound on the mean."""
     accuracies = []

@@ -248,6 +248,7 @@ def test_the_package_says_that_it_is_typed():
     assert (PACKAGE / "py.typed").exists() and (PACKAGE / "_C.pyi").exists()
 
 
+@pytest.mark.long
 def test_types():
     """mypy --strict over the package, and over what users write (typed_user.py)."""
     pytest.importorskip("mypy")
