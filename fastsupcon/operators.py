@@ -90,6 +90,8 @@ def _keep(pairs: Pairs, backend: str) -> bool:
     """
     if backend not in ("auto", "cpu") or not pairs.rows.is_cpu or cpu.kept_size(*pairs.shape, pairs.columns is None) == 0:
         return False
+    if pairs.columns is None and pairs.bias is not None:  # they are not symmetric then, and are made anew
+        return False
     return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in pairs)
 
 

@@ -5,6 +5,7 @@ Importing torch, and what its optimisers and DistributedDataParallel import at t
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import functools
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+import weakref
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
@@ -48,6 +50,17 @@ def warm() -> BaseContext:
     return context
 
 
+_scripts: weakref.WeakSet[Script] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_scripts() -> None:
+    """Those that tests left behind when they were interrupted, before multiprocessing waits for them without limit."""
+    for script in list(_scripts):
+        if script.poll() is None:
+            script.kill()
+
+
 class Script:
     """A script in a process of its own, as ``python file arguments`` would run it, with the methods of a subprocess.Popen.
 
@@ -73,6 +86,7 @@ class Script:
         self._process = warm().Process(target=_play, args=given)
         self._process.start()
         self.pid = self._process.pid
+        _scripts.add(self)
 
     @property
     def returncode(self) -> int | None:
@@ -93,7 +107,10 @@ class Script:
         return self.output.read_text(), self.errors.read_text()
 
     def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
+        """Nothing where it has ended."""
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         self._process.kill()

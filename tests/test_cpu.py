@@ -66,13 +66,14 @@ def test_several_blocks(case, dtype):
     check(cpu, replace(case, dtype=dtype), CPU)
 
 
+@pytest.mark.parametrize(("dtype", "depth", "keep"), [(torch.float32, 160, False), (torch.float16, 400, True)], ids=["anew", "kept"])
 @pytest.mark.parametrize("case", BLOCKS, ids=str)
-def test_any_number_of_threads_gives_the_same_bits(case):
-    pairs = problem(replace(case, d=160), CPU)
+def test_any_number_of_threads_gives_the_same_bits(case, dtype, depth, keep):
+    pairs = problem(replace(case, d=depth, dtype=dtype), CPU)
     results = []
     for threads in (1, 2, 3, 5, 1):
         torch.set_num_threads(threads)
-        results.append(outputs(pairs, case, False))
+        results.append(outputs(pairs, case, keep))
     assert all(same_bits(result, results[0]) for result in results)
 
 

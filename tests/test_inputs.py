@@ -189,7 +189,7 @@ def test_balanced_supcon(arguments, options, error, text):
 
 PACO = [
     ((z(), ids(), None), {}, TypeError, "prototypes must be a torch.Tensor, got NoneType"),
-    ((z(), ids(), z()[0, 0]), {}, ValueError, "prototypes must have shape [rows, dimension], got []"),
+    ((z(), ids(), z()[0, 0]), {}, ValueError, "prototypes must have shape [rows, 3], got []"),
     ((z(), ids(), z(2)), {"queue": MemoryQueue(8, 2)}, ValueError, "queue holds rows of dimension 2, got features of dimension 3"),
     ((z(), ids(), z(2, 4)), {}, ValueError, "prototypes must have shape [classes, 3], as the features have 3 dimensions, got [2, 4]"),
     ((z(), ids(3), z(2)), {}, ValueError, "labels must have shape [4], got [3]"),

@@ -316,7 +316,7 @@ def test_compile_fullgraph_forward_and_backward(device, name):
     module = row.module(inputs)
     torch._dynamo.reset()
     held = row.held(inputs)
-    compiled = torch.compile(module, fullgraph=True, backend="eager")  # what is new in a module is for Dynamo to see; its gradient is above
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*held), module(*held), rtol=1e-5, atol=1e-6)
 
 

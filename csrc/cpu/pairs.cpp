@@ -238,7 +238,7 @@ class Run {
     return tile;
   }
 
-  // Allocates what was asked for and calls begin(); packs the rows, decides on the shift, calls prepare(team); makes all visits; calls
+  // Allocates what was asked for and calls begin(); packs what does not pass, decides on the shift, calls prepare(team); makes all visits; calls
   // finish(team). The passing side's blocks are packed as their task begins, while they are in the caches, and passed(block) is called as it
   // ends. tile(visit, member) makes a tile that has what it reads itself as what to fetch.
   template <class MakeTile, class Begin, class Prepare, class Passed, class Finish>

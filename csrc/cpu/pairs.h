@@ -17,7 +17,8 @@ auto with_sum(Scalar scalar, const F& f) {
 std::vector<std::string> instruction_sets();
 std::string instruction_set();
 
-// How many exponentials (Sum) the forward can keep for the backward: 0 where they are more than twice as many numbers as the rows and columns.
+// How many exponentials (Sum) the forward can keep for the backward: 0 where they are more than twice as many numbers as
+// the rows, and in a cross shape the columns, have.
 std::int64_t kept_size(std::int64_t rows, std::int64_t columns, std::int64_t depth, bool self);
 
 // Columns' quantities are for the cross shape. norms [rows], cross [rows + columns] Sum where problem.unit, written for the backward.

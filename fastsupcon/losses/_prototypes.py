@@ -28,7 +28,7 @@ def check_prototypes(prototypes: Tensor, rows: Tensor, name: str = "prototypes",
         swapped = prototypes.shape[0] == depth
         why = "the number of classes first" if swapped else f"as the features have {depth} dimensions"
         raise ValueError(f"{name} must have shape [classes, {depth}], {why}, got {list(prototypes.shape)}")
-    _checks.rows(name, prototypes, least=least)
+    _checks.rows(name, prototypes, columns=depth, least=least)
     _checks.on_device(name, prototypes, rows.device)
 
 

@@ -191,6 +191,7 @@ float operand_element(std::uint64_t descriptor, bool is_row_major, int k, int mn
   const auto stride = static_cast<std::uint32_t>((descriptor >> 32) & 0x3fff) << 4;
   const std::uint32_t place = swizzled(is_row_major ? start + mn / 64 * leading + k / 8 * stride + k % 8 * 128 + mn % 64 * 2
                                                     : start + mn / 8 * stride + mn % 8 * 128 + k * 2);
+  if (place / 4 >= block->unfenced.size()) fail("wgmma reads outside of shared memory");
   if (block->unfenced[place / 4] >= 0) fail("wgmma reads what was written without a fence for the asynchronous proxy");
   std::uint16_t element;
   std::memcpy(&element, block->shared + place, 2);

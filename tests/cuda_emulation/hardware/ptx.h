@@ -39,6 +39,7 @@ inline std::uint32_t load_word(Address from) {
   return word;
 }
 inline void store_word(Address to, std::uint32_t word) {
+  if (to / 4 >= em::block->unfenced.size()) em::fail("a store outside of shared memory");
   std::memcpy(at(to), &word, 4);
   em::block->unfenced[to / 4] = em::thread;
   em::block->fibers[em::thread].unfenced.push_back(to / 4);
