@@ -334,7 +334,8 @@ std::int64_t kept_size(std::int64_t rows, std::int64_t columns, std::int64_t dep
   const std::int64_t row_block = block_of(rows), column_block = block_of(columns);
   const std::int64_t row_blocks = ceil_div(rows, row_block), column_blocks = ceil_div(columns, column_block);
   const std::int64_t size = row_block * column_block * (self ? row_blocks * (row_blocks + 1) / 2 : row_blocks * column_blocks);
-  return size <= 2 * (self ? rows : rows + columns) * depth + (1 << 16) ? size : 0;
+  constexpr std::int64_t few = 1 << 20;  // 4 MiB of floats
+  return size <= 2 * (self ? rows : rows + columns) * depth + few ? size : 0;
 }
 
 void forward(const Problem& problem, const Quantities<void*>& rows, const Quantities<void*>& columns, void* norms, void* kept,

@@ -26,7 +26,7 @@ def unusable(device: torch.device, dtype: torch.dtype, depth: int) -> str | None
 
 
 def kept_size(rows: int, columns: int, depth: int, self_shape: bool) -> int:
-    """How many exponentials the forward can keep for the backward; 0 where they are more than twice as many numbers as rows and columns."""
+    """How many exponentials the forward can keep for the backward; 0 where they are too many (csrc/cpu/pairs.h)."""
     return 0 if extension_missing else _C.cpu.kept_size(rows, columns, depth, self_shape)
 
 
