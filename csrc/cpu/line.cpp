@@ -66,7 +66,8 @@ void loss_backward(const Problem& problem, const Line& line, const Quantities<co
     using Sum = decltype(sum);
     std::vector<Sum> memory(4 * problem.rows);
     const auto there = [&](const void* value, int index) { return value ? memory.data() + index * problem.rows : nullptr; };
-    const Quantities<void*> grads{there(values.all, 0), there(values.different, 1), there(values.equal, 2), there(values.similarity, 3), nullptr};
+    const Quantities<void*> grads{there(values.all, 0), there(values.different, 1), there(values.equal, 2), there(values.similarity, 3),
+                                  nullptr};
     line_backward_of(line, problem.rows, values, static_cast<const Sum*>(grad), grads);
     backward(problem, {values, constant(grads)}, {}, norms, kept, out, threads);
   });
