@@ -180,6 +180,16 @@ def test_resnet32_is_the_cifar_variant():
     assert z.shape == (3, 128) and logits.shape == (4, 10) and features.shape == (5, 64) and backbone.num_features == 64
 
 
+def test_gradients_keep_the_layout_of_the_images():
+    """Convolutions of channels-last images would copy a gradient of another layout before they use it."""
+    backbone, strides = make_backbone("resnet14", 3, 4).to(memory_format=torch.channels_last), []
+    for block in list(backbone)[3:]:
+        block.register_full_backward_hook(lambda block, into, out: strides.extend([into[0].stride(1), out[0].stride(1)]))
+    images = torch.randn(2, 3, 16, 16).to(memory_format=torch.channels_last)
+    backbone(images).sum().backward()
+    assert strides == [1] * 12
+
+
 def test_unknown_network_is_named():
     with pytest.raises(ValueError, match=r"no-such-net.*resnet8|resnet8.*no-such-net"):
         make_backbone("no-such-net", 3, 16)

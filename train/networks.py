@@ -32,7 +32,8 @@ class BasicBlock(nn.Module):
         y = self.norm2(self.conv2(self.norm1(self.conv1(x)).relu()))
         if self.stride == 2:  # option A of He et al.: subsample, and fill the new channels with zeros
             new = y.shape[1] - x.shape[1]
-            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, new // 2, new - new // 2))
+            # A mean over one pixel: the gradient of x[:, :, ::2, ::2] would be NCHW, and with it those of all blocks below.
+            x = F.pad(F.avg_pool2d(x, 1, self.stride), (0, 0, 0, 0, new // 2, new - new // 2))
         return (x + y).relu()
 
 
@@ -49,7 +50,8 @@ class CifarResNet(nn.Sequential):
                 nn.init.kaiming_normal_(module.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).mean((2, 3))
+        x = super().forward(x)
+        return F.avg_pool2d(x, x.shape[2:]).flatten(1)  # not mean((2, 3)), whose gradient is NCHW whatever x is
 
 
 class Features(nn.Module):
