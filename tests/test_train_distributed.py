@@ -40,7 +40,7 @@ TINY = {
 EPOCHS = {method: {"method": method, "epochs": 2, "batch": 27} for method in ("hybrid-sc", "hybrid-psc", "ce", "bcl")} | {
     "stages": {"schedule": "two-stage", "epochs": 3, "batch": 21, "classifier_batch": 11, "validation": 0.2, "ema": 0.9, "clip": 0.5},
     "crt": {"method": "crt", "switch_at": 0.5, "epochs": 2, "batch": 27},
-    "fp16": {"precision": "fp16", "epochs": 1, "batch": 29, "method": "hybrid-mpsc", "logit_adjustment": 1.0},
+    "fp16": {"precision": "fp16", "epochs": 1, "batch": 29, "method": "hybrid-mpsc", "sampler": "square-root", "logit_adjustment": 1.0},
     "paco": {"method": "paco", "epochs": 2, "batch": 27, "queue": 40},
     "reweighted": {"method": "ldam-drw", "epochs": 2, "batch": 27, "class_weights": 0.99, "reweight_from": 0.5},
 }

@@ -160,7 +160,7 @@ def test_the_classifier_may_have_the_feature_branchs_images_or_its_very_views(tm
 
 def test_the_first_steps_losses_are_the_formulas(tmp_path):
     """alpha = 1 in the first epoch; feature and classifier loss as in the paper, from the textbook expressions."""
-    run = run_of(tmp_path, **STILL, logit_adjustment=1.0)
+    run = run_of(tmp_path, **STILL, sampler="square-root", logit_adjustment=1.0)
     raw, labels = next(iter(run.batches["train"](run.plan.indices)))
     with torch.no_grad():
         z, logits, features = run.network(run.config.augment.evaluate(raw), 56, 56)
@@ -169,7 +169,7 @@ def test_the_first_steps_losses_are_the_formulas(tmp_path):
     s = (z @ z.T / 0.1).fill_diagonal_(-torch.inf)
     positive = (y[:, None] == y) & ~torch.eye(56, dtype=torch.bool)
     expected = (s.logsumexp(1) - s.where(positive, 0).sum(1) / positive.sum(1)).mean()
-    adjusted = logits.double() + (run.data.counts / run.data.counts.sum()).log()
+    adjusted = logits.double() + run.data.counts.log() / 2  # the sampler's prior, but for a constant
     classifier = torch.nn.functional.cross_entropy(adjusted, labels[56:])
     run = Run(run.config, run.data)
     run.update(raw, labels)

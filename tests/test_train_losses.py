@@ -30,7 +30,7 @@ HALVES = {name: {"switch_at": 0.5} for name in ("two-stage", "crt", "kcl")}
 
 def setup_of(method=None, counts=COUNTS, batch=8, **changes) -> Setup:
     chosen = Method(**changes) if method is None else METHODS[method].method
-    return Setup(chosen, counts, 6, 5, batch, NO_GROUP)
+    return Setup(chosen, counts, counts / counts.sum(), 6, 5, batch, NO_GROUP)
 
 
 def rows(n=16, classes=4, seed=0):
@@ -273,6 +273,7 @@ def test_k_positives_serve_one_process():
     "changes",
     [
         {"feature_loss": "sc"},
+        {"feature_loss": "sc-one-view"},
         {"feature_loss": "psc"},
         {"feature_loss": "psc", "denominator": "all"},
         {"feature_loss": "mpsc", "prototypes_per_class": 3},

@@ -19,7 +19,8 @@ PAGE = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
 def setup(method: str, batch: int = 12, **changes):
     chosen = settings.configure("digits", method, device="cpu", **changes).method
     options = {"backend": "auto", "group": None}
-    return methods.Setup(chosen, torch.tensor([40.0, 20.0, 5.0]), 6, 4, batch, options)
+    counts = torch.tensor([40.0, 20.0, 5.0])
+    return methods.Setup(chosen, counts, counts / counts.sum(), 6, 4, batch, options)
 
 
 @pytest.mark.parametrize("method", [name for name, entry in methods.METHODS.items() if entry.paper])

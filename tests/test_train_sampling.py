@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("numpy", reason="needs train/requirements.txt")
 
-from sampling import Sampler
+from sampling import Sampler, power_within
 from schedule import branch_weights, learning_rate, switch_epoch
 
 COUNTS = torch.tensor([400, 100, 25, 4])
@@ -25,6 +25,32 @@ def test_classes_come_as_the_rule_says(rule, weights):
     p /= p.sum()
     deviation = (drawn - n * p).abs() / (n * p * (1 - p)).sqrt()
     assert deviation.max() < 4  # standard deviations
+
+
+@pytest.mark.parametrize("most", [40, 100, 1000])
+def test_budgeted_shows_the_rarest_images_so_often_and_no_more(most):
+    """10,000 draws of 529 images are 19 passes; of balanced classes the four images of the last would come 625 times each."""
+    sampler, budget = Sampler(LABELS, "budgeted", seed=0, budget=10_000, most_shown=most), 10_000
+    power = power_within(budget, most, COUNTS)
+    assert (power == 0) == (most == 1000)
+    expected = COUNTS.double() ** power
+    torch.testing.assert_close(sampler.prior, expected / expected.sum(), rtol=1e-12, atol=0)
+    assert (budget * sampler.prior / COUNTS)[3].item() == pytest.approx(min(most, 625), rel=1e-9)
+    drawn = LABELS[sampler.draw(budget)].bincount(minlength=4).double()
+    deviation = (drawn - budget * sampler.prior).abs() / (budget * sampler.prior * (1 - sampler.prior)).sqrt()
+    assert deviation.max() < 4  # standard deviations
+
+
+@pytest.mark.parametrize(("most", "counts"), [(18, COUNTS), (1, COUNTS), (10, torch.tensor([7, 7])), (10, torch.tensor([5]))])
+def test_budgeted_is_a_plain_pass_where_that_shows_an_image_more_often(most, counts):
+    assert power_within(19 * int(counts.sum()), most, counts) == 1
+
+
+@pytest.mark.parametrize("rule", ["instance", "class-balanced", "square-root", "reverse"])
+def test_prior_is_what_is_drawn(rule):
+    power = {"instance": 1, "class-balanced": 0, "square-root": 0.5, "reverse": -1}[rule]
+    expected = COUNTS.double() ** power
+    torch.testing.assert_close(Sampler(LABELS, rule, seed=0).prior, expected / expected.sum())
 
 
 def test_instance_balanced_is_a_shuffled_pass():
@@ -45,16 +71,26 @@ def test_every_image_of_a_class_before_any_repeats(rule):
             assert len(deck.unique()) == len(deck)
 
 
-@pytest.mark.parametrize("rule", ["instance", "class-balanced"])
+@pytest.mark.parametrize("rule", ["instance", "class-balanced", "budgeted"])
 def test_sampler_goes_on_from_its_state(rule):
-    sampler = Sampler(LABELS, rule, seed=3)
+    options = {"budget": 5000, "most_shown": 20}
+    sampler = Sampler(LABELS, rule, seed=3, **options)
     sampler.draw(333)
     state = sampler.state_dict()
     expected = sampler.draw(1000)
-    other = Sampler(LABELS, rule, seed=99)
+    other = Sampler(LABELS, rule, seed=99, **options)
     other.load_state_dict(state)
     assert torch.equal(other.draw(1000), expected)
     assert not torch.equal(Sampler(LABELS, rule, seed=4).draw(1000), Sampler(LABELS, rule, seed=5).draw(1000))
+
+
+def test_a_longer_budget_goes_on_as_a_plain_pass():
+    """A run that is extended: by classes before, one deck of all images from here on."""
+    short = Sampler(LABELS, "budgeted", seed=3, budget=5000, most_shown=20)
+    long = Sampler(LABELS, "budgeted", seed=3, budget=50_000, most_shown=20)
+    short.draw(100)
+    long.load_state_dict(short.state_dict())
+    assert long.draw(529).sort().values.tolist() == list(range(529))
 
 
 def test_labels_in_any_order():

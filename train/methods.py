@@ -25,7 +25,7 @@ class Method:
     # ce, ce-balanced, focal, cb-focal, ldam-drw, logit-adjustment, crt, tau-norm, two-stage, hybrid-sc, hybrid-psc, hybrid-mpsc, bcl, paco,
     # gpaco, kcl, ours: of docs/methods.md; the settings below have its values as defaults
     method: str = "hybrid-sc"
-    feature_loss: str = "sc"  # of the feature branch: none, sc, psc, mpsc, bcl, paco, gpaco, kcl
+    feature_loss: str = "sc"  # of the feature branch: none, sc, sc-one-view, psc, mpsc, bcl, paco, gpaco, kcl
     classifier_loss: str = "ce"  # of the classifier branch: ce, focal, ldam; none where the feature loss trains the classifier
     # of alpha: parabolic-decay, linear, cosine, constant, parabolic-increment, beta, switch, two-stage, sum
     schedule: str = "parabolic-decay"
@@ -33,6 +33,7 @@ class Method:
     loss_weights: tuple[float, float] = (1.0, 1.0)  # of the feature loss and the classifier's, beside the schedule's
     feature_sampler: Rule = "instance"  # of the feature branch; of the first of two stages
     sampler: Rule = "class-balanced"  # of the classifier branch
+    most_shown: int = 50  # of sampler "budgeted": how often an image of the rarest class is at most drawn in all of training
     classifier_images: Literal["own", "shared", "views"] = "own"  # of its own sampler; the feature branch's, anew; its very views
 
     temperature: float = 0.1  # of the feature loss
@@ -72,6 +73,7 @@ class Setup(NamedTuple):
 
     method: Method
     counts: Tensor  # training images of each class
+    prior: Tensor  # [C] how often the classifier is shown each class, summing to 1
     features: int  # F, the backbone's
     embedding: int  # E, the head's
     batch: int  # B, of all processes
@@ -183,19 +185,23 @@ class FeatureLoss:
     trains_classifier: bool = False  # its gradient reaches the classifier's weights
 
 
-def _supcon_chance(setup: Setup) -> float:
-    return math.log(2 * setup.batch - 1)
+def _supcon_chance(views: int) -> Callable[[Setup], float]:
+    return lambda setup: math.log(views * setup.batch - 1)
 
 
 FEATURE_LOSSES: dict[str, FeatureLoss] = {
     "none": FeatureLoss(lambda setup: nn.Identity(), views=0, source="no feature branch"),
-    "sc": FeatureLoss(_supcon, views=2, source="Khosla et al. 2020, eq. 2", chance=_supcon_chance),
+    "sc": FeatureLoss(_supcon, views=2, source="Khosla et al. 2020, eq. 2", chance=_supcon_chance(2)),
+    # An image that is alone of its class in the batch has no positive, and is an anchor in none of the means.
+    "sc-one-view": FeatureLoss(
+        _supcon, views=1, source="Khosla et al. 2020, eq. 2, positives of other images alone", chance=_supcon_chance(1)
+    ),
     "psc": FeatureLoss(_psc, views=1, source="Wang et al. 2021", chance=_psc_chance),
     "mpsc": FeatureLoss(_psc, views=1, source="Wang et al. 2021, several prototypes a class", chance=_psc_chance),
     "bcl": FeatureLoss(Balanced, 2, "Zhu et al. 2022", chance=lambda setup: math.log(setup.classes), trains_classifier=True),
     "paco": FeatureLoss(Parametric, views=1, keys=1, source="Cui et al. 2021", trains_classifier=True),
     "gpaco": FeatureLoss(Parametric, views=2, source="Cui et al. 2023", trains_classifier=True),
-    "kcl": FeatureLoss(KPositives, views=2, source="Kang et al. 2021", chance=_supcon_chance),
+    "kcl": FeatureLoss(KPositives, views=2, source="Kang et al. 2021", chance=_supcon_chance(2)),
 }
 
 
@@ -203,12 +209,14 @@ FEATURE_LOSSES: dict[str, FeatureLoss] = {
 
 
 class AdjustedCrossEntropy(nn.Module):
-    """Cross-entropy of logits + t log(class prior): Menon et al. 2021; with t = 1 balanced softmax (Ren et al. 2020)."""
+    """Cross-entropy of logits + t log(class prior): Menon et al. 2021; with t = 1 balanced softmax (Ren et al. 2020).
+
+    The prior is the sampler's: batches that are balanced already need no other balance.
+    """
 
     def __init__(self, setup: Setup) -> None:
         super().__init__()
-        prior = (setup.counts / setup.counts.sum()).log()
-        self.register_buffer("shift", setup.method.logit_adjustment * prior, persistent=False)
+        self.register_buffer("shift", (setup.method.logit_adjustment * setup.prior.log()).float(), persistent=False)
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits + self.shift, labels, reduction="none")
@@ -336,8 +344,17 @@ METHODS: dict[str, Entry] = {
     ),
     "kcl": Entry(Method(feature_loss="kcl", schedule="two-stage", switch_at=0.8, temperature=0.07), "Kang et al. 2021", KCL_SETTINGS),
     "ours": Entry(
-        Method(schedule="constant", sampler="instance", classifier_images="views", logit_adjustment=1.0),
-        "of this repository: SupCon and a logit-adjusted classifier on the same two views, at equal weights",
+        Method(
+            feature_loss="sc-one-view",
+            schedule="sum",
+            loss_weights=(0.5, 1.0),
+            temperature=0.2,
+            feature_sampler="budgeted",
+            sampler="budgeted",
+            classifier_images="views",
+            logit_adjustment=1.0,
+        ),
+        "of this repository: SupCon and a logit-adjusted classifier on the same images, each taken once",
     ),
 }
 

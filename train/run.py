@@ -14,7 +14,7 @@ import evaluate
 import processes
 import torch
 from augment import Draws, mixup
-from methods import CLASSIFIER_LOSSES, FEATURE_LOSSES, Branch, Setup, class_weights, stage_at
+from methods import CLASSIFIER_LOSSES, FEATURE_LOSSES, Branch, Setup, Stage, class_weights, stage_at
 from networks import DTYPES, HybridNetwork, freeze_below_classifier, load_weights, make_backbone
 from sampling import Sampler
 from schedule import learning_rate
@@ -73,9 +73,15 @@ class Run:
         self.forward = torch.compile(self.network) if machine.compile else self.network
         self.feature = FEATURE_LOSSES[method.feature_loss]
         options = {"backend": machine.backend, "group": processes.group()}
-        self.setup = Setup(method, data.counts, backbone.num_features, sizes.embedding, self.batch, options)
+        self.steps = max(1, len(data.train) // (self.batch if self.feature.views else self.classifier_batch))
+        seed, steps = 2 * config.records.seed, self.steps * optimiser.epochs
+        self.samplers = {
+            "feature": Sampler(data.train.labels, method.feature_sampler, seed, steps * self.batch, method.most_shown),
+            "classifier": Sampler(data.train.labels, method.sampler, seed + 1, steps * self.classifier_batch, method.most_shown),
+        }
+        prior = self.samplers["classifier"].prior
+        self.setup = Setup(method, data.counts, prior, backbone.num_features, sizes.embedding, self.batch, options)
         self.feature_loss = self.feature.build(self.setup).to(self.device)
-        self.classifier_loss = CLASSIFIER_LOSSES[method.classifier_loss](self.setup).to(self.device)
         self.class_weights = class_weights(method.class_weights, data.counts).to(self.device) if method.class_weights else None
         self.parameters = [*self.network.parameters(), *self.feature_loss.parameters()]
         # A tensor, as are the weights: a new value is written, nothing compiled or waited for.
@@ -92,18 +98,13 @@ class Run:
             for name, split in parts.items()
             if split
         }
-        seed = 2 * config.records.seed
-        self.samplers = {
-            "feature": Sampler(data.train.labels, method.feature_sampler, seed),
-            "classifier": Sampler(data.train.labels, method.sampler, seed + 1),
-        }
-        self.steps = max(1, len(data.train) // (self.batch if self.feature.views else self.classifier_batch))
 
         self.epoch, self.step, self.lr_now = 0, 0, 0.0  # step: inside the epoch
         self.weights = torch.zeros(2, device=self.device)
         # Feature loss, classifier loss and share right, of this epoch. Each process has its part; what is meant is the sum over them.
         self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         self.used: list[nn.Module] = []
+        self.stage: Stage | None = None
         self.history: list[dict[str, Any]] = []
         self.best = {"epoch": optimiser.epochs - 1, "balanced": -1.0}
         self.begin_epoch()
@@ -112,7 +113,11 @@ class Run:
         """What this epoch trains, and the images it trains on."""
         config = self.config
         self.drawn_from = {name: sampler.state_dict() for name, sampler in self.samplers.items()}
-        self.stage = stage = stage_at(config.method, self.epoch, config.optimiser.epochs, config.records.seed)
+        before, self.stage = self.stage, stage_at(config.method, self.epoch, config.optimiser.epochs, config.records.seed)
+        stage = self.stage
+        if before is None or stage.sampler != before.sampler:
+            setup = self.setup._replace(prior=self.samplers[stage.sampler].prior)
+            self.classifier_loss = CLASSIFIER_LOSSES[config.method.classifier_loss](setup).to(self.device)
         self.weights.copy_(torch.tensor(stage.weights))
         self.network.train()
         if stage.frozen:

@@ -10,24 +10,50 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Rule = Literal["instance", "class-balanced", "square-root", "reverse"]
+Rule = Literal["instance", "class-balanced", "square-root", "reverse", "budgeted"]
+POWERS = {"instance": 1.0, "class-balanced": 0.0, "square-root": 0.5, "reverse": -1.0}
+
+
+def power_within(budget: int, most_shown: int, counts: Tensor) -> float:
+    """The smallest p in [0, 1] with which ``budget`` draws show an image of the rarest class at most ``most_shown`` times.
+
+    A class of n images comes with probability ~ n^p. Short training may balance its classes; in long training few images would repeat
+    until they are known by heart. 1, a plain pass, where even that repeats them more often.
+    """
+    counts = counts[counts > 0].double()
+
+    def shown(power: float) -> float:
+        return float(budget * counts.min() ** (power - 1) / counts.pow(power).sum())
+
+    low, high = 0.0, 1.0
+    if shown(low) <= most_shown or shown(high) >= most_shown:
+        return low if shown(low) <= most_shown else high
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if shown(middle) > most_shown else (low, middle)
+    return high
 
 
 class Sampler:
     """Draws indices of ``labels``. A class with n images comes with probability proportional to
 
         instance  n (one deck for all: a plain shuffled pass)    class-balanced  1    square-root  sqrt(n)    reverse  1 / n
+        budgeted  n^p, where p follows from ``budget``, all draws of training, and ``most_shown``: see :func:`power_within`
 
-    The state fits in a checkpoint: a sampler that loads it goes on with exactly the draws the saved one would have made.
+    ``prior`` [C] holds these probabilities. The state fits in a checkpoint: a sampler that loads it goes on with exactly the draws the
+    saved one would have made.
     """
 
-    def __init__(self, labels: Tensor, rule: Rule, seed: int) -> None:
-        deck_of = torch.zeros_like(labels) if rule == "instance" else labels
+    def __init__(self, labels: Tensor, rule: Rule, seed: int, budget: int = 0, most_shown: int = 0) -> None:
+        counts = labels.bincount()
+        power = power_within(budget, most_shown, counts) if rule == "budgeted" else POWERS[rule]
+        self.prior = counts.double().pow(power)
+        self.prior /= self.prior.sum()
+        deck_of = torch.zeros_like(labels) if power == 1 else labels
         self.order = deck_of.argsort(stable=True)  # the decks end to end
         self.sizes = deck_of.bincount()
         self.starts = (self.sizes.cumsum(0) - self.sizes).tolist()
         self.used = self.sizes.tolist()  # as if used up: a deck is shuffled when it is first needed
-        power = {"instance": 1.0, "class-balanced": 0.0, "square-root": 0.5, "reverse": -1.0}[rule]
         self.weights = self.sizes.double().pow(power)
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -59,5 +85,6 @@ class Sampler:
         return {"order": self.order.clone(), "used": torch.tensor(self.used), "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.order, self.used = state["order"].clone(), state["used"].tolist()
+        if len(state["used"]) == len(self.used):  # else a run was extended, and with it its budget: the decks of the plain pass are new
+            self.order, self.used = state["order"].clone(), state["used"].tolist()
         self.generator.set_state(state["generator"])

@@ -195,8 +195,8 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "be positive",
         lambda x: x > 0,
-        "epochs batch classifier_batch lr lr_factor clip temperature prototypes_per_class positives width hidden embedding image_size "
-        "largest_class seeds jobs threads eval_every eval_batch log_every keep_every",
+        "epochs batch classifier_batch lr lr_factor clip temperature prototypes_per_class positives most_shown width hidden embedding "
+        "image_size largest_class seeds jobs threads eval_every eval_batch log_every keep_every",
     ),
     (
         "not be negative",
@@ -228,6 +228,11 @@ def _draws(values: idle.Values) -> bool:
 
 def _trains_first(values: idle.Values) -> bool:
     return _chosen(values["feature_loss"]) or values["schedule"] == "two-stage"
+
+
+def _has_another_prior(values: idle.Values) -> bool:
+    """Than the uniform one of class-balanced batches: in training, or in the first of two stages."""
+    return values["sampler"] != "class-balanced" or (not _chosen(values["feature_loss"]) and values["schedule"] == "two-stage")
 
 
 def _batches_by_batch(values: idle.Values) -> bool:
@@ -264,6 +269,8 @@ ACTS = (
     among("focal_gamma", "classifier_loss", "focal"),
     among("margin", "classifier_loss", "ldam"),
     among("logit_adjustment", "classifier_loss", "ce"),
+    Acts("logit_adjustment", "a sampler other than class-balanced", _has_another_prior, "sampler"),
+    Acts("most_shown", "sampler budgeted", lambda v: "budgeted" in (v["sampler"], v["feature_sampler"]), "sampler"),
     among("switch_at", "schedule", "switch", "two-stage"),
     among("nesterov", "optimiser", "sgd"),
     by("lr_factor", "milestones", "milestones"),
