@@ -259,7 +259,9 @@ def test_runs_of_folders(tmp_path, monkeypatch, capsys):
     for name in ("comparison.png", "per_class.png", "over_budget.png"):
         size_of_fresh_picture(out / name)
     runs = [one for folder in folders for one in compare.read_runs(folder)]
-    assert compare.budgets(runs) == {"ce": [(1000, 100, 52.0), (1000, 100, 53.0), (4000, 400, 55.0), (4000, 400, 56.0)]}
+    assert compare.budgets(("ce", one) for one in runs) == {
+        "ce": [(1000, 100, 52.0), (1000, 100, 53.0), (4000, 400, 55.0), (4000, 400, 56.0)]
+    }
 
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "metrics.json").write_text(json.dumps({"config": {"data": "digits", "seed": 0}}))

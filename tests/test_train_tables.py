@@ -57,6 +57,23 @@ def test_equal_images_and_equal_updates_are_equal(tmp_path):
     assert set(updates["Equal updates"].values()) == {400}
 
 
+def test_a_run_of_two_tables_is_trained_once(tmp_path, monkeypatch):
+    again = [
+        tables.Table("A", {"one": {"epochs": 1}}),
+        tables.Table("B", {"same": {"epochs": 1}, "other": {"epochs": 1, "lr": 0.2}}, ("same",)),
+    ]
+    monkeypatch.setitem(tables.TABLES, "ablation", again)
+    results = tables.fill(Given("ablation", seeds=2, out=tmp_path))
+    assert [path.parent.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("metrics.json"))] == [
+        f"{row}/seed-{seed}" for row in ("a/one", "b/other") for seed in (100, 101)
+    ]
+    assert results["A"]["one"] == results["B"]["same"] and results["B"]["other"] != results["B"]["same"]
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| ") and "---" not in line][1:] == [
+        "| one", "| ", "| same", "| other",
+    ]  # fmt: skip
+
+
 SMALL = ["--set", "lr", "0.05", "0.1", "--set", "nesterov", "True", "--method", "hybrid-psc", "--device", "cpu", "--seeds", "1"]
 
 

@@ -14,7 +14,7 @@ if __name__ == "__main__":
     packages.start("python train/compare.py")
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -163,11 +163,11 @@ def draw(out: Path, groups: Mapping[str, Sequence[Run]]) -> None:
         plots.per_class(out / "per_class.png", first["train_images"], means, None, images["many"], images["few"])
 
 
-def budgets(runs: Sequence[Run]) -> dict[str, list[tuple[int, int, float]]]:
-    """What :func:`plots.over_budget` draws, by method."""
+def budgets(runs: Iterable[tuple[str, Run]]) -> dict[str, list[tuple[int, int, float]]]:
+    """What :func:`plots.over_budget` draws, by the name that each run has."""
     series: dict[str, list[tuple[int, int, float]]] = {}
-    for run in runs:
-        series.setdefault(run["config"]["method"]["method"], []).append((run["images"], run["updates"], run["best"]["balanced"]))
+    for name, run in runs:
+        series.setdefault(name, []).append((run["images"], run["updates"], run["best"]["balanced"]))
     return series
 
 
@@ -206,7 +206,7 @@ def compare(options: Compare) -> None:
     checkpoint.write_text(options.out / "comparison.md", markdown(found) + "\n")
     draw(options.out, groups)
     if options.over_budget:
-        plots.over_budget(options.out / "over_budget.png", budgets(every))
+        plots.over_budget(options.out / "over_budget.png", budgets((run["config"]["method"]["method"], run) for run in every))
     show_rows(console, found, "test, %")
     say(f"written to {options.out}")
 

@@ -65,6 +65,12 @@ def rows(*methods: str, **common: Any) -> dict[str, Settings]:
     return {method: {"method": method, **common} for method in methods}
 
 
+def over_budget(images: int, **common: Any) -> dict[str, Settings]:
+    """The methods compared, BCL, and logit adjustment on the batches of ours: what is left between them is the contrastive loss."""
+    batches_of_ours = {"method": "logit-adjustment", "sampler": "budgeted", "images": images, **common}
+    return rows(*COMPARED, "bcl", images=images, **common) | {"logit-adjustment, budgeted": batches_of_ours}
+
+
 # On digits 160 epochs of 5 steps of 64 images are 51,200 images; a method that takes more of each batch has fewer epochs or more images.
 METHOD_TABLES = [
     Table("Equal images", rows(*METHODS, images=51_200), BASELINES[::2]),
@@ -72,6 +78,8 @@ METHOD_TABLES = [
 ]
 
 BALANCED_SOFTMAX = {"sampler": "instance", "logit_adjustment": 1.0}
+OURS = {"method": "ours", "images": 51_200}
+ROOTS = {"feature_sampler": "square-root", "sampler": "square-root"}
 RULES = ("class-balanced", "instance", "square-root", "reverse")
 SCHEDULES = ("parabolic-decay", "linear", "cosine", "constant", "parabolic-increment", "beta", "switch")
 ABLATION_TABLES = [
@@ -91,6 +99,19 @@ ABLATION_TABLES = [
         ("SC + CE",),
     ),
     Table("Schedule of α", {name: {"schedule": name} for name in SCHEDULES}, SCHEDULES[:1]),
+    Table(
+        "Parts of ours",
+        {
+            "ours": OURS,
+            "without SupCon": OURS | {"method": "logit-adjustment"},
+            "SupCon of two views": OURS | {"feature_loss": "sc"},
+            "SupCon × 0.25": OURS | {"loss_weights": (0.25, 1.0)},
+            "SupCon × 1": OURS | {"loss_weights": (1.0, 1.0)},
+            "τ = 0.1": OURS | {"temperature": 0.1},
+            "square-root batches": OURS | ROOTS,
+        },
+        ("ours", "without SupCon"),
+    ),
 ]
 
 # A CIFAR network and batches for a CPU.
@@ -98,14 +119,12 @@ SHORT = {
     "data": "cifar10-jpeg", "network": "resnet8", "batch": 64, "lr": 0.1, "milestones": (), "warmup": 0.05,
     "nesterov": True, "weight_decay": 5e-4,
 }  # fmt: skip
-CIFAR10_TABLES = [
-    Table(f"{images:,} images", rows(*COMPARED, "bcl", images=images, **SHORT), BASELINES[::2]) for images in (125_000, 250_000)
-]
+CIFAR10_TABLES = [Table(f"{images:,} images", over_budget(images, **SHORT), BASELINES[::2]) for images in (125_000, 250_000)]
 
 # The paper's network and batch; with a warm-up, without which cross-entropy at this lr stays at chance for hundreds of updates.
 PAPER = {"data": "cifar10-jpeg", "warmup": 0.05}
 BUDGETS = (125_000, 250_000, 500_000, 1_000_000, 2_500_000)
-BUDGET_TABLES = [Table(f"{images:,} images", rows(*COMPARED, "bcl", images=images, **PAPER), BASELINES[::2]) for images in BUDGETS]
+BUDGET_TABLES = [Table(f"{images:,} images", over_budget(images, **PAPER), BASELINES[::2]) for images in BUDGETS]
 
 
 @dataclass(frozen=True)
@@ -215,16 +234,20 @@ def fill(given: Given) -> Results:
     if processes.launched():
         raise ValueError("tables.py must be started once, by python: under torchrun each process would write the same tables")
     out, tables = given.out or Path("runs") / given.table, tables_of(given)
-    runs = planned(given, tables, out)
+    rows_of: dict[Config, list[tuple[str, str, Config]]] = {}  # a run that is in several tables is trained once, in its first folder
+    for one in planned(given, tables, out):
+        rows_of.setdefault(settings.change(one[2], out=None), []).append(one)
+    runs = list(rows_of.values())
     out.mkdir(parents=True, exist_ok=True)
     results: Results = {table.title: {} for table in tables}
-    trained = side_by_side.trained([config for _, _, config in runs], given.jobs, hybrid.metrics_of)
+    trained = side_by_side.trained([config for (_, _, config), *_ in runs], given.jobs, hybrid.metrics_of)
     with terminal.progress_bar() as progress, contextlib.closing(trained), contextlib.ExitStack() as at_the_end:
         at_the_end.callback(draw, out, given, tables, results)  # also of what there is when it is interrupted
         bar = progress.add_task(str(out), total=len(runs), text="")
         for number, metrics in trained:
-            title, name, config = runs[number]
-            results[title].setdefault(name, []).append(metrics)
+            for title, name, _ in runs[number]:
+                results[title].setdefault(name, []).append(metrics)
+            title, name, config = runs[number][0]
             said = f"{title}: {name}, seed {config.records.seed}: {metrics['best']['balanced']:.1f}"
             progress.update(bar, advance=1, text=said)
             if not terminal.console.is_interactive:
@@ -242,7 +265,7 @@ def draw(out: Path, given: Given, tables: list[Table], results: Results) -> None
     for table in tables:
         if groups := groups_of(table, results):
             compare.draw(out / slug(table.title), groups)
-    runs = [run for groups in results.values() for one in groups.values() for run in one]
+    runs = [(name, run) for groups in results.values() for name, one in groups.items() for run in one]
     if given.table in ("budget", "cifar10") and runs:
         plots.over_budget(out / "budget.png", compare.budgets(runs))
 
