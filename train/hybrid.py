@@ -92,6 +92,7 @@ def _train(config: Config, data: datasets.Data, at_the_end: contextlib.ExitStack
             say(f"{out}: stopped in epoch {run.epoch}")
             sys.exit(128 + received)
 
+        saved_at = -math.inf
         while run.epoch < epochs:
             began, first = time.perf_counter(), run.step
             indices = run.plan.indices
@@ -112,7 +113,7 @@ def _train(config: Config, data: datasets.Data, at_the_end: contextlib.ExitStack
             losses = {name: row[name] for name in ("feature_loss", "classifier_loss") if row[name] is not None}
             if not all(map(math.isfinite, losses.values())):
                 told = ", ".join(f"{name} {value:g}" for name, value in losses.items())
-                before = f"{out}/last.pt is the epoch before" if run.epoch else "there is no epoch before"
+                before = f"{out}/last.pt is of an epoch before" if run.epoch else "there is no epoch before"
                 raise FloatingPointError(f"the loss is not finite in epoch {run.epoch} of {out} ({told}; {before}): try a lower --lr")
             if evaluated := (run.epoch + 1) % eval_every == 0 or run.epoch + 1 == epochs:
                 try:
@@ -126,9 +127,9 @@ def _train(config: Config, data: datasets.Data, at_the_end: contextlib.ExitStack
                         checkpoint.save(out / "best.pt", run.averaged.state_dict())
             run.history.append(row)
             run.end_epoch()
-            run_folder.save(run)
-            if writes:
-                run_folder.write_log(run)
+            if due := run_folder.is_due(run, time.monotonic() - saved_at):
+                run_folder.save(run)
+                saved_at = time.monotonic()
             progress.update(task, text=status(row))
             if evaluated and not console.is_interactive:
                 figure = "–" if balanced is None else f"{balanced:.1f}"
@@ -136,7 +137,7 @@ def _train(config: Config, data: datasets.Data, at_the_end: contextlib.ExitStack
             if text := hint(row, epochs):
                 say(f"{name}: {text}")
             loggers.send(row)
-            leave_if_stopped(unsaved=False)  # during the evaluation
+            leave_if_stopped(unsaved=not due)
         loggers.close()
     try:
         return report(run)

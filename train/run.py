@@ -74,10 +74,10 @@ class Run:
         self.feature = FEATURE_LOSSES[method.feature_loss]
         options = {"backend": machine.backend, "group": processes.group()}
         self.steps = max(1, len(data.train) // (self.batch if self.feature.views else self.classifier_batch))
-        seed, steps = 2 * config.records.seed, self.steps * optimiser.epochs
+        seed, total = 2 * config.records.seed, self.steps * optimiser.epochs
         self.samplers = {
-            "feature": Sampler(data.train.labels, method.feature_sampler, seed, steps * self.batch, method.most_shown),
-            "classifier": Sampler(data.train.labels, method.sampler, seed + 1, steps * self.classifier_batch, method.most_shown),
+            "feature": Sampler(data.train.labels, method.feature_sampler, seed, total * self.batch, method.most_shown),
+            "classifier": Sampler(data.train.labels, method.sampler, seed + 1, total * self.classifier_batch, method.most_shown),
         }
         prior = self.samplers["classifier"].prior
         self.setup = Setup(method, data.counts, prior, backbone.num_features, sizes.embedding, self.batch, options)

@@ -113,14 +113,25 @@ def load(run: Run) -> None:
         raise ValueError(f"{path} is not a checkpoint of this run: {type(error).__name__}: {told}") from error
 
 
+def is_due(run: Run, seconds: float) -> bool:
+    """Whether the epoch that has ended is written, so many seconds after the one before; the same on every process, each of which must ask.
+
+    A checkpoint of digits takes a quarter of the time of one of their epochs.
+    """
+    every = run.config.records.keep_every
+    due = seconds >= 1 or run.epoch == run.config.optimiser.epochs or (every and run.epoch % every == 0)
+    return processes.told(bool(due))
+
+
 def save(run: Run) -> None:
-    """The checkpoint, as last.pt and where asked also under the epoch's name. Every process must come here."""
+    """The checkpoint, as last.pt and where asked also under the epoch's name, then the log. Every process must come here."""
     state, every = run.state_dict(), run.config.records.keep_every
     if processes.rank() == 0:
         folder = run.config.records.out
         checkpoint.save(folder / "last.pt", state)
         if every and run.step == 0 and run.epoch % every == 0:
             checkpoint.save(folder / f"epoch-{run.epoch}.pt", state)
+        write_log(run)
 
 
 def write_log(run: Run) -> None:

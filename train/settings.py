@@ -424,7 +424,7 @@ def _check_network(config: Config) -> None:
     if views.views + views.keys > 1 and not network.dropout:
         raise ValueError(
             f"feature_loss {config.method.feature_loss!r} compares views of an image, and those of features are equal: expected dropout "
-            "above 0, which makes them differ, or a loss of one view (psc, mpsc), got dropout 0"
+            "above 0, which makes them differ, or a loss of one view (sc-one-view, psc, mpsc), got dropout 0"
         )
 
 
