@@ -106,6 +106,18 @@ def test_a_sweep_is_stopped_and_goes_on(tmp_path):
     assert (out / "hybrid-psc-on-digits" / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_table_of_more_runs_than_a_pipe_holds_is_stopped(tmp_path):
+    """Its tasks, some kilobytes each, are taken by nobody any more."""
+    process = start("sweep", *SMALL[:-1], "100", "--jobs", "2", "--out", str(tmp_path))
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.rglob("log.jsonl"))) < 2:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signal.SIGTERM, text
+
+
 @pytest.mark.parametrize("jobs", ["1", "2"])
 def test_what_a_run_says_is_wrong_is_told(tmp_path, jobs):
     given = ["--set", "lr", "1e30", "--shorten", "0.1", "--seeds", "2", "--jobs", jobs, "--device", "cpu"]

@@ -51,6 +51,7 @@ def trained(configs: list[Config], jobs: int, train_one: Callable[[Config], Metr
         return
     context = multiprocessing.get_context("spawn")
     tasks, results = context.Queue(), context.Queue()
+    tasks.cancel_join_thread()  # or a stop would wait for the tasks that nobody takes any more, where they are more than a pipe holds
     for task in [*enumerate(configs), *[None] * jobs]:
         tasks.put(task)
     # Not daemons, which may have no processes of their own, such as those that decode images.
