@@ -184,8 +184,7 @@ def _fake_forward(*arguments: Any) -> Terms:
     def empty(*shape: int) -> Tensor:
         return pairs.rows.new_empty(shape, dtype=sum_dtype(pairs.rows.dtype))
 
-    norms = (n if pairs.columns is None else n + m) if pairs.unit else 1
-    return Terms(empty(len(row_names), n), empty(len(column_names), m), empty(norms), empty(0))
+    return Terms(empty(len(row_names), n), empty(len(column_names), m), empty(pairs.norms_size), empty(0))
 
 
 def _backward_of_op(*arguments: Any) -> tuple[Tensor, ...]:

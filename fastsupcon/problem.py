@@ -42,6 +42,12 @@ class Pairs(NamedTuple):
         n, depth = self.rows.shape
         return n, n if self.columns is None else self.columns.shape[0], depth
 
+    @property
+    def norms_size(self) -> int:
+        """How many norms a forward keeps for its backward: :class:`Terms` says which."""
+        n, m, _ = self.shape
+        return (n if self.columns is None else n + m) if self.unit else 1
+
 
 class Side(NamedTuple):
     """Quantities of the rows, or of the columns, and the incoming gradients of them. The row of ``count`` in ``grads`` is ignored.

@@ -134,7 +134,7 @@ def forward(pairs: Pairs, row_names: tuple[str, ...], column_names: tuple[str, .
                     torch.logaddexp(total, terms.sum(dim).log() if tile.bounded else terms.logsumexp(dim), out=total)
                 else:
                     total += terms.sum(dim)
-    norms = problem.a.new_zeros(n + (0 if pairs.columns is None else m) if pairs.unit else 1)  # made anew in the backward
+    norms = problem.a.new_zeros(pairs.norms_size)  # made anew in the backward
     return Terms(rows, columns, norms, problem.a.new_empty(0))
 
 

@@ -55,8 +55,7 @@ def loss(pairs: Pairs, names: tuple[str, ...], line: Line, keep: bool) -> tuple[
     """What is kept are the quantities [len(names), N] with the norms after them, in one array, and the exponentials."""
     n, m, depth = pairs.shape
     like, dtype, self_shape = pairs.rows, sum_dtype(pairs.rows.dtype), pairs.columns is None
-    norms = (n if self_shape else n + m) if pairs.unit else 1
-    kept = like.new_empty(len(names) * n + norms, dtype=dtype)
+    kept = like.new_empty(len(names) * n + pairs.norms_size, dtype=dtype)
     exponentials = like.new_empty(kept_size(n, m, depth, self_shape) if keep else 0, dtype=dtype)
     loss = like.new_empty(n if line.reduction == "none" else (), dtype=dtype)
     to = kept.data_ptr(), _or_null(exponentials), loss.data_ptr()

@@ -74,7 +74,7 @@ def forward(pairs: Pairs, row_names: tuple[str, ...], column_names: tuple[str, .
     def empty(*shape: int) -> Tensor:
         return pairs.rows.new_empty(shape, dtype=torch.float32)
 
-    norms = empty((n if pairs.columns is None else n + m) if pairs.unit else 1)
+    norms = empty(pairs.norms_size)
     terms = Terms(empty(len(row_names), n), empty(len(column_names), m), norms, empty(0))
     of_rows, of_columns = quantities(row_names, terms.rows), quantities(column_names, terms.columns)
     device, _ = _where(norms)
@@ -92,10 +92,8 @@ def backward(pairs: Pairs, rows: Side, columns: Side, norms: Tensor, kept: Tenso
 
 def loss(pairs: Pairs, names: tuple[str, ...], line: Line, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
     """What is kept is one array: the quantities [len(names), N], the norms, and the number of rows with a pair of equal keys."""
-    n, m, _ = pairs.shape
-    device = pairs.rows.device
-    norms = (n if pairs.columns is None else n + m) if pairs.unit else 1
-    kept = torch.empty(len(names) * n + norms + 1, dtype=torch.float32, device=device)
+    n, device = pairs.shape[0], pairs.rows.device
+    kept = torch.empty(len(names) * n + pairs.norms_size + 1, dtype=torch.float32, device=device)
     loss = torch.empty(n if line.reduction == "none" else (), dtype=torch.float32, device=device)
     plan = _C.cuda.loss(problem(pairs), make_line(line), mask(names), kept.data_ptr(), loss.data_ptr(), _tf32(pairs), _where(kept)[0])
     _run(plan, kept)

@@ -71,7 +71,7 @@ def forward(pairs: Pairs, row_names: tuple[str, ...], column_names: tuple[str, .
     matrices, (n, m, _) = _Matrices(pairs, a, b), pairs.shape
     rows = _stack([matrices.quantity(name, 1) for name in row_names], a, n)
     columns = _stack([matrices.quantity(name, 0) for name in column_names], a, m)
-    norms = a.new_zeros(n + (0 if pairs.columns is None else m) if pairs.unit else 1)  # made anew in the backward
+    norms = a.new_zeros(pairs.norms_size)  # made anew in the backward
     return Terms(rows, columns, norms, a.new_empty(0))
 
 
