@@ -26,6 +26,7 @@ import data as datasets
 import evaluate
 import hybrid
 import plots
+import run_folder
 import settings
 import several
 import terminal
@@ -205,6 +206,7 @@ class StopAfter:
         *({"ema": 0.9}, {"method": "hybrid-psc", "precision": "fp16"}, {"schedule": "two-stage"}, {"method": "bcl"}),
         *({"method": "paco", "queue": 20}, {"method": "gpaco"}, {"method": "kcl", "switch_at": 0.6}),
         *({"method": "crt", "switch_at": 0.5, "ema": 0.9}, {"method": "ldam-drw", "reweight_from": 0.5}, {"method": "tau-norm"}),
+        *({"method": "ours", "most_shown": 3}, {"method": "crt", "switch_at": 0.5, "sampler": "square-root", "logit_adjustment": 1.0}),
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
@@ -251,16 +253,28 @@ def test_killed_and_resumed_comes_to_the_same_bits(tmp_path):
     out = tmp_path / "killed"
     process = start(command("--epochs", "200", "--out", str(out)))
     wait_for(lambda: (out / "log.jsonl").exists() and len((out / "log.jsonl").read_text().splitlines()) >= 3, process)
+    time.sleep(0.5)  # epochs that are not written yet
     process.kill()
     assert not (out / "metrics.json").exists()
-    finished = len((out / "log.jsonl").read_text().splitlines())
-    assert weights(out)["epoch"] in (finished, finished + 1)
+    assert weights(out)["epoch"] >= len((out / "log.jsonl").read_text().splitlines())
     resumed = start(["--resume", str(out)])
     text = resumed.communicate()[0]
     assert resumed.returncode == 0, text
     config = settings.change(settings.read(out), out=tmp_path / "whole")
     train(config, datasets.load(config.images))
     assert same(weights(out), weights(tmp_path / "whole"))
+
+
+def test_which_epochs_are_written(tmp_path):
+    """The last, those that are kept, that which best.pt is of, and the first that ends a second after the one written before."""
+    run = run_of(tmp_path, epochs=9, keep_every=4)
+
+    def due(epoch, best=8, seconds=0.0):
+        run.epoch, run.best = epoch, {"epoch": best, "balanced": 50.0}
+        return run_folder.is_due(run, seconds)
+
+    assert [epoch for epoch in range(1, 10) if due(epoch)] == [4, 8, 9]
+    assert due(3, best=2) and due(3, seconds=1.0) and not due(3, best=1, seconds=0.9)
 
 
 def test_resume_takes_the_runs_own_settings(tmp_path):

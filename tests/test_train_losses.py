@@ -273,7 +273,6 @@ def test_k_positives_serve_one_process():
     "changes",
     [
         {"feature_loss": "sc"},
-        {"feature_loss": "sc-one-view"},
         {"feature_loss": "psc"},
         {"feature_loss": "psc", "denominator": "all"},
         {"feature_loss": "mpsc", "prototypes_per_class": 3},
@@ -330,16 +329,22 @@ def test_stages_of_the_others():
 
 
 def test_crt_begins_its_classifier_anew_on_features_that_stay(tmp_path):
-    run = run_of(tmp_path, method="crt", switch_at=0.5, ema=0.5, warmup=0.0, feature_sampler="instance", sampler="class-balanced")
+    run = run_of(tmp_path, method="crt", switch_at=0.5, ema=0.5, warmup=0.0, sampler="square-root", logit_adjustment=1.0)
 
     def epoch():
         for raw, labels in run.batches["train"](run.plan.indices):
             run.update(raw, labels)
 
+    def shift():
+        return run.classifier_loss.shift - run.classifier_loss.shift.mean()
+
+    logs = run.data.counts.log() - run.data.counts.log().mean()
+    torch.testing.assert_close(shift(), logs)
     assert run.plan.indices.unique().numel() == run.plan.indices.numel()  # instance-balanced: a pass
     epoch()
     trained = {name: value.clone() for name, value in run.network.state_dict().items()}
     run.end_epoch()
+    torch.testing.assert_close(shift(), logs / 2)  # by the sampler of each stage
     begun = {name: value.clone() for name, value in run.network.state_dict().items()}
     for name, value in trained.items():
         assert torch.equal(begun[name], value) != name.startswith("classifier")

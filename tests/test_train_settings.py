@@ -111,6 +111,11 @@ def test_paper_is_the_optimiser_and_the_augmentation_of_the_methods_paper():
         ({"margin": 0.3}, "margin acts on classifier_loss ldam alone"),
         ({"method": "focal", "logit_adjustment": 1.0}, "logit_adjustment acts on classifier_loss ce alone"),
         ({"logit_adjustment": 1.0}, "logit_adjustment acts on a sampler other than class-balanced alone, got sampler 'class-balanced'"),
+        (
+            {"method": "crt", "switch_at": 0.5, "feature_sampler": "class-balanced", "logit_adjustment": 1.0},
+            "logit_adjustment acts on a sampler other than class-balanced alone",
+        ),
+        ({"method": "crt", "switch_at": 0.5, "sampler": "budgeted"}, "must not be 'budgeted' for schedule 'two-stage'"),
         ({"most_shown": 9}, "most_shown acts on sampler budgeted alone, got sampler 'class-balanced'"),
         ({"method": "ours", "most_shown": 0}, "most_shown must be positive, got 0"),
         ({"method": "ce", "temperature": 0.5}, "temperature acts on a feature_loss alone, got feature_loss 'none'"),

@@ -154,7 +154,7 @@ def limits(config: Config, result: dict[str, Any], classes: list[str]) -> str:
         told.append("No image was held out: settings that were chosen by these test figures make them too good.")
     if len(result.get("of_epochs", ())) > 1:
         lengths = ", then ".join(map(str, result["of_epochs"]))
-        told.append(f"The run was extended: its learning rate and alpha went as for {lengths} epochs, which no new run repeats.")
+        told.append(f"The run was extended: its learning rate, alpha and batches went as for {lengths} epochs, which no new run repeats.")
     if config.images.data == "cifar10-jpeg":
         told.append("Trained and tested on lossy JPEG copies of CIFAR-10: the figures are not comparable with those of CIFAR-10.")
     if config.machine.precision != "fp32":

@@ -185,23 +185,21 @@ class FeatureLoss:
     trains_classifier: bool = False  # its gradient reaches the classifier's weights
 
 
-def _supcon_chance(views: int) -> Callable[[Setup], float]:
-    return lambda setup: math.log(views * setup.batch - 1)
+def _supcon_chance(setup: Setup) -> float:
+    return math.log(2 * setup.batch - 1)
 
 
 FEATURE_LOSSES: dict[str, FeatureLoss] = {
     "none": FeatureLoss(lambda setup: nn.Identity(), views=0, source="no feature branch"),
-    "sc": FeatureLoss(_supcon, views=2, source="Khosla et al. 2020, eq. 2", chance=_supcon_chance(2)),
-    # An image that is alone of its class in the batch has no positive, and is an anchor in none of the means.
-    "sc-one-view": FeatureLoss(
-        _supcon, views=1, source="Khosla et al. 2020, eq. 2, positives of other images alone", chance=_supcon_chance(1)
-    ),
+    "sc": FeatureLoss(_supcon, views=2, source="Khosla et al. 2020, eq. 2", chance=_supcon_chance),
+    # An image that is alone of its class in the batch has no positive and counts as 0, so chance depends on the batch.
+    "sc-one-view": FeatureLoss(_supcon, views=1, source="Khosla et al. 2020, eq. 2, positives of other images alone"),
     "psc": FeatureLoss(_psc, views=1, source="Wang et al. 2021", chance=_psc_chance),
     "mpsc": FeatureLoss(_psc, views=1, source="Wang et al. 2021, several prototypes a class", chance=_psc_chance),
     "bcl": FeatureLoss(Balanced, 2, "Zhu et al. 2022", chance=lambda setup: math.log(setup.classes), trains_classifier=True),
     "paco": FeatureLoss(Parametric, views=1, keys=1, source="Cui et al. 2021", trains_classifier=True),
     "gpaco": FeatureLoss(Parametric, views=2, source="Cui et al. 2023", trains_classifier=True),
-    "kcl": FeatureLoss(KPositives, views=2, source="Kang et al. 2021", chance=_supcon_chance(2)),
+    "kcl": FeatureLoss(KPositives, views=2, source="Kang et al. 2021", chance=_supcon_chance),
 }
 
 

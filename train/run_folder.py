@@ -114,22 +114,27 @@ def load(run: Run) -> None:
 
 
 def is_due(run: Run, seconds: float) -> bool:
-    """Whether the epoch that has ended is written, so many seconds after the one before; the same on every process, each of which must ask.
+    """Whether the epoch that has ended is written, so many seconds after the last that was; every process must ask, and is told the same.
 
-    A checkpoint of digits takes a quarter of the time of one of their epochs.
+    A checkpoint of digits takes a quarter of the time of one of their epochs. The last epoch is always due, and so are those that are kept
+    and that which best.pt is of: last.pt says which it is.
     """
+    always = run.epoch == run.config.optimiser.epochs or _is_kept(run) or run.best["epoch"] == run.epoch - 1
+    return processes.told(always or seconds >= 1)
+
+
+def _is_kept(run: Run) -> bool:
     every = run.config.records.keep_every
-    due = seconds >= 1 or run.epoch == run.config.optimiser.epochs or (every and run.epoch % every == 0)
-    return processes.told(bool(due))
+    return every is not None and run.step == 0 and run.epoch % every == 0
 
 
 def save(run: Run) -> None:
     """The checkpoint, as last.pt and where asked also under the epoch's name, then the log. Every process must come here."""
-    state, every = run.state_dict(), run.config.records.keep_every
+    state = run.state_dict()
     if processes.rank() == 0:
         folder = run.config.records.out
         checkpoint.save(folder / "last.pt", state)
-        if every and run.step == 0 and run.epoch % every == 0:
+        if _is_kept(run):
             checkpoint.save(folder / f"epoch-{run.epoch}.pt", state)
         write_log(run)
 

@@ -20,7 +20,7 @@ def power_within(budget: int, most_shown: int, counts: Tensor) -> float:
     A class of n images comes with probability ~ n^p. Short training may balance its classes; in long training few images would repeat
     until they are known by heart. 1, a plain pass, where even that repeats them more often.
     """
-    counts = counts[counts > 0].double()
+    counts = counts.double()
 
     def shown(power: float) -> float:
         return float(budget * counts.min() ** (power - 1) / counts.pow(power).sum())
@@ -85,6 +85,7 @@ class Sampler:
         return {"order": self.order.clone(), "used": torch.tensor(self.used), "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        if len(state["used"]) == len(self.used):  # else a run was extended, and with it its budget: the decks of the plain pass are new
-            self.order, self.used = state["order"].clone(), state["used"].tolist()
+        self.order, self.used = state["order"].clone(), state["used"].tolist()
+        if len(self.used) != len(self.sizes):  # the run was extended, and its budget is that of a plain pass now: a new deck
+            self.used = self.sizes.tolist()
         self.generator.set_state(state["generator"])

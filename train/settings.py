@@ -232,7 +232,8 @@ def _trains_first(values: idle.Values) -> bool:
 
 def _has_another_prior(values: idle.Values) -> bool:
     """Than the uniform one of class-balanced batches: in training, or in the first of two stages."""
-    return values["sampler"] != "class-balanced" or (not _chosen(values["feature_loss"]) and values["schedule"] == "two-stage")
+    classifies_first = not _chosen(values["feature_loss"]) and values["schedule"] == "two-stage"
+    return values["sampler"] != "class-balanced" or (classifies_first and values["feature_sampler"] != "class-balanced")
 
 
 def _batches_by_batch(values: idle.Values) -> bool:
@@ -453,6 +454,10 @@ def _check_method(config: Config) -> None:
         raise ValueError(f"classifier_images must be 'own' without a feature loss, got {method.classifier_images!r}")
     if method.schedule == "two-stage" and method.classifier_images != "own":
         raise ValueError(f"classifier_images must be 'own' for schedule 'two-stage', got {method.classifier_images!r}")
+    if method.schedule == "two-stage" and "budgeted" in (method.sampler, method.feature_sampler):
+        raise ValueError(
+            "sampler and feature_sampler must not be 'budgeted' for schedule 'two-stage', whose stages have no budget of their own"
+        )
     epochs = config.optimiser.epochs
     if method.schedule == "two-stage" and switch_epoch(method.switch_at, epochs) == epochs:
         raise ValueError(f"switch_at must leave the second of two stages an epoch of {epochs}, got {method.switch_at}")
